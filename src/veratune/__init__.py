@@ -1,0 +1,24 @@
+"""VeRA (Vector-based Random Matrix Adaptation) on all linear layers of a model, whatever their shapes."""
+
+from veratune.adapters import AdapterState
+from veratune.checkpoint.files import CheckpointError
+from veratune.config import VeRAConfig, VeraConfig
+from veratune.model import VeraModel, get_peft_model
+from veratune.projection import ProjectionInfo, projection_pool
+from veratune.targets import TargetError
+from veratune.training import parameter_groups
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AdapterState",
+    "CheckpointError",
+    "ProjectionInfo",
+    "TargetError",
+    "VeRAConfig",
+    "VeraConfig",
+    "VeraModel",
+    "get_peft_model",
+    "parameter_groups",
+    "projection_pool",
+]

@@ -1,0 +1,551 @@
+"""Adapters on a model: adding, choosing, merging and removing them. Nothing here reads or writes files."""
+
+import re
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from veratune.config import VeraConfig
+from veratune.layers import SavedModule, VectorInit, VeraLayer, adapt
+from veratune.layers.biases import AdapterBiases, bias_owners
+from veratune.projection import projection_pool
+from veratune.sources import PeftShared, PerDimension, Source
+from veratune.targets import Target, base_modules, find_targets, resolve_config
+
+_Kind = TypeVar("_Kind", bound=nn.Module)
+_NAME = re.compile(r"[\w\-]{1,128}")
+
+
+@dataclass(frozen=True)
+class AdapterPlan:
+    """All that is needed to add an adapter to a model, found without changing the model.
+
+    Attributes:
+        config: the configuration with everything that depends on the model filled in.
+        targets: the layers it adapts.
+        source: its projections.
+        bias_owners: the biases it trains, by name, with the modules that hold them.
+    """
+
+    config: VeraConfig
+    targets: list[Target]
+    source: Source
+    bias_owners: dict[str, list[nn.Module]]
+
+
+@dataclass(frozen=True)
+class AdapterState:
+    """What one adapter has learned, by names in the model without adapters.
+
+    Attributes:
+        vectors: layer name to (b, d).
+        saved: module name to the adapter's copy of that module.
+        biases: parameter name to the adapter's own bias.
+    """
+
+    vectors: dict[str, tuple[nn.Parameter, nn.Parameter]]
+    saved: dict[str, nn.Module]
+    biases: dict[str, nn.Parameter]
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        for b, d in self.vectors.values():
+            yield b
+            yield d
+        for module in self.saved.values():
+            yield from module.parameters()
+        yield from self.biases.values()
+
+
+def notify(sentence: str) -> None:
+    """Tell the user something that is no error but may surprise."""
+    warnings.warn(f"veratune: {sentence}", UserWarning, stacklevel=2)
+
+
+def check_adapter_name(name: str) -> None:
+    """Raise ValueError unless the name can stand in parameter names and as a folder's name."""
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise ValueError(
+            f"adapter_name={name!r} is not allowed: it must be 1 to 128 letters, digits, '_' or '-', as it becomes part"
+            " of parameter names and the name of a folder"
+        )
+    if hasattr(nn.ModuleDict, name) or hasattr(nn.ParameterDict, name) or name in nn.Module().__dict__:
+        raise ValueError(f"adapter_name={name!r} is not allowed: torch.nn.Module uses the name itself; choose another")
+
+
+def plan_adapter(model: nn.Module, config: VeraConfig, source: Source | None = None) -> AdapterPlan:
+    """Find out all about adding an adapter to a model, and raise whatever is wrong with it, changing nothing.
+
+    Args:
+        model: the model without a wrapper; it may have adapters already.
+        config: the configuration; not changed.
+        source: projections that were read from a file, in place of those that the configuration describes.
+
+    Raises:
+        TargetError: the configuration matches nothing in this model.
+    """
+    if not isinstance(config, VeraConfig):
+        raise TypeError(
+            "the configuration must be a veratune.VeraConfig, not "
+            f"{type(config).__module__}.{type(config).__qualname__}"
+        )
+    resolved = resolve_config(model, config, notify)
+    targets = find_targets(model, resolved, notify)
+    owners: dict[str, list[nn.Module]] = {}
+    if resolved.bias != "none":
+        owners = _bias_owners(model, resolved, targets)
+    return AdapterPlan(resolved, targets, source or make_source(resolved, targets), owners)
+
+
+def make_source(config: VeraConfig, targets: Sequence[Target]) -> Source:
+    """Return the projections that a configuration describes for these layers."""
+    if config.projection == "per_dimension":
+        return PerDimension(config.projection_prng_key % (1 << 64))
+    return PeftShared(
+        key=config.projection_prng_key,
+        r=config.r,
+        max_in=max(target.in_features for target in targets),
+        max_out=max(target.out_features for target in targets),
+    )
+
+
+def _bias_owners(model: nn.Module, config: VeraConfig, targets: Sequence[Target]) -> dict[str, list[nn.Module]]:
+    adapted = {target.name for target in targets}
+    saved = config.modules_to_save or []
+    named = []
+    for name, module in base_modules(model).items():
+        if any(name == top or name.startswith(f"{top}.") for top in saved):
+            continue
+        if config.bias == "all" or name in adapted:
+            named.append((name, module.base_layer if isinstance(module, VeraLayer) else module))
+    return bias_owners(named)
+
+
+class AdaptedModel(nn.Module):
+    """A model whose linear layers have VeRA adapters. The adapters are put into the model itself, in place.
+
+    What this class does not have itself is looked up in the model, so that it can stand wherever the model stood.
+
+    Attributes:
+        base_model: the model, with adapted layers in it.
+        peft_config: adapter name to its configuration.
+        autocast_adapter_dtype: whether vectors on a half-precision layer are float32 rather than of its dtype.
+    """
+
+    def __init__(self, model: nn.Module, *, autocast_adapter_dtype: bool = True) -> None:
+        super().__init__()
+        self.peft_config: dict[str, VeraConfig] = {}
+        self.autocast_adapter_dtype = autocast_adapter_dtype
+        self._sources: dict[str, Source] = {}
+        self._biases: dict[str, AdapterBiases] = {}
+        self._active: list[str] = []
+        self._trainable_before = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.base_model = model
+        self.training = model.training
+        model.requires_grad_(False)
+        if getattr(model, "is_gradient_checkpointing", False):
+            self._let_inputs_require_grad()
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the adapted model."""
+        return self.base_model(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("__") or "base_model" not in self.__dict__.get("_modules", {}):
+                raise
+            return getattr(self.base_model, name)
+
+    # Looking at adapters
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """The names of the active adapters, in the order in which they were chosen."""
+        return list(self._active)
+
+    @property
+    def active_adapter(self) -> str:
+        """The name of the one active adapter.
+
+        Raises:
+            ValueError: none is active, or several are.
+        """
+        if len(self._active) != 1:
+            raise ValueError(f"there is no single active adapter: active_adapters is {self._active}")
+        return self._active[0]
+
+    @property
+    def merged_adapters(self) -> list[str]:
+        """The names of the adapters that are merged into the weights at the moment."""
+        return list(dict.fromkeys(name for layer in self._layers() for name in layer.merged_adapters))
+
+    def adapter_state(self, adapter_name: str) -> AdapterState:
+        """Return the parameters of an adapter by their names in the model without adapters."""
+        self._check_known([adapter_name])
+        modules = base_modules(self.base_model)
+        return AdapterState(
+            vectors={
+                name: layer.vectors(adapter_name)
+                for name, layer in _first_names(modules, VeraLayer).items()
+                if adapter_name in layer.slots
+            },
+            saved={
+                name: module.modules_to_save[adapter_name]
+                for name, module in _first_names(modules, SavedModule).items()
+                if adapter_name in module.modules_to_save
+            },
+            biases=self._biases[adapter_name].parameters() if adapter_name in self._biases else {},
+        )
+
+    def layers(self) -> dict[str, VeraLayer]:
+        """Return the adapted layers by their names in the model without adapters."""
+        return _first_names(base_modules(self.base_model), VeraLayer)
+
+    def source(self, adapter_name: str) -> Source:
+        """Return the description of an adapter's projections."""
+        self._check_known([adapter_name])
+        return self._sources[adapter_name]
+
+    def get_base_model(self) -> nn.Module:
+        """Return the model itself, with the adapted layers in it. `unload` takes them out."""
+        return self.base_model
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """Return (number of trainable parameters, number of all parameters). Projections are no parameters."""
+        counts = [(parameter.numel(), parameter.requires_grad) for parameter in self.parameters()]
+        return sum(count for count, trainable in counts if trainable), sum(count for count, _ in counts)
+
+    def print_trainable_parameters(self) -> None:
+        """Print the two numbers of `get_nb_trainable_parameters` and their ratio."""
+        trainable, total = self.get_nb_trainable_parameters()
+        print(
+            f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {100 * trainable / total:.4f}"
+        )
+
+    # Adding and choosing adapters
+
+    def add_adapter(self, adapter_name: str, peft_config: VeraConfig) -> None:
+        """Add another adapter, inactive until `set_adapter` chooses it. It starts as an exact no-op (b = 0).
+
+        Raises:
+            ValueError: the name is taken or not allowed.
+            TargetError: the configuration matches nothing in this model.
+        """
+        self.check_new_name(adapter_name)
+        self.install(adapter_name, plan_adapter(self.base_model, peft_config))
+
+    def check_new_name(self, adapter_name: str) -> None:
+        """Raise ValueError unless the name is allowed and free."""
+        check_adapter_name(adapter_name)
+        if adapter_name in self.peft_config:
+            raise ValueError(
+                f"adapter_name={adapter_name!r} is taken: this model has the adapters {list(self.peft_config)};"
+                " delete_adapter removes one"
+            )
+
+    def install(self, adapter_name: str, plan: AdapterPlan) -> None:
+        """Carry out a plan that `plan_adapter` made for this model as it is now."""
+        replacements: dict[int, nn.Module] = {}
+        for target in plan.targets:
+            module = target.module
+            layer = module if isinstance(module, VeraLayer) else adapt(module)
+            if layer is not module:
+                replacements[id(module)] = layer
+            layer.add_adapter(
+                adapter_name,
+                plan.source,
+                self._vector_init(plan.config, target.rank, layer.weight.dtype),
+                plan.config.vera_dropout,
+                plan.config.route,
+            )
+        modules = base_modules(self.base_model)
+        for name in plan.config.modules_to_save or []:
+            original = modules[name]
+            saved = original if isinstance(original, SavedModule) else SavedModule(original)
+            if saved is not original:
+                replacements[id(original)] = saved
+            saved.add_adapter(adapter_name)
+        self._replace(replacements)
+        if plan.bias_owners:
+            self._biases[adapter_name] = AdapterBiases.copies_of(plan.bias_owners)
+        self._sources[adapter_name] = plan.source
+        self.peft_config[adapter_name] = plan.config
+
+    def _vector_init(self, config: VeraConfig, rank: int, weight_dtype: torch.dtype) -> VectorInit:
+        half = weight_dtype in (torch.float16, torch.bfloat16)
+        wide = not weight_dtype.is_floating_point or weight_dtype.itemsize < 2 or (half and self.autocast_adapter_dtype)
+        dtype = torch.float32 if wide else weight_dtype
+        return VectorInit(rank, config.d_initial, config.init_weights, dtype)
+
+    def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Choose the active adapter, or several whose deltas add. They become trainable, all others frozen.
+
+        Args:
+            adapter_name: a name or a list of names; an empty list leaves the base model alone.
+            inference_mode: leave the chosen adapters frozen as well.
+
+        Raises:
+            ValueError: an unknown name, adapters that cannot be active together, or adapters are merged.
+        """
+        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+        self._check_known(names)
+        self._check_unmerged("set_adapter")
+        self._check_together(names)
+        self._activate(names)
+        for name in self.peft_config:
+            trainable = name in names and not inference_mode and not self.peft_config[name].inference_mode
+            for parameter in self.adapter_state(name).parameters():
+                if parameter.is_floating_point():
+                    parameter.requires_grad_(trainable)
+
+    def _activate(self, names: Sequence[str]) -> None:
+        self._active = list(dict.fromkeys(names))
+        for module in self.modules():
+            if isinstance(module, VeraLayer | SavedModule):
+                module.activate(self._active)
+        # All out before one is in: two adapters may own the same bias.
+        for biases in self._biases.values():
+            biases.swap(install=False)
+        for name in self._active:
+            if name in self._biases:
+                self._biases[name].swap(install=True)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter and what only it used. If it was active, no other adapter takes its place.
+
+        Raises:
+            ValueError: an unknown name, or the adapter is merged.
+        """
+        self._check_known([adapter_name])
+        self._check_unmerged("delete_adapter")
+        self._activate([name for name in self._active if name != adapter_name])
+        replacements: dict[int, nn.Module] = {}
+        for module in list(self.modules()):
+            if isinstance(module, VeraLayer) and adapter_name in module.slots:
+                module.delete_adapter(adapter_name)
+                if not module.slots:
+                    replacements[id(module)] = module.base_layer
+            elif isinstance(module, SavedModule) and adapter_name in module.modules_to_save:
+                module.delete_adapter(adapter_name)
+                if not module.modules_to_save:
+                    replacements[id(module)] = module.original_module
+        self._replace(replacements)
+        self._biases.pop(adapter_name, None)
+        del self.peft_config[adapter_name], self._sources[adapter_name]
+        projection_pool.trim()
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """Within this context the model is the base model exactly; merged adapters are taken out and put back."""
+        active, merged = self._active, self.merged_adapters
+        if merged:
+            self.unmerge_adapter()
+        self._activate([])
+        try:
+            yield
+        finally:
+            self._activate([name for name in active if name in self.peft_config])
+            if merged:
+                self.merge_adapter(adapter_names=[name for name in merged if name in self.peft_config])
+
+    # Merging
+
+    def merge_adapter(self, adapter_names: Sequence[str] | None = None, safe_merge: bool = False) -> None:
+        """Add adapters' deltas to the weights, so that they cost nothing in the forward pass.
+
+        The weights from before are kept beside the merged ones (this doubles the memory of the adapted layers), and
+        `unmerge_adapter` puts the same bits back. What a weight is tied to is not changed.
+
+        Args:
+            adapter_names: which adapters; the active ones by default.
+            safe_merge: check that all merged weights are finite before any is changed.
+
+        Raises:
+            ValueError: an unknown name, a weight that cannot be merged into, or, with `safe_merge`, a result that is
+                not finite; nothing is changed then.
+        """
+        names = self._names_to_merge(adapter_names)
+        self._check_mergeable(names, safe_merge)
+        for layer in self._layers():
+            merged = [*layer.merged_adapters, *(name for name in names if name not in layer.merged_adapters)]
+            merged = [name for name in merged if name in layer.slots]
+            if merged != layer.merged_adapters:
+                layer.unmerge()
+                layer.merge(merged)
+        self._release_projections()
+
+    def unmerge_adapter(self) -> None:
+        """Undo `merge_adapter`, to the exact bits."""
+        for layer in self._layers():
+            layer.unmerge()
+
+    def merge_and_unload(
+        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: Sequence[str] | None = None
+    ) -> nn.Module:
+        """Merge adapters for good and return the model, without any trace of veratune in it.
+
+        The result has new weight parameters in the adapted layers; a layer that was tied to another is no longer, and
+        a `tie_word_embeddings` of the model's configuration is then set to False.
+
+        Args:
+            progressbar: print a line for each hundredth of the layers done.
+            safe_merge: check that all merged weights are finite before any is changed.
+            adapter_names: which adapters; the active ones by default.
+
+        Raises:
+            ValueError: as for `merge_adapter`.
+        """
+        names = self._names_to_merge(adapter_names)
+        self._check_together(names)
+        self.unmerge_adapter()
+        self._check_mergeable(names, safe_merge)
+        untied = self._tied_weights(names)
+        self._activate(names)
+        self._biases.clear()  # the installed ones stay
+        layers = self._layers()
+        for done, layer in enumerate(layers, start=1):
+            merged = [name for name in names if name in layer.slots]
+            if merged:
+                layer.merge(merged)
+                layer._unmerged.clear()
+            if progressbar and done * 100 // len(layers) > (done - 1) * 100 // len(layers):
+                print(f"merged {done} of {len(layers)} layers")
+        model = self._take_apart()
+        model_config: Any = getattr(model, "config", None)
+        if untied and getattr(model_config, "tie_word_embeddings", False):
+            model_config.tie_word_embeddings = False
+        return model
+
+    def unload(self) -> nn.Module:
+        """Remove all adapters and return the model as it was before them."""
+        self.unmerge_adapter()
+        self._activate([])
+        return self._take_apart()
+
+    def _take_apart(self) -> nn.Module:
+        """Put what computes now in the place of each wrapper, forget all adapters, and return the model."""
+        replacements: dict[int, nn.Module] = {}
+        for module in self.modules():
+            if isinstance(module, VeraLayer):
+                replacements[id(module)] = module.base_layer
+            elif isinstance(module, SavedModule):
+                replacements[id(module)] = module.current()
+        self._replace(replacements)
+        for parameter in self._trainable_before:
+            parameter.requires_grad_(True)
+        self.peft_config.clear()
+        self._sources.clear()
+        self._biases.clear()
+        self._active = []
+        projection_pool.trim()
+        return self.base_model
+
+    def _names_to_merge(self, adapter_names: Sequence[str] | None) -> list[str]:
+        names = self._active if adapter_names is None else list(dict.fromkeys(adapter_names))
+        self._check_known(names)
+        if not names and adapter_names is None:
+            raise ValueError(
+                "no adapter is active, so there is nothing to merge: give adapter_names, or set_adapter first"
+            )
+        return names
+
+    def _check_mergeable(self, names: Sequence[str], safe_merge: bool) -> None:
+        for name, layer in self.layers().items():
+            adapters = [adapter for adapter in names if adapter in layer.slots]
+            if not adapters:
+                continue
+            reason = layer.why_not_mergeable()
+            if reason is not None:
+                raise ValueError(f"cannot merge into {name or 'the model'}: {reason}")
+            if safe_merge and not torch.isfinite(layer.merged_weight(adapters)).all():
+                raise ValueError(
+                    f"merging {adapters} into {name or 'the model'} gives weights that are not finite; nothing was merged"
+                )
+
+    def _tied_weights(self, names: Sequence[str]) -> bool:
+        """Return whether a weight that another module holds as well is about to be merged or replaced."""
+        holders: dict[int, int] = {}
+        changing: set[int] = set()
+        for module in self.modules():
+            for parameter in module._parameters.values():
+                if parameter is not None:
+                    holders[id(parameter)] = holders.get(id(parameter), 0) + 1
+            if isinstance(module, VeraLayer) and any(name in module.slots for name in names):
+                changing.add(id(module.weight))
+            elif isinstance(module, SavedModule) and any(name in module.modules_to_save for name in names):
+                changing.update(id(parameter) for parameter in module.original_module.parameters())
+        return any(holders.get(parameter, 0) > 1 for parameter in changing)
+
+    # Training
+
+    def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
+        """Turn gradient checkpointing on in the model, and let its inputs require gradients, as it needs then."""
+        model: Any = self.base_model
+        model.gradient_checkpointing_enable(*args, **kwargs)
+        self._let_inputs_require_grad()
+
+    def _let_inputs_require_grad(self) -> None:
+        # Reentrant checkpointing gives no gradients to a block none of whose inputs requires one, and with frozen
+        # embeddings none does.
+        enable: Callable[[], None] | None = getattr(self.base_model, "enable_input_require_grads", None)
+        if enable is not None:
+            enable()
+
+    # Helpers
+
+    def _layers(self) -> list[VeraLayer]:
+        return [module for module in self.modules() if isinstance(module, VeraLayer)]
+
+    def _release_projections(self) -> None:
+        for layer in self._layers():
+            layer.release_projections()
+
+    def _replace(self, replacements: dict[int, nn.Module]) -> None:
+        """Put modules in the places of others, by id, wherever those stand."""
+        if not replacements:
+            return
+        for parent in list(self.modules()):
+            for name, child in parent._modules.items():
+                # A wrapper just made holds what it wraps, and is not to be put into itself.
+                if id(child) in replacements and replacements[id(child)] is not parent:
+                    parent._modules[name] = replacements[id(child)]
+
+    def _check_known(self, names: Sequence[str]) -> None:
+        for name in names:
+            if name not in self.peft_config:
+                raise ValueError(
+                    f"adapter {name!r} does not exist: this model has the adapters {list(self.peft_config)}"
+                )
+
+    def _check_unmerged(self, operation: str) -> None:
+        merged = self.merged_adapters
+        if merged:
+            raise ValueError(
+                f"{operation} cannot work while the adapters {merged} are merged: call unmerge_adapter first"
+            )
+
+    def _check_together(self, names: Sequence[str]) -> None:
+        with_biases = [name for name in dict.fromkeys(names) if name in self._biases]
+        if len(with_biases) > 1:
+            raise ValueError(f"the adapters {with_biases} have biases of their own and cannot be active together")
+        for name, module in _first_names(base_modules(self.base_model), SavedModule).items():
+            owners = [adapter for adapter in dict.fromkeys(names) if adapter in module.modules_to_save]
+            if len(owners) > 1:
+                raise ValueError(
+                    f"the adapters {owners} have their own copies of {name!r} and cannot be active together"
+                )
+
+
+def _first_names(modules: dict[str, nn.Module], kind: type[_Kind]) -> dict[str, _Kind]:
+    """Return the modules of a kind by name, each under its first name only."""
+    found: dict[int, tuple[str, _Kind]] = {}
+    for name, module in modules.items():
+        if isinstance(module, kind):
+            found.setdefault(id(module), (name, module))
+    return dict(found.values())

@@ -1,0 +1,1 @@
+"""Adapters as files: the native format, PEFT's VeRA format, LoRA export, and the hub. Safetensors and JSON only."""

@@ -1,0 +1,82 @@
+"""Finding an adapter's directory, on this machine or on the Hugging Face hub, and uploading one."""
+
+import os
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from veratune.checkpoint.files import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME, CheckpointError
+
+
+def find_directory(
+    path: str | os.PathLike[str],
+    *,
+    subfolder: str | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    local_files_only: bool = False,
+) -> Path:
+    """Return the local directory of an adapter, downloaded from the hub unless `path` is a directory.
+
+    Raises:
+        ValueError: `subfolder` leads out of the directory.
+        CheckpointError: there is neither such a directory nor such a repository.
+    """
+    inside = _checked_subfolder(subfolder)
+    local = Path(path)
+    if local.is_dir():
+        found = local / inside
+        if not found.is_dir():
+            raise CheckpointError(f"{local} has no folder {subfolder!r}")
+        return found
+    if local.exists():
+        raise CheckpointError(f"{local} is a file; give the directory that holds {WEIGHTS_NAME}")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    prefix = f"{inside}/" if subfolder else ""
+    try:
+        snapshot = snapshot_download(
+            str(path),
+            revision=revision,
+            token=token,
+            cache_dir=None if cache_dir is None else Path(cache_dir),
+            local_files_only=local_files_only,
+            allow_patterns=[prefix + name for name in (CONFIG_NAME, WEIGHTS_NAME)],
+        )
+    except HFValidationError:
+        raise CheckpointError(f"{path} is not a directory on this machine, nor the name of a hub repository") from None
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise CheckpointError(
+            f"{path} is not a directory on this machine, and the hub gave no such repository: {error}"
+        ) from error
+    return Path(snapshot) / inside
+
+
+def _checked_subfolder(subfolder: str | None) -> PurePosixPath:
+    inside = PurePosixPath((subfolder or ".").replace("\\", "/"))
+    if inside.is_absolute() or ".." in inside.parts or ":" in str(inside):
+        raise ValueError(f"subfolder={subfolder!r} is not allowed: it must stay inside the adapter's directory")
+    return inside
+
+
+def upload_directory(directory: Path, repo_id: str, **settings: Any) -> str:
+    """Upload a directory's adapter files to a hub repository, made if need be, and return the commit's address.
+
+    Args:
+        directory: what to upload.
+        repo_id: "owner/name" on the hub.
+        settings: `private`, `token`, `revision`, `commit_message`, `create_pr`, as `huggingface_hub` has them.
+    """
+    from huggingface_hub import HfApi
+
+    private, token = settings.pop("private", None), settings.pop("token", None)
+    unknown = set(settings) - {"revision", "commit_message", "create_pr"}
+    if unknown:
+        raise TypeError(f"push_to_hub does not know {sorted(unknown)}")
+    api = HfApi(token=token)
+    repository = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    names = [CARD_NAME, CONFIG_NAME, WEIGHTS_NAME]
+    patterns = [*names, *(f"*/{name}" for name in names)]
+    commit = api.upload_folder(repo_id=repository, folder_path=directory, allow_patterns=patterns, **settings)
+    return str(commit.commit_url)

@@ -1,0 +1,226 @@
+"""veratune's own file format: one safetensors file that holds an adapter whole, and a JSON copy of its configuration.
+
+`adapter_model.safetensors` has these tensors (names of layers and modules are those in the model without adapters):
+
+    vera_lambda_b.<layer>              b, (out,)
+    vera_lambda_d.<layer>              d, (r,)
+    modules_to_save.<module>.<key>     a module trained in full
+    bias.<parameter>                   a trained bias
+    projection.A[.<width>]             A (r, width), only with save_projection or projections read from a file
+    projection.B[.<width>]             B (width, r), likewise
+
+and, in its metadata, the JSON object "veratune": format version, configuration, fingerprint of the projections, and a
+SHA-256 over all of this and the tensors. As the file holds all that a load needs, replacing it is one atomic step;
+`adapter_config.json` is there for people and for programs that look for it.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from veratune.adapters import AdaptedModel, make_source, notify
+from veratune.checkpoint.files import (
+    CONFIG_NAME,
+    WEIGHTS_NAME,
+    CheckpointError,
+    read_json,
+    read_tensors,
+    write_json,
+    write_tensors,
+)
+from veratune.checkpoint.transfer import LoadedAdapter, install_loaded, targets_of
+from veratune.config import VeraConfig
+from veratune.sources import PerDimension, Side, Source, Stored
+from veratune.targets import Target
+
+FORMAT_VERSION = 1
+_METADATA_KEY = "veratune"
+
+# Fields that may differ between the two copies of the configuration without a word: they do not change the adapter.
+_INFORMATIVE = {"peft_type", "base_model_name_or_path", "revision", "inference_mode", "task_type"}
+
+
+def save_native(host: AdaptedModel, adapter_name: str, directory: Path) -> None:
+    """Write one adapter into a directory, in place of one that is there."""
+    config, source = host.peft_config[adapter_name], host.source(adapter_name)
+    tensors = _state_tensors(host, adapter_name)
+    if config.save_projection or isinstance(source, Stored):
+        tensors |= _projection_tensors(host, adapter_name, source)
+    saved_config = config.replace(inference_mode=True)
+    header: dict[str, Any] = {
+        "format_version": FORMAT_VERSION,
+        "config": saved_config.to_dict(),
+        "fingerprint": source.fingerprint(),
+    }
+    header["sha256"] = _digest(header, tensors)
+    metadata = {"format": "pt", _METADATA_KEY: json.dumps(header)}
+    write_tensors(directory / WEIGHTS_NAME, tensors, metadata)
+    write_json(directory / CONFIG_NAME, {**saved_config.to_dict(), "fingerprint": source.fingerprint()})
+
+
+def load_native(host: AdaptedModel, adapter_name: str, directory: Path, *, frozen: bool) -> None:
+    """Add the adapter in a directory to a model.
+
+    Raises:
+        CheckpointError: the files cannot be used, or not with this model; the model is unchanged.
+    """
+    loaded, header, projections = read_native(directory)
+    targets = targets_of(host.base_model, loaded)
+    _check_ranks(loaded, targets)
+    source = _source(loaded, targets, header, projections)
+    install_loaded(host, adapter_name, loaded, targets, source, frozen=frozen)
+
+
+def read_native(directory: Path) -> tuple[LoadedAdapter, dict[str, Any], dict[str, Tensor]]:
+    """Read an adapter's files without a model: the adapter, the file's header, and projections it holds."""
+    path = directory / WEIGHTS_NAME
+    tensors, metadata = read_tensors(path)
+    header = _header(path, metadata, tensors)
+    try:
+        config = VeraConfig.from_dict(header["config"])
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: its configuration cannot be used: {error}") from None
+    _compare_with_json(directory / CONFIG_NAME, config)
+    groups = _grouped(path, tensors)
+    if groups["vera_lambda_b"].keys() != groups["vera_lambda_d"].keys():
+        odd = sorted(groups["vera_lambda_b"].keys() ^ groups["vera_lambda_d"].keys())
+        raise CheckpointError(f"{path}: {odd[0]} has one of its two vectors only")
+    if not groups["vera_lambda_b"]:
+        raise CheckpointError(f"{path} adapts no layer")
+    vectors = {name: (b, groups["vera_lambda_d"][name]) for name, b in groups["vera_lambda_b"].items()}
+    saved: dict[str, dict[str, Tensor]] = {name: {} for name in config.modules_to_save or []}
+    for name, tensor in groups["modules_to_save"].items():
+        owner = next((module for module in saved if name.startswith(f"{module}.")), None)
+        if owner is None:
+            raise CheckpointError(f"{path}: {name} belongs to none of modules_to_save={config.modules_to_save!r}")
+        saved[owner][name.removeprefix(f"{owner}.")] = tensor
+    loaded = LoadedAdapter(str(path), config, vectors, saved, groups["bias"])
+    return loaded, header, groups["projection"]
+
+
+def _state_tensors(host: AdaptedModel, adapter_name: str) -> dict[str, Tensor]:
+    state = host.adapter_state(adapter_name)
+    tensors: dict[str, Tensor] = {}
+    for name, (b, d) in state.vectors.items():
+        tensors[f"vera_lambda_b.{name}"] = b
+        tensors[f"vera_lambda_d.{name}"] = d
+    for name, module in state.saved.items():
+        for key, tensor in module.state_dict().items():
+            tensors[f"modules_to_save.{name}.{key}"] = tensor
+    for name, bias in state.biases.items():
+        tensors[f"bias.{name}"] = bias
+    return tensors
+
+
+def _projection_tensors(host: AdaptedModel, adapter_name: str, source: Source) -> dict[str, Tensor]:
+    """Return the projections an adapter uses, float32 as drawn: A (r, width), B (width, r) without its gain."""
+    widths: dict[tuple[Side, int], int] = {}
+    for layer in host.layers().values():
+        slot = layer.slots.get(adapter_name)
+        for corner in (slot.a, slot.b) if slot else ():
+            key = (corner.projection.side, corner.projection.width)
+            widths[key] = max(widths.get(key, 0), corner.rank)
+    tensors: dict[str, Tensor] = {}
+    for (side, width), rank in widths.items():
+        name = f"projection.{side}.{width}" if isinstance(source, PerDimension) else f"projection.{side}"
+        drawn = source.draw(side, range(rank), width, torch.device("cpu"))
+        tensors[name] = drawn if side == "A" else drawn.t()
+    return tensors
+
+
+def _header(path: Path, metadata: dict[str, str], tensors: dict[str, Tensor]) -> dict[str, Any]:
+    if _METADATA_KEY not in metadata:
+        raise CheckpointError(
+            f"{path} was not written by veratune: its metadata has no {_METADATA_KEY!r}, only {sorted(metadata)}"
+        )
+    try:
+        header = json.loads(metadata[_METADATA_KEY])
+        version, digest = header["format_version"], header.pop("sha256")
+        config, fingerprint = header["config"], header["fingerprint"]
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError):
+        raise CheckpointError(f"{path}: the {_METADATA_KEY!r} entry of its metadata is damaged") from None
+    if version != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path} has the format version {version!r}; this veratune reads {FORMAT_VERSION}: install a newer one"
+        )
+    if not isinstance(config, dict) or not isinstance(fingerprint, str):
+        raise CheckpointError(f"{path}: the {_METADATA_KEY!r} entry of its metadata is damaged")
+    if digest != _digest(header, tensors):
+        raise CheckpointError(f"{path} is damaged or was changed by hand: its SHA-256 does not fit its contents")
+    return dict(header)
+
+
+def _digest(header: dict[str, Any], tensors: dict[str, Tensor]) -> str:
+    sha = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        sha.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        sha.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return sha.hexdigest()
+
+
+def _grouped(path: Path, tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Sort tensors by the kind that their names begin with. The rest of a name is data and is never searched in."""
+    groups: dict[str, dict[str, Tensor]] = {
+        kind: {} for kind in ("vera_lambda_b", "vera_lambda_d", "modules_to_save", "bias", "projection")
+    }
+    for key, tensor in tensors.items():
+        kind, _, name = key.partition(".")
+        if kind not in groups:
+            raise CheckpointError(f"{path}: {key!r} is of no known kind; a key begins with one of {sorted(groups)}")
+        groups[kind][name] = tensor
+    return groups
+
+
+def _compare_with_json(path: Path, config: VeraConfig) -> None:
+    if not path.exists():
+        return
+    shown, own = read_json(path), config.to_dict()
+    differing = [name for name in own if name not in _INFORMATIVE and name in shown and shown[name] != own[name]]
+    if differing:
+        notify(
+            f"{path} differs from the configuration inside {WEIGHTS_NAME} in {differing}, and the latter counts. An"
+            " interrupted save leaves this; to change settings, load the adapter, change them there and save it"
+        )
+
+
+def _check_ranks(loaded: LoadedAdapter, targets: list[Target]) -> None:
+    if loaded.config.projection == "peft":
+        for target in targets:
+            if target.rank != loaded.config.r:
+                raise CheckpointError(
+                    f"{loaded.origin}: d of {target.name} has {target.rank} numbers, but the configuration says"
+                    f" r={loaded.config.r}"
+                )
+
+
+def _source(
+    loaded: LoadedAdapter, targets: list[Target], header: dict[str, Any], projections: dict[str, Tensor]
+) -> Source:
+    """Return the adapter's projections, after making sure that they are the ones it was trained with."""
+    source = make_source(loaded.config, targets)
+    if source.fingerprint() == header["fingerprint"]:
+        _check_projections(loaded.origin, source, projections)
+        return source
+    if loaded.config.projection == "peft" and projections.keys() == {"A", "B"}:
+        stored = Stored.from_tensors(projections["A"], projections["B"])
+        if stored.fingerprint() == header["fingerprint"]:
+            return stored
+    raise CheckpointError(
+        f"{loaded.origin} was trained with other projections: its fingerprint is {header['fingerprint']}, but"
+        f" projection={loaded.config.projection!r} with projection_prng_key={loaded.config.projection_prng_key} gives"
+        f" {source.fingerprint()} here. The adapter would compute something else than it learned"
+    )
+
+
+def _check_projections(origin: str, source: Source, projections: dict[str, Tensor]) -> None:
+    for name, stored in projections.items():
+        side: Side = "A" if name.startswith("A") else "B"
+        rank_major = stored if side == "A" else stored.t()
+        drawn = source.draw(side, range(rank_major.shape[0]), rank_major.shape[1], torch.device("cpu"))
+        if not torch.equal(drawn, rank_major):
+            raise CheckpointError(f"{origin}: its projection {name} differs from the one that its key gives here")

@@ -1,0 +1,271 @@
+"""PEFT's own VeRA files: reading what the `peft` package wrote, and writing what it reads, with equal outputs."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from veratune.adapters import AdaptedModel, make_source
+from veratune.checkpoint.files import (
+    CONFIG_NAME,
+    WEIGHTS_NAME,
+    CheckpointError,
+    read_json,
+    read_tensors,
+    write_json,
+    write_tensors,
+)
+from veratune.checkpoint.transfer import LoadedAdapter, install_loaded, targets_of
+from veratune.config import VeraConfig
+from veratune.layers import VeraLayer, is_conv1d
+from veratune.layers.biases import bias_owners
+from veratune.sources import PeftShared, PerDimension, Side, Source, Stored
+from veratune.targets import Target, base_modules, matches
+
+PEFT_VERA = "VERA"
+PREFIX = "base_model.model."
+_A_KEY, _B_KEY = "base_model.vera_A", "base_model.vera_B"
+
+_SAME_FIELDS = (
+    "r",
+    "target_modules",
+    "layers_to_transform",
+    "layers_pattern",
+    "d_initial",
+    "vera_dropout",
+    "bias",
+    "init_weights",
+    "projection_prng_key",
+    "save_projection",
+    "base_model_name_or_path",
+    "revision",
+    "exclude_modules",
+)
+
+
+# Reading
+
+
+def load_peft(host: AdaptedModel, adapter_name: str, directory: Path, *, frozen: bool) -> None:
+    """Add an adapter that the `peft` package wrote to a model.
+
+    Raises:
+        CheckpointError: the files cannot be used, or not with this model; the model is unchanged.
+    """
+    path = directory / WEIGHTS_NAME
+    config = _read_config(directory / CONFIG_NAME)
+    tensors, _ = read_tensors(path)
+    a, b = tensors.pop(_A_KEY, None), tensors.pop(_B_KEY, None)
+    if (a is None) != (b is None):
+        raise CheckpointError(f"{path} has one of {_A_KEY} and {_B_KEY} only")
+    if config.save_projection and a is None:
+        raise CheckpointError(f"{path}: save_projection is true in {CONFIG_NAME}, but the file has no projections")
+    loaded = _sort(str(path), config, tensors, host.base_model)
+    targets = targets_of(host.base_model, loaded)
+    for target in targets:
+        if target.rank != config.r:
+            raise CheckpointError(f"{path}: d of {target.name} has {target.rank} numbers, but r is {config.r}")
+    source = make_source(config, targets)
+    if a is not None and b is not None:
+        source = _stored_source(str(path), config, targets, a, b)
+    install_loaded(host, adapter_name, loaded, targets, source, frozen=frozen)
+
+
+def _read_config(path: Path) -> VeraConfig:
+    values = read_json(path)
+    if values.get("peft_type") != PEFT_VERA:
+        raise CheckpointError(f"{path}: peft_type is {values.get('peft_type')!r}, not {PEFT_VERA!r}")
+    kept = {name: values[name] for name in _SAME_FIELDS if values.get(name) is not None}
+    if isinstance(values.get("task_type"), str):
+        kept["task_type"] = values["task_type"]
+    # A stack's indices beside a regular expression would be refused in a new configuration; which layers an adapter
+    # has is read from its tensors, so what chose them is only kept where it can be.
+    if isinstance(kept.get("target_modules"), str) and "layers_to_transform" in kept:
+        kept.pop("layers_to_transform")
+        kept.pop("layers_pattern", None)
+    saved = values.get("modules_to_save")
+    try:
+        return VeraConfig(projection="peft", modules_to_save=saved or [], **kept)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be used: {error}") from None
+
+
+def _sort(origin: str, config: VeraConfig, tensors: dict[str, Tensor], model: nn.Module) -> LoadedAdapter:
+    """Sort a file's tensors into vectors, saved modules and biases, by looking up each whole name in the model."""
+    modules = base_modules(model)
+    saved_names = [
+        name for name in modules if name and config.modules_to_save and matches(name, config.modules_to_save)
+    ]
+    biases = bias_owners((name, _unwrapped(module)) for name, module in modules.items())
+    vectors: dict[str, dict[str, Tensor]] = {}
+    loaded = LoadedAdapter(origin, config, {})
+    for key, tensor in tensors.items():
+        if not key.startswith(PREFIX):
+            raise CheckpointError(f"{origin}: {key!r} does not begin with {PREFIX!r}, as PEFT's names do")
+        name = key.removeprefix(PREFIX)
+        parent, _, last = name.rpartition(".")
+        bias_name = name.removesuffix(".base_layer.bias") + ".bias" if name.endswith(".base_layer.bias") else name
+        owner = next((module for module in saved_names if name.startswith(f"{module}.")), None)
+        if last in ("vera_lambda_b", "vera_lambda_d"):
+            vectors.setdefault(parent, {})[last] = tensor
+        elif owner is not None:
+            loaded.saved.setdefault(owner, {})[name.removeprefix(f"{owner}.")] = tensor
+        elif config.bias != "none" and bias_name in biases:
+            loaded.biases[bias_name] = tensor
+        else:
+            raise CheckpointError(f"{origin}: {key!r} belongs to nothing that this {type(model).__name__} has")
+    for name, pair in vectors.items():
+        if len(pair) != 2:
+            raise CheckpointError(f"{origin}: {name} has one of its two vectors only")
+        loaded.vectors[name] = (pair["vera_lambda_b"], pair["vera_lambda_d"])
+    if not loaded.vectors:
+        raise CheckpointError(f"{origin} adapts no layer")
+    return loaded
+
+
+def _unwrapped(module: nn.Module) -> nn.Module:
+    return module.base_layer if isinstance(module, VeraLayer) else module
+
+
+def _stored_source(origin: str, config: VeraConfig, targets: list[Target], a: Tensor, b: Tensor) -> Source:
+    """Return the stored projections, or the drawn ones where those have the same bits."""
+    max_in = max(target.in_features for target in targets)
+    max_out = max(target.out_features for target in targets)
+    fits = a.ndim == b.ndim == 2 and a.shape[0] == b.shape[1] == config.r
+    if not fits or a.shape[1] < max_in or b.shape[0] < max_out:
+        raise CheckpointError(
+            f"{origin}: its projections have the shapes {tuple(a.shape)} and {tuple(b.shape)}, but r is {config.r} and"
+            f" the widest layers need ({config.r}, {max_in}) and ({max_out}, {config.r})"
+        )
+    stored = Stored.from_tensors(a, b)
+    drawn = PeftShared(config.projection_prng_key, config.r, a.shape[1], b.shape[0])
+    sides: tuple[tuple[Side, Tensor], ...] = (("A", stored.a), ("B", stored.b))
+    same = drawn == make_source(config, targets) and all(
+        torch.equal(drawn.draw(side, range(config.r), kept.shape[1], torch.device("cpu")), kept) for side, kept in sides
+    )
+    return drawn if same else stored
+
+
+# Writing
+
+
+def export_peft(host: AdaptedModel, adapter_name: str, directory: Path, *, save_projection: bool | None = None) -> None:
+    """Write an adapter so that the `peft` package (`PeftModel.from_pretrained`) computes the same outputs.
+
+    An adapter of the per_dimension scheme is written with projections: PEFT's one A and B are then the corners of the
+    same random matrix, and what the widths' scales differ by goes into each d. Layers of a smaller rank than the
+    largest get zeros behind their d.
+
+    Args:
+        host: the model.
+        adapter_name: which adapter.
+        directory: where to; files there are replaced.
+        save_projection: whether to write A and B; None takes them along where PEFT could not draw them again.
+
+    Raises:
+        ValueError: `save_projection` is False and PEFT could not draw the projections again.
+    """
+    config, source = host.peft_config[adapter_name], host.source(adapter_name)
+    drawable = isinstance(source, PeftShared)
+    if save_projection is None:
+        save_projection = config.save_projection or not drawable
+    if not save_projection and not drawable:
+        raise ValueError(
+            f"save_projection=False is not allowed here: PEFT cannot draw the projections of adapter {adapter_name!r}"
+            f" (projection={config.projection!r}) from its key"
+        )
+    layers = {name: layer for name, layer in host.layers().items() if adapter_name in layer.slots}
+    shared = _shared_projections(source, layers, adapter_name)
+    tensors: dict[str, Tensor] = {}
+    for name, layer in layers.items():
+        b, d = layer.vectors(adapter_name)
+        tensors[f"{PREFIX}{name}.vera_lambda_b"] = b.float()
+        tensors[f"{PREFIX}{name}.vera_lambda_d"] = _peft_d(d, source, layer, shared)
+    if save_projection:
+        tensors[_A_KEY], tensors[_B_KEY] = shared
+    tensors |= other_tensors(host, adapter_name)
+    write_tensors(directory / WEIGHTS_NAME, tensors, {"format": "pt"})
+    values = common_values(host, adapter_name) | {
+        "peft_type": PEFT_VERA,
+        "r": shared[0].shape[0],
+        "d_initial": config.d_initial,
+        "vera_dropout": config.vera_dropout,
+        "bias": config.bias,
+        "projection_prng_key": config.projection_prng_key,
+        "save_projection": save_projection,
+        "init_weights": True,
+    }
+    write_json(directory / CONFIG_NAME, values)
+
+
+def _shared_projections(source: Source, layers: dict[str, VeraLayer], adapter_name: str) -> tuple[Tensor, Tensor]:
+    """Return PEFT's A (r, max_in) and B (max_out, r) that the layers' projections are corners of, up to scales."""
+    rank = max(layer.slots[adapter_name].rank for layer in layers.values())
+    width_a = max(layer.slots[adapter_name].a.projection.width for layer in layers.values())
+    width_b = max(layer.slots[adapter_name].b.projection.width for layer in layers.values())
+    cpu = torch.device("cpu")
+    a = source.draw("A", range(rank), width_a, cpu)
+    b = source.draw("B", range(rank), width_b, cpu).t().contiguous() * source.gain(rank)
+    return a, b
+
+
+def _peft_d(d: Tensor, source: Source, layer: VeraLayer, shared: tuple[Tensor, Tensor]) -> Tensor:
+    """Return d for PEFT's A and B: times what this layer's projections differ from them by, zeros up to their rank."""
+    rank, widest = shared[0].shape
+    d = d.detach().double()
+    if isinstance(source, PerDimension):
+        # A = sqrt(6 / in) u here and sqrt(6 / widest) u there; the gains of B's ranks differ likewise.
+        d = d * math.sqrt(widest / layer.in_features) * (source.gain(d.shape[0]) / source.gain(rank))
+    padded = torch.zeros(rank, dtype=torch.float64, device=d.device)
+    padded[: d.shape[0]] = d
+    return padded.float()
+
+
+def other_tensors(host: AdaptedModel, adapter_name: str) -> dict[str, Tensor]:
+    """Return an adapter's saved modules and biases under PEFT's names."""
+    state = host.adapter_state(adapter_name)
+    adapted = {f"{name}.bias" if name else "bias": name for name in state.vectors}
+    tensors: dict[str, Tensor] = {}
+    for name, module in state.saved.items():
+        for key, tensor in module.state_dict().items():
+            tensors[f"{PREFIX}{name}.{key}"] = tensor
+    for name, bias in state.biases.items():
+        layer = adapted.get(name)
+        key = name if layer is None else f"{layer}.base_layer.bias" if layer else "base_layer.bias"
+        tensors[PREFIX + key] = bias
+    return tensors
+
+
+def common_values(host: AdaptedModel, adapter_name: str) -> dict[str, Any]:
+    """Return the entries that PEFT's configurations of VeRA and of LoRA have in common."""
+    config = host.peft_config[adapter_name]
+    layers = host.layers()
+    names = [name for name, layer in layers.items() if adapter_name in layer.slots]
+    return {
+        "auto_mapping": None,
+        "base_model_name_or_path": config.base_model_name_or_path,
+        "fan_in_fan_out": any(is_conv1d(layers[name].base_layer) for name in names),
+        "inference_mode": True,
+        "layers_pattern": None,
+        "layers_to_transform": None,
+        "modules_to_save": config.modules_to_save or None,
+        "revision": config.revision,
+        "target_modules": _peft_targets(host, config, names),
+        "task_type": config.task_type,
+    }
+
+
+def _peft_targets(host: AdaptedModel, config: VeraConfig, names: list[str]) -> list[str] | str:
+    """Return target_modules that name exactly these layers under PEFT's rules, the user's own where they do."""
+    everything = [name for name in base_modules(host.base_model) if name]
+    if (
+        isinstance(config.target_modules, list)
+        and [name for name in everything if matches(name, config.target_modules)] == names
+    ):
+        return config.target_modules
+    if [name for name in everything if matches(name, names)] == names:
+        return names
+    # A layer's whole name may also be the end of another's; a regular expression matches whole names only.
+    return "|".join(name.replace(".", r"\.") for name in names)

@@ -1,0 +1,165 @@
+"""From files' tensors to an adapter on a model and back, whatever the format.
+
+A format's reader makes a `LoadedAdapter`; `install_loaded` checks every name and shape against the model, and only
+then changes the model.
+"""
+
+import difflib
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from veratune.adapters import AdaptedModel, AdapterPlan
+from veratune.checkpoint.files import CheckpointError
+from veratune.config import VeraConfig
+from veratune.layers import SavedModule, VeraLayer, features, why_not_adaptable
+from veratune.layers.biases import bias_owners
+from veratune.sources import Source
+from veratune.targets import Target, base_modules
+
+
+@dataclass
+class LoadedAdapter:
+    """An adapter as read from files, by names in the model without adapters.
+
+    Attributes:
+        origin: the file, for messages.
+        config: its configuration.
+        vectors: layer name to (b, d).
+        saved: module name to that module's state dict.
+        biases: parameter name to bias.
+    """
+
+    origin: str
+    config: VeraConfig
+    vectors: dict[str, tuple[Tensor, Tensor]]
+    saved: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    biases: dict[str, Tensor] = field(default_factory=dict)
+
+
+def targets_of(model: nn.Module, loaded: LoadedAdapter) -> list[Target]:
+    """Return the layers of a model that a loaded adapter is for, having checked names and shapes.
+
+    Raises:
+        CheckpointError: a layer that the model does not have, or that has other dimensions or cannot be adapted.
+    """
+    modules = base_modules(model)
+    missing = [name for name in loaded.vectors if name not in modules]
+    if missing:
+        raise CheckpointError(
+            f"{loaded.origin} adapts {len(missing)} layers that this {type(model).__name__} does not have: "
+            + _some(missing)
+            + _closest(missing[0], modules)
+        )
+    targets = []
+    for name, (b, d) in loaded.vectors.items():
+        module = modules[name]
+        base = module.base_layer if isinstance(module, VeraLayer) else module
+        reason = why_not_adaptable(base)
+        if reason is not None:
+            raise CheckpointError(f"{loaded.origin} adapts {name}, which cannot be adapted here, because {reason}")
+        in_features, out_features = features(base)
+        if b.shape != (out_features,):
+            raise CheckpointError(
+                f"{loaded.origin}: b of {name} has the shape {tuple(b.shape)}, but that layer has {out_features} outputs"
+                " here: the adapter is for a model of other dimensions"
+            )
+        if d.ndim != 1 or d.shape[0] < 1:
+            raise CheckpointError(f"{loaded.origin}: d of {name} has the shape {tuple(d.shape)}, not (r,)")
+        targets.append(Target(name, module, d.shape[0], in_features, out_features))
+    return targets
+
+
+def install_loaded(
+    host: AdaptedModel, name: str, loaded: LoadedAdapter, targets: list[Target], source: Source, *, frozen: bool
+) -> None:
+    """Add a loaded adapter to a model under a name; on any error the model is unchanged.
+
+    Args:
+        host: the model.
+        name: the adapter's name there.
+        loaded: what a reader returned.
+        targets: what `targets_of` returned for this model.
+        source: the adapter's projections.
+        frozen: whether the adapter is only for inference.
+
+    Raises:
+        CheckpointError: saved modules or biases that do not fit the model.
+        ValueError: the name is taken or not allowed.
+    """
+    host.check_new_name(name)
+    modules = base_modules(host.base_model)
+    for module_name, state in loaded.saved.items():
+        _check_saved(loaded.origin, modules, module_name, state)
+    owners = _owners(loaded, modules)
+    config = loaded.config.replace(modules_to_save=list(loaded.saved), inference_mode=frozen)
+    host.install(name, AdapterPlan(config, targets, source, owners))
+    state_now = host.adapter_state(name)
+    with torch.no_grad():
+        for layer_name, (b, d) in loaded.vectors.items():
+            own_b, own_d = state_now.vectors[layer_name]
+            own_b.copy_(b)
+            own_d.copy_(d)
+        for module_name, state in loaded.saved.items():
+            state_now.saved[module_name].load_state_dict(state)
+        for bias_name, bias in loaded.biases.items():
+            state_now.biases[bias_name].copy_(bias)
+
+
+def _check_saved(origin: str, modules: dict[str, nn.Module], name: str, state: dict[str, Tensor]) -> None:
+    module = modules.get(name)
+    if module is None:
+        raise CheckpointError(
+            f"{origin} holds the module {name!r} in full, but this model has none of that name"
+            + _closest(name, modules)
+        )
+    original = module.original_module if isinstance(module, SavedModule) else module
+    expected = original.state_dict()
+    check_keys(f"{origin}: saved module {name!r}", expected, state)
+    for key, tensor in state.items():
+        if tensor.shape != expected[key].shape:
+            raise CheckpointError(
+                f"{origin}: {name}.{key} has the shape {tuple(tensor.shape)}, but {tuple(expected[key].shape)} in this"
+                " model: give the base model the same number of labels as it had in training"
+            )
+
+
+def _owners(loaded: LoadedAdapter, modules: dict[str, nn.Module]) -> dict[str, list[nn.Module]]:
+    if not loaded.biases:
+        return {}
+    all_owners = bias_owners(
+        (name, module.base_layer if isinstance(module, VeraLayer) else module) for name, module in modules.items()
+    )
+    for name, bias in loaded.biases.items():
+        if name not in all_owners:
+            raise CheckpointError(f"{loaded.origin} holds the bias {name!r}, which this model does not have")
+        shape = all_owners[name][0]._parameters["bias"]
+        assert shape is not None
+        if bias.shape != shape.shape:
+            raise CheckpointError(
+                f"{loaded.origin}: {name} has the shape {tuple(bias.shape)}, but {tuple(shape.shape)} in this model"
+            )
+    return {name: all_owners[name] for name in loaded.biases}
+
+
+def check_keys(what: str, expected: Iterable[str], found: Iterable[str]) -> None:
+    """Raise CheckpointError unless both have the same names."""
+    expected, found = set(expected), set(found)
+    problems = []
+    if expected - found:
+        problems.append("is without " + _some(sorted(expected - found)))
+    if found - expected:
+        problems.append("has what does not belong there: " + _some(sorted(found - expected)))
+    if problems:
+        raise CheckpointError(f"{what} {' and '.join(problems)}")
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def _closest(name: str, modules: dict[str, nn.Module]) -> str:
+    close = difflib.get_close_matches(name, modules, n=3, cutoff=0.5)
+    return f"; the closest here: {', '.join(close)}" if close else ""

@@ -1,0 +1,268 @@
+"""The configuration of one adapter: validated when it is made, with PEFT's field names where PEFT has the field."""
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from veratune.routing import ROUTE_NAMES, RouteName
+
+PEFT_TYPE = "VERATUNE"
+
+Bias = Literal["none", "all", "vera_only"]
+ProjectionScheme = Literal["per_dimension", "peft"]
+TASK_TYPES = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "CAUSAL_LM", "SEQ_2_SEQ_LM", "FEATURE_EXTRACTION")
+
+_BIASES = ("none", "all", "vera_only")
+_PROJECTIONS = ("per_dimension", "peft")
+_KEY_RANGE = range(-(1 << 63), 1 << 64)
+_LARGEST_RANK = 1 << 20
+
+
+@dataclass
+class VeraConfig:
+    """Settings of a VeRA adapter (Kopiczko, Blankevoort & Asano, ICLR 2024).
+
+    Args:
+        r: rank: the number of rows of A and of columns of B. VeRA's ranks are high (256 to 1024).
+        target_modules: which linear layers to adapt. A list of names, each matching a module of that name or whose
+            dotted name ends in it; a string, a regular expression that must match the whole dotted name; "all-linear"
+            for every linear layer but the output head; None for a choice by `model.config.model_type`.
+        exclude_modules: layers not to adapt, as a list of names or a regular expression, matched the same way.
+        layers_to_transform: indices of the layers of the stack to adapt; None for all.
+        layers_pattern: name or names of the `nn.ModuleList` that `layers_to_transform` counts in; None for any.
+        rank_pattern: rank for the layers whose dotted name ends in a match of the key (a regular expression), in
+            place of `r`.
+        modules_to_save: names of modules to train in full and save with the adapter. None chooses the new head of a
+            classification model; an empty list is for none at all.
+        d_initial: value at which each d starts (the paper's Table 6); b starts at zero.
+        vera_dropout: probability of dropout on the adapter's input, in [0, 1).
+        bias: which biases are trained: "none", "all", or those of the adapted layers ("vera_only").
+        init_weights: False starts b at one and d at random, so that a new adapter changes the model. For tests.
+        projection_prng_key: 64-bit key from which the frozen projections A and B are drawn.
+        projection: "per_dimension", projections of their own for each width, or "peft", corners of one pair as large
+            as the widest layers, with PEFT's values.
+        save_projection: write A and B into the adapter's file. Nothing needs them there: they are drawn again from
+            the key.
+        route: how layers are computed: "auto" (the cheaper for each shape), "factored" or "dense".
+        task_type: one of SEQ_CLS, TOKEN_CLS, QUESTION_ANS, CAUSAL_LM, SEQ_2_SEQ_LM, FEATURE_EXTRACTION, or None.
+        inference_mode: make the adapter frozen.
+        base_model_name_or_path: where the base model is from; filled in by `get_peft_model`.
+        revision: the base model's revision.
+
+    Raises:
+        TypeError, ValueError: a value, or two together, that cannot be; the message names the field, the value and
+            what is allowed.
+    """
+
+    r: int = 256
+    target_modules: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    rank_pattern: dict[str, int] = dataclasses.field(default_factory=dict)
+    modules_to_save: list[str] | None = None
+    d_initial: float = 0.1
+    vera_dropout: float = 0.0
+    bias: Bias = "none"
+    init_weights: bool = True
+    projection_prng_key: int = 0
+    projection: ProjectionScheme = "per_dimension"
+    save_projection: bool = False
+    route: RouteName = "auto"
+    task_type: str | None = None
+    inference_mode: bool = False
+    base_model_name_or_path: str | None = None
+    revision: str | None = None
+
+    def __post_init__(self) -> None:
+        self.target_modules = _names("target_modules", self.target_modules)
+        self.exclude_modules = _names("exclude_modules", self.exclude_modules)
+        self.layers_pattern = _names("layers_pattern", self.layers_pattern, regex=False)
+        self.modules_to_save = _saved_names(self.modules_to_save)
+        self.layers_to_transform = _layer_indices(self.layers_to_transform)
+        self.rank_pattern = _rank_pattern(self.rank_pattern)
+        _check_integer("r", self.r, range(1, _LARGEST_RANK + 1), f"an integer from 1 to {_LARGEST_RANK}")
+        _check_integer("projection_prng_key", self.projection_prng_key, _KEY_RANGE, "an integer of 64 bits")
+        self.d_initial = _finite("d_initial", self.d_initial)
+        if self.d_initial == 0.0:
+            raise _bad(
+                "d_initial", self.d_initial, "a number other than 0: with b = 0 as well nothing could ever learn"
+            )
+        self.vera_dropout = _finite("vera_dropout", self.vera_dropout)
+        if not 0.0 <= self.vera_dropout < 1.0:
+            raise _bad("vera_dropout", self.vera_dropout, "a probability in [0, 1)")
+        _check_choice("bias", self.bias, _BIASES)
+        _check_choice("projection", self.projection, _PROJECTIONS)
+        _check_choice("route", self.route, ROUTE_NAMES)
+        self.task_type = _task_type(self.task_type)
+        for name in ("init_weights", "save_projection", "inference_mode"):
+            if not isinstance(getattr(self, name), bool):
+                raise _bad(name, getattr(self, name), "True or False", TypeError)
+        for name in ("base_model_name_or_path", "revision"):
+            if not isinstance(getattr(self, name), str | None):
+                raise _bad(name, getattr(self, name), "a string or None", TypeError)
+        self._check_combinations()
+
+    def _check_combinations(self) -> None:
+        if self.layers_pattern is not None and self.layers_to_transform is None:
+            raise ValueError(
+                f"layers_pattern={self.layers_pattern!r} says where layers_to_transform counts, but"
+                " layers_to_transform is None: give its indices, or leave layers_pattern out"
+            )
+        if self.layers_to_transform is not None and self._is_regex():
+            raise ValueError(
+                f"layers_to_transform={self.layers_to_transform!r} cannot be combined with the regular expression"
+                f" target_modules={self.target_modules!r}: put the indices into the expression, or list names"
+            )
+        if self.route == "dense" and self.vera_dropout > 0.0:
+            raise ValueError(
+                f"route='dense' cannot be combined with vera_dropout={self.vera_dropout!r}: one weight for both parts"
+                " of a layer cannot leave out inputs of the adapter's part alone; use route='auto', or vera_dropout=0.0"
+            )
+        if self.projection == "peft" and self.rank_pattern:
+            raise ValueError(
+                f"rank_pattern={self.rank_pattern!r} cannot be combined with projection='peft', whose A and B have one"
+                " rank for all layers: use projection='per_dimension', or leave rank_pattern out"
+            )
+
+    def _is_regex(self) -> bool:
+        return isinstance(self.target_modules, str) and self.target_modules != "all-linear"
+
+    @property
+    def peft_type(self) -> str:
+        """The name under which files of this configuration are told from PEFT's own."""
+        return PEFT_TYPE
+
+    def replace(self, **changes: Any) -> "VeraConfig":
+        """Return a copy with these fields changed, validated anew."""
+        return dataclasses.replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as values that JSON can hold, with `peft_type` first."""
+        return {"peft_type": PEFT_TYPE, **dataclasses.asdict(self)}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "VeraConfig":
+        """Make a configuration from what `to_dict` returned.
+
+        Raises:
+            ValueError: another `peft_type`, or a field that this version does not know.
+        """
+        values = dict(values)
+        peft_type = values.pop("peft_type", PEFT_TYPE)
+        if peft_type != PEFT_TYPE:
+            raise ValueError(
+                f"peft_type={peft_type!r} is not a veratune configuration, whose peft_type is {PEFT_TYPE!r}"
+            )
+        known = {field.name for field in dataclasses.fields(cls)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise ValueError(f"unknown configuration fields {unknown}: allowed are {sorted(known)}")
+        return cls(**values)
+
+
+VeRAConfig = VeraConfig
+
+
+def _bad(field: str, value: object, allowed: str, error: type[Exception] = ValueError) -> Exception:
+    return error(f"{field}={value!r} is not allowed: it must be {allowed}")
+
+
+def _check_integer(field: str, value: object, allowed: range, description: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise _bad(field, value, description, TypeError)
+    if value not in allowed:
+        raise _bad(field, value, description)
+
+
+def _check_choice(field: str, value: object, choices: tuple[str, ...]) -> None:
+    if not isinstance(value, str) or value not in choices:
+        raise _bad(field, value, "one of " + ", ".join(map(repr, choices)))
+
+
+def _finite(field: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise _bad(field, value, "a number", TypeError)
+    if not math.isfinite(value):
+        raise _bad(field, value, "a finite number")
+    return float(value)
+
+
+def _check_regex(field: str, pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{field}={pattern!r} is not a regular expression: {error}") from None
+
+
+def _name_list(field: str, value: Iterable[object]) -> list[str]:
+    # Sets come from PEFT's own configurations; sorting makes files of equal configurations equal.
+    names = sorted(value, key=str) if isinstance(value, set | frozenset) else list(value)
+    for name in names:
+        if not isinstance(name, str) or not name:
+            raise _bad(field, value, "a list of non-empty names", TypeError)
+    return list(dict.fromkeys(str(name) for name in names))
+
+
+def _names(field: str, value: object, *, regex: bool = True) -> list[str] | str | None:
+    if value is None:
+        return None
+    if isinstance(value, str):
+        if not value:
+            raise _bad(field, value, "a non-empty string, a list of names, or None")
+        if regex and value != "all-linear":
+            _check_regex(field, value)
+        return value
+    if not isinstance(value, list | tuple | set | frozenset):
+        raise _bad(field, value, "a string, a list of names, or None", TypeError)
+    if not value:
+        raise _bad(field, value, "a non-empty list, a string, or None")
+    return _name_list(field, value)
+
+
+def _saved_names(value: object) -> list[str] | None:
+    if value is None:
+        return None
+    if not isinstance(value, list | tuple | set | frozenset):
+        raise _bad("modules_to_save", value, "a list of module names, or None", TypeError)
+    return _name_list("modules_to_save", value)
+
+
+def _layer_indices(value: object) -> list[int] | int | None:
+    if value is None:
+        return None
+    indices = [value] if isinstance(value, int) else value
+    if not isinstance(indices, list | tuple | set | frozenset | range) or not indices:
+        raise _bad("layers_to_transform", value, "an index, a non-empty list of indices, or None", TypeError)
+    for index in indices:
+        if isinstance(index, bool) or not isinstance(index, int):
+            raise _bad("layers_to_transform", value, "made of integers", TypeError)
+        if index < 0:
+            raise _bad("layers_to_transform", value, "made of indices from 0 up")
+    return value if isinstance(value, int) else sorted(set(indices))
+
+
+def _rank_pattern(value: object) -> dict[str, int]:
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise _bad("rank_pattern", value, "a dictionary of patterns to ranks", TypeError)
+    for pattern, rank in value.items():
+        if not isinstance(pattern, str) or not pattern:
+            raise _bad("rank_pattern", value, "a dictionary whose keys are non-empty strings", TypeError)
+        _check_regex("rank_pattern", pattern)
+        description = f"an integer from 1 to {_LARGEST_RANK}"
+        _check_integer(f"rank_pattern[{pattern!r}]", rank, range(1, _LARGEST_RANK + 1), description)
+    return dict(value)
+
+
+def _task_type(value: object) -> str | None:
+    if value is None:
+        return None
+    name = getattr(value, "value", value)  # PEFT's TaskType is an enum of strings
+    if name not in TASK_TYPES:
+        raise _bad("task_type", value, "one of " + ", ".join(TASK_TYPES) + ", or None")
+    return str(name)

@@ -1,0 +1,208 @@
+"""What every adapted layer has: its vectors, its corners of the projections, and merging."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from veratune.functional import delta_weight
+from veratune.projection import Corner, projection_pool
+from veratune.routing import RouteName
+from veratune.sources import Source
+
+
+@dataclass(frozen=True)
+class VectorInit:
+    """How a new adapter's vectors start on one layer.
+
+    Attributes:
+        rank: length of d.
+        d_initial: value of d; b starts at zero.
+        standard: False starts b at one and d from a standard normal distribution instead, as PEFT does for tests.
+        dtype: dtype of both vectors.
+    """
+
+    rank: int
+    d_initial: float
+    standard: bool
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Slot:
+    """What one adapter has on one layer beside its two vectors."""
+
+    a: Corner
+    b: Corner
+    gain: float
+    route: RouteName
+
+    @property
+    def rank(self) -> int:
+        return self.a.rank
+
+
+class VeraLayer(nn.Module):
+    """A linear layer and the VeRA adapters on it: h = W0 x + sum over active adapters of diag(b) B diag(d) A x.
+
+    Attributes:
+        base_layer: the layer as it was.
+        vera_lambda_b: adapter name to b, (out,).
+        vera_lambda_d: adapter name to d, (r,).
+        vera_dropout: adapter name to the dropout on that adapter's input, where it has any.
+        slots: adapter name to its projections and settings; plain attributes, in no state dict.
+        active_adapters: the active adapters that this layer has, in order.
+        merged_adapters: the adapters whose deltas are in the base layer's weight at the moment.
+        added_adapters: the adapters whose deltas `forward` adds: the active ones that are not merged.
+    """
+
+    # The weight's axis of output features: 0 for (out, in), 1 for (in, out).
+    out_axis: ClassVar[int] = 0
+
+    def __init__(self, base_layer: nn.Module, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.in_features = in_features
+        self.out_features = out_features
+        self.vera_lambda_b = nn.ParameterDict()
+        self.vera_lambda_d = nn.ParameterDict()
+        self.vera_dropout = nn.ModuleDict()
+        self.slots: dict[str, Slot] = {}
+        self.active_adapters: list[str] = []
+        self.merged_adapters: list[str] = []
+        self.added_adapters: list[str] = []
+        # In a dict, so that nn.Module does not register the parameter that waits there while a merged one stands in.
+        self._unmerged: dict[str, nn.Parameter] = {}
+        self.training = base_layer.training
+
+    @property
+    def weight(self) -> Tensor:
+        """The base layer's weight, for code that asks a linear layer for its dtype or device."""
+        weight = self.base_layer.weight
+        assert isinstance(weight, Tensor)
+        return weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        bias = self.base_layer.bias
+        assert bias is None or isinstance(bias, Tensor)
+        return bias
+
+    def add_adapter(self, name: str, source: Source, init: VectorInit, dropout: float, route: RouteName) -> None:
+        """Give this layer the vectors of another adapter; it is not active yet."""
+        device = self.weight.device
+        b = torch.zeros(self.out_features, dtype=init.dtype, device=device)
+        d = torch.full((init.rank,), init.d_initial, dtype=init.dtype, device=device)
+        if not init.standard:
+            b.fill_(1.0)
+            d.normal_()
+        self.vera_lambda_b[name] = nn.Parameter(b, requires_grad=False)
+        self.vera_lambda_d[name] = nn.Parameter(d, requires_grad=False)
+        if dropout > 0.0:
+            self.vera_dropout[name] = nn.Dropout(dropout).train(self.training)
+        self.slots[name] = Slot(
+            a=projection_pool.corner(source, "A", init.rank, self.in_features),
+            b=projection_pool.corner(source, "B", init.rank, self.out_features),
+            gain=source.gain(init.rank),
+            route=route,
+        )
+
+    def delete_adapter(self, name: str) -> None:
+        del self.vera_lambda_b[name], self.vera_lambda_d[name], self.slots[name]
+        if name in self.vera_dropout:
+            del self.vera_dropout[name]
+        self.activate(self.active_adapters)
+
+    def activate(self, names: Sequence[str]) -> None:
+        """Let those of these adapters that the layer has be the active ones."""
+        self.active_adapters = [name for name in names if name in self.slots]
+        self._choose_added()
+
+    def _choose_added(self) -> None:
+        self.added_adapters = [name for name in self.active_adapters if name not in self.merged_adapters]
+
+    def vectors(self, name: str) -> tuple[nn.Parameter, nn.Parameter]:
+        """Return (b, d) of an adapter."""
+        b, d = self.vera_lambda_b[name], self.vera_lambda_d[name]
+        assert isinstance(b, nn.Parameter) and isinstance(d, nn.Parameter)
+        return b, d
+
+    def get_delta_weight(self, name: str) -> Tensor:
+        """Return an adapter's delta of the weight, in the weight's own layout, in the vectors' dtype, without a graph.
+
+        The dtype is float32 at least, so that merging into a half-precision weight rounds once.
+        """
+        slot = self.slots[name]
+        b, d = self.vectors(name)
+        dtype = torch.promote_types(torch.promote_types(b.dtype, self.weight.dtype), torch.float32)
+        device = self.weight.device
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+            delta = delta_weight(
+                slot.a.tensor(device, dtype), slot.b.tensor(device, dtype), b.to(dtype), d.to(dtype), slot.gain
+            )
+        return delta if self.out_axis == 0 else delta.t()
+
+    def merged_weight(self, names: Sequence[str]) -> Tensor:
+        """Return the weight with these adapters' deltas added, computed at least in float32 and rounded once."""
+        with torch.no_grad():
+            total = self.get_delta_weight(names[0])
+            for name in names[1:]:
+                total = total + self.get_delta_weight(name)
+            return (total + self.weight.detach()).to(self.weight.dtype).contiguous()
+
+    def why_not_mergeable(self) -> str | None:
+        """Return None if `merge` can work, otherwise the reason."""
+        weight = self.base_layer._parameters.get("weight")
+        if weight is None:
+            return "its weight is computed from other parameters"
+        if weight.is_meta:
+            return "its weight is on the meta device and has no values"
+        if not weight.is_floating_point():
+            return f"its weight is of the type {weight.dtype}"
+        return None
+
+    def merge(self, names: Sequence[str]) -> None:
+        """Let a new parameter with these adapters' deltas stand in for the weight.
+
+        The weight itself is kept aside untouched: whatever it is tied to stays as it is, and `unmerge` puts the same
+        bits back.
+        """
+        base = self.base_layer
+        original = base.weight
+        assert isinstance(original, nn.Parameter)
+        base.weight = nn.Parameter(self.merged_weight(names), requires_grad=original.requires_grad)
+        self._unmerged["weight"] = original
+        self.merged_adapters = list(names)
+        self._choose_added()
+
+    def unmerge(self) -> None:
+        """Put the weight from before `merge` back, on the device and in the dtype the layer has now."""
+        if not self.merged_adapters:
+            return
+        original = self._unmerged.pop("weight")
+        merged = self.weight
+        if original.device != merged.device or original.dtype != merged.dtype:
+            original.data = original.data.to(merged.device, merged.dtype)
+        self.base_layer.weight = original
+        self.merged_adapters = []
+        self._choose_added()
+
+    def release_projections(self) -> None:
+        """Free this layer's hold on drawn projections; the next use draws them again."""
+        for slot in self.slots.values():
+            slot.a.release()
+            slot.b.release()
+
+    def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]
+        result = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        device = self.weight.device
+        for slot in self.slots.values():
+            slot.a.keep_only(device)
+            slot.b.keep_only(device)
+        return result
+
+    def extra_repr(self) -> str:
+        adapters = ", ".join(f"{name}: r={slot.rank}" for name, slot in self.slots.items())
+        return f"in_features={self.in_features}, out_features={self.out_features}, adapters={{{adapters}}}"

@@ -1,0 +1,138 @@
+"""VeRA on `torch.nn.Linear` and on `transformers`' `Conv1D`, which stores its weight as (in, out)."""
+
+import math
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from veratune.functional import vera_add, vera_linear
+from veratune.layers.base import VeraLayer
+from veratune.routing import choose_plan
+
+
+class VeraLinear(VeraLayer):
+    """A linear layer with VeRA adapters.
+
+    The base layer is computed together with the adapter where nothing but its weight and bias matters; a base layer
+    with hooks, or of a class with a forward of its own, is called as it is and the adapter's part is added.
+    """
+
+    plain_forwards: ClassVar[tuple[str, ...]] = ("torch.nn.modules.linear.Linear.forward",)
+
+    def __init__(self, base_layer: nn.Module, in_features: int, out_features: int) -> None:
+        super().__init__(base_layer, in_features, out_features)
+        forward = type(base_layer).forward
+        self._plain_class = f"{forward.__module__}.{forward.__qualname__}" in self.plain_forwards
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        active = self.added_adapters
+        if not active:
+            output: Tensor = self.base_layer(x, *args, **kwargs)
+            return output
+        if len(active) == 1 and not args and not kwargs and not self._drops(active[0]) and self._is_plain():
+            dtype = _compute_dtype(x, self.weight.dtype)
+            if dtype is not None and x.shape[-1:] == (self.in_features,):
+                return self._fused(x, active[0], dtype)
+        output = self.base_layer(x, *args, **kwargs)
+        if output.shape != (*x.shape[:-1], self.out_features):
+            raise RuntimeError(
+                f"{type(self.base_layer).__name__} turned an input of shape {tuple(x.shape)} into {tuple(output.shape)}"
+                f", which a linear layer of {self.in_features} inputs and {self.out_features} outputs does not do, so"
+                " VeRA cannot be added to it: name it in exclude_modules"
+            )
+        for name in active:
+            output = self._add(output, x, name)
+        return output
+
+    def _is_plain(self) -> bool:
+        base = self.base_layer
+        return (
+            self._plain_class
+            and "forward" not in base.__dict__
+            and not base._forward_hooks
+            and not base._forward_pre_hooks
+            and not base._backward_hooks
+            and not base._backward_pre_hooks
+        )
+
+    def _drops(self, name: str) -> bool:
+        return self.training and name in self.vera_dropout
+
+    def _training(self, name: str) -> bool:
+        return torch.is_grad_enabled() and self.vera_lambda_b[name].requires_grad
+
+    def _weight_and_bias(self) -> tuple[Tensor, Tensor | None]:
+        """Return W0 as (out, in), and the bias."""
+        return self.weight, self.bias
+
+    def _fused(self, x: Tensor, name: str, dtype: torch.dtype) -> Tensor:
+        weight, bias = self._weight_and_bias()
+        slot = self.slots[name]
+        b, d = self.vectors(name)
+        tokens = math.prod(x.shape[:-1])
+        plan = choose_plan(
+            slot.route, self.in_features, self.out_features, slot.rank, tokens, training=self._training(name)
+        )
+        flat = x.to(dtype).reshape(tokens, self.in_features)
+        output = vera_linear(
+            flat,
+            weight.to(dtype),
+            None if bias is None else bias.to(dtype),
+            slot.a.tensor(x.device, dtype),
+            slot.b.tensor(x.device, dtype),
+            b,
+            d,
+            slot.gain,
+            plan,
+        )
+        return output.view(*x.shape[:-1], self.out_features)
+
+    def _add(self, output: Tensor, x: Tensor, name: str) -> Tensor:
+        slot = self.slots[name]
+        b, d = self.vectors(name)
+        dtype = output.dtype
+        tokens = math.prod(x.shape[:-1])
+        plan = choose_plan(
+            slot.route,
+            self.in_features,
+            self.out_features,
+            slot.rank,
+            tokens,
+            training=self._training(name),
+            weight_at_hand=False,
+        )
+        flat = x.to(dtype).reshape(tokens, self.in_features)
+        if self._drops(name):
+            flat = self.vera_dropout[name](flat)
+        added = vera_add(
+            output.reshape(tokens, self.out_features),
+            flat,
+            slot.a.tensor(x.device, dtype),
+            slot.b.tensor(x.device, dtype),
+            b,
+            d,
+            slot.gain,
+            plan,
+        )
+        return added.view(output.shape)
+
+
+def _compute_dtype(x: Tensor, weight_dtype: torch.dtype) -> torch.dtype | None:
+    """Return the dtype in which torch computes a linear layer here, or None where it refuses to."""
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and all(
+        dtype.is_floating_point and dtype != torch.float64 for dtype in (x.dtype, weight_dtype)
+    ):
+        return torch.get_autocast_dtype(device)
+    return x.dtype if x.dtype == weight_dtype else None
+
+
+class VeraConv1D(VeraLinear):
+    """VeRA on `transformers.pytorch_utils.Conv1D` (GPT-2): a linear layer whose weight is (in, out)."""
+
+    out_axis = 1
+    plain_forwards = ("transformers.pytorch_utils.Conv1D.forward",)
+
+    def _weight_and_bias(self) -> tuple[Tensor, Tensor | None]:
+        return self.weight.t(), self.bias

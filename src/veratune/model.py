@@ -1,0 +1,226 @@
+"""The public face: `get_peft_model` and `VeraModel`, an adapted model that can be saved and loaded."""
+
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import nn
+
+from veratune.adapters import AdaptedModel, check_adapter_name, plan_adapter
+from veratune.checkpoint.card import write_card
+from veratune.checkpoint.files import CONFIG_NAME, CheckpointError, read_json
+from veratune.checkpoint.hub import find_directory, upload_directory
+from veratune.checkpoint.lora import export_lora
+from veratune.checkpoint.native import load_native, save_native
+from veratune.checkpoint.peft_format import PEFT_VERA, export_peft, load_peft
+from veratune.config import PEFT_TYPE, VeraConfig
+from veratune.layers import SavedModule, VeraLayer
+
+DEFAULT_ADAPTER = "default"
+
+
+class VeraModel(AdaptedModel):
+    """A model with VeRA adapters, as `get_peft_model` and `VeraModel.from_pretrained` return it."""
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: nn.Module,
+        model_id: str | os.PathLike[str],
+        adapter_name: str = DEFAULT_ADAPTER,
+        is_trainable: bool = False,
+        *,
+        autocast_adapter_dtype: bool = True,
+        **location: Any,
+    ) -> Self:
+        """Put a saved adapter on a base model.
+
+        Args:
+            model: the base model; it is adapted in place.
+            model_id: directory of the adapter, or its repository on the hub.
+            adapter_name: the adapter's name in the model.
+            is_trainable: whether to go on training it; frozen otherwise.
+            autocast_adapter_dtype: hold the vectors in float32 where the layer is in half precision.
+            location: `subfolder`, `revision`, `token`, `cache_dir`, `local_files_only`.
+
+        Raises:
+            CheckpointError: the files are missing or damaged, or for another model, which is unchanged then.
+        """
+        _check_bare(model)
+        check_adapter_name(adapter_name)
+        directory = find_directory(model_id, **location)
+        trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        adapted = cls(model, autocast_adapter_dtype=autocast_adapter_dtype)
+        try:
+            _load(adapted, adapter_name, directory, frozen=not is_trainable)
+        except BaseException:
+            for parameter in trainable:
+                parameter.requires_grad_(True)
+            raise
+        adapted.set_adapter(adapter_name)
+        return adapted
+
+    def load_adapter(
+        self,
+        model_id: str | os.PathLike[str],
+        adapter_name: str,
+        is_trainable: bool = False,
+        **location: Any,
+    ) -> None:
+        """Add a saved adapter beside those the model has, inactive until `set_adapter` chooses it.
+
+        Args:
+            model_id, adapter_name, is_trainable, location: as for `from_pretrained`.
+
+        Raises:
+            ValueError: the name is taken or not allowed.
+            CheckpointError: as for `from_pretrained`.
+        """
+        self.check_new_name(adapter_name)
+        _load(self, adapter_name, find_directory(model_id, **location), frozen=not is_trainable)
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], selected_adapters: Sequence[str] | None = None
+    ) -> None:
+        """Write adapters in veratune's format: the vectors, and what is trained in full beside them.
+
+        The adapter called "default" is written into the directory itself, every other one into a folder of its name.
+        Each adapter's file is replaced in one step.
+
+        Args:
+            save_directory: where to; made if need be.
+            selected_adapters: which adapters; all of them by default.
+
+        Raises:
+            ValueError: an unknown adapter, or there is none.
+        """
+        for name, directory in self._directories(save_directory, selected_adapters).items():
+            save_native(self, name, directory)
+            state = self.adapter_state(name)
+            numbers = sum(vector.numel() for pair in state.vectors.values() for vector in pair)
+            write_card(directory, self.peft_config[name], len(state.vectors), numbers)
+
+    def export_peft(
+        self,
+        save_directory: str | os.PathLike[str],
+        adapter_name: str | None = None,
+        save_projection: bool | None = None,
+    ) -> None:
+        """Write an adapter in PEFT's VeRA format: `peft.PeftModel.from_pretrained` then computes the same outputs.
+
+        Args:
+            save_directory: where to; made if need be.
+            adapter_name: which adapter; the active one by default.
+            save_projection: whether to write A and B; None writes them where PEFT could not draw them again, which is
+                always so for projection="per_dimension".
+
+        Raises:
+            ValueError: an unknown adapter, or save_projection=False where PEFT needs them.
+        """
+        name = self.active_adapter if adapter_name is None else adapter_name
+        self._check_known([name])
+        export_peft(self, name, Path(save_directory), save_projection=save_projection)
+
+    def export_lora(
+        self,
+        save_directory: str | os.PathLike[str],
+        adapter_name: str | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        """Write an adapter as a LoRA adapter of the same rank, exactly: lora_A = d * A, lora_B = b * B, lora_alpha = r.
+
+        Args:
+            save_directory: where to; made if need be.
+            adapter_name: which adapter; the active one by default.
+            dtype: dtype of the matrices written.
+
+        Raises:
+            ValueError: an unknown adapter.
+        """
+        name = self.active_adapter if adapter_name is None else adapter_name
+        self._check_known([name])
+        export_lora(self, name, Path(save_directory), dtype=dtype)
+
+    def push_to_hub(self, repo_id: str, selected_adapters: Sequence[str] | None = None, **settings: Any) -> str:
+        """Save adapters and upload them to the Hugging Face hub.
+
+        Args:
+            repo_id: "owner/name"; made if need be.
+            selected_adapters: which adapters; all of them by default.
+            settings: `private`, `token`, `revision`, `commit_message`, `create_pr`.
+
+        Returns:
+            The address of the commit.
+        """
+        with tempfile.TemporaryDirectory() as directory:
+            self.save_pretrained(directory, selected_adapters)
+            return upload_directory(Path(directory), repo_id, **settings)
+
+    def _directories(self, save_directory: str | os.PathLike[str], selected: Sequence[str] | None) -> dict[str, Path]:
+        names = list(self.peft_config) if selected is None else list(selected)
+        self._check_known(names)
+        if not names:
+            raise ValueError("there is no adapter to save")
+        root = Path(save_directory)
+        if root.is_file():
+            raise ValueError(f"save_directory={str(root)!r} is a file; give a directory")
+        return {name: root if name == DEFAULT_ADAPTER else root / name for name in names}
+
+
+def get_peft_model(
+    model: nn.Module,
+    peft_config: VeraConfig,
+    adapter_name: str = DEFAULT_ADAPTER,
+    autocast_adapter_dtype: bool = True,
+) -> VeraModel:
+    """Put a new VeRA adapter on a model and return it ready for training.
+
+    The model's own parameters are frozen; the adapter's vectors, and the modules it saves, are trainable. The adapter
+    starts as an exact no-op.
+
+    Args:
+        model: any `torch.nn.Module`; it is adapted in place.
+        peft_config: what to adapt, and how; it is not changed.
+        adapter_name: the adapter's name.
+        autocast_adapter_dtype: hold the vectors in float32 where the layer is in half precision.
+
+    Raises:
+        TargetError: the configuration matches nothing in this model, which is unchanged then.
+        ValueError: the model has adapters already, or the name is not allowed.
+    """
+    _check_bare(model)
+    check_adapter_name(adapter_name)
+    plan = plan_adapter(model, peft_config)
+    adapted = VeraModel(model, autocast_adapter_dtype=autocast_adapter_dtype)
+    adapted.install(adapter_name, plan)
+    adapted.set_adapter(adapter_name)
+    return adapted
+
+
+def _check_bare(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"the model must be a torch.nn.Module, not {type(model).__name__}")
+    for module in model.modules():
+        if isinstance(module, AdaptedModel | VeraLayer | SavedModule):
+            raise ValueError(
+                "this model has VeRA adapters already: use add_adapter or load_adapter of the VeraModel for another, or"
+                " unload() to take them off first"
+            )
+
+
+def _load(host: AdaptedModel, adapter_name: str, directory: Path, *, frozen: bool) -> None:
+    config_path = directory / CONFIG_NAME
+    # veratune's own tensors file is whole without its JSON copy, PEFT's is not.
+    peft_type = read_json(config_path).get("peft_type") if config_path.exists() else PEFT_TYPE
+    if peft_type == PEFT_TYPE:
+        load_native(host, adapter_name, directory, frozen=frozen)
+    elif peft_type == PEFT_VERA:
+        load_peft(host, adapter_name, directory, frozen=frozen)
+    else:
+        raise CheckpointError(
+            f"{config_path} is of an adapter of the type {peft_type!r}; veratune loads {PEFT_TYPE!r} and PEFT's"
+            f" {PEFT_VERA!r}"
+        )

@@ -1,0 +1,81 @@
+"""Counter-based random numbers: every element is a pure function of (key, counter).
+
+Philox4x32-10 (Salmon, Moraes, Dror & Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011) maps a
+128-bit counter and a 64-bit key to four 32-bit words. No state is carried from one number to the next, so a
+matrix can be drawn in any order, in pieces, or grown later, and always holds the same bits.
+
+Only exact integer operations and one float32 product are used: the result is the same on every device.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+_ROUNDS = 10
+_MASK = 0xFFFFFFFF
+_WORD = 1 << 32
+# The published multipliers less 2^32. A product of a 32-bit word with the published ones overflows int64; with
+# these it cannot, and floor(a*M / 2^32) = floor(a*(M - 2^32) / 2^32) + a gives the same high word.
+_MULTIPLIERS = (0xD2511F53 - _WORD, 0xCD9E8D57 - _WORD)
+_WEYL = (0x9E3779B9, 0xBB67AE85)
+
+# Blocks drawn at a time: small enough that the int64 intermediates stay in a CPU's cache.
+_CHUNK_BLOCKS = 1 << 15
+
+
+def philox4x32(counter: Sequence[Tensor], key: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the four output words of Philox4x32-10 for each counter.
+
+    Args:
+        counter: four int64 tensors of one common (or broadcastable) shape, each value in [0, 2^32).
+        key: two 32-bit words.
+
+    Returns:
+        Four int64 tensors, each value in [0, 2^32).
+    """
+    c0, c1, c2, c3 = torch.broadcast_tensors(*counter)  # type: ignore[no-untyped-call]
+    k0, k1 = key
+    for _ in range(_ROUNDS):
+        product0 = c0 * _MULTIPLIERS[0]
+        product1 = c2 * _MULTIPLIERS[1]
+        high0 = (product0 >> 32).add_(c0)
+        high1 = (product1 >> 32).add_(c2)
+        c0, c1 = high1.bitwise_xor_(c1).bitwise_xor_(k0), product1.bitwise_and_(_MASK)
+        c2, c3 = high0.bitwise_xor_(c3).bitwise_xor_(k1), product0.bitwise_and_(_MASK)
+        k0, k1 = (k0 + _WEYL[0]) & _MASK, (k1 + _WEYL[1]) & _MASK
+    return c0, c1, c2, c3
+
+
+def symmetric_uniform(key: int, stream: tuple[int, int], rows: range, width: int, device: torch.device) -> Tensor:
+    """Draw rows of an infinite matrix of uniform numbers on (-1, 1).
+
+    Element (k, j) depends on `key`, `stream`, `k` and `j` alone: block j // 4 of row k is the counter
+    (j // 4, k, *stream), and j % 4 chooses the word of the block. A word w becomes the odd 24-bit integer
+    n = ((w >> 8) | 1) - 2^23, and n / 2^23 is exact in float32, symmetric about zero and never zero.
+
+    Args:
+        key: 64-bit key.
+        stream: two 32-bit words that tell independent matrices of one key apart.
+        rows: the row indices k to draw, each in [0, 2^32), with step 1.
+        width: number of columns, from column 0.
+        device: where to draw.
+
+    Returns:
+        float32 tensor (len(rows), width).
+    """
+    out = torch.empty(len(rows), width, dtype=torch.float32, device=device)
+    if device.type == "meta" or out.numel() == 0:
+        return out
+    key_words = (key & _MASK, (key >> 32) & _MASK)
+    blocks = -(-width // 4)
+    block_index = torch.arange(blocks, dtype=torch.int64, device=device)
+    stream_words = [torch.tensor([[word]], dtype=torch.int64, device=device) for word in stream]
+    step = max(1, _CHUNK_BLOCKS // blocks)
+    for first in range(0, len(rows), step):
+        chunk = rows[first : first + step]
+        row_index = torch.arange(chunk.start, chunk.stop, dtype=torch.int64, device=device)[:, None]
+        words = torch.stack(philox4x32([block_index[None], row_index, *stream_words], key_words), dim=-1)
+        odd = (words.flatten(1)[:, :width] >> 8).bitwise_or_(1).sub_(1 << 23)
+        out[first : first + len(chunk)] = odd
+    return out.mul_(2.0**-23)

@@ -1,0 +1,337 @@
+"""Which modules of a model an adapter applies to, found without changing anything."""
+
+import difflib
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from torch import nn
+
+from veratune.config import VeraConfig
+from veratune.layers import SavedModule, VeraLayer, features, why_not_adaptable
+
+# The attention's query and value projections, as in the paper's experiments, under their names in transformers.
+_QUERY_AND_VALUE = {
+    ("query", "value"): "bert camembert data2vec-text deit electra ernie layoutlm longformer roberta vit xlm-roberta",
+    ("q_proj", "v_proj"): (
+        "bart blenderbot clip codegen cohere dinov2 gemma gemma2 gemma3 gemma3_text gpt_neo gptj granite llama llama4"
+        " m2m_100 marian mbart mistral mixtral olmo olmo2 opt pegasus phi qwen2 qwen2_moe qwen3 qwen3_moe siglip"
+        " smollm3 stablelm starcoder2 whisper"
+    ),
+    ("c_attn",): "gpt2 gpt_bigcode",
+    ("query_key_value",): "bloom falcon gpt_neox",
+    ("qkv_proj",): "phi3",
+    ("query_proj", "value_proj"): "deberta-v2",
+    ("in_proj",): "deberta",
+    ("q", "v"): "mt5 t5 umt5",
+    ("q_lin", "v_lin"): "distilbert xlm flaubert",
+    ("Wqkv",): "mpt modernbert",
+}
+_BY_MODEL_TYPE = {model_type: names for names, types in _QUERY_AND_VALUE.items() for model_type in types.split()}
+
+_NEW_HEAD_TASKS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
+_NEW_HEAD_CLASS = re.compile(r"For\w*(Classification|MultipleChoice|QuestionAnswering)$")
+_USUAL_HEADS = ("classifier", "score", "qa_outputs")
+
+
+@dataclass(frozen=True)
+class Target:
+    """A module that an adapter will be added to.
+
+    Attributes:
+        name: its dotted name; where a module stands in several places, the first.
+        module: the module, or the `VeraLayer` that another adapter has made of it.
+        rank: the adapter's rank there.
+        in_features, out_features: its widths.
+    """
+
+    name: str
+    module: nn.Module
+    rank: int
+    in_features: int
+    out_features: int
+
+
+class TargetError(ValueError):
+    """The configuration names nothing in this model that can be adapted."""
+
+
+def matches(name: str, patterns: list[str] | str) -> bool:
+    """Return whether a dotted module name is meant by a list of names or by a regular expression."""
+    if isinstance(patterns, str):
+        return re.fullmatch(patterns, name) is not None
+    return any(_ends_in(name, pattern) for pattern in patterns)
+
+
+def _ends_in(name: str, suffix: str) -> bool:
+    return name == suffix or name.endswith(f".{suffix}")
+
+
+def base_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the model's modules by dotted name, as if it had no adapters.
+
+    A module that stands in several places has several names. Adapted layers and saved modules stand under the names
+    of what they wrap, and nothing inside them is listed but the saved module's original.
+    """
+    found: dict[str, nn.Module] = {}
+
+    def visit(module: nn.Module, name: str) -> None:
+        found[name] = module
+        if isinstance(module, VeraLayer):
+            return
+        inside = module.original_module if isinstance(module, SavedModule) else module
+        for child_name, child in inside._modules.items():
+            if child is not None:
+                visit(child, f"{name}.{child_name}" if name else child_name)
+
+    visit(model, "")
+    return found
+
+
+def resolve_config(model: nn.Module, config: VeraConfig, notify: Callable[[str], None]) -> VeraConfig:
+    """Return the configuration with what it leaves to the model filled in: targets, the head to save, the model's name.
+
+    Args:
+        model: the model without a wrapper.
+        config: what the user asked for; not changed.
+        notify: called with a sentence where a choice may surprise.
+    """
+    changes: dict[str, object] = {}
+    model_config = getattr(model, "config", None)
+    if config.target_modules is None:
+        model_type = getattr(model_config, "model_type", None)
+        chosen = _BY_MODEL_TYPE.get(str(model_type))
+        if chosen is not None and not all(any(_ends_in(name, end) for name in base_modules(model)) for end in chosen):
+            chosen = None  # this version of the architecture has other names
+        if chosen is None:
+            notify(
+                f"target_modules is None and there is no built-in choice for model_type={model_type!r}: adapting all"
+                " linear layers (target_modules='all-linear')"
+            )
+        changes["target_modules"] = "all-linear" if chosen is None else list(chosen)
+    changes["modules_to_save"] = _modules_to_save(model, config)
+    if config.base_model_name_or_path is None:
+        changes["base_model_name_or_path"] = getattr(model_config, "_name_or_path", None) or None
+    return config.replace(**changes)
+
+
+def _modules_to_save(model: nn.Module, config: VeraConfig) -> list[str]:
+    """Return the full names of the modules to save: those the configuration names, or the model's new head."""
+    modules = base_modules(model)
+    if config.modules_to_save is None:
+        return _new_head(model, config)
+    found: list[str] = []
+    for suffix in config.modules_to_save:
+        names = [name for name in modules if name and _ends_in(name, suffix)]
+        if not names:
+            raise TargetError(
+                f"modules_to_save={config.modules_to_save!r}: no module is called {suffix!r}."
+                + _closest([suffix], {name: type(module).__name__ for name, module in modules.items() if name})
+            )
+        found += names
+    # What is saved with a module around it is not saved once more, and a module under two names once.
+    outermost = [name for name in dict.fromkeys(found) if not any(name.startswith(f"{other}.") for other in found)]
+    return list({id(modules[name]): name for name in reversed(outermost)}.values())[::-1]
+
+
+def _new_head(model: nn.Module, config: VeraConfig) -> list[str]:
+    """Return the names of a classification model's head, which is random at first and useless if not trained."""
+    prefix = getattr(model, "base_model_prefix", None)
+    children = {name: child for name, child in model.named_children() if next(child.parameters(), None) is not None}
+    by_class = _NEW_HEAD_CLASS.search(type(model).__name__) is not None
+    if prefix in children and (by_class or config.task_type in _NEW_HEAD_TASKS):
+        return [name for name in children if name != prefix]
+    if config.task_type in _NEW_HEAD_TASKS:
+        return [name for name in _USUAL_HEADS if name in children]
+    return []
+
+
+def find_targets(model: nn.Module, config: VeraConfig, notify: Callable[[str], None]) -> list[Target]:
+    """Return the modules that a resolved configuration adapts, in the model's order.
+
+    Args:
+        model: the model without a wrapper; it may have adapters.
+        config: what `resolve_config` returned.
+        notify: called with a sentence where a choice may surprise.
+
+    Raises:
+        TargetError: a name or pattern that matches nothing, or nothing that can be adapted; the message lists what
+            the model does have.
+    """
+    modules = base_modules(model)
+    saved = config.modules_to_save or []
+    inside_saved = {name for name in modules if any(name == top or name.startswith(f"{top}.") for top in saved)}
+    wanted = config.target_modules
+    assert wanted is not None
+    if wanted == "all-linear":
+        output = _output_layers(model)
+        matched = [
+            name
+            for name, module in modules.items()
+            if _reason(module) is None and id(_wrapped(module)) not in output and name not in inside_saved
+        ]
+    else:
+        matched = [name for name in modules if name and matches(name, wanted)]
+        _check_each_pattern(wanted, matched, modules)
+    considered = [name for name in matched if name not in inside_saved]
+    if config.exclude_modules is not None:
+        considered = [name for name in considered if not matches(name, config.exclude_modules)]
+    if config.layers_to_transform is not None:
+        considered = [name for name in considered if _layer_index(name, config) in _indices(config)]
+    adaptable = [name for name in considered if _reason(modules[name]) is None]
+    if not adaptable:
+        raise TargetError(_nothing_to_adapt(config, matched, considered, inside_saved, modules))
+    if wanted != "all-linear":
+        for name in considered:
+            reason = _reason(modules[name])
+            if reason is not None and _wrapped(modules[name])._parameters.get("weight") is not None:
+                notify(f"{name} is left as it is, because {reason}")
+    _check_rank_pattern(config, adaptable)
+    # The same module may stand under several names (ALBERT's layers, a module listed twice): it is one target.
+    first_names = {id(modules[name]): name for name in reversed(adaptable)}
+    targets = []
+    for name in adaptable:
+        if first_names[id(modules[name])] == name:
+            in_features, out_features = features(_wrapped(modules[name]))
+            targets.append(Target(name, modules[name], _rank(config, name), in_features, out_features))
+    return targets
+
+
+def _wrapped(module: nn.Module) -> nn.Module:
+    if isinstance(module, VeraLayer):
+        return module.base_layer
+    return module
+
+
+def _reason(module: nn.Module) -> str | None:
+    return why_not_adaptable(_wrapped(module))
+
+
+def _output_layers(model: nn.Module) -> set[int]:
+    """Return the ids of the layers that "all-linear" leaves alone: the output head, and what shares embeddings."""
+    getter = getattr(model, "get_output_embeddings", None)
+    head = None
+    if callable(getter):
+        try:
+            head = getter()
+        except (AttributeError, NotImplementedError):
+            head = None
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    tied = {
+        id(module)
+        for module in model.modules()
+        if not isinstance(module, nn.Embedding | VeraLayer) and id(module._parameters.get("weight")) in embeddings
+    }
+    return tied | ({id(_wrapped(head))} if isinstance(head, nn.Module) else set())
+
+
+def _check_each_pattern(wanted: list[str] | str, matched: list[str], modules: dict[str, nn.Module]) -> None:
+    types = {name: type(_wrapped(module)).__name__ for name, module in modules.items() if name}
+    if isinstance(wanted, str):
+        if not matched:
+            raise TargetError(
+                f"target_modules={wanted!r}: this regular expression matches no module's whole name."
+                + _closest([re.split(r"[.*\\()|$^?+]+", wanted.rstrip("$"))[-1]], types)
+            )
+        return
+    missing = [name for name in wanted if not any(_ends_in(match, name) for match in matched)]
+    if missing:
+        raise TargetError(
+            f"target_modules={wanted!r}: no module is called {' or '.join(map(repr, missing))}."
+            + _closest(missing, types)
+        )
+
+
+def _nothing_to_adapt(
+    config: VeraConfig,
+    matched: list[str],
+    considered: list[str],
+    inside_saved: set[str],
+    modules: dict[str, nn.Module],
+) -> str:
+    start = f"target_modules={config.target_modules!r}"
+    if considered:
+        shown = "".join(f"\n  {name}: {_reason(modules[name])}" for name in considered[:10])
+        rest = f"\n  and {len(considered) - 10} more" if len(considered) > 10 else ""
+        return f"{start} matches only modules that cannot be adapted:{shown}{rest}" + _adaptable_names(modules)
+    if matched and all(name in inside_saved for name in matched):
+        return (
+            f"{start} matches only modules that are trained in full (modules_to_save={config.modules_to_save!r}): "
+            "leave them out of one of the two; modules_to_save=[] trains none in full"
+        )
+    if matched:
+        narrowing = {
+            field: getattr(config, field)
+            for field in ("exclude_modules", "layers_to_transform", "layers_pattern")
+            if getattr(config, field) is not None
+        }
+        found = sorted({index for name in matched if (index := _layer_index(name, config)) is not None})
+        counted = f"; the layer indices there are {found}" if config.layers_to_transform is not None else ""
+        return (
+            f"{start} matches {len(matched)} modules, such as {matched[0]!r}, but none is left after "
+            + ", ".join(f"{field}={value!r}" for field, value in narrowing.items())
+            + counted
+        )
+    return f"{start} finds no linear layer in this {type(modules['']).__name__}" + _adaptable_names(modules)
+
+
+def _closest(wanted: Iterable[str], types: dict[str, str]) -> str:
+    """Return a sentence that lists the model's names most like the wanted ones, with their types."""
+    last_parts = {name.rsplit(".", 1)[-1]: kind for name, kind in types.items()}
+    last_parts = {name: kind for name, kind in last_parts.items() if not name.isdigit()}
+    kinds = {**types, **last_parts}
+    close: dict[str, str] = {}
+    for name in wanted:
+        close |= {match: kinds[match] for match in difflib.get_close_matches(name, kinds, n=5, cutoff=0.5)}
+    if close:
+        return " The closest names in the model: " + ", ".join(f"{name} ({kind})" for name, kind in close.items())
+    listed = list(last_parts.items())[:20]
+    return " The model has modules called: " + ", ".join(f"{name} ({kind})" for name, kind in listed)
+
+
+def _adaptable_names(modules: dict[str, nn.Module]) -> str:
+    last_parts = {
+        name.rsplit(".", 1)[-1]: type(_wrapped(module)).__name__
+        for name, module in modules.items()
+        if name and _reason(module) is None
+    }
+    if not last_parts:
+        return "\nThe model has no layer that VeRA can adapt"
+    listed = list(last_parts.items())[:20]
+    return "\nThe model's adaptable layers are called: " + ", ".join(f"{name} ({kind})" for name, kind in listed)
+
+
+def _indices(config: VeraConfig) -> list[int]:
+    indices = config.layers_to_transform
+    assert indices is not None
+    return [indices] if isinstance(indices, int) else indices
+
+
+def _layer_index(name: str, config: VeraConfig) -> int | None:
+    """Return the index of a module's layer in its stack: the last number that follows `layers_pattern` in its name."""
+    patterns = config.layers_pattern
+    names = [r"[^.]+"] if patterns is None else [patterns] if isinstance(patterns, str) else patterns
+    for pattern in names:
+        found = re.match(rf"(?:.*\.)?{pattern}\.(\d+)\.", name)
+        if found:
+            return int(found.group(1))
+    return None
+
+
+def _rank_key(config: VeraConfig, name: str) -> str | None:
+    return next((key for key in config.rank_pattern if re.fullmatch(rf"(?:.*\.)?(?:{key})", name)), None)
+
+
+def _rank(config: VeraConfig, name: str) -> int:
+    key = _rank_key(config, name)
+    return config.r if key is None else config.rank_pattern[key]
+
+
+def _check_rank_pattern(config: VeraConfig, names: list[str]) -> None:
+    unused = set(config.rank_pattern) - {_rank_key(config, name) for name in names}
+    for key in config.rank_pattern:
+        if key in unused and not any(re.fullmatch(rf"(?:.*\.)?(?:{key})", name) for name in names):
+            raise TargetError(
+                f"rank_pattern={config.rank_pattern!r}: {key!r} matches the end of no adapted layer's name."
+                + _closest([key], dict.fromkeys(names, "adapted"))
+            )

@@ -1,0 +1,42 @@
+"""What training VeRA needs beside the model: parameter groups with the learning rates it wants."""
+
+from typing import Any
+
+from torch import nn
+
+from veratune.adapters import AdaptedModel
+
+
+def parameter_groups(
+    model: AdaptedModel, lr: float = 1e-2, head_lr: float = 1e-3, weight_decay: float = 0.0
+) -> list[dict[str, Any]]:
+    """Return the trainable parameters in two groups for an optimizer: the vectors, and all else (heads, biases).
+
+    VeRA's vectors want a learning rate far above LoRA's or full fine-tuning's: the paper's for RoBERTa (its Table 8)
+    are 3e-3 to 3e-2, with a smaller one for the classification head, and no weight decay.
+
+    Args:
+        model: the adapted model.
+        lr: learning rate of the vectors b and d.
+        head_lr: learning rate of everything else that is trainable.
+        weight_decay: of both groups.
+
+    Returns:
+        Groups for `torch.optim`, without those that would be empty.
+
+    Raises:
+        ValueError: the model has no trainable parameter.
+    """
+    vectors: list[nn.Parameter] = []
+    for layer in model.layers().values():
+        for name in layer.slots:
+            vectors += [vector for vector in layer.vectors(name) if vector.requires_grad]
+    own = {id(vector) for vector in vectors}
+    rest = [parameter for parameter in model.parameters() if parameter.requires_grad and id(parameter) not in own]
+    if not vectors and not rest:
+        raise ValueError("the model has no trainable parameter: choose an adapter with set_adapter")
+    groups = [
+        {"params": vectors, "lr": lr, "weight_decay": weight_decay},
+        {"params": rest, "lr": head_lr, "weight_decay": weight_decay},
+    ]
+    return [group for group in groups if group["params"]]
