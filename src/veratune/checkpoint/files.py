@@ -3,12 +3,11 @@
 import json
 import os
 import secrets
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 CONFIG_NAME = "adapter_config.json"
@@ -20,8 +19,8 @@ class CheckpointError(ValueError):
     """A file that cannot be used, with what is wrong in it. Whatever it was to be loaded into is unchanged."""
 
 
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` make a new file beside `path`, then put it in the place of `path` in one step.
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a new file beside `path`, then put it in the place of `path` in one step.
 
     A process that is killed leaves the old file or the new one. A new file that was not finished stays beside it
     under a name that starts with a dot and ends in `.tmp`.
@@ -29,8 +28,9 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
-        write(temporary)
-        with temporary.open("rb+") as handle:
+        with temporary.open("xb") as handle:
+            handle.write(data)
+            handle.flush()
             os.fsync(handle.fileno())
         temporary.replace(path)
     finally:
@@ -50,11 +50,7 @@ def _sync_directory(directory: Path) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file atomically, as UTF-8."""
-    write_atomically(path, lambda temporary: _write_bytes(temporary, text.encode()))
-
-
-def _write_bytes(path: Path, data: bytes) -> None:
-    path.write_bytes(data)
+    write_atomically(path, text.encode())
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
@@ -65,7 +61,7 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     """Write a safetensors file atomically. Tensors are copied, so none may share memory with another."""
     own = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
-    write_atomically(path, lambda temporary: save_file(own, temporary, metadata))
+    write_atomically(path, save(own, metadata))
 
 
 def read_json(path: Path) -> dict[str, Any]:
