@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from veratune.config import VeraConfig
 from veratune.layers import SavedModule, VectorInit, VeraLayer, adapt
@@ -48,11 +48,11 @@ class AdapterState:
         biases: parameter name to the adapter's own bias.
     """
 
-    vectors: dict[str, tuple[nn.Parameter, nn.Parameter]]
+    vectors: dict[str, tuple[Tensor, Tensor]]
     saved: dict[str, nn.Module]
     biases: dict[str, nn.Parameter]
 
-    def parameters(self) -> Iterator[nn.Parameter]:
+    def parameters(self) -> Iterator[Tensor]:
         for b, d in self.vectors.values():
             yield b
             yield d

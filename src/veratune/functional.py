@@ -19,6 +19,7 @@ Products run in the compute dtype (that of x); what concerns the vectors alone i
 float32.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -41,6 +42,23 @@ def delta_weight(a_projection: Tensor, b_projection: Tensor, b: Tensor, d: Tenso
     return fold_vectors(b_projection, b, d, gain).t() @ a_projection
 
 
+def _adapted_weight(weight: Tensor, folded: Tensor, a_projection: Tensor, transposed: bool) -> Tensor:
+    """Return W0 + C^T A, (out, in).
+
+    It has W0's memory layout, so that products with it sum in the same order, and with C = 0 give the same bits.
+    """
+    if transposed:
+        return torch.addmm(weight, a_projection.t(), folded).t()
+    return torch.addmm(weight, folded.t(), a_projection)
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Return a context in which no product on this device is narrowed."""
+    # Autocast knows nothing of some devices, such as meta, and says so with an error.
+    known = device.type != "meta" and torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if known else nullcontext()
+
+
 class _VeraLinear(torch.autograd.Function):
     """y = start + x C^T A, where start is `x W0^T + bias`, or an output that another module has computed.
 
@@ -59,19 +77,20 @@ class _VeraLinear(torch.autograd.Function):
         d: Tensor,
         gain: float,
         plan: Plan,
+        transposed: bool,
     ) -> tuple[Tensor, Tensor | None]:
         folded = fold_vectors(b_projection, b, d, gain)
         if weight is not None and plan.dense_output:
-            return F.linear(x, torch.addmm(weight, folded.t(), a_projection), bias), None
+            return F.linear(x, _adapted_weight(weight, folded, a_projection, transposed), bias), None
         down = x @ a_projection.t()
         if weight is None:
             assert start is not None
             return torch.addmm(start, down, folded), down
-        return F.linear(x, weight, bias).addmm_(down, folded), down
+        return F.linear(x, weight.t() if transposed else weight, bias).addmm_(down, folded), down
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor | None]) -> None:
-        x, _, weight, _, a_projection, b_projection, b, d, ctx.gain, ctx.plan = inputs
+        x, _, weight, _, a_projection, b_projection, b, d, ctx.gain, ctx.plan, ctx.transposed = inputs
         down = output[1]
         if down is not None:
             ctx.mark_non_differentiable(down)
@@ -88,15 +107,15 @@ class _VeraLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, g: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         if g is None:
-            return (None,) * 10
+            return (None,) * 11
         # The caller's autocast must not narrow the float32 part.
-        with torch.autocast(g.device.type, enabled=False):
+        with without_autocast(g.device):
             return _backward(ctx, g)
 
 
 def _backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, a_projection, b_projection, b, d, down = ctx.saved_tensors
-    need_x, need_start, need_weight, need_bias, _, _, need_b, need_d, _, _ = ctx.needs_input_grad
+    need_x, need_start, need_weight, need_bias, _, _, need_b, need_d, _, _, _ = ctx.needs_input_grad
     grad_x = grad_weight = grad_b = grad_d = None
     if need_weight or ((need_b or need_d) and ctx.plan.dense_gradients):
         grad_weight = g.t() @ x
@@ -115,20 +134,21 @@ def _backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
     if need_x:
         folded = fold_vectors(b_projection, b, d, ctx.gain)
         if weight is not None and ctx.plan.dense_output:
-            grad_x = g @ torch.addmm(weight, folded.t(), a_projection)
+            grad_x = g @ _adapted_weight(weight, folded, a_projection, ctx.transposed)
         elif weight is not None:
-            grad_x = (g @ weight).addmm_(g @ folded.t(), a_projection)
+            grad_x = (g @ (weight.t() if ctx.transposed else weight)).addmm_(g @ folded.t(), a_projection)
         else:
             grad_x = (g @ folded.t()) @ a_projection
     return (
         grad_x,
         g if need_start else None,
-        grad_weight if need_weight else None,
+        None if grad_weight is None or not need_weight else grad_weight.t() if ctx.transposed else grad_weight,
         g.sum(0) if need_bias else None,
         None,
         None,
         grad_b,
         grad_d,
+        None,
         None,
         None,
     )
@@ -144,24 +164,27 @@ def vera_linear(
     d: Tensor,
     gain: float,
     plan: Plan,
+    *,
+    transposed: bool = False,
 ) -> Tensor:
     """Return y = x (W0 + delta W)^T + bias, (T, out), by the plan's route.
 
     Args:
         x: (T, in), in the compute dtype.
-        weight: W0 (out, in), in the compute dtype.
+        weight: W0 (out, in), or (in, out) if `transposed`, in the compute dtype.
         bias: (out,), or None.
         a_projection: A (r, in), in the compute dtype.
         b_projection: B rank-major, (r, out), in the compute dtype.
         b, d: the vectors, (out,) and (r,), of any floating dtype.
         gain: factor that belongs into B.
         plan: the route.
+        transposed: whether the weight is stored as (in, out).
 
     Gradients flow to x, weight, bias, b and d, each computed only where it is wanted. A second differentiation raises
     RuntimeError.
     """
     output: Tensor = _VeraLinear.apply(  # type: ignore[no-untyped-call]
-        x, None, weight, bias, a_projection, b_projection, b, d, gain, plan
+        x, None, weight, bias, a_projection, b_projection, b, d, gain, plan, transposed
     )[0]
     return output
 
@@ -184,6 +207,6 @@ def vera_add(
         plan: only the route of the gradients counts.
     """
     output: Tensor = _VeraLinear.apply(  # type: ignore[no-untyped-call]
-        x, start, None, None, a_projection, b_projection, b, d, gain, plan
+        x, start, None, None, a_projection, b_projection, b, d, gain, plan, False
     )[0]
     return output

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor
 
 from veratune.adapters import AdaptedModel
 
@@ -27,7 +27,7 @@ def parameter_groups(
     Raises:
         ValueError: the model has no trainable parameter.
     """
-    vectors: list[nn.Parameter] = []
+    vectors: list[Tensor] = []
     for layer in model.layers().values():
         for name in layer.slots:
             vectors += [vector for vector in layer.vectors(name) if vector.requires_grad]

@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from veratune.functional import delta_weight
+from veratune.functional import delta_weight, without_autocast
 from veratune.projection import Corner, projection_pool
 from veratune.routing import RouteName
 from veratune.sources import Source
@@ -123,10 +123,10 @@ class VeraLayer(nn.Module):
     def _choose_added(self) -> None:
         self.added_adapters = [name for name in self.active_adapters if name not in self.merged_adapters]
 
-    def vectors(self, name: str) -> tuple[nn.Parameter, nn.Parameter]:
-        """Return (b, d) of an adapter."""
+    def vectors(self, name: str) -> tuple[Tensor, Tensor]:
+        """Return (b, d) of an adapter: parameters, or what `torch.func.functional_call` has put in their place."""
         b, d = self.vera_lambda_b[name], self.vera_lambda_d[name]
-        assert isinstance(b, nn.Parameter) and isinstance(d, nn.Parameter)
+        assert isinstance(b, Tensor) and isinstance(d, Tensor)
         return b, d
 
     def get_delta_weight(self, name: str) -> Tensor:
@@ -138,7 +138,7 @@ class VeraLayer(nn.Module):
         b, d = self.vectors(name)
         dtype = torch.promote_types(torch.promote_types(b.dtype, self.weight.dtype), torch.float32)
         device = self.weight.device
-        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        with torch.no_grad(), without_autocast(device):
             delta = delta_weight(
                 slot.a.tensor(device, dtype), slot.b.tensor(device, dtype), b.to(dtype), d.to(dtype), slot.gain
             )

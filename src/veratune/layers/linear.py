@@ -62,12 +62,8 @@ class VeraLinear(VeraLayer):
     def _training(self, name: str) -> bool:
         return torch.is_grad_enabled() and self.vera_lambda_b[name].requires_grad
 
-    def _weight_and_bias(self) -> tuple[Tensor, Tensor | None]:
-        """Return W0 as (out, in), and the bias."""
-        return self.weight, self.bias
-
     def _fused(self, x: Tensor, name: str, dtype: torch.dtype) -> Tensor:
-        weight, bias = self._weight_and_bias()
+        weight, bias = self.weight, self.bias
         slot = self.slots[name]
         b, d = self.vectors(name)
         tokens = math.prod(x.shape[:-1])
@@ -85,6 +81,7 @@ class VeraLinear(VeraLayer):
             d,
             slot.gain,
             plan,
+            transposed=self.out_axis == 1,
         )
         return output.view(*x.shape[:-1], self.out_features)
 
@@ -121,7 +118,7 @@ class VeraLinear(VeraLayer):
 def _compute_dtype(x: Tensor, weight_dtype: torch.dtype) -> torch.dtype | None:
     """Return the dtype in which torch computes a linear layer here, or None where it refuses to."""
     device = x.device.type
-    if torch.is_autocast_enabled(device) and all(
+    if device != "meta" and torch.is_autocast_enabled(device) and all(
         dtype.is_floating_point and dtype != torch.float64 for dtype in (x.dtype, weight_dtype)
     ):
         return torch.get_autocast_dtype(device)
@@ -133,6 +130,3 @@ class VeraConv1D(VeraLinear):
 
     out_axis = 1
     plain_forwards = ("transformers.pytorch_utils.Conv1D.forward",)
-
-    def _weight_and_bias(self) -> tuple[Tensor, Tensor | None]:
-        return self.weight.t(), self.bias
