@@ -62,8 +62,14 @@ def test_float64_equals_dense_algebra(route, bias, shape):
     model = adapted(bias=bias, route=route)
     x = torch.randn(*shape, IN, dtype=torch.float64)
     if x.ndim == 1:  # Conv1D's own forward takes no single vector before any adapter
-        torch.testing.assert_close(model.first(x), x @ weights(model.first, {"default": 0})[0].t() + model.first.bias
-                                   if bias else x @ weights(model.first, {"default": 0})[0].t(), rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(
+            model.first(x),
+            x @ weights(model.first, {"default": 0})[0].t() + model.first.bias
+            if bias
+            else x @ weights(model.first, {"default": 0})[0].t(),
+            rtol=1e-6,
+            atol=1e-6,
+        )
         return
     torch.testing.assert_close(model(x), reference(model, x), rtol=1e-6, atol=1e-6)
 
@@ -72,7 +78,9 @@ def test_float64_equals_dense_algebra(route, bias, shape):
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 4e-2), (torch.float16, 5e-3)])
 def test_other_dtypes(route, dtype, tolerance):
     model = adapted(dtype=dtype, route=route)
-    assert all(vector.dtype == torch.float32 for layer in model.layers().values() for vector in layer.vectors("default"))
+    assert all(
+        vector.dtype == torch.float32 for layer in model.layers().values() for vector in layer.vectors("default")
+    )
     x = torch.randn(8, IN).to(dtype)
     y = model(x)
     assert y.dtype == dtype

@@ -183,7 +183,8 @@ class AdaptedModel(nn.Module):
     @property
     def merged_adapters(self) -> list[str]:
         """The names of the adapters that are merged into the weights at the moment."""
-        return list(dict.fromkeys(name for layer in self._layers() for name in layer.merged_adapters))
+        merged = {name for layer in self._layers() for name in layer.merged_adapters}
+        return [name for name in self.peft_config if name in merged]
 
     def adapter_state(self, adapter_name: str) -> AdapterState:
         """Return the parameters of an adapter by their names in the model without adapters."""

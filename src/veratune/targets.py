@@ -16,7 +16,7 @@ _QUERY_AND_VALUE = {
     ("q_proj", "v_proj"): (
         "bart blenderbot clip codegen cohere dinov2 gemma gemma2 gemma3 gemma3_text gpt_neo gptj granite llama llama4"
         " m2m_100 marian mbart mistral mixtral olmo olmo2 opt pegasus phi qwen2 qwen2_moe qwen3 qwen3_moe siglip"
-        " smollm3 stablelm starcoder2 whisper"
+        " smollm3 stablelm starcoder2 vit whisper"
     ),
     ("c_attn",): "gpt2 gpt_bigcode",
     ("query_key_value",): "bloom falcon gpt_neox",
@@ -27,7 +27,6 @@ _QUERY_AND_VALUE = {
     ("q_lin", "v_lin"): "distilbert xlm flaubert",
     ("Wqkv",): "mpt modernbert",
 }
-_BY_MODEL_TYPE = {model_type: names for names, types in _QUERY_AND_VALUE.items() for model_type in types.split()}
 
 _NEW_HEAD_TASKS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 _NEW_HEAD_CLASS = re.compile(r"For\w*(Classification|MultipleChoice|QuestionAnswering)$")
@@ -100,9 +99,7 @@ def resolve_config(model: nn.Module, config: VeraConfig, notify: Callable[[str],
     model_config = getattr(model, "config", None)
     if config.target_modules is None:
         model_type = getattr(model_config, "model_type", None)
-        chosen = _BY_MODEL_TYPE.get(str(model_type))
-        if chosen is not None and not all(any(_ends_in(name, end) for name in base_modules(model)) for end in chosen):
-            chosen = None  # this version of the architecture has other names
+        chosen = _query_and_value(model, str(model_type))
         if chosen is None:
             notify(
                 f"target_modules is None and there is no built-in choice for model_type={model_type!r}: adapting all"
@@ -113,6 +110,15 @@ def resolve_config(model: nn.Module, config: VeraConfig, notify: Callable[[str],
     if config.base_model_name_or_path is None:
         changes["base_model_name_or_path"] = getattr(model_config, "_name_or_path", None) or None
     return config.replace(**changes)
+
+
+def _query_and_value(model: nn.Module, model_type: str) -> tuple[str, ...] | None:
+    modules = base_modules(model)
+    for names, model_types in _QUERY_AND_VALUE.items():
+        # An architecture's names differ between versions of transformers, so the model is asked as well.
+        if model_type in model_types.split() and all(any(_ends_in(name, end) for name in modules) for end in names):
+            return names
+    return None
 
 
 def _modules_to_save(model: nn.Module, config: VeraConfig) -> list[str]:
