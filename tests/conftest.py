@@ -10,3 +10,9 @@ import torch
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> None:
+    # The tests' products are so small that a second thread costs more than it brings.
+    torch.set_num_threads(1)

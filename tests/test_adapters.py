@@ -3,9 +3,9 @@ import gc
 
 import pytest
 import torch
-from reference import dense_delta, projections, randomise
 from torch import nn
 
+from reference import dense_delta, projections, randomise
 from veratune import VeraConfig, get_peft_model, parameter_groups, projection_pool
 from veratune.layers import SavedModule, VeraLayer
 
@@ -215,7 +215,7 @@ def test_a_taken_name_and_unknown_names():
         lambda: model.merge_and_unload(adapter_names=["nobody"]),
         lambda: model.adapter_state("nobody"),
     ):
-        with pytest.raises(ValueError, match="'nobody' does not exist.*default"):
+        with pytest.raises(ValueError, match=r"'nobody' does not exist.*default"):
             call()
     assert model.active_adapters == ["default"]
 
@@ -228,7 +228,7 @@ def test_a_model_that_has_adapters_is_not_adapted_twice():
             get_peft_model(again, config())
     with pytest.raises(TypeError, match="VeraConfig"):
         model.add_adapter("x", {"r": 4})
-    with pytest.raises(TypeError, match="nn.Module"):
+    with pytest.raises(TypeError, match=r"nn\.Module"):
         get_peft_model("model", config())
 
 
@@ -567,9 +567,9 @@ def test_counting_parameters(capsys):
     base = sum(p.numel() for p in Net().parameters())
     assert model.get_nb_trainable_parameters() == (vectors, base + vectors)
     model.print_trainable_parameters()
-    assert capsys.readouterr().out == (
-        f"trainable params: {vectors} || all params: {base + vectors} || trainable%: {100 * vectors / (base + vectors):.4f}\n"
-    )
+    percent = 100 * vectors / (base + vectors)
+    expected = f"trainable params: {vectors} || all params: {base + vectors} || trainable%: {percent:.4f}\n"
+    assert capsys.readouterr().out == expected
 
 
 def test_attributes_fall_through_to_the_model():

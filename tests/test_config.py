@@ -92,7 +92,7 @@ BAD_COMBINATIONS = [
 
 @pytest.mark.parametrize(("settings", "named"), BAD_COMBINATIONS, ids=str)
 def test_bad_combinations_name_both_fields(settings, named):
-    with pytest.raises(ValueError, match="cannot be combined|counts") as caught:
+    with pytest.raises(ValueError, match=r"cannot be combined|counts") as caught:
         VeraConfig(**settings)
     assert all(name in str(caught.value) for name in named)
 

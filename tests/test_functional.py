@@ -2,8 +2,8 @@ import itertools
 
 import pytest
 import torch
-from reference import dense_delta, relative
 
+from reference import dense_delta, relative
 from veratune.functional import delta_weight, fold_vectors, vera_add, vera_linear
 from veratune.routing import Plan
 

@@ -3,11 +3,11 @@ import pickle
 
 import pytest
 import torch
-from reference import dense_delta, projections, randomise, relative
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
+from reference import dense_delta, projections, randomise, relative
 from veratune import VeraConfig, get_peft_model
 from veratune.layers import VeraConv1D, VeraLinear
 
@@ -334,7 +334,7 @@ def test_an_unfrozen_base_gets_its_gradients(route):
 def test_moving_a_model_lets_go_of_the_old_device():
     model = adapted(dtype=torch.float32)
     model(torch.randn(2, IN))
-    places = [place for place in model.first.slots["default"].a.views]
+    places = list(model.first.slots["default"].a.views)
     assert [device.type for device, _ in places] == ["cpu"]
     model.to("meta")
     assert model.first.slots["default"].a.views == {}

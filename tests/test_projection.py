@@ -7,9 +7,9 @@ import threading
 
 import pytest
 import torch
-from reference import unit
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from reference import unit
 from veratune.projection import Corner, ProjectionPool, projection_pool
 from veratune.sources import PeftShared, PerDimension, Stored
 
@@ -227,9 +227,8 @@ def test_many_threads_get_one_tensor_each_value_right(pool):
 
     def work(offset: int) -> None:
         barrier.wait()
-        for corner in corners[offset:] + corners[:offset]:
-            if not torch.equal(corner.tensor(CPU, F32), expected[: corner.rank]):
-                wrong.append(corner.rank)
+        turned = corners[offset:] + corners[:offset]
+        wrong.extend(c.rank for c in turned if not torch.equal(c.tensor(CPU, F32), expected[: c.rank]))
 
     threads = [threading.Thread(target=work, args=(4 * i,)) for i in range(8)]
     for thread in threads:

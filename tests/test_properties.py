@@ -5,9 +5,9 @@ import tempfile
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from reference import dense_delta, relative
 from torch import nn
 
+from reference import dense_delta
 from veratune import VeraConfig, VeraModel, get_peft_model
 
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 8e-2, torch.float16: 1e-2}

@@ -1,8 +1,8 @@
 import pytest
 import torch
-from tiny_models import tiny_model
 from torch import nn
 
+from tiny_models import tiny_model
 from veratune import TargetError, VeraConfig, get_peft_model
 from veratune.adapters import plan_adapter
 from veratune.layers import SavedModule, VeraLayer

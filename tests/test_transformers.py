@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from reference import dense_delta, projections, randomise, relative
-from tiny_models import KINDS, TARGETS, main_output, tiny_inputs, tiny_model
 from torch import nn
 
+from reference import dense_delta, projections, randomise, relative
+from tiny_models import KINDS, TARGETS, main_output, tiny_inputs, tiny_model
 from veratune import VeRAConfig, VeraConfig, VeraModel, get_peft_model
 from veratune.layers import VeraConv1D
 

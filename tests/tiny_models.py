@@ -18,8 +18,9 @@ TARGETS = {
     "t5": ["q", "v", "o", "wi", "wo"],
     "vit": ["q_proj", "v_proj", "fc1", "fc2"],
     "mixtral": ["q_proj", "k_proj", "v_proj", "o_proj"],
+    "distilbert": ["q_lin", "v_lin", "lin1", "lin2"],
 }
-KINDS = tuple(TARGETS)
+KINDS = ("bert", "gpt2", "llama", "t5", "vit", "mixtral")
 
 
 def _bert() -> nn.Module:
@@ -96,7 +97,33 @@ def _mixtral() -> nn.Module:
     return transformers.MixtralForCausalLM(config)
 
 
-_BUILDERS = {"bert": _bert, "gpt2": _gpt2, "llama": _llama, "t5": _t5, "vit": _vit, "mixtral": _mixtral}
+def _distilbert() -> nn.Module:
+    # Its head is made of two modules, "pre_classifier" and "classifier".
+    config = transformers.DistilBertConfig(
+        vocab_size=50,
+        dim=16,
+        n_layers=2,
+        n_heads=2,
+        hidden_dim=24,
+        max_position_embeddings=32,
+        num_labels=3,
+        dropout=0.0,
+        attention_dropout=0.0,
+        seq_classif_dropout=0.0,
+        initializer_range=0.3,
+    )
+    return transformers.DistilBertForSequenceClassification(config)
+
+
+_BUILDERS = {
+    "bert": _bert,
+    "gpt2": _gpt2,
+    "llama": _llama,
+    "t5": _t5,
+    "vit": _vit,
+    "mixtral": _mixtral,
+    "distilbert": _distilbert,
+}
 
 
 def tiny_model(kind: str, dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -133,3 +160,13 @@ def main_output(model: nn.Module, kind: str) -> Tensor:
     if kind in ("gpt2", "llama", "mixtral", "t5"):
         inputs["use_cache"] = False
     return model(**inputs).logits
+
+
+def randomise_trainable(model: nn.Module, seed: int = 7, std: float = 0.5) -> nn.Module:
+    """Give every trainable parameter (vectors, heads, biases) normal random values, as if it had been trained."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
+    return model

@@ -2,7 +2,7 @@
 
 import re
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -95,9 +95,7 @@ def plan_adapter(model: nn.Module, config: VeraConfig, source: Source | None = N
         )
     resolved = resolve_config(model, config, notify)
     targets = find_targets(model, resolved, notify)
-    owners: dict[str, list[nn.Module]] = {}
-    if resolved.bias != "none":
-        owners = _bias_owners(model, resolved, targets)
+    owners = bias_owners(modules_with_biases(model, resolved, {target.name for target in targets}))
     return AdapterPlan(resolved, targets, source or make_source(resolved, targets), owners)
 
 
@@ -113,16 +111,23 @@ def make_source(config: VeraConfig, targets: Sequence[Target]) -> Source:
     )
 
 
-def _bias_owners(model: nn.Module, config: VeraConfig, targets: Sequence[Target]) -> dict[str, list[nn.Module]]:
-    adapted = {target.name for target in targets}
+def modules_with_biases(model: nn.Module, config: VeraConfig, adapted: Collection[str]) -> list[tuple[str, nn.Module]]:
+    """Return the modules whose biases a configuration trains, by name, given the names of the adapted layers."""
     saved = config.modules_to_save or []
-    named = []
-    for name, module in base_modules(model).items():
-        if any(name == top or name.startswith(f"{top}.") for top in saved):
-            continue
-        if config.bias == "all" or name in adapted:
-            named.append((name, module.base_layer if isinstance(module, VeraLayer) else module))
-    return bias_owners(named)
+    return [
+        (name, module.base_layer if isinstance(module, VeraLayer) else module)
+        for name, module in base_modules(model).items()
+        if not any(name == top or name.startswith(f"{top}.") for top in saved)
+        and (config.bias == "all" or (config.bias == "vera_only" and name in adapted))
+    ]
+
+
+def _checkpoints(model: nn.Module) -> bool:
+    """Return whether a transformers model has gradient checkpointing on, under the newer or the older name."""
+    for name in ("is_activation_checkpointing", "is_gradient_checkpointing"):
+        if hasattr(type(model), name):
+            return bool(getattr(model, name))
+    return False
 
 
 class AdaptedModel(nn.Module):
@@ -147,7 +152,8 @@ class AdaptedModel(nn.Module):
         self.base_model = model
         self.training = model.training
         model.requires_grad_(False)
-        if getattr(model, "is_gradient_checkpointing", False):
+        self._inputs_require_grad = False
+        if _checkpoints(model):
             self._let_inputs_require_grad()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -440,6 +446,10 @@ class AdaptedModel(nn.Module):
         self._replace(replacements)
         for parameter in self._trainable_before:
             parameter.requires_grad_(True)
+        if self._inputs_require_grad:
+            model: Any = self.base_model
+            model.disable_input_require_grads()
+            self._inputs_require_grad = False
         self.peft_config.clear()
         self._sources.clear()
         self._biases.clear()
@@ -466,7 +476,8 @@ class AdaptedModel(nn.Module):
                 raise ValueError(f"cannot merge into {name or 'the model'}: {reason}")
             if safe_merge and not torch.isfinite(layer.merged_weight(adapters)).all():
                 raise ValueError(
-                    f"merging {adapters} into {name or 'the model'} gives weights that are not finite; nothing was merged"
+                    f"merging {adapters} into {name or 'the model'} gives weights that are not finite;"
+                    " nothing was merged"
                 )
 
     def _tied_weights(self, names: Sequence[str]) -> bool:
@@ -495,8 +506,9 @@ class AdaptedModel(nn.Module):
         # Reentrant checkpointing gives no gradients to a block none of whose inputs requires one, and with frozen
         # embeddings none does.
         enable: Callable[[], None] | None = getattr(self.base_model, "enable_input_require_grads", None)
-        if enable is not None:
+        if enable is not None and not self._inputs_require_grad:
             enable()
+            self._inputs_require_grad = True
 
     # Helpers
 

@@ -14,8 +14,9 @@ from veratune.checkpoint.card import write_card
 from veratune.checkpoint.files import CONFIG_NAME, CheckpointError, read_json
 from veratune.checkpoint.hub import find_directory, upload_directory
 from veratune.checkpoint.lora import export_lora
-from veratune.checkpoint.native import load_native, save_native
-from veratune.checkpoint.peft_format import PEFT_VERA, export_peft, load_peft
+from veratune.checkpoint.native import ready_native, save_native
+from veratune.checkpoint.peft_format import PEFT_VERA, export_peft, ready_peft
+from veratune.checkpoint.transfer import ReadyAdapter
 from veratune.config import PEFT_TYPE, VeraConfig
 from veratune.layers import SavedModule, VeraLayer
 
@@ -52,14 +53,9 @@ class VeraModel(AdaptedModel):
         _check_bare(model)
         check_adapter_name(adapter_name)
         directory = find_directory(model_id, **location)
-        trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        ready = _read(model, directory)
         adapted = cls(model, autocast_adapter_dtype=autocast_adapter_dtype)
-        try:
-            _load(adapted, adapter_name, directory, frozen=not is_trainable)
-        except BaseException:
-            for parameter in trainable:
-                parameter.requires_grad_(True)
-            raise
+        ready.put_on(adapted, adapter_name, frozen=not is_trainable)
         adapted.set_adapter(adapter_name)
         return adapted
 
@@ -80,7 +76,8 @@ class VeraModel(AdaptedModel):
             CheckpointError: as for `from_pretrained`.
         """
         self.check_new_name(adapter_name)
-        _load(self, adapter_name, find_directory(model_id, **location), frozen=not is_trainable)
+        ready = _read(self.base_model, find_directory(model_id, **location))
+        ready.put_on(self, adapter_name, frozen=not is_trainable)
 
     def save_pretrained(
         self, save_directory: str | os.PathLike[str], selected_adapters: Sequence[str] | None = None
@@ -211,16 +208,16 @@ def _check_bare(model: nn.Module) -> None:
             )
 
 
-def _load(host: AdaptedModel, adapter_name: str, directory: Path, *, frozen: bool) -> None:
+def _read(model: nn.Module, directory: Path) -> ReadyAdapter:
+    """Read an adapter of either format and check it against a model, which is not changed."""
     config_path = directory / CONFIG_NAME
     # veratune's own tensors file is whole without its JSON copy, PEFT's is not.
     peft_type = read_json(config_path).get("peft_type") if config_path.exists() else PEFT_TYPE
     if peft_type == PEFT_TYPE:
-        load_native(host, adapter_name, directory, frozen=frozen)
-    elif peft_type == PEFT_VERA:
-        load_peft(host, adapter_name, directory, frozen=frozen)
-    else:
-        raise CheckpointError(
-            f"{config_path} is of an adapter of the type {peft_type!r}; veratune loads {PEFT_TYPE!r} and PEFT's"
-            f" {PEFT_VERA!r}"
-        )
+        return ready_native(model, directory)
+    if peft_type == PEFT_VERA:
+        return ready_peft(model, directory)
+    raise CheckpointError(
+        f"{config_path} is of an adapter of the type {peft_type!r}; veratune loads {PEFT_TYPE!r} and PEFT's"
+        f" {PEFT_VERA!r}"
+    )

@@ -179,11 +179,7 @@ def find_targets(model: nn.Module, config: VeraConfig, notify: Callable[[str], N
     else:
         matched = [name for name in modules if name and matches(name, wanted)]
         _check_each_pattern(wanted, matched, modules)
-    considered = [name for name in matched if name not in inside_saved]
-    if config.exclude_modules is not None:
-        considered = [name for name in considered if not matches(name, config.exclude_modules)]
-    if config.layers_to_transform is not None:
-        considered = [name for name in considered if _layer_index(name, config) in _indices(config)]
+    considered = _narrowed([name for name in matched if name not in inside_saved], config)
     adaptable = [name for name in considered if _reason(modules[name]) is None]
     if not adaptable:
         raise TargetError(_nothing_to_adapt(config, matched, considered, inside_saved, modules))
@@ -204,13 +200,31 @@ def find_targets(model: nn.Module, config: VeraConfig, notify: Callable[[str], N
 
 
 def _wrapped(module: nn.Module) -> nn.Module:
-    if isinstance(module, VeraLayer):
-        return module.base_layer
-    return module
+    return module.base_layer if isinstance(module, VeraLayer) else module
 
 
 def _reason(module: nn.Module) -> str | None:
     return why_not_adaptable(_wrapped(module))
+
+
+def _narrowed(names: list[str], config: VeraConfig) -> list[str]:
+    if config.exclude_modules is not None:
+        names = [name for name in names if not matches(name, config.exclude_modules)]
+    if config.layers_to_transform is not None:
+        names = [name for name in names if _layer_index(name, config) in _indices(config)]
+    return names
+
+
+def configured_names(modules: dict[str, nn.Module], config: VeraConfig) -> list[str]:
+    """Return the adaptable modules that a configuration with names or a pattern is for, each under its first name.
+
+    Nothing is complained about: this is for checking a file against its own configuration.
+    """
+    wanted = config.target_modules
+    assert wanted is not None
+    names = _narrowed([name for name in modules if name and matches(name, wanted)], config)
+    first_names = {id(modules[name]): name for name in reversed(names) if _reason(modules[name]) is None}
+    return [name for name in names if first_names.get(id(modules[name])) == name]
 
 
 def _output_layers(model: nn.Module) -> set[int]:

@@ -43,7 +43,8 @@ def export_lora(host: AdaptedModel, adapter_name: str, directory: Path, *, dtype
         tensors[f"{PREFIX}{name}.lora_B.weight"] = lora_b.to(dtype)
     tensors |= other_tensors(host, adapter_name)
     rank = Counter(ranks.values()).most_common(1)[0][0]
-    other_ranks = {re.escape(name): other for name, other in ranks.items() if other != rank}
+    # PEFT compares a pattern with the end of a name; the anchor makes it the whole name.
+    other_ranks = {f"^{re.escape(name)}": other for name, other in ranks.items() if other != rank}
     write_tensors(directory / WEIGHTS_NAME, tensors, {"format": "pt"})
     values = common_values(host, adapter_name) | {
         "peft_type": "LORA",

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from veratune.adapters import AdaptedModel, make_source, notify
 from veratune.checkpoint.files import (
@@ -32,7 +32,7 @@ from veratune.checkpoint.files import (
     write_json,
     write_tensors,
 )
-from veratune.checkpoint.transfer import LoadedAdapter, install_loaded, targets_of
+from veratune.checkpoint.transfer import LoadedAdapter, ReadyAdapter, make_ready, targets_of
 from veratune.config import VeraConfig
 from veratune.sources import PerDimension, Side, Source, Stored
 from veratune.targets import Target
@@ -62,17 +62,16 @@ def save_native(host: AdaptedModel, adapter_name: str, directory: Path) -> None:
     write_json(directory / CONFIG_NAME, {**saved_config.to_dict(), "fingerprint": source.fingerprint()})
 
 
-def load_native(host: AdaptedModel, adapter_name: str, directory: Path, *, frozen: bool) -> None:
-    """Add the adapter in a directory to a model.
+def ready_native(model: nn.Module, directory: Path) -> ReadyAdapter:
+    """Read the adapter in a directory and check it against a model.
 
     Raises:
-        CheckpointError: the files cannot be used, or not with this model; the model is unchanged.
+        CheckpointError: the files cannot be used, or not with this model.
     """
     loaded, header, projections = read_native(directory)
-    targets = targets_of(host.base_model, loaded)
+    targets = targets_of(model, loaded)
     _check_ranks(loaded, targets)
-    source = _source(loaded, targets, header, projections)
-    install_loaded(host, adapter_name, loaded, targets, source, frozen=frozen)
+    return make_ready(model, loaded, targets, _source(loaded, targets, header, projections))
 
 
 def read_native(directory: Path) -> tuple[LoadedAdapter, dict[str, Any], dict[str, Tensor]]:

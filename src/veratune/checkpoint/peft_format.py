@@ -1,6 +1,7 @@
 """PEFT's own VeRA files: reading what the `peft` package wrote, and writing what it reads, with equal outputs."""
 
 import math
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +18,18 @@ from veratune.checkpoint.files import (
     write_json,
     write_tensors,
 )
-from veratune.checkpoint.transfer import LoadedAdapter, install_loaded, targets_of
+from veratune.checkpoint.transfer import LoadedAdapter, ReadyAdapter, make_ready, targets_of
 from veratune.config import VeraConfig
-from veratune.layers import VeraLayer, is_conv1d
-from veratune.layers.biases import bias_owners
+from veratune.layers import SavedModule, VeraLayer, is_conv1d
+from veratune.layers.biases import bias_first_names
 from veratune.sources import PeftShared, PerDimension, Side, Source, Stored
-from veratune.targets import Target, base_modules, matches
+from veratune.targets import Target, base_modules, configured_names, matches
 
 PEFT_VERA = "VERA"
 PREFIX = "base_model.model."
 _A_KEY, _B_KEY = "base_model.vera_A", "base_model.vera_B"
+
+_WRAPPER_PARTS = ("original_module.", "modules_to_save.")
 
 _SAME_FIELDS = (
     "r",
@@ -48,11 +51,11 @@ _SAME_FIELDS = (
 # Reading
 
 
-def load_peft(host: AdaptedModel, adapter_name: str, directory: Path, *, frozen: bool) -> None:
-    """Add an adapter that the `peft` package wrote to a model.
+def ready_peft(model: nn.Module, directory: Path) -> ReadyAdapter:
+    """Read an adapter that the `peft` package wrote and check it against a model and its own configuration.
 
     Raises:
-        CheckpointError: the files cannot be used, or not with this model; the model is unchanged.
+        CheckpointError: the files cannot be used, or not with this model.
     """
     path = directory / WEIGHTS_NAME
     config = _read_config(directory / CONFIG_NAME)
@@ -62,15 +65,41 @@ def load_peft(host: AdaptedModel, adapter_name: str, directory: Path, *, frozen:
         raise CheckpointError(f"{path} has one of {_A_KEY} and {_B_KEY} only")
     if config.save_projection and a is None:
         raise CheckpointError(f"{path}: save_projection is true in {CONFIG_NAME}, but the file has no projections")
-    loaded = _sort(str(path), config, tensors, host.base_model)
-    targets = targets_of(host.base_model, loaded)
+    loaded = _sort(str(path), config, tensors, model)
+    targets = targets_of(model, loaded)
+    _check_complete(loaded, model)
     for target in targets:
         if target.rank != config.r:
             raise CheckpointError(f"{path}: d of {target.name} has {target.rank} numbers, but r is {config.r}")
     source = make_source(config, targets)
     if a is not None and b is not None:
         source = _stored_source(str(path), config, targets, a, b)
-    install_loaded(host, adapter_name, loaded, targets, source, frozen=frozen)
+    return make_ready(model, loaded, targets, source)
+
+
+def _check_complete(loaded: LoadedAdapter, model: nn.Module) -> None:
+    """Raise CheckpointError if layers or saved modules that the configuration names are not in the file.
+
+    With projections drawn again, a missing layer would give all others projections of other shapes.
+    """
+    config, modules = loaded.config, base_modules(model)
+    if config.target_modules not in (None, "all-linear"):
+        missing = [name for name in configured_names(modules, config) if name not in loaded.vectors]
+        missing = [name for name in missing if not any(name.startswith(f"{top}.") for top in loaded.saved)]
+        if missing:
+            raise CheckpointError(
+                f"{loaded.origin} has no vectors of {missing[0]} (one of {len(missing)} such layers), which"
+                f" target_modules={config.target_modules!r} names"
+            )
+    for name in _peft_saved(modules, config.modules_to_save or []):
+        if name not in loaded.saved and next(modules[name].parameters(), None) is not None:
+            raise CheckpointError(f"{loaded.origin} has no weights of {name}, which modules_to_save names")
+
+
+def _peft_saved(modules: dict[str, nn.Module], suffixes: Collection[str]) -> list[str]:
+    """Return the modules that PEFT trains in full for these names: it compares the ends of names, letter by letter."""
+    names = [name for name in modules if name and name.endswith(tuple(suffixes))]
+    return [name for name in names if not any(name.startswith(f"{other}.") for other in names)]
 
 
 def _read_config(path: Path) -> VeraConfig:
@@ -85,6 +114,8 @@ def _read_config(path: Path) -> VeraConfig:
     if isinstance(kept.get("target_modules"), str) and "layers_to_transform" in kept:
         kept.pop("layers_to_transform")
         kept.pop("layers_pattern", None)
+    if kept.get("d_initial") == 0:  # where d started does not matter any more
+        kept.pop("d_initial")
     saved = values.get("modules_to_save")
     try:
         return VeraConfig(projection="peft", modules_to_save=saved or [], **kept)
@@ -95,10 +126,10 @@ def _read_config(path: Path) -> VeraConfig:
 def _sort(origin: str, config: VeraConfig, tensors: dict[str, Tensor], model: nn.Module) -> LoadedAdapter:
     """Sort a file's tensors into vectors, saved modules and biases, by looking up each whole name in the model."""
     modules = base_modules(model)
-    saved_names = [
-        name for name in modules if name and config.modules_to_save and matches(name, config.modules_to_save)
-    ]
-    biases = bias_owners((name, _unwrapped(module)) for name, module in modules.items())
+    saved_names = _peft_saved(modules, config.modules_to_save or [])
+    biases = bias_first_names(
+        (name, module.base_layer if isinstance(module, VeraLayer) else module) for name, module in modules.items()
+    )
     vectors: dict[str, dict[str, Tensor]] = {}
     loaded = LoadedAdapter(origin, config, {})
     for key, tensor in tensors.items():
@@ -111,9 +142,12 @@ def _sort(origin: str, config: VeraConfig, tensors: dict[str, Tensor], model: nn
         if last in ("vera_lambda_b", "vera_lambda_d"):
             vectors.setdefault(parent, {})[last] = tensor
         elif owner is not None:
-            loaded.saved.setdefault(owner, {})[name.removeprefix(f"{owner}.")] = tensor
-        elif config.bias != "none" and bias_name in biases:
-            loaded.biases[bias_name] = tensor
+            inside = name.removeprefix(f"{owner}.")
+            # With bias="all" PEFT writes the biases of its own wrapper around a saved module as well.
+            if not (config.bias == "all" and last == "bias" and inside.startswith(_WRAPPER_PARTS)):
+                loaded.saved.setdefault(owner, {})[inside] = tensor
+        elif bias_name in biases:
+            loaded.biases[biases[bias_name]] = tensor
         else:
             raise CheckpointError(f"{origin}: {key!r} belongs to nothing that this {type(model).__name__} has")
     for name, pair in vectors.items():
@@ -123,10 +157,6 @@ def _sort(origin: str, config: VeraConfig, tensors: dict[str, Tensor], model: nn
     if not loaded.vectors:
         raise CheckpointError(f"{origin} adapts no layer")
     return loaded
-
-
-def _unwrapped(module: nn.Module) -> nn.Module:
-    return module.base_layer if isinstance(module, VeraLayer) else module
 
 
 def _stored_source(origin: str, config: VeraConfig, targets: list[Target], a: Tensor, b: Tensor) -> Source:
@@ -203,12 +233,12 @@ def export_peft(host: AdaptedModel, adapter_name: str, directory: Path, *, save_
 def _shared_projections(source: Source, layers: dict[str, VeraLayer], adapter_name: str) -> tuple[Tensor, Tensor]:
     """Return PEFT's A (r, max_in) and B (max_out, r) that the layers' projections are corners of, up to scales."""
     rank = max(layer.slots[adapter_name].rank for layer in layers.values())
-    width_a = max(layer.slots[adapter_name].a.projection.width for layer in layers.values())
-    width_b = max(layer.slots[adapter_name].b.projection.width for layer in layers.values())
+    max_in = max(layer.in_features for layer in layers.values())
+    max_out = max(layer.out_features for layer in layers.values())
     cpu = torch.device("cpu")
-    a = source.draw("A", range(rank), width_a, cpu)
-    b = source.draw("B", range(rank), width_b, cpu).t().contiguous() * source.gain(rank)
-    return a, b
+    a = source.draw("A", range(rank), source.storage_width("A", max_in), cpu)[:, :max_in]
+    b = source.draw("B", range(rank), source.storage_width("B", max_out), cpu)[:, :max_out]
+    return a.contiguous(), b.t().contiguous() * source.gain(rank)
 
 
 def _peft_d(d: Tensor, source: Source, layer: VeraLayer, shared: tuple[Tensor, Tensor]) -> Tensor:
@@ -224,12 +254,26 @@ def _peft_d(d: Tensor, source: Source, layer: VeraLayer, shared: tuple[Tensor, T
 
 
 def other_tensors(host: AdaptedModel, adapter_name: str) -> dict[str, Tensor]:
-    """Return an adapter's saved modules and biases under PEFT's names."""
+    """Return an adapter's saved modules and biases under PEFT's names.
+
+    Raises:
+        ValueError: PEFT would train a module in full that this adapter adapts.
+    """
     state = host.adapter_state(adapter_name)
+    modules = base_modules(host.base_model)
     adapted = {f"{name}.bias" if name else "bias": name for name in state.vectors}
     tensors: dict[str, Tensor] = {}
-    for name, module in state.saved.items():
-        for key, tensor in module.state_dict().items():
+    for name in _peft_saved(modules, list(state.saved)):
+        within = [layer for layer in state.vectors if layer == name or layer.startswith(f"{name}.")]
+        if within:
+            raise ValueError(
+                f"PEFT cannot hold this adapter: it would train {name} in full, whose name ends like one of"
+                f" modules_to_save={list(state.saved)}, but {within[0]} is adapted"
+            )
+        # A module that PEFT takes for a saved one goes along with the weights it has.
+        module = modules[name]
+        own = state.saved.get(name, module.original_module if isinstance(module, SavedModule) else module)
+        for key, tensor in own.state_dict().items():
             tensors[f"{PREFIX}{name}.{key}"] = tensor
     for name, bias in state.biases.items():
         layer = adapted.get(name)
@@ -253,8 +297,16 @@ def common_values(host: AdaptedModel, adapter_name: str) -> dict[str, Any]:
         "modules_to_save": config.modules_to_save or None,
         "revision": config.revision,
         "target_modules": _peft_targets(host, config, names),
-        "task_type": config.task_type,
+        "task_type": None if _adds_heads(host, config) else config.task_type,
     }
+
+
+def _adds_heads(host: AdaptedModel, config: VeraConfig) -> bool:
+    """Return whether PEFT would train a head in full for this task that the adapter does not save."""
+    if config.task_type not in ("SEQ_CLS", "TOKEN_CLS"):
+        return False
+    heads = _peft_saved(base_modules(host.base_model), ("classifier", "score"))
+    return not set(heads) <= set(_peft_saved(base_modules(host.base_model), config.modules_to_save or []))
 
 
 def _peft_targets(host: AdaptedModel, config: VeraConfig, names: list[str]) -> list[str] | str:

@@ -1,17 +1,17 @@
 """From files' tensors to an adapter on a model and back, whatever the format.
 
-A format's reader makes a `LoadedAdapter`; `install_loaded` checks every name and shape against the model, and only
-then changes the model.
+A format's reader makes a `LoadedAdapter`; `targets_of` and `make_ready` check every name and shape against the model.
+Only what is ready is put on a model.
 """
 
 import difflib
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
-from veratune.adapters import AdaptedModel, AdapterPlan
+from veratune.adapters import AdaptedModel, AdapterPlan, modules_with_biases
 from veratune.checkpoint.files import CheckpointError
 from veratune.config import VeraConfig
 from veratune.layers import SavedModule, VeraLayer, features, why_not_adaptable
@@ -63,49 +63,67 @@ def targets_of(model: nn.Module, loaded: LoadedAdapter) -> list[Target]:
         in_features, out_features = features(base)
         if b.shape != (out_features,):
             raise CheckpointError(
-                f"{loaded.origin}: b of {name} has the shape {tuple(b.shape)}, but that layer has {out_features} outputs"
-                " here: the adapter is for a model of other dimensions"
+                f"{loaded.origin}: b of {name} has the shape {tuple(b.shape)}, but that layer has {out_features}"
+                " outputs here: the adapter is for a model of other dimensions"
             )
         if d.ndim != 1 or d.shape[0] < 1:
             raise CheckpointError(f"{loaded.origin}: d of {name} has the shape {tuple(d.shape)}, not (r,)")
+        if not (b.is_floating_point() and d.is_floating_point()):
+            raise CheckpointError(f"{loaded.origin}: the vectors of {name} are {b.dtype} and {d.dtype}, not floating")
         targets.append(Target(name, module, d.shape[0], in_features, out_features))
     return targets
 
 
-def install_loaded(
-    host: AdaptedModel, name: str, loaded: LoadedAdapter, targets: list[Target], source: Source, *, frozen: bool
-) -> None:
-    """Add a loaded adapter to a model under a name; on any error the model is unchanged.
+def make_ready(model: nn.Module, loaded: LoadedAdapter, targets: list[Target], source: Source) -> "ReadyAdapter":
+    """Check a loaded adapter's saved modules and biases against a model as well, and return it with its plan.
 
     Args:
-        host: the model.
-        name: the adapter's name there.
+        model: the model without a wrapper.
         loaded: what a reader returned.
         targets: what `targets_of` returned for this model.
         source: the adapter's projections.
-        frozen: whether the adapter is only for inference.
 
     Raises:
         CheckpointError: saved modules or biases that do not fit the model.
-        ValueError: the name is taken or not allowed.
     """
-    host.check_new_name(name)
-    modules = base_modules(host.base_model)
+    modules = base_modules(model)
     for module_name, state in loaded.saved.items():
         _check_saved(loaded.origin, modules, module_name, state)
-    owners = _owners(loaded, modules)
-    config = loaded.config.replace(modules_to_save=list(loaded.saved), inference_mode=frozen)
-    host.install(name, AdapterPlan(config, targets, source, owners))
-    state_now = host.adapter_state(name)
-    with torch.no_grad():
-        for layer_name, (b, d) in loaded.vectors.items():
-            own_b, own_d = state_now.vectors[layer_name]
-            own_b.copy_(b)
-            own_d.copy_(d)
-        for module_name, state in loaded.saved.items():
-            state_now.saved[module_name].load_state_dict(state)
-        for bias_name, bias in loaded.biases.items():
-            state_now.biases[bias_name].copy_(bias)
+    config = loaded.config.replace(modules_to_save=list(loaded.saved))
+    owners = bias_owners(modules_with_biases(model, config, {target.name for target in targets}))
+    check_keys(f"{loaded.origin} with bias={config.bias!r}", owners, loaded.biases)
+    for name, bias in loaded.biases.items():
+        own = owners[name][0]._parameters["bias"]
+        assert own is not None
+        if bias.shape != own.shape or not bias.is_floating_point():
+            raise CheckpointError(
+                f"{loaded.origin}: {name} is {bias.dtype} of the shape {tuple(bias.shape)}, but {tuple(own.shape)} in"
+                " this model"
+            )
+    return ReadyAdapter(loaded, AdapterPlan(config, targets, source, owners))
+
+
+@dataclass(frozen=True)
+class ReadyAdapter:
+    """A loaded adapter that fits a model: putting it there cannot fail any more."""
+
+    loaded: LoadedAdapter
+    plan: AdapterPlan
+
+    def put_on(self, host: AdaptedModel, name: str, *, frozen: bool) -> None:
+        """Add the adapter to the model it was made ready for, under a free name; `frozen` is for inference only."""
+        plan = replace(self.plan, config=self.plan.config.replace(inference_mode=frozen))
+        host.install(name, plan)
+        state = host.adapter_state(name)
+        with torch.no_grad():
+            for layer_name, (b, d) in self.loaded.vectors.items():
+                own_b, own_d = state.vectors[layer_name]
+                own_b.copy_(b)
+                own_d.copy_(d)
+            for module_name, tensors in self.loaded.saved.items():
+                state.saved[module_name].load_state_dict(tensors)
+            for bias_name, bias in self.loaded.biases.items():
+                state.biases[bias_name].copy_(bias)
 
 
 def _check_saved(origin: str, modules: dict[str, nn.Module], name: str, state: dict[str, Tensor]) -> None:
@@ -124,24 +142,8 @@ def _check_saved(origin: str, modules: dict[str, nn.Module], name: str, state: d
                 f"{origin}: {name}.{key} has the shape {tuple(tensor.shape)}, but {tuple(expected[key].shape)} in this"
                 " model: give the base model the same number of labels as it had in training"
             )
-
-
-def _owners(loaded: LoadedAdapter, modules: dict[str, nn.Module]) -> dict[str, list[nn.Module]]:
-    if not loaded.biases:
-        return {}
-    all_owners = bias_owners(
-        (name, module.base_layer if isinstance(module, VeraLayer) else module) for name, module in modules.items()
-    )
-    for name, bias in loaded.biases.items():
-        if name not in all_owners:
-            raise CheckpointError(f"{loaded.origin} holds the bias {name!r}, which this model does not have")
-        shape = all_owners[name][0]._parameters["bias"]
-        assert shape is not None
-        if bias.shape != shape.shape:
-            raise CheckpointError(
-                f"{loaded.origin}: {name} has the shape {tuple(bias.shape)}, but {tuple(shape.shape)} in this model"
-            )
-    return {name: all_owners[name] for name in loaded.biases}
+        if tensor.is_floating_point() != expected[key].is_floating_point() or tensor.is_complex():
+            raise CheckpointError(f"{origin}: {name}.{key} is {tensor.dtype}, but {expected[key].dtype} in this model")
 
 
 def check_keys(what: str, expected: Iterable[str], found: Iterable[str]) -> None:

@@ -1,6 +1,6 @@
 """Biases trained beside the vectors (`bias="all"` or `"vera_only"`): an adapter's own, in place of the model's."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -61,14 +61,24 @@ class AdapterBiases:
 
 def bias_owners(named: Iterable[tuple[str, nn.Module]]) -> dict[str, list[nn.Module]]:
     """Return the floating-point bias parameters of these modules by dotted name, each once, with all that hold it."""
-    names: dict[int, str] = {}
     owners: dict[str, list[nn.Module]] = {}
-    for name, module in named:
-        bias = module._parameters.get("bias")
-        if bias is None or not torch.is_floating_point(bias):
-            continue
-        owner_name = names.setdefault(id(bias), f"{name}.bias" if name else "bias")
-        modules = owners.setdefault(owner_name, [])
-        if module not in modules:
-            modules.append(module)
+    for _, first_name, module in _biases(named):
+        holders = owners.setdefault(first_name, [])
+        if module not in holders:
+            holders.append(module)
     return owners
+
+
+def bias_first_names(named: Iterable[tuple[str, nn.Module]]) -> dict[str, str]:
+    """Return for every dotted name of a bias the one under which `bias_owners` has it."""
+    return {name: first_name for name, first_name, _ in _biases(named)}
+
+
+def _biases(named: Iterable[tuple[str, nn.Module]]) -> Iterator[tuple[str, str, nn.Module]]:
+    """Yield (name, first name of the same parameter, module) of each floating-point bias."""
+    first_names: dict[int, str] = {}
+    for module_name, module in named:
+        bias = module._parameters.get("bias")
+        if bias is not None and torch.is_floating_point(bias):
+            name = f"{module_name}.bias" if module_name else "bias"
+            yield name, first_names.setdefault(id(bias), name), module

@@ -118,8 +118,10 @@ class VeraLinear(VeraLayer):
 def _compute_dtype(x: Tensor, weight_dtype: torch.dtype) -> torch.dtype | None:
     """Return the dtype in which torch computes a linear layer here, or None where it refuses to."""
     device = x.device.type
-    if device != "meta" and torch.is_autocast_enabled(device) and all(
-        dtype.is_floating_point and dtype != torch.float64 for dtype in (x.dtype, weight_dtype)
+    if (
+        device != "meta"
+        and torch.is_autocast_enabled(device)
+        and all(dtype.is_floating_point and dtype != torch.float64 for dtype in (x.dtype, weight_dtype))
     ):
         return torch.get_autocast_dtype(device)
     return x.dtype if x.dtype == weight_dtype else None
