@@ -7,7 +7,10 @@ from reference import dense_delta, relative
 from veratune.functional import delta_weight, fold_vectors, vera_add, vera_linear
 from veratune.routing import Plan
 
-PLANS = [Plan(*flags) for flags in itertools.product([False, True], repeat=2)]
+WAYS = ["scaled", "folded", "dense"]
+PLANS = [Plan(output, way) for output, way in itertools.product(WAYS, WAYS)]
+PLANS += [Plan("dense", "folded", keep_weight=True), Plan("dense", "dense", keep_weight=True)]
+ADDING = [plan for plan in PLANS if plan.output != "dense"]
 TOKENS, IN, OUT, RANK, GAIN = 7, 5, 6, 4, 0.7
 
 
@@ -43,7 +46,7 @@ def added(start, p, plan):
     return vera_add(start, p["x"], p["a"], p["bt"], p["b"], p["d"], GAIN, plan)
 
 
-@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("plan", PLANS, ids=str)
 @pytest.mark.parametrize("tokens", [0, 1, TOKENS])
 def test_outputs_and_gradients_equal_dense_algebra(plan, tokens):
     p = problem(tokens=tokens)
@@ -59,7 +62,7 @@ def test_outputs_and_gradients_equal_dense_algebra(plan, tokens):
         torch.testing.assert_close(ours[name].grad, reference[name].grad)
 
 
-@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("plan", PLANS, ids=str)
 def test_gradcheck_of_the_whole_layer(plan):
     p = problem()
     for name in ("x", "weight", "bias", "b", "d"):
@@ -70,7 +73,7 @@ def test_gradcheck_of_the_whole_layer(plan):
     )
 
 
-@pytest.mark.parametrize("plan", [Plan(False, False), Plan(False, True)])
+@pytest.mark.parametrize("plan", ADDING, ids=str)
 def test_gradcheck_of_an_added_delta(plan):
     p = problem()
     start = torch.randn(TOKENS, OUT, dtype=torch.float64, requires_grad=True)
@@ -82,7 +85,7 @@ def test_gradcheck_of_an_added_delta(plan):
     torch.testing.assert_close(added(start, p, plan), start + dense(p, weight=False))
 
 
-@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("plan", PLANS, ids=str)
 @pytest.mark.parametrize("wanted", [{"x"}, {"b"}, {"d"}, {"x", "b"}, {"weight"}, {"bias"}, {"b", "weight", "x"}])
 def test_any_subset_of_gradients(plan, wanted):
     p = problem()
@@ -97,7 +100,7 @@ def test_any_subset_of_gradients(plan, wanted):
             assert ours[name].grad is None
 
 
-@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("plan", PLANS, ids=str)
 def test_zero_vectors_have_exact_gradients(plan):
     """A gradient that divided by d or b would fail here: both start at, or may reach, zero."""
     p = problem()
@@ -112,7 +115,7 @@ def test_zero_vectors_have_exact_gradients(plan):
     assert ours["b"].grad.abs().max() > 0
 
 
-@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("plan", PLANS, ids=str)
 def test_inputs_are_not_written(plan):
     p = problem()
     before = {name: value.clone() for name, value in p.items()}
@@ -123,7 +126,7 @@ def test_inputs_are_not_written(plan):
         assert torch.equal(value, before[name])
 
 
-@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("plan", PLANS, ids=str)
 def test_second_derivative_is_refused(plan):
     p = problem()
     p["x"].requires_grad_()
@@ -133,7 +136,7 @@ def test_second_derivative_is_refused(plan):
         grad.sum().backward()
 
 
-@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("plan", PLANS, ids=str)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.bfloat16, 2e-2), (torch.float16, 3e-3)])
 def test_low_precision_stays_close_to_float64(plan, dtype, tolerance):
     """The vectors are float32; tolerances are some units in the last place of the compute dtype."""
@@ -156,7 +159,7 @@ def test_low_precision_stays_close_to_float64(plan, dtype, tolerance):
 def test_half_precision_vectors_get_gradients_of_their_dtype():
     p = problem(dtype=torch.bfloat16)
     p["b"].requires_grad_()
-    fused(p, Plan(False, False)).sum().backward()
+    fused(p, Plan("folded", "folded")).sum().backward()
     assert p["b"].grad.dtype == torch.bfloat16
 
 
@@ -177,7 +180,7 @@ def test_delta_weight_equals_dense_algebra():
     torch.testing.assert_close(delta, dense_delta(p["b"], p["d"], p["a"], GAIN * p["bt"].t()))
 
 
-@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("plan", PLANS, ids=str)
 def test_backward_under_autocast_keeps_float32_gradients(plan):
     p = problem(dtype=torch.float32, tokens=64)
     ours = {name: value.clone().requires_grad_(name in ("b", "d")) for name, value in p.items()}
@@ -190,7 +193,7 @@ def test_backward_under_autocast_keeps_float32_gradients(plan):
     assert torch.equal(ours["d"].grad, plain["d"].grad)
 
 
-@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("plan", PLANS, ids=str)
 def test_function_transforms(plan):
     p = problem()
 
@@ -202,3 +205,27 @@ def test_function_transforms(plan):
     expected = torch.autograd.grad(dense(reference).square().sum(), (reference["b"], reference["d"]))
     for ours, theirs in zip(actual, expected, strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+def test_a_product_from_before_is_used():
+    p = problem()
+    plan = Plan("folded", "folded")
+    down = p["x"] @ p["a"].t()
+    given = vera_linear(p["x"], p["weight"], p["bias"], p["a"], p["bt"], p["b"], p["d"], GAIN, plan, down=2 * down)
+    torch.testing.assert_close(given - fused(p, plan), fused(p, plan) - p["x"] @ p["weight"].t() - p["bias"])
+
+
+@pytest.mark.parametrize("plan", PLANS, ids=str)
+def test_a_transposed_weight(plan):
+    p = problem()
+    stored = p["weight"].t().contiguous()
+    ours = {name: value.clone().requires_grad_(name in "xbd") for name, value in p.items()}
+    stored.requires_grad_()
+    y = vera_linear(ours["x"], stored, p["bias"], p["a"], p["bt"], ours["b"], ours["d"], GAIN, plan, transposed=True)
+    reference = {name: value.clone().requires_grad_(name in ("x", "b", "d", "weight")) for name, value in p.items()}
+    torch.testing.assert_close(y, dense(reference))
+    y.square().sum().backward()
+    dense(reference).square().sum().backward()
+    for name in "xbd":
+        torch.testing.assert_close(ours[name].grad, reference[name].grad)
+    torch.testing.assert_close(stored.grad, reference["weight"].grad.t())

@@ -1,13 +1,22 @@
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from veratune.functional import vera_linear
-from veratune.routing import Plan, choose_plan, gradient_flops, output_flops
+from veratune.profiles import device_profile
+from veratune.routing import LayerShape, Plan, choose_plan, estimate, look_up, plan_table, possible_plans
 
+WAYS = ["scaled", "folded", "dense"]
 SHAPES = [(384, 384, 256, 4096), (384, 1536, 256, 8), (64, 32, 16, 100), (32, 64, 100, 20), (48, 48, 7, 1)]
+PROFILE = device_profile(torch.device("cpu"), torch.float32)
+
+
+def plans(training):
+    kept = [Plan("dense", way, keep_weight=True) for way in WAYS] if training else []
+    return [Plan(output, way) for output, way in itertools.product(WAYS, WAYS if training else [None])] + kept
 
 
 def _addmm_flops(_, first, second, **__):
@@ -30,34 +39,72 @@ def counted_flops(in_features, out_features, rank, tokens, plan, *, training):
     return counter.get_total_flops() - frozen
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("plan", [Plan(*flags) for flags in itertools.product([False, True], repeat=2)])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(("training", "plan"), [(t, plan) for t in (False, True) for plan in plans(t)], ids=str)
+def test_the_estimate_counts_the_operations_that_torch_counts(shape, plan, training):
+    estimated = estimate(plan, LayerShape(*shape), PROFILE, backward=training)
+    assert estimated.flops == counted_flops(*shape, plan, training=training)
+
+
+@pytest.mark.parametrize("plan", plans(training=True), ids=str)
+def test_the_estimate_knows_what_is_saved(plan):
+    n, m, r, t = 24, 40, 8, 100
+    x = torch.randn(t, n, requires_grad=True)
+    weight, a, bt = torch.randn(m, n), torch.randn(r, n), torch.randn(r, m)
+    b, d = torch.randn(m, requires_grad=True), torch.randn(r, requires_grad=True)
+    inputs = {tensor.data_ptr() for tensor in (weight, a, bt, b, d)}
+    saved = {}
+
+    def note(tensor):
+        if tensor.data_ptr() not in inputs:
+            saved[tensor.data_ptr()] = tensor.nbytes
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        vera_linear(x, weight, None, a, bt, b, d, 1.0, plan)
+    assert sum(saved.values()) == estimate(plan, LayerShape(n, m, r, t), PROFILE).saved_bytes
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("training", [False, True])
-def test_the_cost_model_counts_what_torch_counts(shape, plan, training):
-    modelled = output_flops(*shape, dense=plan.dense_output, steps=2 if training else 1)
-    if training:
-        modelled += gradient_flops(*shape, dense=plan.dense_gradients, kept=not plan.dense_output)
-    assert counted_flops(*shape, plan, training=training) == modelled
+def test_the_choice_has_the_smallest_estimate(shape, training):
+    layer = LayerShape(*shape)
+    chosen = choose_plan("auto", "fast", layer, PROFILE, training=training)
+    seconds = {plan: estimate(plan, layer, PROFILE, backward=training).seconds for plan in plans(training)}
+    assert seconds[chosen] == min(seconds.values())
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+def test_few_tokens_scale_and_many_are_dense():
+    few = choose_plan("auto", "balanced", LayerShape(4096, 4096, 256, 1), PROFILE, training=False)
+    many = choose_plan("auto", "balanced", LayerShape(384, 384, 1024, 4096), PROFILE, training=True)
+    assert few == Plan("scaled", None)
+    assert many == Plan("dense", "dense", keep_weight=True)
+
+
+def test_orders_are_followed():
+    shape = LayerShape(384, 384, 1024, 4096)
+
+    def possible(route, memory="balanced", training=True, weight_at_hand=True):
+        return possible_plans(route, memory, shape, training=training, weight_at_hand=weight_at_hand)
+
+    assert {(p.output, p.gradients) for p in possible("factored")} == set(itertools.product(WAYS[:2], WAYS[:2]))
+    assert possible("dense") == [Plan("dense", "dense", keep_weight=True)]
+    assert possible("dense", weight_at_hand=False) == [Plan("folded", "dense")]
+    assert all(p.output != "dense" for p in possible("auto", weight_at_hand=False))
+    assert all(p.gradients is None and not p.keep_weight for p in possible("auto", training=False))
+    assert not any(p.keep_weight for p in possible("auto", memory="low"))
+    assert all(p.gradients == "dense" for p in possible("auto", memory="low"))  # x is smaller than x A^T
+    assert all(p.keep_weight for p in possible("auto", memory="fast") if p.output == "dense")
+
+
+@pytest.mark.parametrize("shape", [(384, 384, 256), (384, 1536, 1024), (4096, 11008, 64), (8, 8, 8)], ids=str)
 @pytest.mark.parametrize("training", [False, True])
-def test_the_choice_is_the_cheapest(shape, training):
-    costs = {}
-    for flags in itertools.product([False, True], repeat=2):
-        costs[Plan(*flags)] = counted_flops(*shape, Plan(*flags), training=training)
-    chosen = choose_plan("auto", *shape, training=training)
-    assert costs[chosen] == min(costs.values())
-
-
-def test_few_tokens_are_factored_and_many_dense():
-    assert choose_plan("auto", 4096, 4096, 256, 1, training=False) == Plan(False, False)
-    assert choose_plan("auto", 384, 384, 1024, 4096, training=True) == Plan(True, True)
-
-
-def test_an_order_is_followed():
-    shape = (384, 384, 1024, 4096)
-    assert choose_plan("factored", *shape, training=True) == Plan(False, False)
-    assert choose_plan("dense", *shape, training=True) == Plan(True, True)
-    assert choose_plan("dense", *shape, training=True, weight_at_hand=False) == Plan(False, True)
-    assert not choose_plan("auto", *shape, training=True, weight_at_hand=False).dense_output
+def test_tables_say_what_the_choice_says(shape, training):
+    layer = LayerShape(*shape, 0, 2)
+    table = plan_table("auto", "balanced", layer, PROFILE, training, True)
+    tokens = {1, 2, 3, 17, 100, 1000, 4096, 50000} | {limit + i for limit, _ in table[:-1] for i in (0, 1)}
+    for count in tokens:
+        expected = choose_plan("auto", "balanced", replace(layer, tokens=count), PROFILE, training=training)
+        assert look_up(table, count) == expected, count
+    assert look_up(table, 0) == table[0][1]
+    assert look_up(table, 1 << 40) == table[-1][1]

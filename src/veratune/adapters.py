@@ -2,6 +2,7 @@
 
 import re
 import warnings
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,8 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from veratune.config import VeraConfig
-from veratune.layers import SavedModule, VectorInit, VeraLayer, adapt
+from veratune.layers import ComputeSettings, InputGroup, SavedModule, VectorInit, VeraLayer, adapt
 from veratune.layers.biases import AdapterBiases, bias_owners
+from veratune.layers.shared import SharedDown
+from veratune.profiles import load_calibration
 from veratune.projection import projection_pool
 from veratune.sources import PeftShared, PerDimension, Source
 from veratune.targets import Target, base_modules, find_targets, resolve_config
@@ -259,6 +262,8 @@ class AdaptedModel(nn.Module):
     def install(self, adapter_name: str, plan: AdapterPlan) -> None:
         """Carry out a plan that `plan_adapter` made for this model as it is now."""
         replacements: dict[int, nn.Module] = {}
+        groups = _input_groups(plan)
+        settings = ComputeSettings(plan.config.vera_dropout, plan.config.route, plan.config.memory)
         for target in plan.targets:
             module = target.module
             layer = module if isinstance(module, VeraLayer) else adapt(module)
@@ -266,11 +271,13 @@ class AdaptedModel(nn.Module):
                 replacements[id(module)] = layer
             layer.add_adapter(
                 adapter_name,
+                target.name,
                 plan.source,
                 self._vector_init(plan.config, target.rank, layer.weight.dtype),
-                plan.config.vera_dropout,
-                plan.config.route,
+                settings,
+                groups[target.name],
             )
+            load_calibration(layer.weight.device)
         modules = base_modules(self.base_model)
         for name in plan.config.modules_to_save or []:
             original = modules[name]
@@ -553,6 +560,25 @@ class AdaptedModel(nn.Module):
                 raise ValueError(
                     f"the adapters {owners} have their own copies of {name!r} and cannot be active together"
                 )
+
+
+def _input_groups(plan: AdapterPlan) -> dict[str, InputGroup]:
+    """Return for each target what it shares with those beside it of the same width and rank.
+
+    Layers of one parent module often read the same input (query, key, value). That they do is not relied on: what they
+    share only notices when it happens.
+    """
+
+    def key(target: Target) -> tuple[str, int, int]:
+        return target.name.rpartition(".")[0], target.in_features, target.rank
+
+    sizes = Counter(key(target) for target in plan.targets)
+    groups: dict[tuple[str, int, int], InputGroup] = {}
+    for target in plan.targets:
+        if key(target) not in groups:
+            corner = projection_pool.corner(plan.source, "A", target.rank, target.in_features)
+            groups[key(target)] = InputGroup(corner, SharedDown(), sizes[key(target)])
+    return {target.name: groups[key(target)] for target in plan.targets}
 
 
 def _first_names(modules: dict[str, nn.Module], kind: type[_Kind]) -> dict[str, _Kind]:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from veratune.routing import ROUTE_NAMES, RouteName
+from veratune.routing import MEMORY_NAMES, ROUTE_NAMES, MemoryName, RouteName
 
 PEFT_TYPE = "VERATUNE"
 
@@ -46,7 +46,9 @@ class VeraConfig:
             as the widest layers, with PEFT's values.
         save_projection: write A and B into the adapter's file. Nothing needs them there: they are drawn again from
             the key.
-        route: how layers are computed: "auto" (the cheaper for each shape), "factored" or "dense".
+        route: how layers are computed: "auto" (the cheapest for each shape), "factored" or "dense".
+        memory: what is kept for the backward pass: "fast" keeps what saves work, "low" as little as possible,
+            "balanced" what is small beside the model's own activations.
         task_type: one of SEQ_CLS, TOKEN_CLS, QUESTION_ANS, CAUSAL_LM, SEQ_2_SEQ_LM, FEATURE_EXTRACTION, or None.
         inference_mode: make the adapter frozen.
         base_model_name_or_path: where the base model is from; filled in by `get_peft_model`.
@@ -72,6 +74,7 @@ class VeraConfig:
     projection: ProjectionScheme = "per_dimension"
     save_projection: bool = False
     route: RouteName = "auto"
+    memory: MemoryName = "balanced"
     task_type: str | None = None
     inference_mode: bool = False
     base_model_name_or_path: str | None = None
@@ -97,6 +100,7 @@ class VeraConfig:
         _check_choice("bias", self.bias, _BIASES)
         _check_choice("projection", self.projection, _PROJECTIONS)
         _check_choice("route", self.route, ROUTE_NAMES)
+        _check_choice("memory", self.memory, MEMORY_NAMES)
         self.task_type = _task_type(self.task_type)
         for name in ("init_weights", "save_projection", "inference_mode"):
             if not isinstance(getattr(self, name), bool):

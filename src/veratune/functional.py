@@ -4,16 +4,17 @@ One layer computes (Kopiczko et al., ICLR 2024, eq. 2), for a row x of T tokens,
 
     y = W0 x + bias + diag(b) B diag(d) A x.
 
-Here A is (r, in), B is kept rank-major, (r, out), and `gain` is a number that belongs into B (see `sources`). The two
-vectors live in one small matrix
+Here A is (r, in), B is kept rank-major, (r, out), and `gain` is a number that belongs into B (see `sources`). The ways
+to compute it are told in `routing`. The vectors live in one small matrix
 
     C = gain * d b^T * B        (r, out; * elementwise)        so that        delta W = C^T A,
 
-which costs r * out, not T * out: no activation is ever scaled. Both vectors' gradients come from one matrix as well,
+which costs r * out, not T * out: no activation is scaled, unless there are fewer of them than ranks. Both vectors'
+gradients come from one matrix as well,
 
     P = (A G^T) * B    with    G = g^T x  (out, in),        db = gain * P^T d,        dd = gain * P b,
 
-where A G^T (r, out) may be computed as (x A^T)^T g or as written, whichever is cheaper.
+where A G^T (r, out) may be computed as u^T g, u = x A^T (T, r), or as written, whichever is cheaper.
 
 Products run in the compute dtype (that of x); what concerns the vectors alone is done in the vectors' dtype, at least
 float32.
@@ -32,7 +33,7 @@ from veratune.routing import Plan
 
 def fold_vectors(b_projection: Tensor, b: Tensor, d: Tensor, gain: float) -> Tensor:
     """Return C = gain * d b^T * B, (r, out), in B's dtype, rounded once from float32 or wider."""
-    wide = torch.promote_types(torch.promote_types(b.dtype, b_projection.dtype), torch.float32)
+    wide = _wide(b.dtype, b_projection.dtype)
     folded = torch.outer(d.to(wide) * gain, b.to(wide))
     return folded.mul_(b_projection).to(b_projection.dtype)
 
@@ -40,6 +41,20 @@ def fold_vectors(b_projection: Tensor, b: Tensor, d: Tensor, gain: float) -> Ten
 def delta_weight(a_projection: Tensor, b_projection: Tensor, b: Tensor, d: Tensor, gain: float) -> Tensor:
     """Return delta W = diag(b) B diag(d) A, (out, in), in the projections' dtype."""
     return fold_vectors(b_projection, b, d, gain).t() @ a_projection
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Return a context in which no product on this device is narrowed."""
+    # Autocast knows nothing of some devices, such as meta, and says so with an error.
+    known = device.type != "meta" and torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if known else nullcontext()
+
+
+def _wide(*dtypes: torch.dtype) -> torch.dtype:
+    wide = torch.float32
+    for dtype in dtypes:
+        wide = torch.promote_types(wide, dtype)
+    return wide
 
 
 def _adapted_weight(weight: Tensor, folded: Tensor, a_projection: Tensor, transposed: bool) -> Tensor:
@@ -52,17 +67,16 @@ def _adapted_weight(weight: Tensor, folded: Tensor, a_projection: Tensor, transp
     return torch.addmm(weight, folded.t(), a_projection)
 
 
-def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """Return a context in which no product on this device is narrowed."""
-    # Autocast knows nothing of some devices, such as meta, and says so with an error.
-    known = device.type != "meta" and torch.amp.is_autocast_available(device.type)
-    return torch.autocast(device.type, enabled=False) if known else nullcontext()
+def _up(down: Tensor, b_projection: Tensor, d: Tensor, gain: float) -> Tensor:
+    """Return z = (d * u) B^T, (T, out), without b."""
+    return (down * (d.to(_wide(d.dtype)) * gain)).to(down.dtype) @ b_projection
 
 
 class _VeraLinear(torch.autograd.Function):
     """y = start + x C^T A, where start is `x W0^T + bias`, or an output that another module has computed.
 
-    The second output is what the backward pass wants again and the forward pass had anyway: x A^T, or nothing.
+    `down` is u = x A^T, a constant as far as autograd is concerned: x gets its whole gradient here. The second output
+    is the adapted weight, where the plan keeps it.
     """
 
     @staticmethod
@@ -75,82 +89,105 @@ class _VeraLinear(torch.autograd.Function):
         b_projection: Tensor,
         b: Tensor,
         d: Tensor,
+        down: Tensor | None,
         gain: float,
         plan: Plan,
         transposed: bool,
     ) -> tuple[Tensor, Tensor | None]:
+        if plan.output == "dense":
+            assert weight is not None
+            folded = fold_vectors(b_projection, b, d, gain)
+            adapted = _adapted_weight(weight, folded, a_projection, transposed)
+            return F.linear(x, adapted, bias), adapted if plan.keep_weight else None
+        assert down is not None
+        own = weight is not None
+        if weight is not None:
+            start = F.linear(x, weight.t() if transposed else weight, bias)
+        assert start is not None
+        if plan.output == "scaled":
+            added = (_up(down, b_projection, d, gain) * b).to(start.dtype)
+            return start.add_(added) if own else start + added, None
         folded = fold_vectors(b_projection, b, d, gain)
-        if weight is not None and plan.dense_output:
-            return F.linear(x, _adapted_weight(weight, folded, a_projection, transposed), bias), None
-        down = x @ a_projection.t()
-        if weight is None:
-            assert start is not None
-            return torch.addmm(start, down, folded), down
-        return F.linear(x, weight.t() if transposed else weight, bias).addmm_(down, folded), down
+        return start.addmm_(down, folded) if own else torch.addmm(start, down, folded), None
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor | None]) -> None:
-        x, _, weight, _, a_projection, b_projection, b, d, ctx.gain, ctx.plan, ctx.transposed = inputs
-        down = output[1]
-        if down is not None:
-            ctx.mark_non_differentiable(down)
+        x, _, weight, _, a_projection, b_projection, b, d, down, ctx.gain, ctx.plan, ctx.transposed = inputs
+        adapted = output[1]
+        if adapted is not None:
+            ctx.mark_non_differentiable(adapted)
         ctx.set_materialize_grads(False)
         wants_vectors = ctx.needs_input_grad[6] or ctx.needs_input_grad[7]
-        wants_weight = ctx.needs_input_grad[2]
-        keep_down = wants_vectors and not ctx.plan.dense_gradients
-        keep_x = wants_weight or (wants_vectors and (ctx.plan.dense_gradients or down is None))
+        from_x = ctx.needs_input_grad[2] or (wants_vectors and ctx.plan.gradients == "dense")
+        from_down = wants_vectors and ctx.plan.gradients != "dense"
         ctx.save_for_backward(
-            x if keep_x else None, weight, a_projection, b_projection, b, d, down if keep_down else None
+            x if from_x else None, weight, a_projection, b_projection, b, d, down if from_down else None, adapted
         )
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         if g is None:
-            return (None,) * 11
+            return (None,) * 12
         # The caller's autocast must not narrow the float32 part.
         with without_autocast(g.device):
             return _backward(ctx, g)
 
 
 def _backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight, a_projection, b_projection, b, d, down = ctx.saved_tensors
-    need_x, need_start, need_weight, need_bias, _, _, need_b, need_d, _, _, _ = ctx.needs_input_grad
-    grad_x = grad_weight = grad_b = grad_d = None
-    if need_weight or ((need_b or need_d) and ctx.plan.dense_gradients):
+    x, weight, a_projection, b_projection, b, d, down, adapted = ctx.saved_tensors
+    need_x, need_start, need_weight, need_bias, _, _, need_b, need_d = ctx.needs_input_grad[:8]
+    plan, gain, transposed = ctx.plan, ctx.gain, ctx.transposed
+    need_vectors = need_b or need_d
+    wide = _wide(b.dtype, g.dtype)
+    grad_x = grad_weight = grad_b = grad_d = scaled = None
+    if need_weight or (need_vectors and plan.gradients == "dense"):
         grad_weight = g.t() @ x
-    if need_b or need_d:
-        if ctx.plan.dense_gradients:
+    if (need_x and plan.output == "scaled") or (need_vectors and plan.gradients == "scaled"):
+        scaled = (g * b).to(g.dtype) @ b_projection.t()
+    if need_vectors and plan.gradients == "scaled":
+        assert scaled is not None
+        if need_b:
+            grad_b = (g.to(wide) * _up(down, b_projection, d, gain)).sum(0).to(b.dtype)
+        if need_d:
+            grad_d = ((down.to(wide) * scaled).sum(0) * gain).to(d.dtype)
+    elif need_vectors:
+        if plan.gradients == "dense":
             assert grad_weight is not None
             through_rank = a_projection @ grad_weight.t()
         else:
-            through_rank = (x @ a_projection.t() if down is None else down).t() @ g
-        wide = torch.promote_types(torch.promote_types(b.dtype, g.dtype), torch.float32)
+            through_rank = down.t() @ g
         products = through_rank.to(wide).mul_(b_projection)
         if need_b:
-            grad_b = (products.t() @ (d.to(wide) * ctx.gain)).to(b.dtype)
+            grad_b = (products.t() @ (d.to(wide) * gain)).to(b.dtype)
         if need_d:
-            grad_d = (products @ (b.to(wide) * ctx.gain)).to(d.dtype)
+            grad_d = (products @ (b.to(wide) * gain)).to(d.dtype)
     if need_x:
-        folded = fold_vectors(b_projection, b, d, ctx.gain)
-        if weight is not None and ctx.plan.dense_output:
-            grad_x = g @ _adapted_weight(weight, folded, a_projection, ctx.transposed)
-        elif weight is not None:
-            grad_x = (g @ (weight.t() if ctx.transposed else weight)).addmm_(g @ folded.t(), a_projection)
+        if plan.output == "dense":
+            if adapted is None:
+                folded = fold_vectors(b_projection, b, d, gain)
+                adapted = _adapted_weight(weight, folded, a_projection, transposed)
+            grad_x = g @ adapted
         else:
-            grad_x = (g @ folded.t()) @ a_projection
+            if plan.output == "scaled":
+                assert scaled is not None
+                through = (scaled * (d.to(wide) * gain)).to(g.dtype)
+            else:
+                through = g @ fold_vectors(b_projection, b, d, gain).t()
+            if weight is None:
+                grad_x = through @ a_projection
+            else:
+                grad_x = (g @ (weight.t() if transposed else weight)).addmm_(through, a_projection)
     return (
         grad_x,
         g if need_start else None,
-        None if grad_weight is None or not need_weight else grad_weight.t() if ctx.transposed else grad_weight,
+        None if grad_weight is None or not need_weight else grad_weight.t() if transposed else grad_weight,
         g.sum(0) if need_bias else None,
         None,
         None,
         grad_b,
         grad_d,
-        None,
-        None,
-        None,
+        *(None,) * 4,
     )
 
 
@@ -166,6 +203,7 @@ def vera_linear(
     plan: Plan,
     *,
     transposed: bool = False,
+    down: Tensor | None = None,
 ) -> Tensor:
     """Return y = x (W0 + delta W)^T + bias, (T, out), by the plan's route.
 
@@ -175,16 +213,20 @@ def vera_linear(
         bias: (out,), or None.
         a_projection: A (r, in), in the compute dtype.
         b_projection: B rank-major, (r, out), in the compute dtype.
-        b, d: the vectors, (out,) and (r,), of any floating dtype.
+        b: the vector b, (out,), of any floating dtype.
+        d: the vector d, (r,), of any floating dtype.
         gain: factor that belongs into B.
         plan: the route.
         transposed: whether the weight is stored as (in, out).
+        down: x A^T (T, r), without a graph, where it has been computed already.
 
     Gradients flow to x, weight, bias, b and d, each computed only where it is wanted. A second differentiation raises
     RuntimeError.
     """
+    if down is None and plan.needs_down:
+        down = project_down(x, a_projection)
     output: Tensor = _VeraLinear.apply(  # type: ignore[no-untyped-call]
-        x, None, weight, bias, a_projection, b_projection, b, d, gain, plan, transposed
+        x, None, weight, bias, a_projection, b_projection, b, d, down, gain, plan, transposed
     )[0]
     return output
 
@@ -198,15 +240,31 @@ def vera_add(
     d: Tensor,
     gain: float,
     plan: Plan,
+    *,
+    down: Tensor | None = None,
 ) -> Tensor:
     """Return start + x delta W^T, (T, out), through the rank: for a base layer whose weight is not at hand.
 
     Args:
         start: (T, out), the base layer's output, in the compute dtype.
-        x, a_projection, b_projection, b, d, gain: as for `vera_linear`.
-        plan: only the route of the gradients counts.
+        x: as for `vera_linear`, and so the arguments that follow.
+        a_projection: A.
+        b_projection: B.
+        b: the vector b.
+        d: the vector d.
+        gain: factor that belongs into B.
+        plan: the route, whose output is not dense.
+        down: x A^T.
     """
+    if down is None:
+        down = project_down(x, a_projection)
     output: Tensor = _VeraLinear.apply(  # type: ignore[no-untyped-call]
-        x, start, None, None, a_projection, b_projection, b, d, gain, plan, False
+        x, start, None, None, a_projection, b_projection, b, d, down, gain, plan, False
     )[0]
     return output
+
+
+def project_down(x: Tensor, a_projection: Tensor) -> Tensor:
+    """Return u = x A^T, (T, r), without a graph: the functions above give x its gradient."""
+    with torch.no_grad():
+        return x @ a_projection.t()

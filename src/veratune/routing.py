@@ -1,81 +1,265 @@
 """Dimension-aware routing: which of the exact ways to compute a layer is the cheapest for its shape.
 
-VeRA's delta can be applied in two ways, and so can the gradients of its vectors be had (T tokens, rank r; counts of
-floating-point operations beyond the frozen layer's own):
+With T tokens and rank r, what VeRA adds to a frozen layer's products can be had in three ways:
 
-    output     factored   x A^T, then times the folded (r, out) matrix        2 T r (in + out)
-               dense      W0 + delta once, then one product as without VeRA   2 r in out
-    gradients  factored   (x A^T)^T g, from the rank-sized activation         2 T r (in + out), 2 T r out if it is kept
-               dense      g^T x first, then times A^T                         2 T in out + 2 r in out
+    scaled   u = x A^T, then b * ((d * u) B^T): the vectors scale activations. For few tokens.
+    folded   u = x A^T, then u C with C = d b^T * B folded once: the vectors scale a small matrix.
+    dense    W0 + C^T A once, then one product as without VeRA. For many tokens, or high ranks.
 
-The input's gradient follows the output's route, forwards and backwards each.
+and the vectors' gradients in three as well, from u (scaled, folded) or from the weight's gradient g^T x (dense). The
+output and the gradients are chosen together, by an estimate in seconds: operations / rate + bytes / bandwidth, for each
+product, and bytes / bandwidth for what is elementwise. Its constants are a device's `DeviceProfile`.
 """
 
+from bisect import bisect_left
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Literal, NamedTuple
 
 RouteName = Literal["auto", "factored", "dense"]
 ROUTE_NAMES: tuple[RouteName, ...] = ("auto", "factored", "dense")
+MemoryName = Literal["balanced", "low", "fast"]
+MEMORY_NAMES: tuple[MemoryName, ...] = ("balanced", "low", "fast")
+
+Way = Literal["scaled", "folded", "dense"]
+
+
+_ALLOWED: dict[RouteName, tuple[Way, ...]] = {
+    "auto": ("scaled", "folded", "dense"),
+    "factored": ("scaled", "folded"),
+    "dense": ("dense",),
+}
 
 
 class Plan(NamedTuple):
     """The route of one call of one layer.
 
     Attributes:
-        dense_output: form W0 + delta and multiply once, rather than add a product through the rank.
-        dense_gradients: get the vectors' gradients from g^T x rather than from x A^T.
+        output: how the output and the input's gradient are computed.
+        gradients: how the vectors' gradients are computed; None where none are wanted.
+        keep_weight: keep the adapted weight of a dense output for the backward pass, rather than make it again.
     """
 
-    dense_output: bool
-    dense_gradients: bool
+    output: Way
+    gradients: Way | None
+    keep_weight: bool = False
+
+    @property
+    def needs_down(self) -> bool:
+        """Whether u = x A^T is wanted."""
+        return self.output != "dense" or self.gradients in ("scaled", "folded")
+
+    def __str__(self) -> str:
+        gradients = "" if self.gradients is None else f", gradients {self.gradients}"
+        return f"{self.output}{gradients}{', weight kept' if self.keep_weight else ''}"
 
 
-FACTORED = Plan(dense_output=False, dense_gradients=False)
+@dataclass(frozen=True)
+class DeviceProfile:
+    """What the estimate has to know of a device and a dtype.
+
+    Attributes:
+        flops: operations of matrix products in a second.
+        bandwidth: bytes read or written in a second.
+        launch: seconds that any operation takes at least.
+        itemsize: bytes of one element.
+    """
+
+    flops: float
+    bandwidth: float
+    launch: float
+    itemsize: int
 
 
-def output_flops(in_features: int, out_features: int, rank: int, tokens: int, *, dense: bool, steps: int) -> int:
-    """Return the operations that `steps` of the passes forward and backward to the input add to the frozen layer's."""
-    if dense:
-        return steps * 2 * rank * in_features * out_features
-    return steps * 2 * tokens * rank * (in_features + out_features)
+@dataclass(frozen=True)
+class LayerShape:
+    """The dimensions of one call: (in, out) of the layer, rank, tokens, and how many layers share x A^T."""
+
+    in_features: int
+    out_features: int
+    rank: int
+    tokens: int
+    sharing: int = 1
 
 
-def gradient_flops(in_features: int, out_features: int, rank: int, tokens: int, *, dense: bool, kept: bool) -> int:
-    """Return the operations of the vectors' gradients; `kept`: the forward pass has left x A^T behind."""
-    if dense:
-        return 2 * in_features * out_features * (tokens + rank)
-    return 2 * tokens * rank * (out_features if kept else in_features + out_features)
+@dataclass(frozen=True)
+class Estimate:
+    """What one plan adds to the frozen layer.
+
+    Attributes:
+        plan: the plan.
+        flops: operations of its matrix products.
+        saved_bytes: what it keeps from the forward to the backward pass, beside the parameters.
+        seconds: the estimated time.
+    """
+
+    plan: Plan
+    flops: int
+    saved_bytes: int
+    seconds: float
+
+
+class _Cost:
+    """Adds up products and elementwise passes."""
+
+    def __init__(self, profile: DeviceProfile) -> None:
+        self.profile = profile
+        self.flops = 0
+        self.seconds = 0.0
+
+    def product(self, rows: int, columns: int, inner: int, share: int = 1) -> None:
+        """Add (rows, inner) times (inner, columns), of which this layer bears 1 / share."""
+        profile = self.profile
+        flops = 2 * rows * columns * inner
+        touched = (rows * inner + inner * columns + rows * columns) * profile.itemsize
+        self.flops += flops // share
+        self.seconds += (flops / profile.flops + touched / profile.bandwidth + profile.launch) / share
+
+    def pass_over(self, elements: int, width: int = 4) -> None:
+        """Add the reading or writing of so many elements of so many bytes, in an operation of its own."""
+        self.seconds += elements * width / self.profile.bandwidth + self.profile.launch
+
+
+def estimate(plan: Plan, shape: LayerShape, profile: DeviceProfile, *, backward: bool = True) -> Estimate:
+    """Return what a plan costs beyond the frozen layer, forward and, if wanted, backward to the input."""
+    n, m, r, t = shape.in_features, shape.out_features, shape.rank, shape.tokens
+    size = profile.itemsize
+    cost = _Cost(profile)
+    saved = 0
+    if plan.needs_down:
+        cost.product(t, r, n, share=shape.sharing)
+    for forward in (True, False) if backward else (True,):
+        if plan.output == "scaled":
+            if forward:
+                cost.product(t, m, r)
+            elif plan.gradients != "scaled":  # which makes (b * g) B anyway
+                cost.product(t, r, m)
+            if not forward:
+                cost.product(t, n, r)
+            cost.pass_over(2 * t * r, size)
+            cost.pass_over(3 * t * m, size)
+            continue
+        if plan.output == "dense" and plan.keep_weight and not forward:
+            continue
+        cost.pass_over(4 * r * m)  # outer product, times B, rounded
+        if plan.output == "dense":
+            cost.product(m, n, r)
+        elif forward:
+            cost.product(t, m, r)
+        else:
+            cost.product(t, r, m)
+            cost.product(t, n, r)
+    if plan.gradients == "dense":
+        cost.product(m, n, t)
+        cost.product(r, m, n)
+        saved += t * n * size
+    elif plan.gradients is not None:
+        if plan.gradients == "folded":
+            cost.product(r, m, t)
+        else:
+            cost.product(t, r, m)
+            cost.product(t, m, r)
+            cost.pass_over(2 * t * r, size)
+            cost.pass_over(4 * t * m, size)
+        saved += t * r * size // shape.sharing
+    if plan.gradients in ("dense", "folded"):
+        cost.pass_over(4 * r * m)
+    if plan.keep_weight:
+        saved += m * n * size
+    return Estimate(plan, cost.flops, saved, cost.seconds)
+
+
+def possible_plans(
+    route: RouteName, memory: MemoryName, shape: LayerShape, *, training: bool, weight_at_hand: bool
+) -> list[Plan]:
+    """Return the plans that a configuration allows for a call.
+
+    Args:
+        route: which ways are allowed: "factored" leaves out dense ones, "dense" all others.
+        memory: "low" keeps the smaller of x and x A^T for the gradients and no weight; "fast" keeps the weight;
+            "balanced" keeps it where it is small beside the layer's activations.
+        shape: the call's dimensions.
+        training: whether the vectors' gradients will be wanted.
+        weight_at_hand: whether W0 can be read, which a dense output needs.
+    """
+    ways = _ALLOWED[route]
+    outputs = [way for way in ways if way != "dense" or weight_at_hand] or ["folded"]
+    gradients: list[Way | None] = [None]
+    if training:
+        gradients = list(ways)
+        if memory == "low" and route == "auto":
+            small: tuple[Way, ...] = ("dense",) if shape.in_features < shape.rank else ("scaled", "folded")
+            gradients = [way for way in gradients if way in small]
+    weight_is_small = 8 * shape.in_features * shape.out_features <= shape.tokens * (
+        shape.in_features + shape.out_features
+    )
+    keep = training and (memory == "fast" or (memory == "balanced" and weight_is_small))
+    return [Plan(output, way, keep and output == "dense") for output in outputs for way in gradients]
 
 
 def choose_plan(
     route: RouteName,
-    in_features: int,
-    out_features: int,
-    rank: int,
-    tokens: int,
+    memory: MemoryName,
+    shape: LayerShape,
+    profile: DeviceProfile,
     *,
     training: bool,
     weight_at_hand: bool = True,
 ) -> Plan:
-    """Return the plan with the fewest operations, or the one that `route` asks for.
+    """Return the allowed plan with the smallest estimate."""
+    plans = possible_plans(route, memory, shape, training=training, weight_at_hand=weight_at_hand)
+    best, least = plans[0], float("inf")
+    for plan in plans:
+        seconds = estimate(plan, shape, profile, backward=training).seconds
+        if seconds < least:
+            best, least = plan, seconds
+    return best
+
+
+# Beyond so many tokens nothing changes any more.
+_MANY = 1 << 24
+
+
+@lru_cache(maxsize=4096)
+def plan_table(
+    route: RouteName,
+    memory: MemoryName,
+    shape: LayerShape,
+    profile: DeviceProfile,
+    training: bool,
+    weight_at_hand: bool,
+) -> tuple[tuple[int, Plan], ...]:
+    """Return the choices for every number of tokens, as (largest number of tokens, plan) in ascending order.
+
+    A table is looked up faster than an estimate is made, and a compiler that traces with a symbolic number of tokens
+    meets a few comparisons with constants.
 
     Args:
-        route: "auto", or the route that is wanted for everything.
-        in_features, out_features, rank: the layer's shape.
-        tokens: the product of the input's leading dimensions.
-        training: whether the vectors' gradients will be wanted.
-        weight_at_hand: whether W0 can be read, which a dense output needs.
+        shape: the layer's; its number of tokens does not count.
+        route, memory, profile, training, weight_at_hand: as for `choose_plan`.
     """
-    if route == "factored":
-        return FACTORED
-    if route == "dense":
-        return Plan(dense_output=weight_at_hand, dense_gradients=True)
-    shape = (in_features, out_features, rank, tokens)
-    best, fewest = FACTORED, -1
-    for dense_output in (False, True) if weight_at_hand else (False,):
-        for dense_gradients in (False, True) if training else (False,):
-            flops = output_flops(*shape, dense=dense_output, steps=2 if training else 1)
-            if training:
-                flops += gradient_flops(*shape, dense=dense_gradients, kept=not dense_output)
-            if fewest < 0 or flops < fewest:
-                best, fewest = Plan(dense_output, dense_gradients), flops
-    return best
+
+    def choice(tokens: int) -> Plan:
+        here = replace(shape, tokens=tokens)
+        return choose_plan(route, memory, here, profile, training=training, weight_at_hand=weight_at_hand)
+
+    table: list[tuple[int, Plan]] = []
+    low = 1
+    while low < _MANY:
+        plan, high = choice(low), 2 * low
+        while high < _MANY and choice(high) == plan:
+            high *= 2
+        # The choice changes between the last power of two that agreed and the first that did not.
+        last = high // 2
+        limit = last + bisect_left(range(last + 1, high), True, key=lambda tokens: choice(tokens) != plan)
+        table.append((limit, plan))
+        low = limit + 1
+    return tuple(table)
+
+
+def look_up(table: tuple[tuple[int, Plan], ...], tokens: int) -> Plan:
+    """Return a table's plan for a number of tokens."""
+    for limit, plan in table:
+        if tokens <= limit:
+            return plan
+    return table[-1][1]

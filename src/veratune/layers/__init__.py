@@ -5,11 +5,13 @@ import sys
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from veratune.layers.base import Slot, VectorInit, VeraLayer
+from veratune.layers.base import ComputeSettings, InputGroup, Slot, VectorInit, VeraLayer
 from veratune.layers.linear import VeraConv1D, VeraLinear
 from veratune.layers.saved import SavedModule
 
 __all__ = [
+    "ComputeSettings",
+    "InputGroup",
     "SavedModule",
     "Slot",
     "VectorInit",

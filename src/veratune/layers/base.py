@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from veratune.functional import delta_weight, without_autocast
+from veratune.layers.shared import SharedDown
 from veratune.projection import Corner, projection_pool
-from veratune.routing import RouteName
+from veratune.routing import LayerShape, MemoryName, RouteName
 from veratune.sources import Source
 
 
@@ -31,13 +32,58 @@ class VectorInit:
 
 
 @dataclass(frozen=True)
-class Slot:
-    """What one adapter has on one layer beside its two vectors."""
+class InputGroup:
+    """What an adapter has in common on layers that may read the same input: A, and the last product with it.
+
+    Attributes:
+        a: A's corner.
+        down: the product that these layers hand to each other.
+        size: how many layers these are.
+    """
 
     a: Corner
+    down: SharedDown
+    size: int
+
+
+@dataclass(frozen=True)
+class ComputeSettings:
+    """How an adapter is to be computed.
+
+    Attributes:
+        dropout: probability of dropout on the adapter's input.
+        route: which ways of computing are allowed.
+        memory: what may be kept for the backward pass.
+    """
+
+    dropout: float
+    route: RouteName
+    memory: MemoryName
+
+
+@dataclass(frozen=True)
+class Slot:
+    """What one adapter has on one layer beside its two vectors.
+
+    Attributes:
+        name: the layer's name, which tells it apart within its group.
+        group: what it has in common with the layers beside it.
+        b: B's corner.
+        gain: factor that belongs into B.
+        settings: how it is computed.
+        shape: the layer's dimensions and the rank, without tokens.
+    """
+
+    name: str
+    group: InputGroup
     b: Corner
     gain: float
-    route: RouteName
+    settings: ComputeSettings
+    shape: LayerShape
+
+    @property
+    def a(self) -> Corner:
+        return self.group.a
 
     @property
     def rank(self) -> int:
@@ -90,7 +136,15 @@ class VeraLayer(nn.Module):
         assert bias is None or isinstance(bias, Tensor)
         return bias
 
-    def add_adapter(self, name: str, source: Source, init: VectorInit, dropout: float, route: RouteName) -> None:
+    def add_adapter(
+        self,
+        name: str,
+        layer_name: str,
+        source: Source,
+        init: VectorInit,
+        settings: ComputeSettings,
+        group: InputGroup,
+    ) -> None:
         """Give this layer the vectors of another adapter; it is not active yet."""
         device = self.weight.device
         b = torch.zeros(self.out_features, dtype=init.dtype, device=device)
@@ -100,13 +154,15 @@ class VeraLayer(nn.Module):
             d.normal_()
         self.vera_lambda_b[name] = nn.Parameter(b, requires_grad=False)
         self.vera_lambda_d[name] = nn.Parameter(d, requires_grad=False)
-        if dropout > 0.0:
-            self.vera_dropout[name] = nn.Dropout(dropout).train(self.training)
+        if settings.dropout > 0.0:
+            self.vera_dropout[name] = nn.Dropout(settings.dropout).train(self.training)
         self.slots[name] = Slot(
-            a=projection_pool.corner(source, "A", init.rank, self.in_features),
+            name=layer_name,
+            group=group,
             b=projection_pool.corner(source, "B", init.rank, self.out_features),
             gain=source.gain(init.rank),
-            route=route,
+            settings=settings,
+            shape=LayerShape(self.in_features, self.out_features, init.rank, 0, group.size),
         )
 
     def delete_adapter(self, name: str) -> None:

@@ -6,9 +6,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from veratune.functional import vera_add, vera_linear
-from veratune.layers.base import VeraLayer
-from veratune.routing import choose_plan
+from veratune.functional import project_down, vera_add, vera_linear
+from veratune.layers.base import Slot, VeraLayer
+from veratune.profiles import device_profile
+from veratune.routing import Plan, look_up, plan_table
 
 
 class VeraLinear(VeraLayer):
@@ -62,26 +63,32 @@ class VeraLinear(VeraLayer):
     def _training(self, name: str) -> bool:
         return torch.is_grad_enabled() and self.vera_lambda_b[name].requires_grad
 
+    def _plan(self, name: str, x: Tensor, dtype: torch.dtype, *, weight_at_hand: bool) -> Plan:
+        table = _plan_table(self.slots[name], x.device, dtype, self._training(name), weight_at_hand)
+        return look_up(table, math.prod(x.shape[:-1]))
+
     def _fused(self, x: Tensor, name: str, dtype: torch.dtype) -> Tensor:
-        weight, bias = self.weight, self.bias
         slot = self.slots[name]
+        weight, bias = self.weight, self.bias
         b, d = self.vectors(name)
-        tokens = math.prod(x.shape[:-1])
-        plan = choose_plan(
-            slot.route, self.in_features, self.out_features, slot.rank, tokens, training=self._training(name)
-        )
-        flat = x.to(dtype).reshape(tokens, self.in_features)
+        plan = self._plan(name, x, dtype, weight_at_hand=True)
+        flat = x.to(dtype).reshape(math.prod(x.shape[:-1]), self.in_features)
+        a_projection = slot.a.tensor(x.device, dtype)
+        down = None
+        if plan.needs_down:
+            down = slot.group.down.get(slot.name, x, a_projection, lambda: project_down(flat, a_projection))
         output = vera_linear(
             flat,
             weight.to(dtype),
             None if bias is None else bias.to(dtype),
-            slot.a.tensor(x.device, dtype),
+            a_projection,
             slot.b.tensor(x.device, dtype),
             b,
             d,
             slot.gain,
             plan,
             transposed=self.out_axis == 1,
+            down=down,
         )
         return output.view(*x.shape[:-1], self.out_features)
 
@@ -89,30 +96,35 @@ class VeraLinear(VeraLayer):
         slot = self.slots[name]
         b, d = self.vectors(name)
         dtype = output.dtype
-        tokens = math.prod(x.shape[:-1])
-        plan = choose_plan(
-            slot.route,
-            self.in_features,
-            self.out_features,
-            slot.rank,
-            tokens,
-            training=self._training(name),
-            weight_at_hand=False,
-        )
-        flat = x.to(dtype).reshape(tokens, self.in_features)
+        plan = self._plan(name, x, dtype, weight_at_hand=False)
+        flat = x.to(dtype).reshape(math.prod(x.shape[:-1]), self.in_features)
+        a_projection = slot.a.tensor(x.device, dtype)
+        down = None
         if self._drops(name):
             flat = self.vera_dropout[name](flat)
+        else:
+            down = slot.group.down.get(slot.name, x, a_projection, lambda: project_down(flat, a_projection))
         added = vera_add(
-            output.reshape(tokens, self.out_features),
+            output.reshape(math.prod(x.shape[:-1]), self.out_features),
             flat,
-            slot.a.tensor(x.device, dtype),
+            a_projection,
             slot.b.tensor(x.device, dtype),
             b,
             d,
             slot.gain,
             plan,
+            down=down,
         )
         return added.view(output.shape)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _plan_table(
+    slot: Slot, device: torch.device, dtype: torch.dtype, training: bool, weight_at_hand: bool
+) -> tuple[tuple[int, Plan], ...]:
+    # A compiler need not trace the search for what depends on constants alone.
+    profile = device_profile(device, dtype)
+    return plan_table(slot.settings.route, slot.settings.memory, slot.shape, profile, training, weight_at_hand)
 
 
 def _compute_dtype(x: Tensor, weight_dtype: torch.dtype) -> torch.dtype | None:
