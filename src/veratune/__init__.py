@@ -4,6 +4,7 @@ from veratune.adapters import AdapterState
 from veratune.checkpoint.files import CheckpointError
 from veratune.config import VeRAConfig, VeraConfig
 from veratune.model import VeraModel, get_peft_model
+from veratune.profiles import calibrate
 from veratune.projection import ProjectionInfo, projection_pool
 from veratune.targets import TargetError
 from veratune.training import parameter_groups
@@ -18,6 +19,7 @@ __all__ = [
     "VeRAConfig",
     "VeraConfig",
     "VeraModel",
+    "calibrate",
     "get_peft_model",
     "parameter_groups",
     "projection_pool",

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from veratune.config import VeraConfig
+from veratune.explain import RouteTable, explain_routes
 from veratune.layers import ComputeSettings, InputGroup, SavedModule, VectorInit, VeraLayer, adapt
 from veratune.layers.biases import AdapterBiases, bias_owners
 from veratune.layers.shared import SharedDown
@@ -237,6 +238,35 @@ class AdaptedModel(nn.Module):
         print(
             f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {100 * trainable / total:.4f}"
         )
+
+    def explain_routes(
+        self,
+        tokens: int,
+        adapter_name: str | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | None = None,
+        training: bool = True,
+    ) -> RouteTable:
+        """Return the route of each layer of an adapter, with operations, memory and time of all that it could take.
+
+        Printing the result gives a table. The times are estimates by the device's profile (see `calibrate`).
+
+        Args:
+            tokens: the product of the input's leading dimensions (batch times sequence length).
+            adapter_name: which adapter; the active one by default.
+            dtype: the compute dtype; the layers' own by default.
+            device: the device; the layers' own by default.
+            training: whether the vectors' gradients are wanted.
+
+        Raises:
+            ValueError: an unknown adapter, or a number of tokens below one.
+        """
+        name = self.active_adapter if adapter_name is None else adapter_name
+        self._check_known([name])
+        if tokens < 1:
+            raise ValueError(f"tokens={tokens} is not allowed: it must be at least 1")
+        return explain_routes(self.layers().items(), name, tokens, dtype=dtype, device=device, training=training)
 
     # Adding and choosing adapters
 

@@ -179,6 +179,10 @@ class VeraLayer(nn.Module):
     def _choose_added(self) -> None:
         self.added_adapters = [name for name in self.active_adapters if name not in self.merged_adapters]
 
+    def weight_at_hand(self, name: str) -> bool:
+        """Return whether an adapter's output may be computed from the weight itself, if it is the only active one."""
+        return False
+
     def vectors(self, name: str) -> tuple[Tensor, Tensor]:
         """Return (b, d) of an adapter: parameters, or what `torch.func.functional_call` has put in their place."""
         b, d = self.vera_lambda_b[name], self.vera_lambda_d[name]

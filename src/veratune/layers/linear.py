@@ -31,7 +31,7 @@ class VeraLinear(VeraLayer):
         if not active:
             output: Tensor = self.base_layer(x, *args, **kwargs)
             return output
-        if len(active) == 1 and not args and not kwargs and not self._drops(active[0]) and self._is_plain():
+        if len(active) == 1 and not args and not kwargs and self.weight_at_hand(active[0]):
             dtype = _compute_dtype(x, self.weight.dtype)
             if dtype is not None and x.shape[-1:] == (self.in_features,):
                 return self._fused(x, active[0], dtype)
@@ -45,6 +45,9 @@ class VeraLinear(VeraLayer):
         for name in active:
             output = self._add(output, x, name)
         return output
+
+    def weight_at_hand(self, name: str) -> bool:
+        return not self._drops(name) and self._is_plain()
 
     def _is_plain(self) -> bool:
         base = self.base_layer

@@ -1,0 +1,62 @@
+import pytest
+import torch
+from torch import nn
+
+from veratune import VeraConfig, get_peft_model
+from veratune.routing import Plan
+
+
+def model(**settings):
+    net = nn.Sequential(nn.Linear(384, 1536), nn.GELU(), nn.Linear(1536, 384))
+    return get_peft_model(net, VeraConfig(target_modules="all-linear", **settings))
+
+
+def test_the_table_names_what_the_layers_do(monkeypatch):
+    adapted = model(r=256)
+    seen = []
+    from veratune.layers import linear
+
+    original = linear.vera_linear
+
+    def note(*args, **kwargs):
+        seen.append(args[8])
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(linear, "vera_linear", note)
+    for tokens in (1, 100, 3000):
+        seen.clear()
+        adapted(torch.randn(tokens, 384))
+        assert [routes.chosen.plan for routes in adapted.explain_routes(tokens)] == seen
+        with torch.no_grad():
+            seen.clear()
+            adapted(torch.randn(tokens, 384))
+            assert [routes.chosen.plan for routes in adapted.explain_routes(tokens, training=False)] == seen
+
+
+def test_the_chosen_plan_is_the_fastest_alternative():
+    for routes in model(r=64).explain_routes(512):
+        assert routes.alternatives[0].seconds == routes.chosen.seconds
+        assert routes.shape.tokens == 512
+        assert len({e.plan for e in routes.alternatives}) == len(routes.alternatives) > 3
+
+
+def test_settings_limit_the_alternatives():
+    assert {e.plan for e in model(r=64, route="dense").explain_routes(4096)[0].alternatives} == {
+        Plan("dense", "dense", keep_weight=True)
+    }
+    assert all(e.plan.output != "dense" for e in model(r=64, vera_dropout=0.1).explain_routes(4096)[0].alternatives)
+    assert not any(e.plan.keep_weight for e in model(r=64, memory="low").explain_routes(4096)[0].alternatives)
+
+
+def test_printing():
+    lines = str(model(r=64).explain_routes(4096)).splitlines()
+    assert lines[0].split() == ["layer", "in", "out", "r", "tokens", "route", "GFLOP", "saved", "MB", "est.", "ms"]
+    assert lines[1].split()[:5] == ["0", "384", "1536", "64", "4096"]
+    assert any(line.strip().startswith("or ") for line in lines)
+
+
+def test_bad_calls():
+    with pytest.raises(ValueError, match="nobody"):
+        model(r=4).explain_routes(10, "nobody")
+    with pytest.raises(ValueError, match="tokens=0"):
+        model(r=4).explain_routes(0)
