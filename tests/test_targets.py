@@ -124,6 +124,37 @@ def test_multihead_attentions_output_is_refused_because_it_would_do_nothing():
         names(model, target_modules=["out_proj"])
 
 
+@pytest.mark.parametrize("padding", [False, True])
+def test_torchs_fused_encoder_layer_does_not_skip_adapters(padding):
+    """In eval mode without gradients torch computes this layer in one call that reads the weights directly."""
+    net = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2).eval()
+    model = get_peft_model(net, VeraConfig(r=4, target_modules="all-linear"))
+    x = torch.randn(3, 5, 8)
+    mask = torch.zeros(3, 5, dtype=torch.bool)
+    mask[:, 4] = padding
+    base = model(x, src_key_padding_mask=mask)
+    for layer in model.layers().values():
+        nn.init.normal_(layer.vectors("default")[0])
+    expected = model(x, src_key_padding_mask=mask)
+    assert not torch.allclose(expected, base)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x, src_key_padding_mask=mask)[:, :4], expected[:, :4])
+    marks = [layer.activation_relu_or_gelu for layer in net.layers]
+    model.unload()
+    assert marks == [0, 0]
+    assert [layer.activation_relu_or_gelu for layer in net.layers] == [1, 1]
+    assert not any("veratune" in name for layer in net.layers for name in vars(layer))
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (3, 0)])
+def test_layers_without_inputs_or_outputs_are_left_alone(shape):
+    with pytest.warns(UserWarning, match="zero-element"):
+        empty = nn.Linear(*shape)
+    assert names(nn.Sequential(empty, nn.Linear(2, 2)), target_modules="all-linear") == ["1"]
+    with pytest.raises(TargetError, match=f"{shape[0]} inputs and {shape[1]} outputs"):
+        names(nn.Sequential(empty), target_modules=["0"])
+
+
 def test_a_bare_layer_is_its_own_target():
     model = get_peft_model(nn.Linear(3, 2), VeraConfig(r=2, target_modules="all-linear"))
     assert list(model.layers()) == [""]

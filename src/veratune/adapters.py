@@ -15,6 +15,7 @@ from veratune.config import VeraConfig
 from veratune.explain import RouteTable, explain_routes
 from veratune.layers import ComputeSettings, InputGroup, SavedModule, VectorInit, VeraLayer, adapt
 from veratune.layers.biases import AdapterBiases, bias_owners
+from veratune.layers.fastpath import choose_paths
 from veratune.layers.shared import SharedDown
 from veratune.profiles import load_calibration
 from veratune.projection import projection_pool
@@ -565,6 +566,7 @@ class AdaptedModel(nn.Module):
                 # A wrapper just made holds what it wraps, and is not to be put into itself.
                 if id(child) in replacements and replacements[id(child)] is not parent:
                     parent._modules[name] = replacements[id(child)]
+        choose_paths(self)
 
     def _check_known(self, names: Sequence[str]) -> None:
         for name in names:

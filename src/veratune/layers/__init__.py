@@ -44,10 +44,15 @@ def why_not_adaptable(module: nn.Module) -> str | None:
     if isinstance(module, nn.Linear):
         if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():
             return "it is lazy and has no shape before its first input"
-        return None
+        return _why_empty(module)
     if is_conv1d(module):
-        return None
+        return _why_empty(module)
     return f"{type(module).__name__} is neither torch.nn.Linear nor transformers' Conv1D"
+
+
+def _why_empty(module: nn.Module) -> str | None:
+    in_features, out_features = features(module)
+    return None if in_features and out_features else f"it has {in_features} inputs and {out_features} outputs"
 
 
 def features(module: nn.Module) -> tuple[int, int]:
