@@ -225,10 +225,7 @@ def vera_linear(
     """
     if down is None and plan.needs_down:
         down = project_down(x, a_projection)
-    output: Tensor = _VeraLinear.apply(  # type: ignore[no-untyped-call]
-        x, None, weight, bias, a_projection, b_projection, b, d, down, gain, plan, transposed
-    )[0]
-    return output
+    return _apply(x, None, weight, bias, a_projection, b_projection, b, d, down, gain, plan, transposed)
 
 
 def vera_add(
@@ -258,9 +255,14 @@ def vera_add(
     """
     if down is None:
         down = project_down(x, a_projection)
-    output: Tensor = _VeraLinear.apply(  # type: ignore[no-untyped-call]
-        x, start, None, None, a_projection, b_projection, b, d, down, gain, plan, False
-    )[0]
+    return _apply(x, start, None, None, a_projection, b_projection, b, d, down, gain, plan, False)
+
+
+def _apply(*arguments: Any) -> Tensor:
+    wanted = torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in arguments)
+    # Where nothing is to be differentiated, autograd's own bookkeeping would take longer than a small layer.
+    run = _VeraLinear.apply if wanted else _VeraLinear.forward
+    output: Tensor = run(*arguments)[0]
     return output
 
 

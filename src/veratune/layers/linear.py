@@ -31,19 +31,28 @@ class VeraLinear(VeraLayer):
         if not active:
             output: Tensor = self.base_layer(x, *args, **kwargs)
             return output
-        if len(active) == 1 and not args and not kwargs and self.weight_at_hand(active[0]):
+        first = active[0]
+        dtype = None
+        if not args and not kwargs and x.shape[-1:] == (self.in_features,) and self.weight_at_hand(first):
             dtype = _compute_dtype(x, self.weight.dtype)
-            if dtype is not None and x.shape[-1:] == (self.in_features,):
-                return self._fused(x, active[0], dtype)
-        output = self.base_layer(x, *args, **kwargs)
+        if dtype is not None:
+            output = self._fused(x, first, dtype)
+            remaining = active[1:]
+        else:
+            output = self._checked_base_output(x, *args, **kwargs)
+            remaining = active
+        for name in remaining:
+            output = self._add(output, x, name)
+        return output
+
+    def _checked_base_output(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        output: Tensor = self.base_layer(x, *args, **kwargs)
         if output.shape != (*x.shape[:-1], self.out_features):
             raise RuntimeError(
                 f"{type(self.base_layer).__name__} turned an input of shape {tuple(x.shape)} into {tuple(output.shape)}"
                 f", which a linear layer of {self.in_features} inputs and {self.out_features} outputs does not do, so"
                 " VeRA cannot be added to it: name it in exclude_modules"
             )
-        for name in active:
-            output = self._add(output, x, name)
         return output
 
     def weight_at_hand(self, name: str) -> bool:
