@@ -20,6 +20,7 @@ Products run in the compute dtype (that of x); what concerns the vectors alone i
 float32.
 """
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -29,6 +30,9 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from veratune.routing import Plan
+
+# Torch has no public name for it; without it, every call counts as transformed.
+_transformations_active: Callable[[], bool] = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
 
 
 def fold_vectors(b_projection: Tensor, b: Tensor, d: Tensor, gain: float) -> Tensor:
@@ -132,6 +136,19 @@ class _VeraLinear(torch.autograd.Function):
         # The caller's autocast must not narrow the float32 part.
         with without_autocast(g.device):
             return _backward(ctx, g)
+
+
+class _EagerVeraLinear(_VeraLinear):
+    """The same in the older style, for which autograd does not inspect a signature in each call."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor | None]:
+        output = _VeraLinear.forward(*arguments)
+        _VeraLinear.setup_context(ctx, arguments, output)
+        return output
+
+    # That of a function without one.
+    setup_context = torch.autograd.Function.setup_context
 
 
 def _backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
@@ -259,10 +276,15 @@ def vera_add(
 
 
 def _apply(*arguments: Any) -> Tensor:
+    # Autograd's own bookkeeping can take longer than a small layer: there is none where nothing is differentiated, and
+    # the full one only for those that need it, a compiler and torch.func's transformations.
     wanted = torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in arguments)
-    # Where nothing is to be differentiated, autograd's own bookkeeping would take longer than a small layer.
-    run = _VeraLinear.apply if wanted else _VeraLinear.forward
-    output: Tensor = run(*arguments)[0]
+    if not wanted:
+        output = _VeraLinear.forward(*arguments)[0]
+    elif torch.compiler.is_compiling() or _transformations_active():
+        output = _VeraLinear.apply(*arguments)[0]  # type: ignore[no-untyped-call]
+    else:
+        output = _EagerVeraLinear.apply(*arguments)[0]  # type: ignore[no-untyped-call]
     return output
 
 
