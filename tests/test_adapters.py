@@ -57,7 +57,7 @@ def effective(layer, names, keys):
 
 def reference(model, x, names):
     keys = {"one": 0, "two": 5, "three": 0}
-    layers = model.layers()
+    layers = model.vera_layers()
 
     def linear(name, x):
         layer = layers[name]
@@ -97,7 +97,9 @@ def test_gradients_of_several_active_adapters():
     model = several()
     model.set_adapter(["one", "two", "three"])
     x = x_of(model)
-    vectors = [v for layer in model.layers().values() for name in layer.added_adapters for v in layer.vectors(name)]
+    vectors = [
+        v for layer in model.vera_layers().values() for name in layer.added_adapters for v in layer.vectors(name)
+    ]
     assert len(vectors) == 2 * (2 + 1 + 3)
     assert torch.autograd.gradcheck(lambda *_: model(x), vectors)
 
@@ -333,10 +335,12 @@ def test_merge_and_unmerge_restore_the_bits(dtype, names):
     model.set_adapter(names)
     x = torch.randn(4, IN).to(dtype)
     before, output = state_bits(model), model(x)
-    exact = {name: effective(layer, names, {"one": 0, "two": 5, "three": 0}) for name, layer in model.layers().items()}
+    exact = {
+        name: effective(layer, names, {"one": 0, "two": 5, "three": 0}) for name, layer in model.vera_layers().items()
+    }
     model.merge_adapter()
     assert model.merged_adapters == names
-    for name, layer in model.layers().items():
+    for name, layer in model.vera_layers().items():
         if any(adapter in layer.slots for adapter in names):
             # Rounded once: within half a unit in the last place of the dtype (and of float32, in which it is added).
             eps = torch.finfo(dtype).eps
@@ -547,6 +551,21 @@ def test_biases_are_the_adapters_own(bias, count):
         torch.testing.assert_close(parameter, before, rtol=1e-6, atol=1e-6)
 
 
+def test_a_second_adapter_starts_from_the_models_own_biases():
+    net = Net()
+    x = torch.randn(4, IN, dtype=torch.float64)
+    base = net(x)
+    model = get_peft_model(net, config(bias="all"), adapter_name="one")
+    with torch.no_grad():
+        for bias in model.adapter_state("one").biases.values():
+            bias.add_(1)
+    trained = model(x)
+    model.add_adapter("two", config(bias="all"))
+    assert torch.equal(model(x), trained)
+    model.set_adapter("two")
+    assert torch.equal(model(x), base)
+
+
 def test_a_copy_of_a_model_has_biases_of_its_own():
     model = get_peft_model(Net(), config(bias="all"))
     twin = copy.deepcopy(model)
@@ -575,9 +594,11 @@ def test_counting_parameters(capsys):
 def test_attributes_fall_through_to_the_model():
     net = Net()
     net.answer = 42
+    net.layers = nn.ModuleList([nn.Identity()])
     model = get_peft_model(net, config())
     assert model.answer == 42
     assert model.norm is net.norm
+    assert model.layers is net.layers
     assert model.get_base_model() is net
     with pytest.raises(AttributeError, match="nothing_here"):
         _ = model.nothing_here
@@ -594,7 +615,7 @@ def test_parameter_groups():
     assert (vectors["lr"], rest["lr"]) == (0.5, 0.25)
     assert vectors["weight_decay"] == rest["weight_decay"] == 0.125
     assert {id(p) for p in vectors["params"]} == {
-        id(v) for layer in model.layers().values() for v in layer.vectors("default")
+        id(v) for layer in model.vera_layers().values() for v in layer.vectors("default")
     }
     assert {id(p) for p in rest["params"]} == {id(p) for p in model.adapter_state("default").saved["head"].parameters()}
     assert len(parameter_groups(get_peft_model(Net(), config()))) == 1

@@ -416,7 +416,7 @@ for round in range(80):
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     loaded = VeraModel.from_pretrained(nn.Sequential(nn.Linear(200, 300)), directory)
-    b, d = (vector.detach() for vector in loaded.layers()["0"].vectors("default"))
+    b, d = (vector.detach() for vector in loaded.vera_layers()["0"].vectors("default"))
     assert b.unique().numel() == d.unique().numel() == 1
     assert b[0] == d[0] == loaded.peft_config["default"].d_initial
     versions.add(int(b[0]))

@@ -51,7 +51,7 @@ def weights(layer, adapters):
 
 def reference(model, x, adapters=None):
     adapters = {"default": 0} if adapters is None else adapters
-    (w1, b1), (w2, b2) = (weights(layer, adapters) for layer in model.layers().values())
+    (w1, b1), (w2, b2) = (weights(layer, adapters) for layer in model.vera_layers().values())
     return torch.tanh(x.double() @ w1.t() + b1) @ w2.t() + b2
 
 
@@ -79,7 +79,7 @@ def test_float64_equals_dense_algebra(route, bias, shape):
 def test_other_dtypes(route, dtype, tolerance):
     model = adapted(dtype=dtype, route=route)
     assert all(
-        vector.dtype == torch.float32 for layer in model.layers().values() for vector in layer.vectors("default")
+        vector.dtype == torch.float32 for layer in model.vera_layers().values() for vector in layer.vectors("default")
     )
     x = torch.randn(8, IN).to(dtype)
     y = model(x)
@@ -96,7 +96,7 @@ def test_vectors_in_the_base_dtype_on_request():
 def test_gradcheck_through_the_model(route):
     model = adapted(route=route)
     x = torch.randn(3, IN, dtype=torch.float64, requires_grad=True)
-    vectors = [vector for layer in model.layers().values() for vector in layer.vectors("default")]
+    vectors = [vector for layer in model.vera_layers().values() for vector in layer.vectors("default")]
 
     def run(x, *_):
         return model(x)
@@ -157,7 +157,7 @@ def test_autocast(route, weight_dtype):
 def test_gradient_checkpointing_gives_the_same_gradients(route, reentrant):
     model = adapted(route=route)
     x = torch.randn(4, IN, dtype=torch.float64, requires_grad=True)
-    vectors = [vector for layer in model.layers().values() for vector in layer.vectors("default")]
+    vectors = [vector for layer in model.vera_layers().values() for vector in layer.vectors("default")]
     expected = torch.autograd.grad(model(x).square().sum(), [x, *vectors])
     model.zero_grad()
     checkpoint(model, x, use_reentrant=reentrant).square().sum().backward()
@@ -170,7 +170,7 @@ def test_compile_in_one_graph_without_recompiling(route):
     torch._dynamo.reset()
     model = adapted(dtype=torch.float32, route=route)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    vectors = [vector for layer in model.layers().values() for vector in layer.vectors("default")]
+    vectors = [vector for layer in model.vera_layers().values() for vector in layer.vectors("default")]
     x = torch.randn(4, IN, requires_grad=True)
     with torch._dynamo.config.patch(error_on_recompile=True):
         for _ in range(3):  # projections do not exist before the first call
@@ -320,9 +320,9 @@ def test_an_unfrozen_base_gets_its_gradients(route):
         parameter.requires_grad_(True)
     x = torch.randn(3, IN, dtype=torch.float64)
     model(x).square().sum().backward()
-    ours = [layer.base_layer.weight.grad for layer in model.layers().values()]
-    bias_grads = [layer.base_layer.bias.grad for layer in model.layers().values()]
-    (w1, b1), (w2, b2) = (weights(layer, {"default": 0}) for layer in model.layers().values())
+    ours = [layer.base_layer.weight.grad for layer in model.vera_layers().values()]
+    bias_grads = [layer.base_layer.bias.grad for layer in model.vera_layers().values()]
+    (w1, b1), (w2, b2) = (weights(layer, {"default": 0}) for layer in model.vera_layers().values())
     leaves = [t.clone().requires_grad_() for t in (w1, b1, w2, b2)]
     (torch.tanh(x @ leaves[0].t() + leaves[1]) @ leaves[2].t() + leaves[3]).square().sum().backward()
     torch.testing.assert_close(ours[0], leaves[0].grad, rtol=1e-6, atol=1e-6)

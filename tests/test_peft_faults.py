@@ -292,12 +292,12 @@ def test_projections_do_not_depend_on_the_dtype_of_the_base(projection, tmp_path
     half = vera_net(dtype=torch.bfloat16, projection=projection)
     single = vera_net(dtype=torch.float32, projection=projection)
     output(half, torch.bfloat16)  # makes what it computes with
-    assert half.source("default").fingerprint() == single.source("default").fingerprint()
+    assert half.projection_source("default").fingerprint() == single.projection_source("default").fingerprint()
     cpu = torch.device("cpu")
-    for name, layer in half.layers().items():
+    for name, layer in half.vera_layers().items():
         for side in "ab":
             drawn = getattr(layer.slots["default"], side).tensor(cpu, torch.float32)
-            expected = getattr(single.layers()[name].slots["default"], side).tensor(cpu, torch.float32)
+            expected = getattr(single.vera_layers()[name].slots["default"], side).tensor(cpu, torch.float32)
             assert torch.equal(drawn, expected)
             assert not torch.equal(drawn, drawn.to(torch.bfloat16).float())
 
@@ -407,7 +407,7 @@ def test_peft_does_not_restore_bfloat16_weights():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_unmerging_restores_every_bit(dtype):
     model = vera_net(dtype=dtype)
-    layer_class = type(model.layers()["wide"])
+    layer_class = type(model.vera_layers()["wide"])
     before, expected = base_bits(model, layer_class), output(model, dtype)
     model.merge_adapter()
     assert not any(map(torch.equal, before, base_bits(model, layer_class)))
@@ -478,7 +478,7 @@ def test_peft_scales_a_by_the_widest_layer():
 
 def test_a_is_scaled_by_each_layers_own_width():
     model = get_peft_model(Uneven(), VeraConfig(**UNEVEN))
-    for layer in model.layers().values():
+    for layer in model.vera_layers().values():
         drawn = layer.slots["default"].a.tensor(torch.device("cpu"), torch.float32)
         bound = math.sqrt(6 / layer.in_features)
         assert drawn.shape == (16, layer.in_features)
@@ -487,6 +487,6 @@ def test_a_is_scaled_by_each_layers_own_width():
         assert drawn.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.08)
 
     peft_scheme = get_peft_model(Uneven(), VeraConfig(**UNEVEN, projection="peft"))
-    narrow = peft_scheme.layers()["narrow"].slots["default"].a.tensor(torch.device("cpu"), torch.float32)
+    narrow = peft_scheme.vera_layers()["narrow"].slots["default"].a.tensor(torch.device("cpu"), torch.float32)
     theirs = peft.get_peft_model(Uneven(), peft.VeraConfig(**UNEVEN)).base_model.vera_A["default"]
     assert torch.equal(narrow, theirs[:, :64])  # PEFT's values where they are asked for

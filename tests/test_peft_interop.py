@@ -130,7 +130,7 @@ def test_peft_checkpoint_gives_equal_outputs_and_gradients(kind, save_projection
     assert loss == pytest.approx(expected_loss, rel=1e-5, abs=1e-4)
     vectors, expected_vectors = ours.adapter_state("default").vectors, peft_vectors(theirs)
     assert vectors.keys() == expected_vectors.keys()
-    assert len({(layer.in_features, layer.out_features) for layer in ours.layers().values()}) > 1
+    assert len({(layer.in_features, layer.out_features) for layer in ours.vera_layers().values()}) > 1
     for name, expected_pair in expected_vectors.items():
         for which, actual, expected in zip("bd", vectors[name], expected_pair, strict=True):
             assert torch.equal(actual, expected), (name, which)
@@ -202,7 +202,7 @@ def test_export_gives_equal_outputs_in_peft(kind, projection, save_projection, w
     if projection == "ranks":
         settings = {"rank_pattern": RANK_PATTERNS[kind]}
     ours = vera_model(kind, projection_prng_key=3, modules_to_save=[], **settings)
-    assert len({slot.rank for layer in ours.layers().values() for slot in layer.slots.values()}) == (
+    assert len({slot.rank for layer in ours.vera_layers().values() for slot in layer.slots.values()}) == (
         3 if projection == "ranks" else 1
     )
 
@@ -214,7 +214,7 @@ def test_export_gives_equal_outputs_in_peft(kind, projection, save_projection, w
     assert config["peft_type"] == "VERA"
     assert all(tensor.dtype == torch.float32 for tensor in tensors.values())
     theirs = load_in_peft(kind, tmp_path)
-    assert list(peft_layers(theirs)) == list(ours.layers())
+    assert list(peft_layers(theirs)) == list(ours.vera_layers())
     assert_same(kind, theirs, ours)
 
 
@@ -276,7 +276,7 @@ def reference_projections(*shape: int) -> tuple[torch.Tensor, torch.Tensor]:
 def dense_weights(model: VeraModel, key: int) -> dict[str, torch.Tensor]:
     """W0 + diag(b) B diag(d) A by dense algebra in float64, (out, in), with projections from plain Python integers."""
     weights = {}
-    for name, layer in model.layers().items():
+    for name, layer in model.vera_layers().items():
         b, d = (vector.detach() for vector in layer.vectors("default"))
         pair = reference_projections(key, d.numel(), layer.in_features, layer.out_features)
         weight = layer.weight.detach().double()
@@ -294,7 +294,7 @@ def test_export_lora_gives_equal_outputs_in_peft(kind, ranks, tmp_path):
     assert read(tmp_path)[1]["peft_type"] == "LORA"
     theirs = load_in_peft(kind, tmp_path)
     adapted = [name for name, module in theirs.base_model.model.named_modules() if hasattr(module, "lora_A")]
-    assert adapted == list(ours.layers())
+    assert adapted == list(ours.vera_layers())
     assert_same(kind, theirs, ours)
 
     merged = theirs.merge_and_unload()
@@ -525,22 +525,22 @@ def test_the_same_settings_choose_the_same_layers(kind, settings, tmp_path):
     theirs = peft_model(kind, **settings)
     theirs.save_pretrained(tmp_path / "peft")
     ours = vera_model(kind, modules_to_save=[], **settings)
-    assert list(ours.layers()) == list(peft_layers(theirs))
+    assert list(ours.vera_layers()) == list(peft_layers(theirs))
 
     loaded = load_in_veratune(kind, tmp_path / "peft")
-    assert loaded.layers().keys() == peft_layers(theirs).keys()
+    assert loaded.vera_layers().keys() == peft_layers(theirs).keys()
     assert_same(kind, loaded, theirs)
     ours.export_peft(tmp_path / "exported")
     exported = load_in_peft(kind, tmp_path / "exported")
-    assert peft_layers(exported).keys() == ours.layers().keys()
+    assert peft_layers(exported).keys() == ours.vera_layers().keys()
     assert_same(kind, exported, ours)
 
 
 def test_classification_head_is_left_out_of_all_linear_in_both(tmp_path):
     settings = {"target_modules": "all-linear", "task_type": "SEQ_CLS"}
     theirs, ours = peft_model("bert", **settings), vera_model("bert", **settings)
-    assert list(ours.layers()) == list(peft_layers(theirs))
-    assert "classifier" not in ours.layers()
+    assert list(ours.vera_layers()) == list(peft_layers(theirs))
+    assert "classifier" not in ours.vera_layers()
     theirs.save_pretrained(tmp_path / "peft")
     assert_same("bert", load_in_veratune("bert", tmp_path / "peft"), theirs)
     ours.export_peft(tmp_path / "exported")
@@ -552,7 +552,7 @@ def test_conv1d_delta_is_transposed(tmp_path):
     theirs.save_pretrained(tmp_path)
     assert read(tmp_path)[1]["fan_in_fan_out"] is True
     ours = load_in_veratune("gpt2", tmp_path)
-    for name, layer in ours.layers().items():
+    for name, layer in ours.vera_layers().items():
         expected = peft_layers(theirs)[name].get_delta_weight("default")
         assert layer.get_delta_weight("default").shape == layer.base_layer.weight.shape
         assert relative(layer.get_delta_weight("default"), expected) < 1e-6  # one sum over the rank

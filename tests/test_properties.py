@@ -122,7 +122,11 @@ def test_gradients(problem):
     model.set_adapter(names)
     x = torch.randn(*problem["leading"], problem["widths"][0], dtype=problem["dtype"], requires_grad=True)
     vectors = [
-        v for layer in model.layers().values() for name in names if name in layer.slots for v in layer.vectors(name)
+        v
+        for layer in model.vera_layers().values()
+        for name in names
+        if name in layer.slots
+        for v in layer.vectors(name)
     ]
     ours = torch.autograd.grad(model(x).square().sum(), [x, *vectors])
 

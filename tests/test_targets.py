@@ -133,7 +133,7 @@ def test_torchs_fused_encoder_layer_does_not_skip_adapters(padding):
     mask = torch.zeros(3, 5, dtype=torch.bool)
     mask[:, 4] = padding
     base = model(x, src_key_padding_mask=mask)
-    for layer in model.layers().values():
+    for layer in model.vera_layers().values():
         nn.init.normal_(layer.vectors("default")[0])
     expected = model(x, src_key_padding_mask=mask)
     assert not torch.allclose(expected, base)
@@ -157,7 +157,7 @@ def test_layers_without_inputs_or_outputs_are_left_alone(shape):
 
 def test_a_bare_layer_is_its_own_target():
     model = get_peft_model(nn.Linear(3, 2), VeraConfig(r=2, target_modules="all-linear"))
-    assert list(model.layers()) == [""]
+    assert list(model.vera_layers()) == [""]
     assert model(torch.randn(1, 3)).shape == (1, 2)
 
 
@@ -165,7 +165,7 @@ def test_a_module_in_several_places_is_one_target_and_stays_shared():
     shared = nn.Linear(4, 4)
     model = nn.Sequential(shared, nn.ReLU(), nn.Sequential(shared), nn.Linear(4, 4))
     adapted = get_peft_model(model, VeraConfig(r=2, target_modules="all-linear"))
-    assert list(adapted.layers()) == ["0", "3"]
+    assert list(adapted.vera_layers()) == ["0", "3"]
     assert model[0] is model[2][0]
     assert isinstance(model[0], VeraLayer)
     assert adapted.unload() is model
@@ -177,7 +177,7 @@ def test_a_module_in_several_places_is_one_target_and_stays_shared():
 
 def test_the_articles_example_trains_the_new_head():
     model = get_peft_model(tiny_model("bert"), VeraConfig(r=4, target_modules=["query", "value", "dense"]))
-    shapes = {(layer.in_features, layer.out_features) for layer in model.layers().values()}
+    shapes = {(layer.in_features, layer.out_features) for layer in model.vera_layers().values()}
     assert len(shapes) > 1
     assert model.peft_config["default"].modules_to_save == ["classifier"]
     assert isinstance(model.classifier, SavedModule)
@@ -195,7 +195,7 @@ def test_a_head_with_linear_layers_of_its_own_is_trained_in_full_not_adapted():
     )
     model = get_peft_model(RobertaForSequenceClassification(config), VeraConfig(r=4, target_modules=["dense"]))
     assert model.peft_config["default"].modules_to_save == ["classifier"]
-    assert not any(name.startswith("classifier") for name in model.layers())
+    assert not any(name.startswith("classifier") for name in model.vera_layers())
 
 
 def test_the_head_can_be_left_alone():
@@ -207,7 +207,7 @@ def test_a_language_models_head_is_neither_adapted_nor_saved():
     for kind in ("gpt2", "llama", "t5", "mixtral"):
         model = get_peft_model(tiny_model(kind), VeraConfig(r=4, target_modules="all-linear"))
         assert model.peft_config["default"].modules_to_save == []
-        assert not any("lm_head" in name for name in model.layers())
+        assert not any("lm_head" in name for name in model.vera_layers())
 
 
 def test_a_head_tied_by_hand_is_left_alone():
@@ -235,14 +235,14 @@ def test_a_head_tied_by_hand_is_left_alone():
 )
 def test_built_in_choices(kind, expected):
     model = get_peft_model(tiny_model(kind), VeraConfig(r=4))
-    assert {name.rsplit(".", 1)[-1] for name in model.layers()} == expected
+    assert {name.rsplit(".", 1)[-1] for name in model.vera_layers()} == expected
     assert set(model.peft_config["default"].target_modules) == expected
 
 
 def test_unknown_models_fall_back_to_all_linear_with_a_notice():
     with pytest.warns(UserWarning, match="no built-in choice"):
         model = get_peft_model(Stack(), VeraConfig(r=2))
-    assert list(model.layers()) == [*layer_names("query", "value", "dense"), "head"]
+    assert list(model.vera_layers()) == [*layer_names("query", "value", "dense"), "head"]
 
 
 def test_the_callers_configuration_is_not_changed():

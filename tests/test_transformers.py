@@ -29,7 +29,7 @@ def minilm():
 def dense_copy(model):
     """A float64 copy of the base model, its weights with the deltas added by float64 dense algebra."""
     adapted = copy.deepcopy(model)
-    for layer in adapted.layers().values():
+    for layer in adapted.vera_layers().values():
         b, d = (vector.detach() for vector in layer.vectors("default"))
         a_projection, b_projection = projections(0, d.numel(), layer.in_features, layer.out_features)
         delta = dense_delta(b, d, a_projection, b_projection)
@@ -69,7 +69,7 @@ def test_gradient_checkpointing(kind, reentrant):
         return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
     plain = gradients()
-    assert len(plain) >= 2 * len(model.layers())
+    assert len(plain) >= 2 * len(model.vera_layers())
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
     with_checkpoints = gradients()
     assert plain.keys() == with_checkpoints.keys()
@@ -82,7 +82,7 @@ def test_a_model_with_checkpointing_already_on():
     base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
     model = get_peft_model(base, VeraConfig(r=5)).train()
     model(**tiny_inputs("llama")).logits.sum().backward()
-    assert all(v.grad is not None for layer in model.layers().values() for v in layer.vectors("default"))
+    assert all(v.grad is not None for layer in model.vera_layers().values() for v in layer.vectors("default"))
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "t5", "mixtral"])
@@ -143,7 +143,7 @@ def test_the_articles_example_on_a_real_model(tmp_path):
     vera_config = VeRAConfig(target_modules=["query", "value", "dense"])
     model = get_peft_model(model, vera_config)
     assert torch.equal(model(ids).logits, base)
-    shapes = {(layer.in_features, layer.out_features) for layer in model.layers().values()}
+    shapes = {(layer.in_features, layer.out_features) for layer in model.vera_layers().values()}
     assert shapes == {(384, 384), (384, 1536), (1536, 384)}
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     losses = []
@@ -169,13 +169,13 @@ def test_layers_that_a_real_model_runs_several_times():
     before = base(ids).logits
     model = get_peft_model(base, VeraConfig(r=8, target_modules="all-linear"))
     assert torch.equal(model(ids).logits, before)
-    assert len({(layer.in_features, layer.out_features) for layer in model.layers().values()}) >= 3
-    assert not any("decoder" in name for name in model.layers())
+    assert len({(layer.in_features, layer.out_features) for layer in model.vera_layers().values()}) >= 3
+    assert not any("decoder" in name for name in model.vera_layers())
     randomise(model, scale=0.1)
     output = model(ids).logits
     assert relative(output, dense_copy(model)(ids).logits) < 1e-4
     output.square().mean().backward()
-    assert all(v.grad.abs().max() > 0 for layer in model.layers().values() for v in layer.vectors("default"))
+    assert all(v.grad.abs().max() > 0 for layer in model.vera_layers().values() for v in layer.vectors("default"))
     merged = model.merge_and_unload(safe_merge=True)
     assert relative(merged(ids).logits, output) < 1e-4
 

@@ -215,11 +215,11 @@ class AdaptedModel(nn.Module):
             biases=self._biases[adapter_name].parameters() if adapter_name in self._biases else {},
         )
 
-    def layers(self) -> dict[str, VeraLayer]:
+    def vera_layers(self) -> dict[str, VeraLayer]:
         """Return the adapted layers by their names in the model without adapters."""
         return _first_names(base_modules(self.base_model), VeraLayer)
 
-    def source(self, adapter_name: str) -> Source:
+    def projection_source(self, adapter_name: str) -> Source:
         """Return the description of an adapter's projections."""
         self._check_known([adapter_name])
         return self._sources[adapter_name]
@@ -267,7 +267,7 @@ class AdaptedModel(nn.Module):
         self._check_known([name])
         if tokens < 1:
             raise ValueError(f"tokens={tokens} is not allowed: it must be at least 1")
-        return explain_routes(self.layers().items(), name, tokens, dtype=dtype, device=device, training=training)
+        return explain_routes(self.vera_layers().items(), name, tokens, dtype=dtype, device=device, training=training)
 
     # Adding and choosing adapters
 
@@ -279,7 +279,7 @@ class AdaptedModel(nn.Module):
             TargetError: the configuration matches nothing in this model.
         """
         self.check_new_name(adapter_name)
-        self.install(adapter_name, plan_adapter(self.base_model, peft_config))
+        self.install_adapter(adapter_name, plan_adapter(self.base_model, peft_config))
 
     def check_new_name(self, adapter_name: str) -> None:
         """Raise ValueError unless the name is allowed and free."""
@@ -290,7 +290,7 @@ class AdaptedModel(nn.Module):
                 " delete_adapter removes one"
             )
 
-    def install(self, adapter_name: str, plan: AdapterPlan) -> None:
+    def install_adapter(self, adapter_name: str, plan: AdapterPlan) -> None:
         """Carry out a plan that `plan_adapter` made for this model as it is now."""
         replacements: dict[int, nn.Module] = {}
         groups = _input_groups(plan)
@@ -308,7 +308,6 @@ class AdaptedModel(nn.Module):
                 settings,
                 groups[target.name],
             )
-            load_calibration(layer.weight.device)
         modules = base_modules(self.base_model)
         for name in plan.config.modules_to_save or []:
             original = modules[name]
@@ -318,7 +317,11 @@ class AdaptedModel(nn.Module):
             saved.add_adapter(adapter_name)
         self._replace(replacements)
         if plan.bias_owners:
+            self._swap_biases([])  # the new adapter starts from the model's own
             self._biases[adapter_name] = AdapterBiases.copies_of(plan.bias_owners)
+            self._swap_biases(self._active)
+        for device in {layer.weight.device for layer in self._layers()}:
+            load_calibration(device)
         self._sources[adapter_name] = plan.source
         self.peft_config[adapter_name] = plan.config
 
@@ -354,10 +357,13 @@ class AdaptedModel(nn.Module):
         for module in self.modules():
             if isinstance(module, VeraLayer | SavedModule):
                 module.activate(self._active)
+        self._swap_biases(self._active)
+
+    def _swap_biases(self, names: Sequence[str]) -> None:
         # All out before one is in: two adapters may own the same bias.
         for biases in self._biases.values():
             biases.swap(install=False)
-        for name in self._active:
+        for name in names:
             if name in self._biases:
                 self._biases[name].swap(install=True)
 
@@ -505,7 +511,7 @@ class AdaptedModel(nn.Module):
         return names
 
     def _check_mergeable(self, names: Sequence[str], safe_merge: bool) -> None:
-        for name, layer in self.layers().items():
+        for name, layer in self.vera_layers().items():
             adapters = [adapter for adapter in names if adapter in layer.slots]
             if not adapters:
                 continue

@@ -192,7 +192,7 @@ def get_peft_model(
     check_adapter_name(adapter_name)
     plan = plan_adapter(model, peft_config)
     adapted = VeraModel(model, autocast_adapter_dtype=autocast_adapter_dtype)
-    adapted.install(adapter_name, plan)
+    adapted.install_adapter(adapter_name, plan)
     adapted.set_adapter(adapter_name)
     return adapted
 

@@ -28,7 +28,7 @@ def parameter_groups(
         ValueError: the model has no trainable parameter.
     """
     vectors: list[Tensor] = []
-    for layer in model.layers().values():
+    for layer in model.vera_layers().values():
         for name in layer.slots:
             vectors += [vector for vector in layer.vectors(name) if vector.requires_grad]
     own = {id(vector) for vector in vectors}

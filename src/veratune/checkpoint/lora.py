@@ -34,7 +34,7 @@ def export_lora(host: AdaptedModel, adapter_name: str, directory: Path, *, dtype
     if not dtype.is_floating_point:
         raise ValueError(f"dtype={dtype} is not allowed: it must be a floating-point dtype")
     config = host.peft_config[adapter_name]
-    layers = {name: layer for name, layer in host.layers().items() if adapter_name in layer.slots}
+    layers = {name: layer for name, layer in host.vera_layers().items() if adapter_name in layer.slots}
     ranks = {name: layer.slots[adapter_name].rank for name, layer in layers.items()}
     tensors: dict[str, Tensor] = {}
     for name, layer in layers.items():

@@ -46,7 +46,7 @@ _INFORMATIVE = {"peft_type", "base_model_name_or_path", "revision", "inference_m
 
 def save_native(host: AdaptedModel, adapter_name: str, directory: Path) -> None:
     """Write one adapter into a directory, in place of one that is there."""
-    config, source = host.peft_config[adapter_name], host.source(adapter_name)
+    config, source = host.peft_config[adapter_name], host.projection_source(adapter_name)
     tensors = _state_tensors(host, adapter_name)
     if config.save_projection or isinstance(source, Stored):
         tensors |= _projection_tensors(host, adapter_name, source)
@@ -118,7 +118,7 @@ def _state_tensors(host: AdaptedModel, adapter_name: str) -> dict[str, Tensor]:
 def _projection_tensors(host: AdaptedModel, adapter_name: str, source: Source) -> dict[str, Tensor]:
     """Return the projections an adapter uses, float32 as drawn: A (r, width), B (width, r) without its gain."""
     widths: dict[tuple[Side, int], int] = {}
-    for layer in host.layers().values():
+    for layer in host.vera_layers().values():
         slot = layer.slots.get(adapter_name)
         for corner in (slot.a, slot.b) if slot else ():
             key = (corner.projection.side, corner.projection.width)

@@ -197,7 +197,7 @@ def export_peft(host: AdaptedModel, adapter_name: str, directory: Path, *, save_
     Raises:
         ValueError: `save_projection` is False and PEFT could not draw the projections again.
     """
-    config, source = host.peft_config[adapter_name], host.source(adapter_name)
+    config, source = host.peft_config[adapter_name], host.projection_source(adapter_name)
     drawable = isinstance(source, PeftShared)
     if save_projection is None:
         save_projection = config.save_projection or not drawable
@@ -206,7 +206,7 @@ def export_peft(host: AdaptedModel, adapter_name: str, directory: Path, *, save_
             f"save_projection=False is not allowed here: PEFT cannot draw the projections of adapter {adapter_name!r}"
             f" (projection={config.projection!r}) from its key"
         )
-    layers = {name: layer for name, layer in host.layers().items() if adapter_name in layer.slots}
+    layers = {name: layer for name, layer in host.vera_layers().items() if adapter_name in layer.slots}
     shared = _shared_projections(source, layers, adapter_name)
     tensors: dict[str, Tensor] = {}
     for name, layer in layers.items():
@@ -285,7 +285,7 @@ def other_tensors(host: AdaptedModel, adapter_name: str) -> dict[str, Tensor]:
 def common_values(host: AdaptedModel, adapter_name: str) -> dict[str, Any]:
     """Return the entries that PEFT's configurations of VeRA and of LoRA have in common."""
     config = host.peft_config[adapter_name]
-    layers = host.layers()
+    layers = host.vera_layers()
     names = [name for name, layer in layers.items() if adapter_name in layer.slots]
     return {
         "auto_mapping": None,

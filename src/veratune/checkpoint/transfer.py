@@ -113,7 +113,7 @@ class ReadyAdapter:
     def put_on(self, host: AdaptedModel, name: str, *, frozen: bool) -> None:
         """Add the adapter to the model it was made ready for, under a free name; `frozen` is for inference only."""
         plan = replace(self.plan, config=self.plan.config.replace(inference_mode=frozen))
-        host.install(name, plan)
+        host.install_adapter(name, plan)
         state = host.adapter_state(name)
         with torch.no_grad():
             for layer_name, (b, d) in self.loaded.vectors.items():
