@@ -132,7 +132,7 @@ def test_second_derivative_is_refused(plan):
     p["x"].requires_grad_()
     p["b"].requires_grad_()
     (grad,) = torch.autograd.grad(fused(p, plan).square().sum(), p["b"], create_graph=True)
-    with pytest.raises(RuntimeError, match="differentiate twice"):
+    with pytest.raises(RuntimeError, match="differentiated twice"):
         grad.sum().backward()
 
 

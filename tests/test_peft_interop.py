@@ -279,7 +279,7 @@ def dense_weights(model: VeraModel, key: int) -> dict[str, torch.Tensor]:
     for name, layer in model.vera_layers().items():
         b, d = (vector.detach() for vector in layer.vectors("default"))
         pair = reference_projections(key, d.numel(), layer.in_features, layer.out_features)
-        weight = layer.weight.detach().double()
+        weight = layer.base_weight.detach().double()
         weights[name] = (weight.t() if isinstance(layer.base_layer, Conv1D) else weight) + dense_delta(b, d, *pair)
     return weights
 

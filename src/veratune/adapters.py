@@ -20,7 +20,7 @@ from veratune.layers.shared import SharedDown
 from veratune.profiles import load_calibration
 from veratune.projection import projection_pool
 from veratune.sources import PeftShared, PerDimension, Source
-from veratune.targets import Target, base_modules, find_targets, resolve_config
+from veratune.targets import Target, base_modules, check_conflicts, find_targets, resolve_config
 
 _Kind = TypeVar("_Kind", bound=nn.Module)
 _NAME = re.compile(r"[\w\-]{1,128}")
@@ -78,7 +78,7 @@ def check_adapter_name(name: str) -> None:
             f"adapter_name={name!r} is not allowed: it must be 1 to 128 letters, digits, '_' or '-', as it becomes part"
             " of parameter names and the name of a folder"
         )
-    if hasattr(nn.ModuleDict, name) or hasattr(nn.ParameterDict, name) or name in nn.Module().__dict__:
+    if hasattr(nn.ModuleDict(), name) or hasattr(nn.ParameterDict(), name):
         raise ValueError(f"adapter_name={name!r} is not allowed: torch.nn.Module uses the name itself; choose another")
 
 
@@ -100,6 +100,7 @@ def plan_adapter(model: nn.Module, config: VeraConfig, source: Source | None = N
         )
     resolved = resolve_config(model, config, notify)
     targets = find_targets(model, resolved, notify)
+    check_conflicts(model, resolved.modules_to_save or [], [target.name for target in targets])
     owners = bias_owners(modules_with_biases(model, resolved, {target.name for target in targets}))
     return AdapterPlan(resolved, targets, source or make_source(resolved, targets), owners)
 
@@ -293,6 +294,21 @@ class AdaptedModel(nn.Module):
     def install_adapter(self, adapter_name: str, plan: AdapterPlan) -> None:
         """Carry out a plan that `plan_adapter` made for this model as it is now."""
         replacements: dict[int, nn.Module] = {}
+        self._swap_biases([])  # the new adapter starts from the model's own
+        try:
+            # What can fail comes first: copying somebody else's modules.
+            modules = base_modules(self.base_model)
+            for name in plan.config.modules_to_save or []:
+                original = modules[name]
+                saved = original if isinstance(original, SavedModule) else SavedModule(original)
+                saved.add_adapter(adapter_name)
+                if saved is not original:
+                    replacements[id(original)] = saved
+            biases = AdapterBiases.copies_of(plan.bias_owners)
+        finally:
+            self._swap_biases(self._active)
+        if plan.bias_owners:
+            self._biases[adapter_name] = biases
         groups = _input_groups(plan)
         settings = ComputeSettings(plan.config.vera_dropout, plan.config.route, plan.config.memory)
         for target in plan.targets:
@@ -304,23 +320,12 @@ class AdaptedModel(nn.Module):
                 adapter_name,
                 target.name,
                 plan.source,
-                self._vector_init(plan.config, target.rank, layer.weight.dtype),
+                self._vector_init(plan.config, target.rank, layer.base_weight.dtype),
                 settings,
                 groups[target.name],
             )
-        modules = base_modules(self.base_model)
-        for name in plan.config.modules_to_save or []:
-            original = modules[name]
-            saved = original if isinstance(original, SavedModule) else SavedModule(original)
-            if saved is not original:
-                replacements[id(original)] = saved
-            saved.add_adapter(adapter_name)
         self._replace(replacements)
-        if plan.bias_owners:
-            self._swap_biases([])  # the new adapter starts from the model's own
-            self._biases[adapter_name] = AdapterBiases.copies_of(plan.bias_owners)
-            self._swap_biases(self._active)
-        for device in {layer.weight.device for layer in self._layers()}:
+        for device in {layer.base_weight.device for layer in self._layers()}:
             load_calibration(device)
         self._sources[adapter_name] = plan.source
         self.peft_config[adapter_name] = plan.config
@@ -533,7 +538,7 @@ class AdaptedModel(nn.Module):
                 if parameter is not None:
                     holders[id(parameter)] = holders.get(id(parameter), 0) + 1
             if isinstance(module, VeraLayer) and any(name in module.slots for name in names):
-                changing.add(id(module.weight))
+                changing.add(id(module.base_weight))
             elif isinstance(module, SavedModule) and any(name in module.modules_to_save for name in names):
                 changing.update(id(parameter) for parameter in module.original_module.parameters())
         return any(holders.get(parameter, 0) > 1 for parameter in changing)

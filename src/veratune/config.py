@@ -84,6 +84,8 @@ class VeraConfig:
         self.target_modules = _names("target_modules", self.target_modules)
         self.exclude_modules = _names("exclude_modules", self.exclude_modules)
         self.layers_pattern = _names("layers_pattern", self.layers_pattern, regex=False)
+        for pattern in [self.layers_pattern] if isinstance(self.layers_pattern, str) else self.layers_pattern or []:
+            _check_regex("layers_pattern", pattern, r"(?:.*\.)?{}\.(\d+)\.")
         self.modules_to_save = _saved_names(self.modules_to_save)
         self.layers_to_transform = _layer_indices(self.layers_to_transform)
         self.rank_pattern = _rank_pattern(self.rank_pattern)
@@ -195,10 +197,10 @@ def _finite(field: str, value: object) -> float:
     return float(value)
 
 
-def _check_regex(field: str, pattern: str) -> None:
+def _check_regex(field: str, pattern: str, around: str = "{}") -> None:
     try:
-        re.compile(pattern)
-    except re.error as error:
+        re.compile(around.format(pattern))
+    except (re.error, OverflowError, RecursionError) as error:
         raise ValueError(f"{field}={pattern!r} is not a regular expression: {error}") from None
 
 
@@ -257,7 +259,7 @@ def _rank_pattern(value: object) -> dict[str, int]:
     for pattern, rank in value.items():
         if not isinstance(pattern, str) or not pattern:
             raise _bad("rank_pattern", value, "a dictionary whose keys are non-empty strings", TypeError)
-        _check_regex("rank_pattern", pattern)
+        _check_regex("rank_pattern", pattern, r"(?:.*\.)?(?:{})")
         description = f"an integer from 1 to {_LARGEST_RANK}"
         _check_integer(f"rank_pattern[{pattern!r}]", rank, range(1, _LARGEST_RANK + 1), description)
     return dict(value)

@@ -85,7 +85,7 @@ def explain_routes(
         if slot is None:
             continue
         shape = LayerShape(layer.in_features, layer.out_features, slot.rank, tokens, slot.group.size)
-        profile = device_profile(device or layer.weight.device, dtype or layer.weight.dtype)
+        profile = device_profile(device or layer.base_weight.device, dtype or layer.base_weight.dtype)
         route, memory = slot.settings.route, slot.settings.memory
         at_hand = layer.weight_at_hand(adapter_name)
         plans = possible_plans(route, memory, shape, training=training, weight_at_hand=at_hand)

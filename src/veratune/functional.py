@@ -20,19 +20,15 @@ Products run in the compute dtype (that of x); what concerns the vectors alone i
 float32.
 """
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from veratune.routing import Plan
-
-# Torch has no public name for it; without it, every call counts as transformed.
-_transformations_active: Callable[[], bool] = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
+from veratune.routing import Plan, Way
+from veratune.torch_private import transformations_active
 
 
 def fold_vectors(b_projection: Tensor, b: Tensor, d: Tensor, gain: float) -> Tensor:
@@ -69,6 +65,11 @@ def _adapted_weight(weight: Tensor, folded: Tensor, a_projection: Tensor, transp
     if transposed:
         return torch.addmm(weight, a_projection.t(), folded).t()
     return torch.addmm(weight, folded.t(), a_projection)
+
+
+def _gradient_way(plan: Plan, down: Tensor | None) -> Way:
+    """Return how the vectors' gradients are computed; a plan that expected none to be wanted takes what there is."""
+    return plan.gradients or ("dense" if down is None else "folded")
 
 
 def _up(down: Tensor, b_projection: Tensor, d: Tensor, gain: float) -> Tensor:
@@ -122,20 +123,47 @@ class _VeraLinear(torch.autograd.Function):
             ctx.mark_non_differentiable(adapted)
         ctx.set_materialize_grads(False)
         wants_vectors = ctx.needs_input_grad[6] or ctx.needs_input_grad[7]
-        from_x = ctx.needs_input_grad[2] or (wants_vectors and ctx.plan.gradients == "dense")
-        from_down = wants_vectors and ctx.plan.gradients != "dense"
+        way = _gradient_way(ctx.plan, down)
+        from_x = ctx.needs_input_grad[2] or (wants_vectors and way == "dense")
+        from_down = wants_vectors and way != "dense"
         ctx.save_for_backward(
             x if from_x else None, weight, a_projection, b_projection, b, d, down if from_down else None, adapted
         )
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, g: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         if g is None:
             return (None,) * 12
         # The caller's autocast must not narrow the float32 part.
-        with without_autocast(g.device):
-            return _backward(ctx, g)
+        with torch.no_grad(), without_autocast(g.device):
+            grads = _backward(ctx, g)
+        # With a graph wanted (create_graph=True), the gradients look differentiable and refuse to be. A compiler
+        # refuses by itself.
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            grads = tuple(None if grad is None else _refuse_second_derivative(grad) for grad in grads)
+        return grads
+
+
+class _NotDifferentiable(torch.autograd.Function):
+    @staticmethod
+    def forward(grad: Tensor) -> Tensor:
+        return grad.view_as(grad)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> Tensor:
+        raise RuntimeError(
+            "veratune's layers cannot be differentiated twice: compute second derivatives on the merged model, or with"
+            " dense algebra"
+        )
+
+
+def _refuse_second_derivative(grad: Tensor) -> Tensor:
+    refusing: Tensor = _NotDifferentiable.apply(grad.detach().requires_grad_())  # type: ignore[no-untyped-call]
+    return refusing
 
 
 class _EagerVeraLinear(_VeraLinear):
@@ -156,20 +184,21 @@ def _backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
     need_x, need_start, need_weight, need_bias, _, _, need_b, need_d = ctx.needs_input_grad[:8]
     plan, gain, transposed = ctx.plan, ctx.gain, ctx.transposed
     need_vectors = need_b or need_d
+    way = _gradient_way(plan, down)
     wide = _wide(b.dtype, g.dtype)
     grad_x = grad_weight = grad_b = grad_d = scaled = None
-    if need_weight or (need_vectors and plan.gradients == "dense"):
+    if need_weight or (need_vectors and way == "dense"):
         grad_weight = g.t() @ x
-    if (need_x and plan.output == "scaled") or (need_vectors and plan.gradients == "scaled"):
+    if (need_x and plan.output == "scaled") or (need_vectors and way == "scaled"):
         scaled = (g * b).to(g.dtype) @ b_projection.t()
-    if need_vectors and plan.gradients == "scaled":
+    if need_vectors and way == "scaled":
         assert scaled is not None
         if need_b:
             grad_b = (g.to(wide) * _up(down, b_projection, d, gain)).sum(0).to(b.dtype)
         if need_d:
             grad_d = ((down.to(wide) * scaled).sum(0) * gain).to(d.dtype)
     elif need_vectors:
-        if plan.gradients == "dense":
+        if way == "dense":
             assert grad_weight is not None
             through_rank = a_projection @ grad_weight.t()
         else:
@@ -237,7 +266,7 @@ def vera_linear(
         transposed: whether the weight is stored as (in, out).
         down: x A^T (T, r), without a graph, where it has been computed already.
 
-    Gradients flow to x, weight, bias, b and d, each computed only where it is wanted. A second differentiation raises
+    Gradients flow to x, weight, bias, b and d, each computed only where it is wanted. Differentiating them again raises
     RuntimeError.
     """
     if down is None and plan.needs_down:
@@ -276,16 +305,40 @@ def vera_add(
 
 
 def _apply(*arguments: Any) -> Tensor:
+    if transformations_active():
+        return _composed(*arguments)
     # Autograd's own bookkeeping can take longer than a small layer: there is none where nothing is differentiated, and
-    # the full one only for those that need it, a compiler and torch.func's transformations.
+    # the full one only for a compiler, which needs it.
     wanted = torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in arguments)
     if not wanted:
         output = _VeraLinear.forward(*arguments)[0]
-    elif torch.compiler.is_compiling() or _transformations_active():
+    elif torch.compiler.is_compiling():
         output = _VeraLinear.apply(*arguments)[0]  # type: ignore[no-untyped-call]
     else:
         output = _EagerVeraLinear.apply(*arguments)[0]  # type: ignore[no-untyped-call]
     return output
+
+
+def _composed(
+    x: Tensor,
+    start: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    a_projection: Tensor,
+    b_projection: Tensor,
+    b: Tensor,
+    d: Tensor,
+    down: Tensor | None,
+    gain: float,
+    plan: Plan,
+    transposed: bool,
+) -> Tensor:
+    """Return the same from torch's own operations alone, for torch.func: vmap, jvp and derivatives of any order."""
+    if weight is not None:
+        start = F.linear(x, weight.t() if transposed else weight, bias)
+    assert start is not None
+    scaled = (x @ a_projection.t()) * (d.to(_wide(d.dtype)) * gain)
+    return start + ((scaled.to(x.dtype) @ b_projection) * b).to(start.dtype)
 
 
 def project_down(x: Tensor, a_projection: Tensor) -> Tensor:

@@ -11,10 +11,10 @@ from torch import nn
 
 from veratune.adapters import AdaptedModel, check_adapter_name, plan_adapter
 from veratune.checkpoint.card import write_card
-from veratune.checkpoint.files import CONFIG_NAME, CheckpointError, read_json
+from veratune.checkpoint.files import CONFIG_NAME, WEIGHTS_NAME, CheckpointError, read_json
 from veratune.checkpoint.hub import find_directory, upload_directory
 from veratune.checkpoint.lora import export_lora
-from veratune.checkpoint.native import ready_native, save_native
+from veratune.checkpoint.native import is_native, ready_native, save_native
 from veratune.checkpoint.peft_format import PEFT_VERA, export_peft, ready_peft
 from veratune.checkpoint.transfer import ReadyAdapter
 from veratune.config import PEFT_TYPE, VeraConfig
@@ -55,7 +55,11 @@ class VeraModel(AdaptedModel):
         directory = find_directory(model_id, **location)
         ready = _read(model, directory)
         adapted = cls(model, autocast_adapter_dtype=autocast_adapter_dtype)
-        ready.put_on(adapted, adapter_name, frozen=not is_trainable)
+        try:
+            ready.put_on(adapted, adapter_name, frozen=not is_trainable)
+        except BaseException:
+            adapted.unload()
+            raise
         adapted.set_adapter(adapter_name)
         return adapted
 
@@ -192,7 +196,11 @@ def get_peft_model(
     check_adapter_name(adapter_name)
     plan = plan_adapter(model, peft_config)
     adapted = VeraModel(model, autocast_adapter_dtype=autocast_adapter_dtype)
-    adapted.install_adapter(adapter_name, plan)
+    try:
+        adapted.install_adapter(adapter_name, plan)
+    except BaseException:
+        adapted.unload()
+        raise
     adapted.set_adapter(adapter_name)
     return adapted
 
@@ -200,6 +208,8 @@ def get_peft_model(
 def _check_bare(model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"the model must be a torch.nn.Module, not {type(model).__name__}")
+    if any(nn.parameter.is_lazy(parameter) for parameter in model.parameters()):
+        raise ValueError("this model has lazy layers without shapes: run it once before it is adapted")
     for module in model.modules():
         if isinstance(module, AdaptedModel | VeraLayer | SavedModule):
             raise ValueError(
@@ -212,7 +222,9 @@ def _read(model: nn.Module, directory: Path) -> ReadyAdapter:
     """Read an adapter of either format and check it against a model, which is not changed."""
     config_path = directory / CONFIG_NAME
     # veratune's own tensors file is whole without its JSON copy, PEFT's is not.
-    peft_type = read_json(config_path).get("peft_type") if config_path.exists() else PEFT_TYPE
+    if is_native(directory / WEIGHTS_NAME) or not config_path.exists():
+        return ready_native(model, directory)
+    peft_type = read_json(config_path).get("peft_type")
     if peft_type == PEFT_TYPE:
         return ready_native(model, directory)
     if peft_type == PEFT_VERA:

@@ -6,7 +6,8 @@ asks for it there.
 """
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from weakref import WeakSet, WeakValueDictionary
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from veratune.sources import Side, Source
+from veratune.torch_private import outside_transformations
 
 _Place = tuple[torch.device, torch.dtype]
 
@@ -25,6 +27,17 @@ class _Backing:
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor
+
+
+@contextmanager
+def _plain_tensors() -> Iterator[None]:
+    """Let what is made here serve everybody later, whatever the caller is in the middle of.
+
+    A tensor made in inference mode could not be saved for a backward pass, and one made inside a transformation of
+    torch.func would end with it.
+    """
+    with torch.inference_mode(False), torch.no_grad(), outside_transformations():
+        yield
 
 
 class Projection:
@@ -44,26 +57,23 @@ class Projection:
 
     def fill(self, corner: "Corner", place: _Place) -> Tensor:
         """Give the corner its view on this device and in this dtype, drawing only the rows that nobody has yet."""
-        with self._lock:
+        with self._lock, _plain_tensors():
             if place in corner.views:
                 return corner.views[place]
             backing = self._backings.get(place)
             held = 0 if backing is None else backing.tensor.shape[0]
             if backing is None or held < corner.rank:
-                tensor = self._draw(range(held, corner.rank), place)
+                device, dtype = place
+                tensor = self.source.draw(self.side, range(held, corner.rank), self.width, device).to(dtype)
                 if backing is not None:
                     tensor = torch.cat([backing.tensor, tensor])
                 if type(tensor) is not Tensor:  # made under a tracing mode: not a value that outlives it
                     return tensor[:, : corner.features]
                 backing = self._install(place, tensor)
-            corner.attach(place, backing)
-            return corner.views[place]
-
-    def _draw(self, rows: range, place: _Place) -> Tensor:
-        device, dtype = place
-        # A tensor made in inference mode could not be saved for a later backward pass.
-        with torch.inference_mode(False), torch.no_grad():
-            return self.source.draw(self.side, rows, self.width, device).to(dtype)
+            view = backing.tensor[: corner.rank, : corner.features]
+            if type(view) is Tensor:
+                corner.attach(place, backing, view)
+            return view
 
     def _install(self, place: _Place, tensor: Tensor) -> _Backing:
         """Make this the tensor of the place, and point every corner that holds the former one at it."""
@@ -71,12 +81,12 @@ class Projection:
         self._backings[place] = backing
         for corner in self._corners:
             if place in corner.views:
-                corner.attach(place, backing)
+                corner.attach(place, backing, tensor[: corner.rank, : corner.features])
         return backing
 
     def trim(self) -> None:
         """Free the rows above the largest rank still in use."""
-        with self._lock:
+        with self._lock, _plain_tensors():
             for place, backing in list(self._backings.items()):
                 rank = max((corner.rank for corner in self._corners if place in corner.views), default=0)
                 if 0 < rank < backing.tensor.shape[0]:
@@ -110,13 +120,13 @@ class Corner:
             # Drawing cannot be traced, and need not be: it happens once, while tracing. The read below is an ordinary
             # guarded one, so that a compiled model follows a change of device, dtype or adapter.
             _fill_while_tracing(self, device, dtype)
+        if (device, dtype) in self.views:
             return self.views[(device, dtype)]
-        view = self.views.get((device, dtype))
-        return self.projection.fill(self, (device, dtype)) if view is None else view
+        return self.projection.fill(self, (device, dtype))
 
-    def attach(self, place: _Place, backing: _Backing) -> None:
+    def attach(self, place: _Place, backing: _Backing, view: Tensor) -> None:
         self._held[place] = backing
-        self.views[place] = backing.tensor[: self.rank, : self.features]
+        self.views[place] = view
 
     def keep_only(self, device: torch.device) -> None:
         """Let go of what is on other devices, after the layer has been moved to this one."""

@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
 from veratune.config import VeraConfig
 from veratune.layers import SavedModule, VeraLayer, features, why_not_adaptable
@@ -171,15 +171,30 @@ def find_targets(model: nn.Module, config: VeraConfig, notify: Callable[[str], N
     assert wanted is not None
     if wanted == "all-linear":
         output = _output_layers(model)
+        trained = [name for name, module in modules.items() if isinstance(module, SavedModule)]
         matched = [
             name
             for name, module in modules.items()
-            if _reason(module) is None and id(_wrapped(module)) not in output and name not in inside_saved
+            if _reason(module) is None
+            and id(_wrapped(module)) not in output
+            and name not in inside_saved
+            and not any(name == top or name.startswith(f"{top}.") for top in trained)
         ]
     else:
         matched = [name for name in modules if name and matches(name, wanted)]
         _check_each_pattern(wanted, matched, modules)
     considered = _narrowed([name for name in matched if name not in inside_saved], config)
+    if config.exclude_modules is not None and not any(matches(name, config.exclude_modules) for name in modules):
+        notify(f"exclude_modules={config.exclude_modules!r} matches no module of this model")
+    if config.layers_to_transform is not None and considered:
+        there = {_layer_index(name, config) for name in matched}
+        absent = [index for index in _indices(config) if index not in there]
+        if absent:
+            present = sorted(index for index in there if index is not None)
+            raise TargetError(
+                f"layers_to_transform={config.layers_to_transform!r}: there is no layer {absent[0]} among what"
+                f" target_modules={config.target_modules!r} matches, only {present}"
+            )
     adaptable = [name for name in considered if _reason(modules[name]) is None]
     if not adaptable:
         raise TargetError(_nothing_to_adapt(config, matched, considered, inside_saved, modules))
@@ -199,8 +214,46 @@ def find_targets(model: nn.Module, config: VeraConfig, notify: Callable[[str], N
     return targets
 
 
+def check_conflicts(model: nn.Module, saved: list[str], adapted: list[str]) -> None:
+    """Raise TargetError where one adapter would train in full what another adapts, or cannot be copied or saved.
+
+    Args:
+        model: the model without a wrapper; it may have adapters.
+        saved: names of the modules that the new adapter trains in full.
+        adapted: names of the layers that it adapts.
+    """
+    modules = base_modules(model)
+    for name in saved:
+        module = modules[name]
+        inside = [other for other in modules if other == name or other.startswith(f"{name}.")]
+        layer = next((other for other in inside if isinstance(modules[other], VeraLayer)), None)
+        if layer is not None:
+            raise TargetError(
+                f"modules_to_save: {name} cannot be trained in full, because another adapter adapts {layer}: leave it"
+                " out (modules_to_save=[] trains nothing in full), or delete that adapter first"
+            )
+        if isinstance(module, nn.ModuleList | nn.ModuleDict):
+            raise TargetError(
+                f"modules_to_save: {name} is a {type(module).__name__}, which computes nothing itself: name what is"
+                " in it"
+            )
+        original = module.original_module if isinstance(module, SavedModule) else module
+        if not all(isinstance(value, Tensor) for value in original.state_dict().values()):
+            raise TargetError(f"modules_to_save: {name} has a state that is not made of tensors and cannot be saved")
+    wrapped = [name for name, module in modules.items() if isinstance(module, SavedModule)]
+    for name in adapted:
+        top = next((other for other in wrapped if name == other or name.startswith(f"{other}.")), None)
+        if top is not None:
+            raise TargetError(
+                f"{name} cannot be adapted, because another adapter trains {top} in full: exclude it, or delete that"
+                " adapter first"
+            )
+
+
 def _wrapped(module: nn.Module) -> nn.Module:
-    return module.base_layer if isinstance(module, VeraLayer) else module
+    if isinstance(module, VeraLayer):
+        return module.base_layer
+    return module.original_module if isinstance(module, SavedModule) else module
 
 
 def _reason(module: nn.Module) -> str | None:

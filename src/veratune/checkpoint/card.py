@@ -58,4 +58,4 @@ def write_card(directory: Path, config: VeraConfig, layers: int, numbers: int) -
         numbers=numbers,
         settings=settings,
     )
-    write_text(path, text)
+    write_text(path, text.encode(errors="replace").decode())

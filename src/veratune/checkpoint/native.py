@@ -28,6 +28,7 @@ from veratune.checkpoint.files import (
     WEIGHTS_NAME,
     CheckpointError,
     read_json,
+    read_metadata,
     read_tensors,
     write_json,
     write_tensors,
@@ -131,6 +132,11 @@ def _projection_tensors(host: AdaptedModel, adapter_name: str, source: Source) -
     return tensors
 
 
+def is_native(path: Path) -> bool:
+    """Return whether a tensors file says that veratune wrote it."""
+    return _METADATA_KEY in read_metadata(path)
+
+
 def _header(path: Path, metadata: dict[str, str], tensors: dict[str, Tensor]) -> dict[str, Any]:
     if _METADATA_KEY not in metadata:
         raise CheckpointError(
@@ -140,7 +146,7 @@ def _header(path: Path, metadata: dict[str, str], tensors: dict[str, Tensor]) ->
         header = json.loads(metadata[_METADATA_KEY])
         version, digest = header["format_version"], header.pop("sha256")
         config, fingerprint = header["config"], header["fingerprint"]
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise CheckpointError(f"{path}: the {_METADATA_KEY!r} entry of its metadata is damaged") from None
     if version != FORMAT_VERSION:
         raise CheckpointError(
@@ -219,6 +225,8 @@ def _source(
 def _check_projections(origin: str, source: Source, projections: dict[str, Tensor]) -> None:
     for name, stored in projections.items():
         side: Side = "A" if name.startswith("A") else "B"
+        if stored.ndim != 2:
+            raise CheckpointError(f"{origin}: its projection {name} has the shape {tuple(stored.shape)}")
         rank_major = stored if side == "A" else stored.t()
         drawn = source.draw(side, range(rank_major.shape[0]), rank_major.shape[1], torch.device("cpu"))
         if not torch.equal(drawn, rank_major):

@@ -17,7 +17,7 @@ from veratune.config import VeraConfig
 from veratune.layers import SavedModule, VeraLayer, features, why_not_adaptable
 from veratune.layers.biases import bias_owners
 from veratune.sources import Source
-from veratune.targets import Target, base_modules
+from veratune.targets import Target, TargetError, base_modules, check_conflicts
 
 
 @dataclass
@@ -53,13 +53,18 @@ def targets_of(model: nn.Module, loaded: LoadedAdapter) -> list[Target]:
             + _some(missing)
             + _closest(missing[0], modules)
         )
-    targets = []
+    targets: list[Target] = []
     for name, (b, d) in loaded.vectors.items():
         module = modules[name]
         base = module.base_layer if isinstance(module, VeraLayer) else module
         reason = why_not_adaptable(base)
         if reason is not None:
             raise CheckpointError(f"{loaded.origin} adapts {name}, which cannot be adapted here, because {reason}")
+        twin = next((target.name for target in targets if target.module is module), None)
+        if twin is not None:
+            raise CheckpointError(f"{loaded.origin} adapts {twin} and {name}, which are one and the same module here")
+        if base.weight.is_meta and not hasattr(base, "_hf_hook"):
+            raise CheckpointError(f"{name} is on the meta device: give the model its weights before loading an adapter")
         in_features, out_features = features(base)
         if b.shape != (out_features,):
             raise CheckpointError(
@@ -87,6 +92,10 @@ def make_ready(model: nn.Module, loaded: LoadedAdapter, targets: list[Target], s
         CheckpointError: saved modules or biases that do not fit the model.
     """
     modules = base_modules(model)
+    try:
+        check_conflicts(model, [name for name in loaded.saved if name in modules], [target.name for target in targets])
+    except TargetError as error:
+        raise CheckpointError(f"{loaded.origin} cannot stand beside the adapters there are: {error}") from None
     for module_name, state in loaded.saved.items():
         _check_saved(loaded.origin, modules, module_name, state)
     config = loaded.config.replace(modules_to_save=list(loaded.saved))

@@ -44,15 +44,20 @@ def why_not_adaptable(module: nn.Module) -> str | None:
     if isinstance(module, nn.Linear):
         if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():
             return "it is lazy and has no shape before its first input"
-        return _why_empty(module)
+        return _why_not_its_weight(module)
     if is_conv1d(module):
-        return _why_empty(module)
+        return _why_not_its_weight(module)
     return f"{type(module).__name__} is neither torch.nn.Linear nor transformers' Conv1D"
 
 
-def _why_empty(module: nn.Module) -> str | None:
+def _why_not_its_weight(module: nn.Module) -> str | None:
     in_features, out_features = features(module)
-    return None if in_features and out_features else f"it has {in_features} inputs and {out_features} outputs"
+    if not (in_features and out_features):
+        return f"it has {in_features} inputs and {out_features} outputs"
+    weight = module._parameters.get("weight")
+    if weight is not None and weight.is_complex():
+        return "its weight is complex"
+    return None
 
 
 def features(module: nn.Module) -> tuple[int, int]:

@@ -2,16 +2,24 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from veratune.functional import delta_weight, without_autocast
+from veratune.layers.adapted_weight import AdaptedWeight
 from veratune.layers.shared import SharedDown
 from veratune.projection import Corner, projection_pool
 from veratune.routing import LayerShape, MemoryName, RouteName
 from veratune.sources import Source
+
+
+def _vector_device(base_layer: nn.Module, weight: Tensor) -> torch.device:
+    """Return where a layer's vectors belong: with its weight, or where accelerate brings an offloaded weight."""
+    hook = getattr(base_layer, "_hf_hook", None)
+    device = getattr(hook, "execution_device", None)
+    return torch.device(device) if weight.is_meta and device is not None else weight.device
 
 
 @dataclass(frozen=True)
@@ -124,10 +132,35 @@ class VeraLayer(nn.Module):
         self.training = base_layer.training
 
     @property
-    def weight(self) -> Tensor:
-        """The base layer's weight, for code that asks a linear layer for its dtype or device."""
+    def base_weight(self) -> Tensor:
+        """The base layer's weight as it is, W0 or, while merged, what stands in for it."""
         weight = self.base_layer.weight
         assert isinstance(weight, Tensor)
+        return weight
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight for code that reads it without calling the layer: W0, with the deltas of active adapters added.
+
+        Some models compute with it themselves (Mamba's dt_proj, WavLM's attention). It is differentiable to the
+        vectors, and made only when something is computed with it: asking for its dtype or shape costs nothing.
+        """
+        base = self.base_weight
+        if not self.added_adapters:
+            return base
+        return self.adapted_weight() if torch.compiler.is_compiling() else AdaptedWeight.of(base, self.adapted_weight)
+
+    def adapted_weight(self) -> Tensor:
+        """Return W0 with the deltas of the adapters that `forward` adds, in W0's layout and dtype, differentiably."""
+        weight = self.base_weight
+        for name in self.added_adapters:
+            slot = self.slots[name]
+            b, d = self.vectors(name)
+            dtype = torch.promote_types(b.dtype, torch.float32)
+            a_projection = slot.a.tensor(weight.device, dtype)
+            b_projection = slot.b.tensor(weight.device, dtype)
+            delta = (b_projection * b).t() @ (d[:, None] * slot.gain * a_projection)
+            weight = (weight + (delta if self.out_axis == 0 else delta.t())).to(weight.dtype)
         return weight
 
     @property
@@ -135,6 +168,11 @@ class VeraLayer(nn.Module):
         bias = self.base_layer.bias
         assert bias is None or isinstance(bias, Tensor)
         return bias
+
+    @bias.setter
+    def bias(self, value: nn.Parameter | None) -> None:
+        base: Any = self.base_layer
+        base.bias = value
 
     def add_adapter(
         self,
@@ -146,7 +184,7 @@ class VeraLayer(nn.Module):
         group: InputGroup,
     ) -> None:
         """Give this layer the vectors of another adapter; it is not active yet."""
-        device = self.weight.device
+        device = _vector_device(self.base_layer, self.base_weight)
         b = torch.zeros(self.out_features, dtype=init.dtype, device=device)
         d = torch.full((init.rank,), init.d_initial, dtype=init.dtype, device=device)
         if not init.standard:
@@ -196,8 +234,8 @@ class VeraLayer(nn.Module):
         """
         slot = self.slots[name]
         b, d = self.vectors(name)
-        dtype = torch.promote_types(torch.promote_types(b.dtype, self.weight.dtype), torch.float32)
-        device = self.weight.device
+        dtype = torch.promote_types(torch.promote_types(b.dtype, self.base_weight.dtype), torch.float32)
+        device = self.base_weight.device
         with torch.no_grad(), without_autocast(device):
             delta = delta_weight(
                 slot.a.tensor(device, dtype), slot.b.tensor(device, dtype), b.to(dtype), d.to(dtype), slot.gain
@@ -210,7 +248,7 @@ class VeraLayer(nn.Module):
             total = self.get_delta_weight(names[0])
             for name in names[1:]:
                 total = total + self.get_delta_weight(name)
-            return (total + self.weight.detach()).to(self.weight.dtype).contiguous()
+            return (total + self.base_weight.detach()).to(self.base_weight.dtype).contiguous()
 
     def why_not_mergeable(self) -> str | None:
         """Return None if `merge` can work, otherwise the reason."""
@@ -241,11 +279,11 @@ class VeraLayer(nn.Module):
         """Put the weight from before `merge` back, on the device and in the dtype the layer has now."""
         if not self.merged_adapters:
             return
-        original = self._unmerged.pop("weight")
-        merged = self.weight
+        original, merged = self._unmerged["weight"], self.base_weight
         if original.device != merged.device or original.dtype != merged.dtype:
             original.data = original.data.to(merged.device, merged.dtype)
         self.base_layer.weight = original
+        del self._unmerged["weight"]
         self.merged_adapters = []
         self._choose_added()
 
@@ -257,7 +295,7 @@ class VeraLayer(nn.Module):
 
     def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]
         result = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        device = self.weight.device
+        device = self.base_weight.device
         for slot in self.slots.values():
             slot.a.keep_only(device)
             slot.b.keep_only(device)

@@ -26,7 +26,8 @@ class VeraLinear(VeraLayer):
         forward = type(base_layer).forward
         self._plain_class = f"{forward.__module__}.{forward.__qualname__}" in self.plain_forwards
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        x = input  # called by name, as in torch.nn.Linear
         active = self.added_adapters
         if not active:
             output: Tensor = self.base_layer(x, *args, **kwargs)
@@ -34,7 +35,7 @@ class VeraLinear(VeraLayer):
         first = active[0]
         dtype = None
         if not args and not kwargs and x.shape[-1:] == (self.in_features,) and self.weight_at_hand(first):
-            dtype = _compute_dtype(x, self.weight.dtype)
+            dtype = _compute_dtype(x, self.base_weight.dtype)
         if dtype is not None:
             output = self._fused(x, first, dtype)
             remaining = active[1:]
@@ -73,7 +74,7 @@ class VeraLinear(VeraLayer):
         return self.training and name in self.vera_dropout
 
     def _training(self, name: str) -> bool:
-        return torch.is_grad_enabled() and self.vera_lambda_b[name].requires_grad
+        return torch.is_grad_enabled() and any(vector.requires_grad for vector in self.vectors(name))
 
     def _plan(self, name: str, x: Tensor, dtype: torch.dtype, *, weight_at_hand: bool) -> Plan:
         table = _plan_table(self.slots[name], x.device, dtype, self._training(name), weight_at_hand)
@@ -81,7 +82,7 @@ class VeraLinear(VeraLayer):
 
     def _fused(self, x: Tensor, name: str, dtype: torch.dtype) -> Tensor:
         slot = self.slots[name]
-        weight, bias = self.weight, self.bias
+        weight, bias = self.base_weight, self.bias
         b, d = self.vectors(name)
         plan = self._plan(name, x, dtype, weight_at_hand=True)
         flat = x.to(dtype).reshape(math.prod(x.shape[:-1]), self.in_features)
@@ -156,3 +157,7 @@ class VeraConv1D(VeraLinear):
 
     out_axis = 1
     plain_forwards = ("transformers.pytorch_utils.Conv1D.forward",)
+
+    # The name that Conv1D gives its argument.
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
+        return super().forward(x, *args, **kwargs)

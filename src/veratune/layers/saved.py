@@ -41,6 +41,10 @@ class SavedModule(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.current()(*args, **kwargs)
 
+    def __getitem__(self, index: Any) -> Any:
+        module: Any = self.current()
+        return module[index]
+
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)

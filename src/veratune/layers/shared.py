@@ -7,6 +7,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from veratune.torch_private import modes_active, transformations_active
+
+
+def _can_be_remembered(x: Tensor) -> bool:
+    """Return whether what is computed from x now is what a sibling would compute from it a moment later.
+
+    While tracing, the compiler merges equal products. An inference tensor does not tell when it was written to, and
+    some optimizers do not say that they write to a parameter. Under transformations and modes x may stand for another.
+    """
+    if torch.compiler.is_compiling() or transformations_active() or modes_active():
+        return False
+    return type(x) is Tensor and not x.is_inference() and not (x.is_leaf and x.requires_grad)
+
 
 class _Entry(NamedTuple):
     x: "weakref.ref[Tensor]"
@@ -37,8 +50,7 @@ class SharedDown:
             a_projection: A.
             compute: makes the product.
         """
-        # While tracing, the compiler merges equal products; an inference tensor does not tell when it was written to.
-        if torch.compiler.is_compiling() or x.is_inference():
+        if not _can_be_remembered(x):
             return compute()
         entry = self._entry
         if (

@@ -1,0 +1,422 @@
+"""What hostile use has broken once: each stays mended."""
+
+import contextlib
+import copy
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from reference import dense_delta, projections, randomise, relative
+from veratune import CheckpointError, TargetError, VeraConfig, VeraModel, get_peft_model
+from veratune.layers.adapted_weight import AdaptedWeight
+
+LAYER = {"r": 4, "target_modules": ["0"], "modules_to_save": []}
+
+
+def net():
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)).double()
+
+
+def adapted(**settings):
+    model = get_peft_model(net(), VeraConfig(**{**LAYER, **settings}))
+    randomise(model, scale=0.5)
+    return model
+
+
+def x_of(*shape):
+    return torch.randn(*shape, 8, dtype=torch.float64)
+
+
+def dense_weight(layer):
+    b, d = (vector.detach() for vector in layer.vectors("default"))
+    a_projection, b_projection = projections(0, d.numel(), layer.in_features, layer.out_features)
+    return layer.base_weight.detach().double() + dense_delta(b, d, a_projection, b_projection)
+
+
+# Models that read a weight without calling its layer
+
+
+def test_a_weight_that_is_read_has_the_deltas_and_gives_gradients():
+    model = adapted()
+    layer, x = model.base_model[0], x_of(3)
+    called = layer(x)
+    read = nn.functional.linear(x, layer.weight, layer.bias)
+    torch.testing.assert_close(read, called)
+    vectors = layer.vectors("default")
+    ours = torch.autograd.grad(read.square().sum(), vectors)
+    theirs = torch.autograd.grad(called.square().sum(), vectors)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b)
+    torch.testing.assert_close((layer.weight @ x.t()).t() + layer.bias, called)
+    torch.testing.assert_close(torch.cat([layer.weight, layer.weight])[8:], dense_weight(layer), rtol=1e-6, atol=1e-6)
+    assert type(layer.weight @ x.t()) is torch.Tensor
+
+
+def test_questions_about_a_weight_add_nothing_up():
+    layer = adapted().base_model[0]
+    weight = layer.weight
+    assert isinstance(weight, AdaptedWeight)
+    weight._compute = lambda: pytest.fail("added up for a question")
+    assert (weight.dtype, weight.device.type, weight.shape) == (torch.float64, "cpu", (8, 8))
+    assert (weight.ndim, weight.size(0), weight.numel(), len(weight)) == (2, 8, 64, 8)
+    assert weight.is_floating_point()
+    layer.activate([])
+    assert layer.weight is layer.base_layer.weight
+
+
+@pytest.mark.parametrize("kind", ["mamba", "wavlm"])
+def test_real_models_that_read_weights(kind):
+    import transformers
+
+    if kind == "mamba":
+        config = transformers.MambaConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1, state_size=4)
+        model, inputs = transformers.MambaModel(config).eval(), {"input_ids": torch.tensor([[1, 2, 3, 4]])}
+        targets = ["in_proj", "dt_proj", "x_proj", "out_proj"]
+    else:
+        config = transformers.WavLMConfig(
+            hidden_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=16,
+            conv_dim=(8,),
+            conv_kernel=(3,),
+            conv_stride=(2,),
+            num_feat_extract_layers=1,
+            num_conv_pos_embeddings=4,
+            num_conv_pos_embedding_groups=2,
+        )
+        model, inputs = transformers.WavLMModel(config).eval(), {"input_values": torch.randn(1, 200)}
+        targets = ["q_proj", "k_proj", "v_proj", "out_proj"]
+    model = get_peft_model(model, VeraConfig(r=4, target_modules=targets))
+    base = model(**inputs)[0]
+    randomise(model, scale=0.3)
+    output = model(**inputs)[0]
+    assert relative(output, base) > 1e-3
+    output.square().sum().backward()
+    assert all(v.grad is not None for layer in model.vera_layers().values() for v in layer.vectors("default"))
+    model.merge_adapter()
+    assert relative(model(**inputs)[0], output) < 1e-4
+
+
+# Derivatives
+
+
+@pytest.mark.parametrize("route", ["auto", "factored", "dense"])
+def test_second_derivatives_are_refused_not_zero(route):
+    model, x = adapted(route=route), x_of(3).requires_grad_()
+    (grad,) = torch.autograd.grad(model(x).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiated twice"):
+        (model(x).sum() + grad.square().sum()).backward()
+    b, _ = model.base_model[0].vectors("default")
+    (grad,) = torch.autograd.grad(model(x).square().sum(), b, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiated twice"):
+        grad.sum().backward()
+
+
+def test_torch_func_of_any_order():
+    model, x = adapted(), x_of(3)
+    layer = model.base_model[0]
+    b, d = (vector.detach() for vector in layer.vectors("default"))
+    a_projection, b_projection = projections(0, 4, 8, 8)
+
+    def ours(b):
+        values = {"0.vera_lambda_b.default": b}
+        return torch.func.functional_call(model.base_model, values, (x,)).square().sum()
+
+    def dense(b):
+        weight = layer.base_weight.detach() + torch.diag(b) @ b_projection @ torch.diag(d) @ a_projection
+        y = torch.relu(nn.functional.linear(x, weight, layer.bias.detach()))
+        return model.base_model[2](y).square().sum()
+
+    for transform in (
+        torch.func.grad,
+        torch.func.hessian,
+        lambda f: torch.func.grad(lambda v: torch.func.grad(f)(v).sum()),
+    ):
+        torch.testing.assert_close(transform(ours)(b), transform(dense)(b), rtol=1e-5, atol=1e-5)
+    tangent = torch.randn_like(b)
+    torch.testing.assert_close(torch.func.jvp(ours, (b,), (tangent,)), torch.func.jvp(dense, (b,), (tangent,)))
+    batch = torch.stack([b, 2 * b, -b])
+    torch.testing.assert_close(torch.func.vmap(ours)(batch), torch.stack([ours(v) for v in batch]))
+    samples = torch.func.vmap(torch.func.grad(lambda v, s: ours(v) * s), in_dims=(None, 0))(b, torch.tensor([1.0, 2.0]))
+    torch.testing.assert_close(samples[1], 2 * samples[0])
+
+
+def test_one_vector_alone_can_be_trained():
+    for kept in ("vera_lambda_b", "vera_lambda_d"):
+        model, x = adapted(), x_of(300)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(kept in name)
+        model(x).square().sum().backward()
+        reference = adapted()
+        reference(x).square().sum().backward()
+        grads = {name: p.grad for name, p in reference.named_parameters()}
+        for name, parameter in model.named_parameters():
+            if kept in name:
+                torch.testing.assert_close(parameter.grad, grads[name])
+            else:
+                assert parameter.grad is None
+
+
+# The pool
+
+
+@pytest.mark.parametrize("shrink", [False, True])
+def test_growing_or_trimming_in_inference_mode_harms_no_training(shrink):
+    model = get_peft_model(nn.Sequential(nn.Linear(53, 53)), VeraConfig(**LAYER), adapter_name="small")
+    x = torch.randn(2, 53)
+    model(x).sum().backward()
+    model.add_adapter("large", VeraConfig(**{**LAYER, "r": 16}))
+    model.set_adapter(["small", "large"])
+    with torch.inference_mode():
+        model(x)
+        if shrink:
+            model.delete_adapter("large")
+    model.set_adapter("small")
+    model(x).sum().backward()
+
+
+def test_a_first_use_inside_transformations_harms_nothing_later():
+    model = get_peft_model(nn.Sequential(nn.Linear(59, 59)), VeraConfig(**LAYER))
+    x, values = torch.randn(2, 59), {k: v.detach() for k, v in model.named_parameters()}
+
+    def loss(values):
+        return torch.func.functional_call(model, values, (x,)).square().sum()
+
+    inner = torch.func.grad(loss)
+    torch.func.grad(lambda v: inner(v)["base_model.0.vera_lambda_b.default"].sum())(values)
+    torch.func.grad(loss)(values)
+    model(x).sum().backward()
+
+
+@pytest.mark.parametrize("warm", [False, True])
+def test_export_leaves_the_model_as_it_was(warm):
+    model = get_peft_model(nn.Sequential(nn.Linear(61, 67)), VeraConfig(**LAYER)).eval()
+    randomise(model)
+    x = torch.randn(4, 61)
+    twin = copy.deepcopy(model)
+    expected = model(x).detach() if warm else None
+    exported = torch.export.export(twin, (x,), strict=False)
+    expected = model(x).detach() if expected is None else expected
+    torch.testing.assert_close(twin(x), expected)
+    torch.testing.assert_close(exported.module()(x), expected)
+    assert not torch.equal(twin(x), twin.base_model[0].base_layer(x))
+
+
+class TwoReaders(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.q = nn.Linear(8, 8)
+        self.k = nn.Linear(8, 8)
+
+
+def test_a_parameter_as_input_is_not_remembered():
+    """Fused optimizers write to a parameter without torch's counting it."""
+    model = get_peft_model(TwoReaders().double(), VeraConfig(r=4, target_modules=["q", "k"], route="factored"))
+    randomise(model)
+    prompt = nn.Parameter(x_of(3))
+    optimizer = torch.optim.AdamW([prompt], lr=0.1, fused=True)
+    model.q(prompt).sum().backward()
+    optimizer.step()
+    assert torch.equal(model.k(prompt), model.k(prompt.detach().clone()))
+
+
+# Adapters beside each other
+
+
+def test_an_adapter_cannot_train_in_full_what_another_adapts():
+    model = adapted(target_modules=["0", "2"])
+    state = list(model.adapter_state("default").vectors)
+    with pytest.raises(TargetError, match="another adapter adapts 2"):
+        model.add_adapter("b", VeraConfig(**{**LAYER, "modules_to_save": ["2"]}))
+    assert list(model.adapter_state("default").vectors) == state
+    other = adapted(modules_to_save=["2"])
+    with pytest.raises(TargetError, match="another adapter trains 2 in full"):
+        other.add_adapter("b", VeraConfig(**{**LAYER, "target_modules": ["2"]}))
+    assert list(other.peft_config) == ["default"]
+    other.add_adapter("c", VeraConfig(**{**LAYER, "target_modules": "all-linear"}))
+    assert list(other.adapter_state("c").vectors) == ["0"]
+
+
+def test_nor_can_a_loaded_one(tmp_path):
+    adapted(modules_to_save=["2"]).save_pretrained(tmp_path)
+    model = adapted(target_modules=["0", "2"])
+    expected = model(x := x_of(3))
+    with pytest.raises(CheckpointError, match="beside"):
+        model.load_adapter(tmp_path, "b")
+    assert torch.equal(model(x), expected)
+    assert list(model.peft_config) == ["default"]
+
+
+def test_a_new_adapter_is_a_no_op_while_another_has_trained_biases():
+    base, x = net()(y := x_of(3)), y
+    model = adapted(bias="all")
+    with torch.no_grad():
+        for bias in model.adapter_state("default").biases.values():
+            bias.add_(1)
+    model.add_adapter("c", VeraConfig(**{**LAYER, "bias": "all"}))
+    model.add_adapter("d", VeraConfig(**{**LAYER, "modules_to_save": ["2"]}))
+    for name in ("c", "d"):
+        model.set_adapter(name)
+        assert torch.equal(model(x), base)
+
+
+@pytest.mark.parametrize("name", ["_keys", "_parameters", "training", "_version"])
+def test_names_that_containers_use(name):
+    with pytest.raises(ValueError, match="uses the name itself"):
+        get_peft_model(net(), VeraConfig(**LAYER), adapter_name=name)
+
+
+def test_a_module_that_cannot_be_copied_leaves_the_model_unchanged():
+    model = net()
+    model[2].thing = (i for i in range(3))  # generators cannot be copied
+    flags = [p.requires_grad for p in model.parameters()]
+    types = [type(m) for m in model.modules()]
+    with pytest.raises(TypeError, match="generator"):
+        get_peft_model(model, VeraConfig(**{**LAYER, "modules_to_save": ["2"]}))
+    assert [p.requires_grad for p in model.parameters()] == flags
+    assert [type(m) for m in model.modules()] == types
+    host = get_peft_model(model, VeraConfig(**LAYER))
+    with pytest.raises(TypeError, match="generator"):
+        host.add_adapter("b", VeraConfig(**{**LAYER, "modules_to_save": ["2"]}))
+    assert list(host.base_model[0].slots) == list(host.peft_config) == ["default"]
+
+
+@pytest.mark.parametrize("container", ["list", "sequential", "state"])
+def test_modules_to_save_of_odd_kinds(container):
+    class Extra(nn.Linear):
+        def get_extra_state(self):
+            return {"a": 1}
+
+        def set_extra_state(self, state):
+            pass
+
+    class Holder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = nn.Linear(8, 8)
+            parts = [Extra(8, 8) if container == "state" else nn.Linear(8, 8)]
+            self.many = nn.ModuleList(parts) if container == "list" else nn.Sequential(*parts)
+
+        def forward(self, x):
+            return self.many[0](self.first(x))
+
+    config = VeraConfig(r=2, target_modules=["first"], modules_to_save=["many"])
+    if container == "sequential":
+        assert get_peft_model(Holder(), config)(torch.randn(2, 8)).shape == (2, 8)
+    else:
+        with pytest.raises(TargetError, match="many"):
+            get_peft_model(Holder(), config)
+
+
+# Layers
+
+
+def test_layers_that_cannot_be_right_are_refused():
+    with pytest.raises(TargetError, match="complex"):
+        get_peft_model(nn.Sequential(nn.Linear(3, 3, dtype=torch.complex64)), VeraConfig(**LAYER))
+    with pytest.raises(ValueError, match="lazy"):
+        get_peft_model(nn.Sequential(nn.Linear(3, 3), nn.LazyLinear(3)), VeraConfig(**LAYER))
+
+
+def test_arguments_by_name_and_a_bias_taken_away():
+    model, x = adapted(), x_of(3)
+    layer = model.base_model[0]
+    assert torch.equal(layer(input=x), layer(x))
+    bias, layer.bias = layer.bias, None
+    assert layer.base_layer.bias is None
+    torch.testing.assert_close(layer(x), x @ dense_weight(layer).t(), rtol=1e-6, atol=1e-6)
+    layer.base_layer.bias = bias
+
+
+def test_a_failed_unmerge_keeps_the_weight():
+    model = adapted()
+    layer = model.base_model[0]
+    original = layer.base_layer.weight
+    model.merge_adapter()
+    nn.utils.parametrize.register_parametrization(layer.base_layer, "weight", nn.Identity())
+    with contextlib.suppress(KeyError, AttributeError, RuntimeError, ValueError):
+        model.unmerge_adapter()
+    nn.utils.parametrize.remove_parametrizations(layer.base_layer, "weight")
+    if model.merged_adapters:
+        model.unmerge_adapter()
+    assert layer.base_layer.weight is original
+
+
+# Files
+
+
+def test_a_native_save_interrupted_over_a_peft_export(tmp_path):
+    model, x = adapted(), x_of(3)
+    model.export_peft(tmp_path)
+    config = (tmp_path / "adapter_config.json").read_text()
+    model.save_pretrained(tmp_path)
+    (tmp_path / "adapter_config.json").write_text(config)  # killed before the second file
+    with pytest.warns(UserWarning, match="differs"):
+        loaded = VeraModel.from_pretrained(net(), tmp_path, is_trainable=True)
+    assert torch.equal(loaded(x), model(x))
+
+
+@pytest.mark.parametrize(
+    "text", ['{"r": ' + "9" * 5000 + "}", "[" * 100000, '{"format_version": 1, "sha256": ' + "9" * 5000 + "}"]
+)
+def test_absurd_json_is_a_checkpoint_error(text, tmp_path):
+    adapted().save_pretrained(tmp_path)
+    (tmp_path / "adapter_config.json").write_text(text)
+    with pytest.raises(CheckpointError, match="JSON"):
+        VeraModel.from_pretrained(net(), tmp_path)
+    (tmp_path / "adapter_config.json").unlink()
+    save_file({"x": torch.zeros(1)}, tmp_path / "adapter_model.safetensors", {"veratune": text})
+    with pytest.raises(CheckpointError, match="damaged"):
+        VeraModel.from_pretrained(net(), tmp_path)
+
+
+@pytest.mark.parametrize("pattern", ["a{99999999999999}", "(" * 5000 + ")" * 5000])
+def test_absurd_patterns(pattern):
+    with pytest.raises(ValueError, match=r"target_modules.*is not a regular expression"):
+        VeraConfig(target_modules=pattern)
+    with pytest.raises(ValueError, match="rank_pattern"):
+        VeraConfig(rank_pattern={"(?i)0": 2})
+    with pytest.raises(ValueError, match="layers_pattern"):
+        VeraConfig(layers_pattern="h(", layers_to_transform=0)
+
+
+def test_odd_base_model_names_can_be_saved(tmp_path):
+    model = adapted()
+    model.peft_config["default"].base_model_name_or_path = "\ud800 lone"
+    model.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["base_model_name_or_path"] == "\ud800 lone"
+    VeraModel.from_pretrained(net(), tmp_path)
+
+
+def test_two_names_of_one_module(tmp_path):
+    separate = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    get_peft_model(separate, VeraConfig(r=4, target_modules="all-linear")).save_pretrained(tmp_path)
+    layer = nn.Linear(8, 8)
+    shared = nn.Sequential(layer, layer)
+    with pytest.raises(CheckpointError, match="one and the same module"):
+        VeraModel.from_pretrained(shared, tmp_path)
+    assert shared[0] is shared[1] is layer
+    assert layer.weight.requires_grad
+
+
+def test_loading_onto_a_model_without_values(tmp_path):
+    adapted().save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match="meta device"):
+        VeraModel.from_pretrained(net().to("meta"), tmp_path)
+
+
+# Configuration
+
+
+def test_exclusions_and_indices_that_match_nothing():
+    with pytest.warns(UserWarning, match="exclude_modules"):
+        get_peft_model(net(), VeraConfig(**LAYER, exclude_modules=["zzz"]))
+    stack = nn.Module()
+    stack.layers = nn.ModuleList(nn.Sequential(nn.Linear(2, 2)) for _ in range(2))
+    with pytest.raises(TargetError, match=r"no layer 99.*\[0, 1\]"):
+        get_peft_model(stack, VeraConfig(**LAYER, layers_to_transform=[0, 99], layers_pattern="layers"))
