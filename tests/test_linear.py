@@ -180,6 +180,21 @@ def test_compile_in_one_graph_without_recompiling(route):
                 torch.testing.assert_close(ours, wanted)
 
 
+def test_a_compiled_model_of_many_shapes_is_compiled_at_most_three_times():
+    from torch._dynamo.testing import CompileCounter
+
+    torch._dynamo.reset()
+    net = nn.Sequential(*(nn.Linear(4 + 3 * i, 7 + 3 * i) for i in range(6)))
+    model = get_peft_model(net, VeraConfig(r=64, target_modules="all-linear"))
+    randomise(model, scale=0.3)
+    counter = CompileCounter()
+    compiled = torch.compile(model, fullgraph=True, backend=counter, dynamic=True)
+    for tokens in (2, 3, 17, 32, 33, 64, 100, 257, 500, 1000, 1025, 2048, 5000):
+        x = torch.randn(tokens, 4)
+        torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-4)
+    assert counter.frame_count <= 3
+
+
 def test_a_compiled_model_follows_its_adapters():
     torch._dynamo.reset()
     model = adapted(dtype=torch.float32)

@@ -257,6 +257,17 @@ def plan_table(
     return tuple(table)
 
 
+def representative_tokens(tokens: int) -> int:
+    """Return the number of tokens by which a compiled model chooses: few, some, or many.
+
+    Each comparison of a symbolic number of tokens may make a compiler compile again. Two of them, the same for all
+    layers, are what a model of many shapes can afford.
+    """
+    if tokens <= 32:
+        return 8
+    return 256 if tokens <= 1024 else 4096
+
+
 def look_up(table: tuple[tuple[int, Plan], ...], tokens: int) -> Plan:
     """Return a table's plan for a number of tokens."""
     for limit, plan in table:

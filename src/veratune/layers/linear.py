@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from veratune.functional import project_down, vera_add, vera_linear
 from veratune.layers.base import Slot, VeraLayer
 from veratune.profiles import device_profile
-from veratune.routing import Plan, look_up, plan_table
+from veratune.routing import Plan, look_up, plan_table, representative_tokens
 
 
 class VeraLinear(VeraLayer):
@@ -78,7 +78,8 @@ class VeraLinear(VeraLayer):
 
     def _plan(self, name: str, x: Tensor, dtype: torch.dtype, *, weight_at_hand: bool) -> Plan:
         table = _plan_table(self.slots[name], x.device, dtype, self._training(name), weight_at_hand)
-        return look_up(table, math.prod(x.shape[:-1]))
+        tokens = math.prod(x.shape[:-1])
+        return look_up(table, representative_tokens(tokens) if torch.compiler.is_compiling() else tokens)
 
     def _fused(self, x: Tensor, name: str, dtype: torch.dtype) -> Tensor:
         slot = self.slots[name]
