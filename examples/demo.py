@@ -1,0 +1,181 @@
+"""Fine-tune MiniLM on 2,000 sentences of movie reviews with VeRA, and compare it with other ways of fine-tuning.
+
+    python examples/demo.py           a frozen encoder, VeRA on all linear layers, full fine-tuning
+    python examples/demo.py --full    also VeRA on query and value, PEFT's LoRA on both, and three seeds
+
+The results are printed as a table; runs/demo/ has the adapter, the picture of the curves, and every number as JSON.
+"""
+
+import argparse
+import os
+import platform
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+try:
+    import torch
+    from torch import nn
+    from tqdm import tqdm
+
+    from _demo_adapter import AdapterReport, check_adapter, weights_size
+    from _demo_data import DemoError, Split, load_base_model, load_split, model_directory, quieten_transformers
+    from _demo_methods import FrozenEncoder, FullFineTuning, Lora, Method, Vera
+    from _demo_report import Run, Style, adapter_text, comparison, draw_curves, summarize, table, write_results
+    from _demo_training import BATCH_SIZE, History, steps_per_epoch, train
+except ModuleNotFoundError as missing:
+    sys.exit(f"demo: the package {missing.name!r} is missing: pip install -e '.[demo]', or let `make demo` install all")
+
+# All rates were chosen on 1,500 validation rows that are in neither train nor test, from a small grid for each method.
+FROZEN = FrozenEncoder("frozen encoder + head", head_lr=1e-2)
+VERA = Vera("VeRA, all linear layers", "all-linear", lr=2e-2, head_lr=4e-3)
+VERA_QV = Vera("VeRA, query and value", ["query", "value"], lr=2e-2, head_lr=4e-3)
+LORA = Lora("LoRA r=8, all linear layers", "all-linear", lr=1e-3, head_lr=4e-3)
+LORA_QV = Lora("LoRA r=8, query and value", ["query", "value"], lr=2e-3, head_lr=1e-3)
+FULL = FullFineTuning("full fine-tuning", lr=5e-5, head_lr=1e-3)
+
+PLAIN_METHODS: list[Method] = [FROZEN, VERA, FULL]
+ALL_METHODS: list[Method] = [FROZEN, VERA, VERA_QV, LORA, LORA_QV, FULL]
+
+# Okabe and Ito's colours, which colour-blind readers can tell apart: VeRA is blue, LoRA orange, a part of it dashed.
+STYLES = {
+    FROZEN.name: Style("#777777"),
+    VERA.name: Style("#0072B2"),
+    VERA_QV.name: Style("#56B4E9", "--"),
+    LORA.name: Style("#D55E00"),
+    LORA_QV.name: Style("#E69F00", "--"),
+    FULL.name: Style("#009E73"),
+}
+
+
+@dataclass(frozen=True)
+class Workbench:
+    """What all runs share: the base model's directory, the data, and the budget."""
+
+    base_directory: Path
+    split: Split
+    epochs: int
+
+    @property
+    def steps(self) -> int:
+        """The number of steps of one run."""
+        return self.epochs * steps_per_epoch(len(self.split.train))
+
+    def run(self, method: Method, seed: int, bar: tqdm) -> tuple[Run, nn.Module]:
+        """Train one method with one seed; return what there is to report, and the trained model."""
+
+        def advance(history: History) -> None:
+            bar.set_postfix_str(f"loss {history.losses[-1]:.2f}", refresh=False)
+            bar.update()
+
+        bar.set_description(f"{method.name}, seed {seed}")
+        model = method.prepare(load_base_model(self.base_directory, seed))
+        trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        history = train(
+            model, method.groups(model), self.split.train, self.split.test, self.epochs, seed, after_step=advance
+        )
+        return Run(method.name, seed, trainable, saved_size(method, model), history), model
+
+
+def main() -> None:
+    """Run the demo as the command line says, and exit with an error where it cannot."""
+    options = parse_options()
+    started = time.perf_counter()
+    try:
+        runs, adapter = run_all(options)
+    except DemoError as error:
+        sys.exit(f"demo: {error}")
+    minutes = (time.perf_counter() - started) / 60
+    print_results(runs, adapter, compare=options.full)
+    write_results(options.output / "results.json", runs, facts(options, adapter, minutes))
+    draw_curves(options.output / "curves.png", runs, STYLES)
+    print(f"The curves and all numbers are in {options.output}. This took {minutes:.1f} minutes.")
+    if not adapter.reproduces:
+        sys.exit("demo: the reloaded adapter does not compute what the trained one does")
+
+
+def parse_options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--full", action="store_true", help="all methods and three seeds; needs peft")
+    parser.add_argument("--epochs", type=positive, default=3, help="passes over the train rows (default: 3)")
+    parser.add_argument("--rows", type=positive, default=2000, help="how many rows to train on (default: 2000)")
+    parser.add_argument("--seeds", type=positive, help="how many seeds (default: 1, with --full 3)")
+    parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="where to write (default: runs/demo)")
+    options = parser.parse_args()
+    options.seeds = options.seeds or (3 if options.full else 1)
+    return options
+
+
+def positive(text: str) -> int:
+    """Return the positive integer that a command line argument is."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not positive")
+    return value
+
+
+def run_all(options: argparse.Namespace) -> tuple[list[Run], AdapterReport]:
+    """Train every method with every seed, and check the adapter of the first run of VeRA."""
+    if options.full and find_spec("peft") is None:
+        raise DemoError("--full needs the package 'peft' for LoRA: pip install peft, or let `make demo-full` do it")
+    quieten_transformers()
+    base_directory = model_directory()
+    bench = Workbench(base_directory, load_split(base_directory, options.rows), options.epochs)
+    methods = ALL_METHODS if options.full else PLAIN_METHODS
+    print(
+        f"MiniLM on sentences of Rotten Tomatoes: {options.rows:,} to train on, {len(bench.split.test):,} to test on;"
+        f" {bench.steps} steps of {BATCH_SIZE} for each method"
+    )
+    runs: list[Run] = []
+    adapters: list[AdapterReport] = []
+    with tqdm(total=options.seeds * len(methods) * bench.steps, unit="step", dynamic_ncols=True) as bar:
+        for seed in range(options.seeds):
+            for method in methods:
+                run, model = bench.run(method, seed, bar)
+                runs.append(run)
+                bar.write(f"  {method.name}, seed {seed}: {run.accuracy:.1f} % in {run.history.seconds:.0f} s")
+                if method is VERA and not adapters:
+                    adapters.append(check_adapter(model, base_directory, bench.split.test, options.output / "adapter"))
+    return runs, adapters[0]
+
+
+def saved_size(method: Method, model: nn.Module) -> int:
+    """Return the size of the file that the method has to keep beside the base model's."""
+    with tempfile.TemporaryDirectory() as scratch:
+        method.save(model, Path(scratch))
+        return weights_size(Path(scratch))
+
+
+def print_results(runs: list[Run], adapter: AdapterReport, compare: bool) -> None:
+    summaries = summarize(runs)
+    print(f"\n{table(summaries)}\n")
+    if compare:
+        print(comparison(summaries, VERA.name, LORA.name))
+        print(comparison(summaries, VERA_QV.name, LORA_QV.name))
+    print(adapter_text(adapter))
+
+
+def facts(options: argparse.Namespace, adapter: AdapterReport, minutes: float) -> dict[str, Any]:
+    """Return what a reader of the numbers needs to know about how they came about."""
+    return {
+        "environment": {
+            **{package: version(package) for package in ("veratune", "torch", "transformers")},
+            "python": platform.python_version(),
+            "machine": platform.machine(),
+            "threads": torch.get_num_threads(),
+        },
+        "options": vars(options),
+        "minutes": round(minutes, 1),
+        "methods": [asdict(method) for method in (ALL_METHODS if options.full else PLAIN_METHODS)],
+        "adapter": asdict(adapter),
+    }
+
+
+if __name__ == "__main__":
+    main()
