@@ -124,8 +124,9 @@ def plot(cases: list[Case], path: Path) -> None:
             low, high = [min(found[x]) for x in xs], [max(found[x]) for x in xs]
             panel.fill_between(xs, low, high, color=plots.CYCLE[index % 6], alpha=0.15, linewidth=0)
         panel.axhline(1, color="black", linewidth=1)
-        panel.set(xscale="log", title=f"{kind}, {dtype}", xlabel="tokens", ylabel="time relative to PEFT VeRA's")
-        panel.set_ylim(bottom=0)
+        panel.set(title=f"{kind}, {dtype}", ylabel="time relative to PEFT VeRA's")
+        plots.ticks(panel, sorted({case["tokens"] for case in cases}), "tokens")
+        plots.from_zero(panel)
     axes[0].legend()
     plots.save(figure, path)
 

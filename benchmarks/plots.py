@@ -50,6 +50,18 @@ def line(axes: Axes, index: int, xs: Sequence[float], ys: Sequence[float], label
     axes.plot(xs, ys, color=CYCLE[index % 6], marker=MARKERS[index % 6], markersize=5, label=label)
 
 
+def from_zero(axes: Axes) -> None:
+    """Let the vertical axis begin at zero."""
+    axes.set_ylim(0, 1.08 * axes.dataLim.y1)
+
+
+def ticks(axes: Axes, xs: Sequence[float], label: str) -> None:
+    """Give a logarithmic horizontal axis a tick for each measured value."""
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(xs, [f"{x:g}" for x in xs])
+    axes.set_xlabel(label)
+
+
 def save(figure: Figure, path: Path) -> None:
     """Write a figure as PNG."""
     figure.savefig(path, dpi=110)

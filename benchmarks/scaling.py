@@ -140,10 +140,8 @@ def plot(cases: list[Case], path: Path) -> None:
         times.set(ylabel="added ms a layer")
         memory.set(ylabel="added to the peak, MB")
         for panel in (times, memory):
-            panel.set_xscale("log", base=2)
-            panel.set_xticks(xs, map(str, xs))
-            panel.set_xlabel(sweep)
-            panel.set_ylim(bottom=0)
+            plots.ticks(panel, xs, sweep)
+            plots.from_zero(panel)
     axes[0].legend()
     plots.save(figure, path)
 
