@@ -2,7 +2,7 @@
 
 Timings are only compared within one process and one run: every variant runs once to warm up, then each round runs every
 variant in turn, and a variant's figure is the median over the rounds of its ratio to the baseline of the same round.
-What else the machine does then falls on all of them.
+What else the machine does then falls on all of them, and a round in which it did much is repeated.
 """
 
 import argparse
@@ -33,6 +33,9 @@ ROOT = Path(__file__).resolve().parent
 RESULTS = ROOT / "results"
 QUICK_RESULTS = ROOT.parent / "runs" / "benchmarks"
 
+QUIET = 0.05
+"""A round is quiet if other processes used no more than this share of the machine."""
+
 Work = Callable[[], object]
 Times = dict[str, list[float]]
 Case = dict[str, Any]
@@ -53,7 +56,8 @@ def interleave(
 
     Args:
         variants: what to run, by name.
-        rounds: how often, after a call to warm up. Every round starts with another variant than the one before.
+        rounds: how often, after a call to warm up. Every round starts with another variant than the one before. Of at
+            most twice as many, those count in which other processes used the least of the machine.
         least_seconds: repeat a short call within a round until so much time has passed, and divide.
         worth_repeating: given the seconds of a second call to warm up, returns the variants to go on with; the others
             keep that one time.
@@ -70,11 +74,44 @@ def interleave(
             going_on = worth_repeating(second)
             times |= {name: [second[name]] for name in names if name not in going_on}
             names = [name for name in names if name in going_on]
-    for turn in range(rounds):
-        start = turn % len(names)
-        for name in names[start:] + names[:start]:
-            times[name].append(_seconds(variants[name], repeats[name]))
+    for measured in _quiet_rounds(lambda turn: _one_round(variants, names, repeats, turn), rounds):
+        for name in names:
+            times[name].append(measured[name])
     return times
+
+
+def _one_round(variants: dict[str, Work], names: list[str], repeats: dict[str, int], turn: int) -> dict[str, float]:
+    start = turn % len(names)
+    return {name: _seconds(variants[name], repeats[name]) for name in names[start:] + names[:start]}
+
+
+def _quiet_rounds(run: Callable[[int], dict[str, float]], rounds: int) -> list[dict[str, float]]:
+    """Return what the quietest rounds measured, of as many as it takes to find enough, but at most twice as many."""
+    found: list[tuple[float, dict[str, float]]] = []
+    for turn in range(2 * rounds):
+        start, others = time.perf_counter(), _others_cpu_seconds()
+        measured = run(turn)
+        capacity = (time.perf_counter() - start) * (os.cpu_count() or 1)
+        # The system counts in hundredths of a second.
+        share = max(0.0, _others_cpu_seconds() - others - 0.03) / capacity
+        found.append((share, measured))
+        if share > QUIET:
+            progress(f"others used {100 * share:.0f} % of the machine in round {turn + 1}")
+        if sum(share <= QUIET for share, _ in found) == rounds:
+            break
+    chosen = sorted(range(len(found)), key=lambda turn: found[turn][0])[:rounds]
+    return [found[turn][1] for turn in sorted(chosen)]
+
+
+def _others_cpu_seconds() -> float:
+    """Return the processor time that all other processes have had since the machine's start; 0 where nobody tells."""
+    stat = Path("/proc/stat")
+    if not stat.exists():
+        return 0.0
+    user, nice, system, _, _, interrupts, soft_interrupts, stolen = map(int, stat.read_text().split()[1:9])
+    busy = (user + nice + system + interrupts + soft_interrupts + stolen) / os.sysconf("SC_CLK_TCK")
+    own = os.times()
+    return busy - own.user - own.system
 
 
 def _seconds(work: Work, repeats: int) -> float:
