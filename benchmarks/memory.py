@@ -6,6 +6,7 @@ What an adapter adds is its step's peak less that of the frozen backbone's step.
 its vectors and the projections, is told apart.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 from common import Benchmark, Case, Table, Target, new_case, peak_bytes, progress
@@ -15,12 +16,12 @@ MAIN_VARIANTS = (FROZEN, PEFT_VERA, OURS, OURS_LOW)
 
 
 def measure(name: str, shape: BertShape, r: int, variants: list[str]) -> Case:
-    """Record the peaks of some variants at one rank, after a step that makes projections and optimizer states."""
+    """Record the peaks of some variants at one rank, after a small step that draws the projections."""
     case = new_case(f"{name} r={r}", shape=name, r=r, batch=[shape.batch, shape.length], peak={}, held={})
     base = shape.build()
     for variant in variants:
         step = Step(make_variant(variant, base, r), shape)
-        step()
+        Step(step.model, replace(shape, batch=1))()  # so that the projections are there
         step.clear()
         case["peak"][variant] = peak_bytes(step)
         case["held"][variant] = held_bytes(step.model)
