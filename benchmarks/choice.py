@@ -145,7 +145,7 @@ def _points(cases: list[Case], kind: str) -> Table:
 
 
 def targets(cases: list[Case]) -> list[Target]:
-    """Return what issue 3 asks for, on all points."""
+    """Return the targets, on all points."""
     found = [Target("points measured", len(cases), 60, at_least=True)]
     for profile, kind in itertools.product(PROFILES, KINDS):
         values = [regret(case, kind, profile) for case in cases]

@@ -86,7 +86,7 @@ def tables(cases: list[Case]) -> list[Table]:
 
 
 def targets(cases: list[Case]) -> list[Target]:
-    """The issue names no figure; it is to be no slower and no larger than PEFT's."""
+    """There is no target figure; it is to be no slower and no larger than PEFT's."""
     return [Target(f"{row[0]}: relative to PEFT", float(row[3]), 1.0) for row in tables(cases)[0].rows]
 
 

@@ -97,7 +97,7 @@ def _table(dtype: str, cases: list[Case]) -> Table:
 
 
 def targets(cases: list[Case]) -> list[Target]:
-    """Return what issue 3 asks for: never slower than PEFT."""
+    """Return the targets: never slower than PEFT."""
     found = []
     for kind in KINDS:
         worst = max(cases, key=lambda case: to_peft(case, kind))

@@ -58,7 +58,7 @@ def _table(case: Case) -> Table:
 
 
 def targets(cases: list[Case]) -> list[Target]:
-    """Return what issue 3 asks for, at each shape and rank."""
+    """Return the targets, at each shape and rank."""
     found = []
     for case in cases:
         for variant, limit in ((OURS, 35), (OURS_LOW, 15)):

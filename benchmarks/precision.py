@@ -122,7 +122,7 @@ def _table(title: str, cases: list[Case]) -> Table:
 
 
 def targets(cases: list[Case]) -> list[Target]:
-    """Return what issue 3 asks for: errors no larger than PEFT's, here as the largest ratio of any point."""
+    """Return the targets: errors no larger than PEFT's, here as the largest ratio of any point."""
     return [
         Target(f"{title}: largest error of ∂{vector} relative to PEFT's", _worst(cases, setting, vector), 1.1)
         for setting, title in SETTINGS.items()

@@ -113,7 +113,7 @@ def _row(case: Case) -> list[str]:
 
 
 def targets(cases: list[Case]) -> list[Target]:
-    """Return what issue 3 asks for: the cost of a layer does not grow with the number of distinct shapes."""
+    """Return the targets: the cost of a layer does not grow with the number of distinct shapes."""
     sweep = {case["distinct"]: case for case in cases if case["sweep"] == "distinct shapes"}
     if len(sweep) < 2:
         return []

@@ -96,7 +96,7 @@ def _row(what: str, peft: float, ours: float) -> tuple[str, str, str, str]:
 
 
 def targets(cases: list[Case]) -> list[Target]:
-    """The issue names no figure; it is to be no slower than PEFT."""
+    """There is no target figure; it is to be no slower than PEFT."""
     found = []
     for table in tables(cases):
         found += [Target(f"{row[0]}, relative to PEFT", float(row[3]), 1.0) for row in table.rows if row[3] != "-"]

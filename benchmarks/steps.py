@@ -61,7 +61,7 @@ LIMITS = {256: (1.45, 2.0), 1024: (1.65, 2.8)}
 
 
 def targets(cases: list[Case]) -> list[Target]:
-    """Return what issue 3 asks for on MiniLM's shapes."""
+    """Return the targets on MiniLM's shapes."""
     measured = {case["r"]: case["seconds"] for case in cases if case["shape"] == "MiniLM"}
 
     def ratio(r: int, name: str, baseline: str) -> float | None:
