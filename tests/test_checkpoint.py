@@ -154,15 +154,31 @@ def test_files_are_readable_as_the_umask_says(tmp_path):
 
 def test_the_model_card(tmp_path):
     model = trained()
-    model.peft_config["default"].base_model_name_or_path = 'owner/"name": x'
+    model.peft_config["default"].base_model_name_or_path = "owner/name-1.0"
     model.save_pretrained(tmp_path / "hub")
     text = (tmp_path / "hub" / "README.md").read_text()
     front = text.split("---")[1]
-    assert json.loads(front.split("base_model: ")[1].splitlines()[0]) == 'owner/"name": x'
-    assert "2 adapted linear layers, 18 trained numbers" in text
+    assert json.loads(front.split("base_model: ")[1].splitlines()[0]) == "owner/name-1.0"
+    assert "adapts 2 linear layers by 18 trained numbers, and has 18 more in heads and biases" in text
     model.peft_config["default"].base_model_name_or_path = str(tmp_path)
     model.save_pretrained(tmp_path / "local")
     assert str(tmp_path) not in (tmp_path / "local" / "README.md").read_text()
+    for place in ("../models/x", "./x", "a/b/c", '"quoted"'):
+        model.peft_config["default"].base_model_name_or_path = place
+        model.save_pretrained(tmp_path / "local")
+        assert place not in (tmp_path / "local" / "README.md").read_text()
+
+
+def test_a_card_of_ours_is_renewed_and_a_changed_one_kept(tmp_path):
+    trained().save_pretrained(tmp_path)
+    card = tmp_path / "README.md"
+    assert "| `r` | `4` |" in card.read_text()
+    trained(r=9).save_pretrained(tmp_path)
+    assert "| `r` | `9` |" in card.read_text()
+    card.write_text(card.read_text().replace("# VeRA adapter", "# Mine"))
+    trained().save_pretrained(tmp_path)
+    assert "# Mine" in card.read_text()
+    assert "| `r` | `9` |" in card.read_text()
 
 
 def test_a_half_precision_base_and_back(tmp_path):

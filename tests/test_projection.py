@@ -71,6 +71,24 @@ def test_golden_fingerprints(key, expected):
     assert PerDimension(key).fingerprint() == expected
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize(("case", "expected"), GOLDEN_PER_DIMENSION.items(), ids=str)
+def test_golden_values_on_a_gpu(case, expected):
+    key, side, rank, width = case
+    assert sha(PerDimension(key).draw(side, range(rank), width, torch.device("cuda")).cpu()) == expected
+
+
+def test_golden_values_of_the_peft_scheme():
+    """These belong to torch's CPU generator: a torch that draws others would break PEFT's adapters, and say so here."""
+    source = PeftShared(key=7, r=16, max_in=40, max_out=50)
+    assert (
+        sha(source.draw("A", range(16), 40, CPU)) == "d363b315d4ee4d4f106ce165a60b893dbf55e673b5267cb4c5968f344c030c16"
+    )
+    assert (
+        sha(source.draw("B", range(16), 50, CPU)) == "95a24609efb5fcd4885c9f92afd30a8f3b126cbece7c1c04b3cc645d8d6d65ae"
+    )
+
+
 def test_ranks_are_prefixes():
     source = PerDimension(1)
     for side in ("A", "B"):

@@ -420,3 +420,169 @@ def test_exclusions_and_indices_that_match_nothing():
     stack.layers = nn.ModuleList(nn.Sequential(nn.Linear(2, 2)) for _ in range(2))
     with pytest.raises(TargetError, match=r"no layer 99.*\[0, 1\]"):
         get_peft_model(stack, VeraConfig(**LAYER, layers_to_transform=[0, 99], layers_pattern="layers"))
+
+
+# What a sentence-by-sentence review found
+
+
+def test_an_export_interrupted_between_its_files_is_refused_by_all(tmp_path, monkeypatch):
+    import peft
+
+    from veratune.checkpoint import files
+
+    adapted(projection="peft").export_peft(tmp_path)
+    original = files.Path.replace
+    replaced = []
+
+    def killed_before_the_second(self, target):
+        if replaced:
+            raise KeyboardInterrupt
+        replaced.append(target)
+        return original(self, target)
+
+    monkeypatch.setattr(files.Path, "replace", killed_before_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        adapted(projection="peft", projection_prng_key=1).export_peft(tmp_path)
+    monkeypatch.undo()
+    assert not any(path.suffix == ".tmp" for path in tmp_path.iterdir())
+    with pytest.raises(CheckpointError):
+        VeraModel.from_pretrained(net(), tmp_path)
+    with pytest.raises(Exception, match="adapter_config"):
+        peft.PeftModel.from_pretrained(net(), str(tmp_path))
+
+
+def test_an_export_that_cannot_be_written_keeps_the_old_one(tmp_path, monkeypatch):
+    adapted(projection="peft").export_peft(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def full_disk(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full_disk)
+    for export in ("export_peft", "export_lora"):
+        with pytest.raises(OSError, match="No space left"):
+            getattr(adapted(projection="peft", projection_prng_key=1), export)(tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("settings", [{}, {"modules_to_save": ["2"], "bias": "all"}, {"inference_mode": True}], ids=str)
+def test_a_merged_model_is_as_trainable_as_it_was(settings):
+    model = net()
+    model[0].bias.requires_grad_(False)
+    flags = {name: p.requires_grad for name, p in model.named_parameters()}
+    merged = get_peft_model(model, VeraConfig(**{**LAYER, **settings})).merge_and_unload()
+    assert {name: p.requires_grad for name, p in merged.named_parameters()} == flags
+
+
+@pytest.mark.parametrize("pattern", ["layer|h", "(layers)", "x|(layers)"])
+def test_layer_patterns_with_groups_and_alternatives(pattern):
+    stack = nn.Module()
+    stack.layers = nn.ModuleList(nn.Sequential(nn.Linear(2, 2)) for _ in range(3))
+    config = VeraConfig(**LAYER, layers_to_transform=[1], layers_pattern=pattern)
+    if "layers" in pattern:
+        assert list(get_peft_model(stack, config).vera_layers()) == ["layers.1.0"]
+    else:
+        with pytest.raises(TargetError, match=r"stacks are called \['layers'\]"):
+            get_peft_model(stack, config)
+
+
+def test_numbers_that_are_too_large():
+    with pytest.raises(ValueError, match=r"d_initial.*must be a finite number"):
+        VeraConfig(d_initial=10**400)
+    from veratune import parameter_groups
+
+    for settings in ({"lr": -1.0}, {"head_lr": float("nan")}, {"weight_decay": float("inf")}):
+        with pytest.raises(ValueError, match=next(iter(settings))):
+            parameter_groups(adapted(), **settings)
+
+
+def test_set_adapter_within_disable_adapter_is_refused():
+    model = adapted()
+    model.add_adapter("other", VeraConfig(**LAYER))
+    flags = {name: p.requires_grad for name, p in model.named_parameters()}
+    with model.disable_adapter(), pytest.raises(ValueError, match="within disable_adapter"):
+        model.set_adapter("other")
+    assert model.active_adapters == ["default"]
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == flags
+    model.set_adapter("other")
+
+
+def test_a_string_is_one_name_and_pefts_arguments_are_known(tmp_path):
+    model = adapted()
+    model.merge_adapter("default")
+    assert model.merged_adapters == ["default"]
+    model.unmerge_adapter()
+    model.save_pretrained(tmp_path / "a", safe_serialization=True, selected_adapters="default", is_main_process=True)
+    assert (tmp_path / "a" / "adapter_model.safetensors").is_file()
+    model.save_pretrained(tmp_path / "b", is_main_process=False)
+    assert not (tmp_path / "b").exists()
+    with pytest.raises(ValueError, match="never pickles"):
+        model.save_pretrained(tmp_path / "b", safe_serialization=False)
+    with pytest.raises(TypeError, match=r"low_cpu_mem_usage.*subfolder"):
+        VeraModel.from_pretrained(net(), tmp_path / "a", low_cpu_mem_usage=True)
+
+
+def test_a_change_of_dtype_lets_the_old_projections_go():
+    from veratune import projection_pool
+
+    model = get_peft_model(nn.Sequential(nn.Linear(71, 71)), VeraConfig(**LAYER))
+    model(torch.randn(1, 71))
+    model.to(torch.bfloat16)
+    model(torch.randn(1, 71).bfloat16())
+    assert {info.dtype for info in projection_pool.summary() if info.width == 71} == {torch.bfloat16}
+
+
+def test_deleting_and_merging_free_projections_by_themselves():
+    from veratune import projection_pool
+
+    model = get_peft_model(nn.Sequential(nn.Linear(73, 73)), VeraConfig(**LAYER))
+    model.add_adapter("large", VeraConfig(**{**LAYER, "r": 64}))
+    model.set_adapter(["default", "large"])
+    model(torch.randn(1, 73))
+    model.delete_adapter("large")
+    assert {info.rank for info in projection_pool.summary() if info.width == 73} == {4}
+    model.merge_adapter()
+    assert not any(info.width == 73 for info in projection_pool.summary())
+
+
+def test_an_adapted_tied_head_can_be_tied_again():
+    import transformers
+
+    config = transformers.LlamaConfig(
+        vocab_size=50,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=24,
+        tie_word_embeddings=True,
+    )
+    base = transformers.LlamaForCausalLM(config).eval()
+    model = get_peft_model(base, VeraConfig(r=4, target_modules=["lm_head"]))
+    randomise(model)
+    ids = torch.tensor([[1, 2, 3]])
+    expected = model(ids).logits
+    base.tie_weights()
+    assert base.lm_head.base_weight is base.model.embed_tokens.weight
+    assert torch.equal(model(ids).logits, expected)
+
+
+PICKLED = """
+import pickle, sys, torch
+model, x, expected = pickle.load(open(sys.argv[1], "rb"))
+assert torch.equal(model(x), expected)
+print("equal")
+"""
+
+
+def test_a_pickle_draws_its_projections_in_another_process(tmp_path):
+    import pickle
+    import subprocess
+    import sys
+
+    model = get_peft_model(nn.Sequential(nn.Linear(8, 8)), VeraConfig(**LAYER))
+    randomise(model)
+    x = torch.randn(3, 8)
+    path = tmp_path / "model.pickle"
+    path.write_bytes(pickle.dumps((model, x, model(x).detach())))
+    result = subprocess.run([sys.executable, "-c", PICKLED, str(path)], capture_output=True, text=True, check=False)
+    assert result.stdout == "equal\n", result.stderr

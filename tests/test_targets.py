@@ -114,7 +114,18 @@ def test_a_model_without_linear_layers():
 
 def test_modules_that_cannot_be_adapted_beside_others_are_told():
     with pytest.warns(UserWarning, match="conv is left as it is, because Conv1d"):
-        assert names(Stack(), target_modules=["query", "conv"]) == layer_names("query")
+        assert names(Stack(), target_modules=r".*query|conv") == layer_names("query")
+
+
+@pytest.mark.parametrize(
+    ("wanted", "expected"),
+    [(["query", "conv"], "'conv' matches only.*Conv1d"), (["query", "layers"], "'layers' matches only.*ModuleList")],
+)
+def test_each_name_in_a_list_has_to_adapt_something(wanted, expected):
+    with pytest.raises(TargetError, match=expected):
+        names(Stack(), target_modules=wanted)
+    with pytest.raises(TargetError, match="'head' matches only modules that are trained in full"):
+        names(Stack(), target_modules=["query", "head"], modules_to_save=["head"])
 
 
 def test_multihead_attentions_output_is_refused_because_it_would_do_nothing():

@@ -71,6 +71,11 @@ def notify(sentence: str) -> None:
     warnings.warn(f"veratune: {sentence}", UserWarning, stacklevel=2)
 
 
+def as_names(names: str | Sequence[str]) -> list[str]:
+    """Return adapter names as a list; a string is one name."""
+    return [names] if isinstance(names, str) else list(names)
+
+
 def check_adapter_name(name: str) -> None:
     """Raise ValueError unless the name can stand in parameter names and as a folder's name."""
     if not isinstance(name, str) or not _NAME.fullmatch(name):
@@ -154,6 +159,7 @@ class AdaptedModel(nn.Module):
         self._sources: dict[str, Source] = {}
         self._biases: dict[str, AdapterBiases] = {}
         self._active: list[str] = []
+        self._disabled = 0
         self._trainable_before = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.base_model = model
         self.training = model.training
@@ -337,17 +343,22 @@ class AdaptedModel(nn.Module):
         return VectorInit(rank, config.d_initial, config.init_weights, dtype)
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
-        """Choose the active adapter, or several whose deltas add. They become trainable, all others frozen.
+        """Choose the active adapter, or several whose deltas add. All others are frozen.
+
+        The chosen ones become trainable, but for those that were loaded or configured for inference only.
 
         Args:
             adapter_name: a name or a list of names; an empty list leaves the base model alone.
             inference_mode: leave the chosen adapters frozen as well.
 
         Raises:
-            ValueError: an unknown name, adapters that cannot be active together, or adapters are merged.
+            ValueError: an unknown name, adapters that cannot be active together, while adapters are merged, or within
+                `disable_adapter`.
         """
-        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+        names = as_names(adapter_name)
         self._check_known(names)
+        if self._disabled:
+            raise ValueError("set_adapter cannot work within disable_adapter(), which puts back what was active before")
         self._check_unmerged("set_adapter")
         self._check_together(names)
         self._activate(names)
@@ -376,7 +387,7 @@ class AdaptedModel(nn.Module):
         """Remove an adapter and what only it used. If it was active, no other adapter takes its place.
 
         Raises:
-            ValueError: an unknown name, or the adapter is merged.
+            ValueError: an unknown name, or adapters are merged.
         """
         self._check_known([adapter_name])
         self._check_unmerged("delete_adapter")
@@ -403,16 +414,18 @@ class AdaptedModel(nn.Module):
         if merged:
             self.unmerge_adapter()
         self._activate([])
+        self._disabled += 1
         try:
             yield
         finally:
+            self._disabled -= 1
             self._activate([name for name in active if name in self.peft_config])
             if merged:
                 self.merge_adapter(adapter_names=[name for name in merged if name in self.peft_config])
 
     # Merging
 
-    def merge_adapter(self, adapter_names: Sequence[str] | None = None, safe_merge: bool = False) -> None:
+    def merge_adapter(self, adapter_names: str | Sequence[str] | None = None, safe_merge: bool = False) -> None:
         """Add adapters' deltas to the weights, so that they cost nothing in the forward pass.
 
         The weights from before are kept beside the merged ones (this doubles the memory of the adapted layers), and
@@ -442,7 +455,7 @@ class AdaptedModel(nn.Module):
             layer.unmerge()
 
     def merge_and_unload(
-        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: Sequence[str] | None = None
+        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: str | Sequence[str] | None = None
     ) -> nn.Module:
         """Merge adapters for good and return the model, without any trace of veratune in it.
 
@@ -463,13 +476,16 @@ class AdaptedModel(nn.Module):
         self._check_mergeable(names, safe_merge)
         untied = self._tied_weights(names)
         self._activate(names)
+        self._carry_flags()
         self._biases.clear()  # the installed ones stay
         layers = self._layers()
         for done, layer in enumerate(layers, start=1):
             merged = [name for name in names if name in layer.slots]
             if merged:
+                original = layer.base_weight
                 layer.merge(merged)
                 layer._unmerged.clear()
+                self._inherit_flag(original, layer.base_weight)
             if progressbar and done * 100 // len(layers) > (done - 1) * 100 // len(layers):
                 print(f"merged {done} of {len(layers)} layers")
         model = self._take_apart()
@@ -493,8 +509,9 @@ class AdaptedModel(nn.Module):
             elif isinstance(module, SavedModule):
                 replacements[id(module)] = module.current()
         self._replace(replacements)
-        for parameter in self._trainable_before:
-            parameter.requires_grad_(True)
+        trainable = {id(parameter) for parameter in self._trainable_before}
+        for parameter in self.base_model.parameters():
+            parameter.requires_grad_(id(parameter) in trainable)
         if self._inputs_require_grad:
             model: Any = self.base_model
             model.disable_input_require_grads()
@@ -506,8 +523,25 @@ class AdaptedModel(nn.Module):
         projection_pool.trim()
         return self.base_model
 
-    def _names_to_merge(self, adapter_names: Sequence[str] | None) -> list[str]:
-        names = self._active if adapter_names is None else list(dict.fromkeys(adapter_names))
+    def _carry_flags(self) -> None:
+        """Let the parameters that stay in the place of the model's own ones be trainable if those were."""
+        for module in self.modules():
+            if isinstance(module, SavedModule):
+                pairs = zip(module.original_module.parameters(), module.current().parameters(), strict=True)
+                for original, copy in pairs:
+                    self._inherit_flag(original, copy)
+        for biases in self._biases.values():
+            if biases.installed:
+                for name, own in biases.parameters().items():
+                    self._inherit_flag(biases.waiting[name], own)
+
+    def _inherit_flag(self, original: Tensor, successor: Tensor) -> None:
+        if any(parameter is original for parameter in self._trainable_before):
+            assert isinstance(successor, nn.Parameter)
+            self._trainable_before.append(successor)
+
+    def _names_to_merge(self, adapter_names: str | Sequence[str] | None) -> list[str]:
+        names = self._active if adapter_names is None else list(dict.fromkeys(as_names(adapter_names)))
         self._check_known(names)
         if not names and adapter_names is None:
             raise ValueError(

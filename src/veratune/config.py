@@ -29,7 +29,8 @@ class VeraConfig:
         r: rank: the number of rows of A and of columns of B. VeRA's ranks are high (256 to 1024).
         target_modules: which linear layers to adapt. A list of names, each matching a module of that name or whose
             dotted name ends in it; a string, a regular expression that must match the whole dotted name; "all-linear"
-            for every linear layer but the output head; None for a choice by `model.config.model_type`.
+            for every linear layer but a language model's output head and what `modules_to_save` trains; None for a
+            choice by `model.config.model_type`.
         exclude_modules: layers not to adapt, as a list of names or a regular expression, matched the same way.
         layers_to_transform: indices of the layers of the stack to adapt; None for all.
         layers_pattern: name or names of the `nn.ModuleList` that `layers_to_transform` counts in; None for any.
@@ -85,7 +86,7 @@ class VeraConfig:
         self.exclude_modules = _names("exclude_modules", self.exclude_modules)
         self.layers_pattern = _names("layers_pattern", self.layers_pattern, regex=False)
         for pattern in [self.layers_pattern] if isinstance(self.layers_pattern, str) else self.layers_pattern or []:
-            _check_regex("layers_pattern", pattern, r"(?:.*\.)?{}\.(\d+)\.")
+            _check_regex("layers_pattern", pattern, r"(?:.*\.)?(?:{})\.(?P<layer_index>\d+)\.")
         self.modules_to_save = _saved_names(self.modules_to_save)
         self.layers_to_transform = _layer_indices(self.layers_to_transform)
         self.rank_pattern = _rank_pattern(self.rank_pattern)
@@ -192,9 +193,13 @@ def _check_choice(field: str, value: object, choices: tuple[str, ...]) -> None:
 def _finite(field: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise _bad(field, value, "a number", TypeError)
-    if not math.isfinite(value):
+    try:
+        number = float(value)
+    except OverflowError:
+        raise _bad(field, "a huge integer", "a finite number") from None
+    if not math.isfinite(number):
         raise _bad(field, value, "a finite number")
-    return float(value)
+    return number
 
 
 def _check_regex(field: str, pattern: str, around: str = "{}") -> None:

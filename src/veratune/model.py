@@ -9,7 +9,7 @@ from typing import Any, Self
 import torch
 from torch import nn
 
-from veratune.adapters import AdaptedModel, check_adapter_name, plan_adapter
+from veratune.adapters import AdaptedModel, as_names, check_adapter_name, plan_adapter
 from veratune.checkpoint.card import write_card
 from veratune.checkpoint.files import CONFIG_NAME, WEIGHTS_NAME, CheckpointError, read_json
 from veratune.checkpoint.hub import find_directory, upload_directory
@@ -52,7 +52,7 @@ class VeraModel(AdaptedModel):
         """
         _check_bare(model)
         check_adapter_name(adapter_name)
-        directory = find_directory(model_id, **location)
+        directory = _find(model_id, location)
         ready = _read(model, directory)
         adapted = cls(model, autocast_adapter_dtype=autocast_adapter_dtype)
         try:
@@ -80,11 +80,16 @@ class VeraModel(AdaptedModel):
             CheckpointError: as for `from_pretrained`.
         """
         self.check_new_name(adapter_name)
-        ready = _read(self.base_model, find_directory(model_id, **location))
+        ready = _read(self.base_model, _find(model_id, location))
         ready.put_on(self, adapter_name, frozen=not is_trainable)
 
     def save_pretrained(
-        self, save_directory: str | os.PathLike[str], selected_adapters: Sequence[str] | None = None
+        self,
+        save_directory: str | os.PathLike[str],
+        safe_serialization: bool = True,
+        selected_adapters: str | Sequence[str] | None = None,
+        *,
+        is_main_process: bool = True,
     ) -> None:
         """Write adapters in veratune's format: the vectors, and what is trained in full beside them.
 
@@ -93,16 +98,25 @@ class VeraModel(AdaptedModel):
 
         Args:
             save_directory: where to; made if need be.
+            safe_serialization: always true: veratune writes safetensors and nothing else.
             selected_adapters: which adapters; all of them by default.
+            is_main_process: whether to write at all; false in all processes but one.
 
         Raises:
-            ValueError: an unknown adapter, or there is none.
+            ValueError: an unknown adapter, or there is none, or `safe_serialization` is false.
         """
+        if safe_serialization is not True:
+            raise ValueError(
+                f"safe_serialization={safe_serialization!r} is not allowed: veratune writes safetensors, never pickles"
+            )
+        if not is_main_process:
+            return
         for name, directory in self._directories(save_directory, selected_adapters).items():
             save_native(self, name, directory)
             state = self.adapter_state(name)
             numbers = sum(vector.numel() for pair in state.vectors.values() for vector in pair)
-            write_card(directory, self.peft_config[name], len(state.vectors), numbers)
+            others = sum(parameter.numel() for parameter in state.parameters()) - numbers
+            write_card(directory, self.peft_config[name], len(state.vectors), numbers, others)
 
     def export_peft(
         self,
@@ -145,7 +159,7 @@ class VeraModel(AdaptedModel):
         self._check_known([name])
         export_lora(self, name, Path(save_directory), dtype=dtype)
 
-    def push_to_hub(self, repo_id: str, selected_adapters: Sequence[str] | None = None, **settings: Any) -> str:
+    def push_to_hub(self, repo_id: str, selected_adapters: str | Sequence[str] | None = None, **settings: Any) -> str:
         """Save adapters and upload them to the Hugging Face hub.
 
         Args:
@@ -157,11 +171,13 @@ class VeraModel(AdaptedModel):
             The address of the commit.
         """
         with tempfile.TemporaryDirectory() as directory:
-            self.save_pretrained(directory, selected_adapters)
+            self.save_pretrained(directory, selected_adapters=selected_adapters)
             return upload_directory(Path(directory), repo_id, **settings)
 
-    def _directories(self, save_directory: str | os.PathLike[str], selected: Sequence[str] | None) -> dict[str, Path]:
-        names = list(self.peft_config) if selected is None else list(selected)
+    def _directories(
+        self, save_directory: str | os.PathLike[str], selected: str | Sequence[str] | None
+    ) -> dict[str, Path]:
+        names = list(self.peft_config) if selected is None else as_names(selected)
         self._check_known(names)
         if not names:
             raise ValueError("there is no adapter to save")
@@ -216,6 +232,16 @@ def _check_bare(model: nn.Module) -> None:
                 "this model has VeRA adapters already: use add_adapter or load_adapter of the VeraModel for another, or"
                 " unload() to take them off first"
             )
+
+
+_LOCATION = ("subfolder", "revision", "token", "cache_dir", "local_files_only")
+
+
+def _find(model_id: str | os.PathLike[str], location: dict[str, Any]) -> Path:
+    unknown = [name for name in location if name not in _LOCATION]
+    if unknown:
+        raise TypeError(f"unknown arguments {unknown}: beside the named ones there are {list(_LOCATION)}")
+    return find_directory(model_id, **location)
 
 
 def _read(model: nn.Module, directory: Path) -> ReadyAdapter:

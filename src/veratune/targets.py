@@ -182,10 +182,14 @@ def find_targets(model: nn.Module, config: VeraConfig, notify: Callable[[str], N
         ]
     else:
         matched = [name for name in modules if name and matches(name, wanted)]
-        _check_each_pattern(wanted, matched, modules)
+        _check_each_pattern(wanted, matched, inside_saved, modules)
     considered = _narrowed([name for name in matched if name not in inside_saved], config)
     if config.exclude_modules is not None and not any(matches(name, config.exclude_modules) for name in modules):
-        notify(f"exclude_modules={config.exclude_modules!r} matches no module of this model")
+        types = {name: type(_wrapped(module)).__name__ for name, module in modules.items() if name}
+        wanted_out = [config.exclude_modules] if isinstance(config.exclude_modules, str) else config.exclude_modules
+        notify(
+            f"exclude_modules={config.exclude_modules!r} matches no module of this model." + _closest(wanted_out, types)
+        )
     if config.layers_to_transform is not None and considered:
         there = {_layer_index(name, config) for name in matched}
         absent = [index for index in _indices(config) if index not in there]
@@ -298,7 +302,10 @@ def _output_layers(model: nn.Module) -> set[int]:
     return tied | ({id(_wrapped(head))} if isinstance(head, nn.Module) else set())
 
 
-def _check_each_pattern(wanted: list[str] | str, matched: list[str], modules: dict[str, nn.Module]) -> None:
+def _check_each_pattern(
+    wanted: list[str] | str, matched: list[str], inside_saved: set[str], modules: dict[str, nn.Module]
+) -> None:
+    """Raise TargetError for a pattern that matches nothing, and for a name in a list that adapts nothing."""
     types = {name: type(_wrapped(module)).__name__ for name, module in modules.items() if name}
     if isinstance(wanted, str):
         if not matched:
@@ -313,6 +320,19 @@ def _check_each_pattern(wanted: list[str] | str, matched: list[str], modules: di
             f"target_modules={wanted!r}: no module is called {' or '.join(map(repr, missing))}."
             + _closest(missing, types)
         )
+    for suffix in wanted:
+        own = [name for name in matched if _ends_in(name, suffix)]
+        outside = [name for name in own if name not in inside_saved]
+        if len(wanted) > 1 and not outside:
+            raise TargetError(
+                f"target_modules={wanted!r}: {suffix!r} matches only modules that are trained in full, such as {own[0]}"
+                " (modules_to_save): leave it out of one of the two; modules_to_save=[] trains none in full"
+            )
+        if len(wanted) > 1 and all(_reason(modules[name]) is not None for name in outside):
+            raise TargetError(
+                f"target_modules={wanted!r}: {suffix!r} matches only modules that cannot be adapted, such as"
+                f" {outside[0]}: {_reason(modules[outside[0]])}" + _adaptable_names(modules)
+            )
 
 
 def _nothing_to_adapt(
@@ -339,7 +359,10 @@ def _nothing_to_adapt(
             if getattr(config, field) is not None
         }
         found = sorted({index for name in matched if (index := _layer_index(name, config)) is not None})
-        counted = f"; the layer indices there are {found}" if config.layers_to_transform is not None else ""
+        stacks = sorted({name.rsplit(".", 1)[-1] for name, m in modules.items() if isinstance(m, nn.ModuleList)})
+        counted = ""
+        if config.layers_to_transform is not None:
+            counted = f"; the layer indices there are {found}, the model's stacks are called {stacks}"
         return (
             f"{start} matches {len(matched)} modules, such as {matched[0]!r}, but none is left after "
             + ", ".join(f"{field}={value!r}" for field, value in narrowing.items())
@@ -385,9 +408,9 @@ def _layer_index(name: str, config: VeraConfig) -> int | None:
     patterns = config.layers_pattern
     names = [r"[^.]+"] if patterns is None else [patterns] if isinstance(patterns, str) else patterns
     for pattern in names:
-        found = re.match(rf"(?:.*\.)?{pattern}\.(\d+)\.", name)
+        found = re.match(rf"(?:.*\.)?(?:{pattern})\.(?P<layer_index>\d+)\.", name)
         if found:
-            return int(found.group(1))
+            return int(found.group("layer_index"))
     return None
 
 

@@ -1,5 +1,6 @@
 """What training VeRA needs beside the model: parameter groups with the learning rates it wants."""
 
+import math
 from typing import Any
 
 from torch import Tensor
@@ -25,8 +26,11 @@ def parameter_groups(
         Groups for `torch.optim`, without those that would be empty.
 
     Raises:
-        ValueError: the model has no trainable parameter.
+        ValueError: a rate that is negative or not finite, or the model has no trainable parameter.
     """
+    for name, value in (("lr", lr), ("head_lr", head_lr), ("weight_decay", weight_decay)):
+        if not (math.isfinite(value) and value >= 0):
+            raise ValueError(f"{name}={value!r} is not allowed: it must be a finite number that is not negative")
     vectors: list[Tensor] = []
     for layer in model.vera_layers().values():
         for name in layer.slots:

@@ -1,19 +1,32 @@
 """The model card that stands beside a saved adapter."""
 
+import hashlib
 import json
+import re
 from pathlib import Path
 
 from veratune.checkpoint.files import CARD_NAME, write_text
 from veratune.config import VeraConfig
 
+_HUB_NAME = re.compile(r"\w[\w.\-]*(/\w[\w.\-]*)?")
+_SHOWN = (
+    "r",
+    "target_modules",
+    "projection",
+    "projection_prng_key",
+    "d_initial",
+    "vera_dropout",
+    "bias",
+    "modules_to_save",
+)
 _TEXT = """---
 {front_matter}---
 
 # VeRA adapter
 
 A VeRA adapter (Vector-based Random Matrix Adaptation, Kopiczko, Blankevoort & Asano, ICLR 2024) for
-{base}, made with veratune. It holds {layers} adapted linear layers, {numbers:,} trained numbers in all; the
-random projections are drawn again from a key when it is loaded.
+{base}, made with veratune. It adapts {layers} linear layers by {numbers:,} trained numbers{others}; the random
+projections are drawn again from a key when it is loaded.
 
 ```python
 from veratune import VeraModel
@@ -27,35 +40,48 @@ model = VeraModel.from_pretrained(base_model, "path/to/this/adapter")
 """
 
 
-def write_card(directory: Path, config: VeraConfig, layers: int, numbers: int) -> None:
-    """Write a model card, unless a README is there already: it may be the user's own."""
+def write_card(directory: Path, config: VeraConfig, layers: int, numbers: int, others: int) -> None:
+    """Write a model card, unless there is a README that is not a card of ours as it was written.
+
+    Args:
+        directory: where the adapter is.
+        config: its configuration.
+        layers: how many layers it adapts.
+        numbers: how many numbers their vectors have.
+        others: how many numbers are trained beside them, in heads and biases.
+    """
     path = directory / CARD_NAME
-    if path.exists():
+    if path.exists() and not _is_untouched(path):
         return
     base = config.base_model_name_or_path
-    front = {"library_name": "veratune", "tags": ["vera", "veratune", "adapter"]}
-    if base and not Path(base).is_absolute():  # a place on one machine's disk is nobody else's business
+    front: dict[str, object] = {"library_name": "veratune", "tags": ["vera", "veratune", "adapter"]}
+    # A place on one machine's disk is nobody else's business.
+    if base and _HUB_NAME.fullmatch(base) and not Path(base).exists():
         front["base_model"] = base
     else:
         base = None
     # JSON is YAML, and quotes whatever a name may contain.
     front_matter = "".join(f"{key}: {json.dumps(value)}\n" for key, value in front.items())
-    shown = (
-        "r",
-        "target_modules",
-        "projection",
-        "projection_prng_key",
-        "d_initial",
-        "vera_dropout",
-        "bias",
-        "modules_to_save",
-    )
-    settings = "\n".join(f"| `{name}` | `{json.dumps(getattr(config, name))}` |" for name in shown)
+    settings = "\n".join(f"| `{name}` | `{json.dumps(getattr(config, name))}` |" for name in _SHOWN)
     text = _TEXT.format(
         front_matter=front_matter,
         base=f"`{base}`" if base else "its base model",
         layers=layers,
         numbers=numbers,
+        others=f", and has {others:,} more in heads and biases" if others else "",
         settings=settings,
     )
-    write_text(path, text.encode(errors="replace").decode())
+    write_text(path, f"{text}\n{_mark(text)}\n")
+
+
+def _mark(text: str) -> str:
+    return f"<!-- veratune card {hashlib.sha256(text.encode(errors='replace')).hexdigest()[:16]} -->"
+
+
+def _is_untouched(path: Path) -> bool:
+    """Return whether a README is a card that veratune wrote and nobody has changed since."""
+    try:
+        text, _, mark = path.read_text(encoding="utf-8").rstrip("\n").rpartition("\n")
+    except (OSError, UnicodeDecodeError):
+        return False
+    return mark == _mark(text)

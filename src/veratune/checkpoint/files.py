@@ -25,17 +25,48 @@ def write_atomically(path: Path, data: bytes) -> None:
     A process that is killed leaves the old file or the new one. A new file that was not finished stays beside it
     under a name that starts with a dot and ends in `.tmp`.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    temporary = _temporary(path)
     try:
-        with temporary.open("xb") as handle:
-            handle.write(data)
-            handle.flush()
-            os.fsync(handle.fileno())
+        _write_through(temporary, data)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
     _sync_directory(path.parent)
+
+
+def write_pair(directory: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
+    """Write PEFT's two files, neither of which says which other one it belongs to.
+
+    Both new files are complete on the disk before an old one is touched. Then the old configuration goes first and the
+    new one comes last: a process killed between leaves no configuration, which every reader refuses, and never one
+    adapter's configuration beside another's weights.
+    """
+    weights, settings = directory / WEIGHTS_NAME, directory / CONFIG_NAME
+    new_weights, new_settings = _temporary(weights), _temporary(settings)
+    try:
+        _write_through(new_weights, _tensor_bytes(tensors, {"format": "pt"}))
+        _write_through(new_settings, _json_bytes(config))
+        settings.unlink(missing_ok=True)
+        _sync_directory(directory)
+        new_weights.replace(weights)
+        _sync_directory(directory)
+        new_settings.replace(settings)
+    finally:
+        new_weights.unlink(missing_ok=True)
+        new_settings.unlink(missing_ok=True)
+    _sync_directory(directory)
+
+
+def _temporary(path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+
+
+def _write_through(path: Path, data: bytes) -> None:
+    with path.open("xb") as handle:
+        handle.write(data)
+        handle.flush()
+        os.fsync(handle.fileno())
 
 
 def _sync_directory(directory: Path) -> None:
@@ -55,13 +86,22 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
     """Write a JSON file atomically, indented."""
-    write_text(path, json.dumps(value, indent=2) + "\n")
+    write_atomically(path, _json_bytes(value))
+
+
+def _json_bytes(value: dict[str, Any]) -> bytes:
+    return (json.dumps(value, indent=2) + "\n").encode()
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write a safetensors file atomically. Tensors are copied, so none may share memory with another."""
+    """Write a safetensors file atomically."""
+    write_atomically(path, _tensor_bytes(tensors, metadata))
+
+
+def _tensor_bytes(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
+    # Copies, since the format refuses tensors that share memory.
     own = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
-    write_atomically(path, save(own, metadata))
+    return save(own, metadata)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from veratune.adapters import AdaptedModel
-from veratune.checkpoint.files import CONFIG_NAME, WEIGHTS_NAME, write_json, write_tensors
+from veratune.checkpoint.files import write_pair
 from veratune.checkpoint.peft_format import PREFIX, common_values, other_tensors
 from veratune.layers import VeraLayer
 
@@ -45,7 +45,6 @@ def export_lora(host: AdaptedModel, adapter_name: str, directory: Path, *, dtype
     rank = Counter(ranks.values()).most_common(1)[0][0]
     # PEFT compares a pattern with the end of a name; the anchor makes it the whole name.
     other_ranks = {f"^{re.escape(name)}": other for name, other in ranks.items() if other != rank}
-    write_tensors(directory / WEIGHTS_NAME, tensors, {"format": "pt"})
     values = common_values(host, adapter_name) | {
         "peft_type": "LORA",
         "r": rank,
@@ -58,7 +57,7 @@ def export_lora(host: AdaptedModel, adapter_name: str, directory: Path, *, dtype
         "use_dora": False,
         "init_lora_weights": True,
     }
-    write_json(directory / CONFIG_NAME, values)
+    write_pair(directory, tensors, values)
 
 
 def lora_matrices(layer: VeraLayer, adapter_name: str) -> tuple[Tensor, Tensor]:

@@ -15,8 +15,7 @@ from veratune.checkpoint.files import (
     CheckpointError,
     read_json,
     read_tensors,
-    write_json,
-    write_tensors,
+    write_pair,
 )
 from veratune.checkpoint.transfer import LoadedAdapter, ReadyAdapter, make_ready, targets_of
 from veratune.config import VeraConfig
@@ -216,7 +215,6 @@ def export_peft(host: AdaptedModel, adapter_name: str, directory: Path, *, save_
     if save_projection:
         tensors[_A_KEY], tensors[_B_KEY] = shared
     tensors |= other_tensors(host, adapter_name)
-    write_tensors(directory / WEIGHTS_NAME, tensors, {"format": "pt"})
     values = common_values(host, adapter_name) | {
         "peft_type": PEFT_VERA,
         "r": shared[0].shape[0],
@@ -227,7 +225,7 @@ def export_peft(host: AdaptedModel, adapter_name: str, directory: Path, *, save_
         "save_projection": save_projection,
         "init_weights": True,
     }
-    write_json(directory / CONFIG_NAME, values)
+    write_pair(directory, tensors, values)
 
 
 def _shared_projections(source: Source, layers: dict[str, VeraLayer], adapter_name: str) -> tuple[Tensor, Tensor]:

@@ -169,10 +169,12 @@ class VeraLayer(nn.Module):
         assert bias is None or isinstance(bias, Tensor)
         return bias
 
-    @bias.setter
-    def bias(self, value: nn.Parameter | None) -> None:
-        base: Any = self.base_layer
-        base.bias = value
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Whoever sets a linear layer's weight or bias (tying weights, swapping a bias) means the base layer's.
+        if name in ("weight", "bias"):
+            setattr(self.base_layer, name, value)
+        else:
+            super().__setattr__(name, value)
 
     def add_adapter(
         self,
@@ -294,8 +296,11 @@ class VeraLayer(nn.Module):
             slot.b.release()
 
     def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]
+        dtype = self.base_weight.dtype
         result = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         device = self.base_weight.device
+        if self.base_weight.dtype != dtype:
+            self.release_projections()
         for slot in self.slots.values():
             slot.a.keep_only(device)
             slot.b.keep_only(device)
