@@ -32,8 +32,8 @@ try:
 except ModuleNotFoundError as missing:
     sys.exit(f"demo: the package {missing.name!r} is missing: pip install -e '.[demo]', or let `make demo` install all")
 
-# All rates were chosen on 1,500 validation rows that are in neither train nor test, with one seed, from a small grid that
-# was not the same for all methods (three to seven points); nothing else was tuned.
+# All rates were chosen on 1,500 validation rows that are in neither train nor test, with one seed, from a small grid
+# that was not the same for all methods (three to seven points); nothing else was tuned.
 FROZEN = FrozenEncoder("frozen encoder + head", head_lr=1e-2)
 VERA = Vera("VeRA, all linear layers", "all-linear", lr=2e-2, head_lr=4e-3)
 VERA_QV = Vera("VeRA, query and value", ["query", "value"], lr=2e-2, head_lr=4e-3)

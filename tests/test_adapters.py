@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from reference import dense_delta, projections, randomise
+from reference import dense_delta, projections, randomise, relative
 from veratune import VeraConfig, get_peft_model, parameter_groups, projection_pool
 from veratune.layers import SavedModule, VeraLayer
 
@@ -198,11 +198,15 @@ def test_adapters_may_be_called_like_modules(name):
     randomise(model)
     state = model.adapter_state(name)
     assert list(state.vectors) == ["a", "b"]
-    model.set_adapter(name)
     x = x_of(model)
-    assert not torch.equal(model(x), model.base_model.head(x_of(model)[:, :HIDDEN]))
+    model.set_adapter([])
+    base = model(x)
+    model.set_adapter(name)
+    own = model(x)
+    assert not torch.allclose(own, base)
     model.delete_adapter("first")
     assert list(model.adapter_state(name).vectors) == ["a", "b"]
+    assert torch.equal(model(x), own)
 
 
 def test_a_taken_name_and_unknown_names():
@@ -342,12 +346,12 @@ def test_merge_and_unmerge_restore_the_bits(dtype, names):
     assert model.merged_adapters == names
     for name, layer in model.vera_layers().items():
         if any(adapter in layer.slots for adapter in names):
-            # Rounded once: within half a unit in the last place of the dtype (and of float32, in which it is added).
-            eps = torch.finfo(dtype).eps
-            scale = exact[name].abs().max()
-            assert (layer.weight.double() - exact[name]).abs().max() <= scale * (eps + 1e-6)
-    tolerance = {"rtol": 0.1, "atol": 0.1} if dtype.itemsize == 2 else {"rtol": 1e-4, "atol": 1e-4}
-    torch.testing.assert_close(model(x), output, **tolerance)
+            # Rounded once: half a unit in the last place of each element, and what float32 loses in the sum before.
+            half_a_unit = exact[name].abs() * torch.finfo(dtype).eps / 2
+            error = (layer.base_weight.double() - exact[name]).abs()
+            assert (error <= half_a_unit + 2e-6 * exact[name].abs().max()).all()
+    # By layers in the dtype: the output passes three of them.
+    assert relative(model(x), output) < 8 * torch.finfo(dtype).eps + 1e-5
     model.merge_adapter()  # again: nothing more
     model.unmerge_adapter()
     assert same_bits(state_bits(model), before)
