@@ -47,7 +47,8 @@ def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     """Return a context in which no product on this device is narrowed."""
     # Autocast knows nothing of some devices, such as meta, and says so with an error.
     known = device.type != "meta" and torch.amp.is_autocast_available(device.type)
-    return torch.autocast(device.type, enabled=False) if known else nullcontext()
+    narrowing = known and torch.is_autocast_enabled(device.type)
+    return torch.autocast(device.type, enabled=False) if narrowing else nullcontext()
 
 
 def _wide(*dtypes: torch.dtype) -> torch.dtype:
