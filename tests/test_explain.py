@@ -14,15 +14,15 @@ def model(**settings):
 def test_the_table_names_what_the_layers_do(monkeypatch):
     adapted = model(r=256)
     seen = []
-    from veratune.layers import linear
+    from veratune.layers import products
 
-    original = linear.vera_linear
+    original = products.vera_linear
 
     def note(*args, **kwargs):
         seen.append(args[8])
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(linear, "vera_linear", note)
+    monkeypatch.setattr(products, "vera_linear", note)
     for tokens in (1, 100, 3000):
         seen.clear()
         adapted(torch.randn(tokens, 384))
@@ -42,10 +42,10 @@ def test_the_chosen_plan_is_the_fastest_alternative():
 
 def test_settings_limit_the_alternatives():
     assert {e.plan for e in model(r=64, route="dense").explain_routes(4096)[0].alternatives} == {
-        Plan("dense", "dense", keep_weight=True)
+        Plan("dense", "dense", keep=True)
     }
     assert all(e.plan.output != "dense" for e in model(r=64, vera_dropout=0.1).explain_routes(4096)[0].alternatives)
-    assert not any(e.plan.keep_weight for e in model(r=64, memory="low").explain_routes(4096)[0].alternatives)
+    assert not any(e.plan.keep for e in model(r=64, memory="low").explain_routes(4096)[0].alternatives)
 
 
 def test_printing():

@@ -9,7 +9,7 @@ from veratune.routing import Plan
 
 WAYS = ["scaled", "folded", "dense"]
 PLANS = [Plan(output, way) for output, way in itertools.product(WAYS, WAYS)]
-PLANS += [Plan("dense", "folded", keep_weight=True), Plan("dense", "dense", keep_weight=True)]
+PLANS += [Plan("dense", way, keep=True) for way in WAYS] + [Plan("scaled", "scaled", keep=True)]
 ADDING = [plan for plan in PLANS if plan.output != "dense"]
 TOKENS, IN, OUT, RANK, GAIN = 7, 5, 6, 4, 0.7
 

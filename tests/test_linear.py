@@ -282,14 +282,26 @@ def test_hooks_and_forwards_of_the_base_layer_are_kept():
     torch.testing.assert_close(model(x), x @ w.t() + bias + 1.0, rtol=1e-6, atol=1e-6)
 
 
-def test_a_base_layer_that_is_no_linear_map_is_refused_when_it_runs():
-    class Pooled(nn.Linear):
-        def forward(self, x):
-            return super().forward(x).mean(0)
+class Pooled(nn.Linear):
+    def forward(self, x):
+        return super().forward(x).mean(0), "something else"
 
-    model = get_peft_model(nn.Sequential(Pooled(IN, OUT)), VeraConfig(r=4, target_modules="all-linear"))
+
+def test_a_class_with_a_forward_of_its_own_reads_the_adapted_weight():
+    model = get_peft_model(nn.Sequential(Pooled(IN, OUT).double()), VeraConfig(r=4, target_modules="all-linear"))
+    randomise(model)
+    x = torch.randn(3, IN, dtype=torch.float64)
+    w, bias = weights(model.base_model[0], {"default": 0})
+    output, other = model(x)
+    torch.testing.assert_close(output, (x @ w.t() + bias).mean(0), rtol=1e-6, atol=1e-6)
+    assert other == "something else"
+
+
+def test_a_base_layer_that_is_no_linear_map_is_refused_when_something_has_to_be_added_to_it():
+    config = VeraConfig(r=4, target_modules="all-linear", vera_dropout=0.1)
+    model = get_peft_model(nn.Sequential(Pooled(IN, OUT)), config)
     with pytest.raises(RuntimeError, match="exclude_modules"):
-        model(torch.randn(3, IN))
+        model.train()(torch.randn(3, IN))
 
 
 def test_dropout_is_exact_in_expectation_and_off_in_eval():

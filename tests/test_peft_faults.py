@@ -295,9 +295,9 @@ def test_projections_do_not_depend_on_the_dtype_of_the_base(projection, tmp_path
     assert half.projection_source("default").fingerprint() == single.projection_source("default").fingerprint()
     cpu = torch.device("cpu")
     for name, layer in half.vera_layers().items():
-        for side in "ab":
-            drawn = getattr(layer.slots["default"], side).tensor(cpu, torch.float32)
-            expected = getattr(single.vera_layers()[name].slots["default"], side).tensor(cpu, torch.float32)
+        for side in range(2):
+            drawn = layer.slots["default"].corners[side].tensor(cpu, torch.float32)
+            expected = single.vera_layers()[name].slots["default"].corners[side].tensor(cpu, torch.float32)
             assert torch.equal(drawn, expected)
             assert not torch.equal(drawn, drawn.to(torch.bfloat16).float())
 

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from reference import dense_delta, projections, randomise, relative
-from veratune import CheckpointError, TargetError, VeraConfig, VeraModel, get_peft_model
+from veratune import CheckpointError, TargetError, VeraConfig, VeraModel, get_peft_model, parameter_groups
 from veratune.layers.adapted_weight import AdaptedWeight
 
 LAYER = {"r": 4, "target_modules": ["0"], "modules_to_save": []}
@@ -557,7 +557,8 @@ def test_an_adapted_tied_head_can_be_tied_again():
         tie_word_embeddings=True,
     )
     base = transformers.LlamaForCausalLM(config).eval()
-    model = get_peft_model(base, VeraConfig(r=4, target_modules=["lm_head"]))
+    with pytest.warns(UserWarning, match="lm_head shares its weight"):
+        model = get_peft_model(base, VeraConfig(r=4, target_modules=["lm_head"]))
     randomise(model)
     ids = torch.tensor([[1, 2, 3]])
     expected = model(ids).logits
@@ -586,3 +587,57 @@ def test_a_pickle_draws_its_projections_in_another_process(tmp_path):
     path.write_bytes(pickle.dumps((model, x, model(x).detach())))
     result = subprocess.run([sys.executable, "-c", PICKLED, str(path)], capture_output=True, text=True, check=False)
     assert result.stdout == "equal\n", result.stderr
+
+
+# What a new user stumbled over
+
+
+def test_a_frozen_adapter_is_loaded_in_eval_mode_and_says_how_to_train_it(tmp_path):
+    adapted().save_pretrained(tmp_path)
+    base = net().train()
+    loaded = VeraModel.from_pretrained(base, tmp_path)
+    assert not loaded.training and not any(module.training for module in loaded.modules())
+    with pytest.raises(ValueError, match="is_trainable=True"):
+        parameter_groups(loaded)
+    again = VeraModel.from_pretrained(net().train(), tmp_path, is_trainable=True)
+    assert again.training and parameter_groups(again)
+    with pytest.raises(TypeError, match="get_peft_model"):
+        parameter_groups(net())
+
+
+def test_no_single_active_adapter_says_what_to_do():
+    model = adapted()
+    model.add_adapter("other", VeraConfig(r=2, target_modules="all-linear"))
+    model.set_adapter(["default", "other"])
+    with pytest.raises(ValueError, match="give adapter_name, or choose one with set_adapter"):
+        model.explain_routes(tokens=4)
+
+
+def test_loading_what_is_no_adapter_says_what_it_is(tmp_path):
+    with pytest.raises(CheckpointError, match="holds no adapter"):
+        VeraModel.from_pretrained(net(), tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(CheckpointError, match="holds a whole model"):
+        VeraModel.from_pretrained(net(), tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    model = get_peft_model(net(), VeraConfig(r=2, target_modules="all-linear"), "one")
+    model.save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=r"in its folders \['one'\]: name one of them with subfolder="):
+        VeraModel.from_pretrained(net(), tmp_path)
+
+
+def test_an_adapter_of_a_shallower_model_is_loaded_with_a_warning(tmp_path):
+    get_peft_model(nn.Sequential(nn.Linear(3, 3)), VeraConfig(r=2, target_modules="all-linear")).save_pretrained(
+        tmp_path
+    )
+    deeper = nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 3))
+    with pytest.warns(UserWarning, match="adapts 1 of the 2 layers .* and not 2: is it the model"):
+        VeraModel.from_pretrained(deeper, tmp_path)
+
+
+def test_a_name_in_place_of_a_list_is_told_from_a_regular_expression():
+    model = nn.ModuleDict({"outer": nn.ModuleDict({"query": nn.Linear(3, 3)})})
+    with pytest.raises(ValueError, match=r"A list names the ends of modules' names: \['query'\]"):
+        get_peft_model(model, VeraConfig(r=2, target_modules="query"))
+    with pytest.raises(ValueError, match='Did you mean "all-linear"'):
+        get_peft_model(model, VeraConfig(r=2, target_modules="all_linear"))

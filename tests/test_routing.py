@@ -15,7 +15,7 @@ PROFILE = device_profile(torch.device("cpu"), torch.float32)
 
 
 def plans(training):
-    kept = [Plan("dense", way, keep_weight=True) for way in WAYS] if training else []
+    kept = [Plan("dense", way, keep=True) for way in WAYS] + [Plan("scaled", "scaled", keep=True)] if training else []
     return [Plan(output, way) for output, way in itertools.product(WAYS, WAYS if training else [None])] + kept
 
 
@@ -74,11 +74,23 @@ def test_the_choice_has_the_smallest_estimate(shape, training):
     assert seconds[chosen] == min(seconds.values())
 
 
+def test_the_product_is_kept_where_it_is_small_beside_the_weight():
+    def chosen(tokens, memory):
+        return choose_plan(
+            memory=memory, route="auto", shape=LayerShape(2048, 5632, 1024, tokens), profile=PROFILE, training=True
+        )
+
+    assert chosen(16, "balanced") == Plan("scaled", "scaled", keep=True)
+    assert chosen(256, "balanced").keep and not chosen(257, "balanced").keep
+    assert not chosen(16, "low").keep
+    assert chosen(257, "fast").keep
+
+
 def test_few_tokens_scale_and_many_are_dense():
     few = choose_plan("auto", "balanced", LayerShape(4096, 4096, 256, 1), PROFILE, training=False)
     many = choose_plan("auto", "balanced", LayerShape(384, 384, 1024, 4096), PROFILE, training=True)
     assert few == Plan("scaled", None)
-    assert many == Plan("dense", "dense", keep_weight=True)
+    assert many == Plan("dense", "dense", keep=True)
 
 
 def test_orders_are_followed():
@@ -88,13 +100,13 @@ def test_orders_are_followed():
         return possible_plans(route, memory, shape, training=training, weight_at_hand=weight_at_hand)
 
     assert {(p.output, p.gradients) for p in possible("factored")} == set(itertools.product(WAYS[:2], WAYS[:2]))
-    assert possible("dense") == [Plan("dense", "dense", keep_weight=True)]
+    assert possible("dense") == [Plan("dense", "dense", keep=True)]
     assert possible("dense", weight_at_hand=False) == [Plan("folded", "dense")]
     assert all(p.output != "dense" for p in possible("auto", weight_at_hand=False))
-    assert all(p.gradients is None and not p.keep_weight for p in possible("auto", training=False))
-    assert not any(p.keep_weight for p in possible("auto", memory="low"))
+    assert all(p.gradients is None and not p.keep for p in possible("auto", training=False))
+    assert not any(p.keep for p in possible("auto", memory="low"))
     assert all(p.gradients == "dense" for p in possible("auto", memory="low"))  # x is smaller than x A^T
-    assert all(p.keep_weight for p in possible("auto", memory="fast") if p.output == "dense")
+    assert all(p.keep for p in possible("auto", memory="fast") if p.output == "dense" or p[:2] == ("scaled", "scaled"))
 
 
 @pytest.mark.parametrize("shape", [(384, 384, 256), (384, 1536, 1024), (4096, 11008, 64), (8, 8, 8)], ids=str)

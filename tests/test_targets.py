@@ -22,7 +22,7 @@ class Stack(nn.Module):
         super().__init__()
         self.embedding = nn.Embedding(10, 4)
         self.layers = nn.ModuleList(Block() for _ in range(layers))
-        self.conv = nn.Conv1d(8, 8, 1)
+        self.conv = nn.ConvTranspose1d(8, 8, 1)
         self.head = nn.Linear(8, 2)
 
 
@@ -90,7 +90,7 @@ def test_rank_pattern():
         ({"target_modules": ["query", "valeu"]}, ["valeu", "value (Linear)"]),
         ({"target_modules": ".*qurey"}, ["qurey", "query (Linear)"]),
         ({"target_modules": ["norm"]}, ["layers.0.norm", "LayerNorm", "query (Linear)"]),
-        ({"target_modules": ["conv"]}, ["conv", "Conv1d", "neither torch.nn.Linear"]),
+        ({"target_modules": ["conv"]}, ["conv", "ConvTranspose1d", "none of the kinds"]),
         ({"target_modules": ["zzz"]}, ["zzz", "modules called", "query (Linear)"]),
         ({"target_modules": ["query"], "modules_to_save": ["haed"]}, ["haed", "head (Linear)"]),
         ({"target_modules": ["head"], "modules_to_save": ["head"]}, ["trained in full", "modules_to_save"]),
@@ -113,13 +113,16 @@ def test_a_model_without_linear_layers():
 
 
 def test_modules_that_cannot_be_adapted_beside_others_are_told():
-    with pytest.warns(UserWarning, match="conv is left as it is, because Conv1d"):
+    with pytest.warns(UserWarning, match="conv is left as it is, because ConvTranspose1d"):
         assert names(Stack(), target_modules=r".*query|conv") == layer_names("query")
 
 
 @pytest.mark.parametrize(
     ("wanted", "expected"),
-    [(["query", "conv"], "'conv' matches only.*Conv1d"), (["query", "layers"], "'layers' matches only.*ModuleList")],
+    [
+        (["query", "conv"], "'conv' matches only.*ConvTranspose1d"),
+        (["query", "layers"], "'layers' matches only.*ModuleList"),
+    ],
 )
 def test_each_name_in_a_list_has_to_adapt_something(wanted, expected):
     with pytest.raises(TargetError, match=expected):
@@ -128,11 +131,13 @@ def test_each_name_in_a_list_has_to_adapt_something(wanted, expected):
         names(Stack(), target_modules=["query", "head"], modules_to_save=["head"])
 
 
-def test_multihead_attentions_output_is_refused_because_it_would_do_nothing():
+def test_multihead_attention_is_adapted_where_it_reads_its_weights():
     model = nn.TransformerEncoderLayer(8, 2, 16)
-    assert names(model, target_modules="all-linear") == ["linear1", "linear2"]
-    with pytest.raises(TargetError, match="MultiheadAttention"):
-        names(model, target_modules=["out_proj"])
+    attention = ["self_attn.in_proj_weight", "self_attn.out_proj"]
+    assert names(model, target_modules="all-linear") == [*attention, "linear1", "linear2"]
+    assert names(model, target_modules=["self_attn"]) == attention
+    assert names(model, target_modules=["out_proj"]) == attention[1:]
+    assert names(model, target_parameters=["in_proj_weight"]) == attention[:1]
 
 
 @pytest.mark.parametrize("padding", [False, True])

@@ -223,7 +223,8 @@ def test_merging_a_tied_head_unties_the_configuration():
     base = transformers.LlamaForCausalLM(config).eval()
     assert base.lm_head.weight is base.model.embed_tokens.weight
     embedding = base.model.embed_tokens.weight.detach().clone()
-    model = get_peft_model(base, VeraConfig(r=4, target_modules=["lm_head", "q_proj"]))
+    with pytest.warns(UserWarning, match="lm_head shares its weight"):
+        model = get_peft_model(base, VeraConfig(r=4, target_modules=["lm_head", "q_proj"]))
     randomise(model)
     ids = torch.tensor([[1, 2, 3]])
     expected = model(ids).logits

@@ -6,6 +6,7 @@ from veratune.config import VeRAConfig, VeraConfig
 from veratune.model import VeraModel, get_peft_model
 from veratune.profiles import calibrate
 from veratune.projection import ProjectionInfo, projection_pool
+from veratune.supported import SupportTable, WeightInfo, supported
 from veratune.targets import TargetError
 from veratune.training import parameter_groups
 
@@ -15,12 +16,15 @@ __all__ = [
     "AdapterState",
     "CheckpointError",
     "ProjectionInfo",
+    "SupportTable",
     "TargetError",
     "VeRAConfig",
     "VeraConfig",
     "VeraModel",
+    "WeightInfo",
     "calibrate",
     "get_peft_model",
     "parameter_groups",
     "projection_pool",
+    "supported",
 ]

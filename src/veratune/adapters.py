@@ -13,14 +13,23 @@ from torch import Tensor, nn
 
 from veratune.config import VeraConfig
 from veratune.explain import RouteTable, explain_routes
-from veratune.layers import ComputeSettings, InputGroup, SavedModule, VectorInit, VeraLayer, adapt
+from veratune.layers import ComputeSettings, InputGroup, SavedModule, VectorInit, VeraLayer, VeraModule, VeraParameter
 from veratune.layers.biases import AdapterBiases, bias_owners
 from veratune.layers.fastpath import choose_paths
+from veratune.layers.kinds import adapt, adapt_parameter
 from veratune.layers.shared import SharedDown
 from veratune.profiles import load_calibration
 from veratune.projection import projection_pool
 from veratune.sources import PeftShared, PerDimension, Source
-from veratune.targets import Target, base_modules, check_conflicts, find_targets, resolve_config
+from veratune.targets import (
+    Target,
+    adapted_layers,
+    base_modules,
+    check_conflicts,
+    find_targets,
+    resolve_config,
+    unwrapped,
+)
 
 _Kind = TypeVar("_Kind", bound=nn.Module)
 _NAME = re.compile(r"[\w\-]{1,128}")
@@ -100,8 +109,8 @@ def plan_adapter(model: nn.Module, config: VeraConfig, source: Source | None = N
     """
     if not isinstance(config, VeraConfig):
         raise TypeError(
-            "the configuration must be a veratune.VeraConfig, not "
-            f"{type(config).__module__}.{type(config).__qualname__}"
+            f"the configuration must be a veratune.VeraConfig, not {type(config).__module__}."
+            f"{type(config).__qualname__}: veratune.VeraConfig takes the same fields"
         )
     resolved = resolve_config(model, config, notify)
     targets = find_targets(model, resolved, notify)
@@ -126,7 +135,7 @@ def modules_with_biases(model: nn.Module, config: VeraConfig, adapted: Collectio
     """Return the modules whose biases a configuration trains, by name, given the names of the adapted layers."""
     saved = config.modules_to_save or []
     return [
-        (name, module.base_layer if isinstance(module, VeraLayer) else module)
+        (name, module if isinstance(module, SavedModule) else unwrapped(module))
         for name, module in base_modules(model).items()
         if not any(name == top or name.startswith(f"{top}.") for top in saved)
         and (config.bias == "all" or (config.bias == "vera_only" and name in adapted))
@@ -195,7 +204,8 @@ class AdaptedModel(nn.Module):
             ValueError: none is active, or several are.
         """
         if len(self._active) != 1:
-            raise ValueError(f"there is no single active adapter: active_adapters is {self._active}")
+            remedy = "give adapter_name, or choose one with set_adapter" if self.peft_config else "it has none any more"
+            raise ValueError(f"there is no single active adapter: active_adapters is {self._active}: {remedy}")
         return self._active[0]
 
     @property
@@ -211,7 +221,7 @@ class AdaptedModel(nn.Module):
         return AdapterState(
             vectors={
                 name: layer.vectors(adapter_name)
-                for name, layer in _first_names(modules, VeraLayer).items()
+                for name, layer in adapted_layers(self.base_model).items()
                 if adapter_name in layer.slots
             },
             saved={
@@ -224,7 +234,7 @@ class AdaptedModel(nn.Module):
 
     def vera_layers(self) -> dict[str, VeraLayer]:
         """Return the adapted layers by their names in the model without adapters."""
-        return _first_names(base_modules(self.base_model), VeraLayer)
+        return adapted_layers(self.base_model)
 
     def projection_source(self, adapter_name: str) -> Source:
         """Return the description of an adapter's projections."""
@@ -318,10 +328,7 @@ class AdaptedModel(nn.Module):
         groups = _input_groups(plan)
         settings = ComputeSettings(plan.config.vera_dropout, plan.config.route, plan.config.memory)
         for target in plan.targets:
-            module = target.module
-            layer = module if isinstance(module, VeraLayer) else adapt(module)
-            if layer is not module:
-                replacements[id(module)] = layer
+            layer = _layer_for(target, replacements)
             layer.add_adapter(
                 adapter_name,
                 target.name,
@@ -329,6 +336,7 @@ class AdaptedModel(nn.Module):
                 self._vector_init(plan.config, target.rank, layer.base_weight.dtype),
                 settings,
                 groups[target.name],
+                target.parts,
             )
         self._replace(replacements)
         for device in {layer.base_weight.device for layer in self._layers()}:
@@ -396,7 +404,11 @@ class AdaptedModel(nn.Module):
         for module in list(self.modules()):
             if isinstance(module, VeraLayer) and adapter_name in module.slots:
                 module.delete_adapter(adapter_name)
-                if not module.slots:
+                if not module.slots and not isinstance(module, VeraParameter):
+                    replacements[id(module)] = module.base_layer
+            elif isinstance(module, VeraModule):
+                module.delete_adapter(adapter_name)
+                if not module.adapted:
                     replacements[id(module)] = module.base_layer
             elif isinstance(module, SavedModule) and adapter_name in module.modules_to_save:
                 module.delete_adapter(adapter_name)
@@ -428,8 +440,14 @@ class AdaptedModel(nn.Module):
     def merge_adapter(self, adapter_names: str | Sequence[str] | None = None, safe_merge: bool = False) -> None:
         """Add adapters' deltas to the weights, so that they cost nothing in the forward pass.
 
+        A merged adapter does not learn: its vectors get no gradients until `unmerge_adapter`.
+
         The weights from before are kept beside the merged ones (this doubles the memory of the adapted layers), and
         `unmerge_adapter` puts the same bits back. What a weight is tied to is not changed.
+
+        A quantised weight of bitsandbytes is read as numbers, added to and rounded to its few values anew, which loses
+        a part of the adapter; torchao's become plain numbers. A warning says so. Other quantised layers keep their
+        weights in forms of their own, and cannot be merged into.
 
         Args:
             adapter_names: which adapters; the active ones by default.
@@ -441,6 +459,7 @@ class AdaptedModel(nn.Module):
         """
         names = self._names_to_merge(adapter_names)
         self._check_mergeable(names, safe_merge)
+        self._tell_of_losses(names)
         for layer in self._layers():
             merged = [*layer.merged_adapters, *(name for name in names if name not in layer.merged_adapters)]
             merged = [name for name in merged if name in layer.slots]
@@ -474,6 +493,7 @@ class AdaptedModel(nn.Module):
         self._check_together(names)
         self.unmerge_adapter()
         self._check_mergeable(names, safe_merge)
+        self._tell_of_losses(names)
         untied = self._tied_weights(names)
         self._activate(names)
         self._carry_flags()
@@ -504,7 +524,9 @@ class AdaptedModel(nn.Module):
         """Put what computes now in the place of each wrapper, forget all adapters, and return the model."""
         replacements: dict[int, nn.Module] = {}
         for module in self.modules():
-            if isinstance(module, VeraLayer):
+            if isinstance(module, VeraParameter):
+                continue  # its VeraModule goes
+            if isinstance(module, VeraModule | VeraLayer):
                 replacements[id(module)] = module.base_layer
             elif isinstance(module, SavedModule):
                 replacements[id(module)] = module.current()
@@ -561,6 +583,15 @@ class AdaptedModel(nn.Module):
                 raise ValueError(
                     f"merging {adapters} into {name or 'the model'} gives weights that are not finite;"
                     " nothing was merged"
+                )
+
+    def _tell_of_losses(self, names: Sequence[str]) -> None:
+        layers = (layer for layer in self._layers() if any(name in layer.slots for name in names))
+        for loss, count in Counter(layer.loss_of_merging() for layer in layers).items():
+            if loss is not None:
+                notify(
+                    f"merging into {count} quantised layers {loss}: outputs change by that. unmerge_adapter gives the"
+                    " weights back; an adapter that is not merged loses nothing"
                 )
 
     def _tied_weights(self, names: Sequence[str]) -> bool:
@@ -635,8 +666,26 @@ class AdaptedModel(nn.Module):
             owners = [adapter for adapter in dict.fromkeys(names) if adapter in module.modules_to_save]
             if len(owners) > 1:
                 raise ValueError(
-                    f"the adapters {owners} have their own copies of {name!r} and cannot be active together"
+                    f"the adapters {owners} have their own copies of {name!r} and cannot be active together:"
+                    " an adapter made with modules_to_save=[] has none"
                 )
+
+
+def _layer_for(target: Target, replacements: dict[int, nn.Module]) -> VeraLayer:
+    """Return the adapted layer that a target is, or becomes; what is made for it is noted in `replacements`."""
+    module = target.module
+    if target.parameter is None:
+        if isinstance(module, VeraLayer):
+            return module
+        layer = adapt(module)
+        replacements[id(module)] = layer
+        return layer
+    holder = module if isinstance(module, VeraModule) else replacements.get(id(module))
+    if not isinstance(holder, VeraModule):
+        holder = replacements[id(module)] = VeraModule(module)
+    if target.parameter not in holder.adapted:
+        holder.adapted[target.parameter] = adapt_parameter(holder.base_layer, target.parameter)
+    return holder.parameter_layers()[target.parameter]
 
 
 def _input_groups(plan: AdapterPlan) -> dict[str, InputGroup]:

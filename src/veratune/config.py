@@ -31,6 +31,12 @@ class VeraConfig:
             dotted name ends in it; a string, a regular expression that must match the whole dotted name; "all-linear"
             for every linear layer but a language model's output head and what `modules_to_save` trains; None for a
             choice by `model.config.model_type`.
+        target_parameters: which parameters to adapt that a module's own forward computes with, such as expert tensors:
+            a list of names, each matching a parameter of that dotted name or whose dotted name ends in it. "all-linear"
+            finds expert tensors and packed attention weights by itself.
+        fused_parts: for a linear layer that stands for several side by side (query, key and value in one), the number
+            of equal parts or the outputs of each, by the end of its name: {"c_attn": 3}, {"qkv_proj": [64, 32, 32]}.
+            Each part has a d and a B of its own, as if they were separate layers.
         exclude_modules: layers not to adapt, as a list of names or a regular expression, matched the same way.
         layers_to_transform: indices of the layers of the stack to adapt; None for all.
         layers_pattern: name or names of the `nn.ModuleList` that `layers_to_transform` counts in; None for any.
@@ -62,6 +68,8 @@ class VeraConfig:
 
     r: int = 256
     target_modules: list[str] | str | None = None
+    target_parameters: list[str] | None = None
+    fused_parts: dict[str, int | list[int]] = dataclasses.field(default_factory=dict)
     exclude_modules: list[str] | str | None = None
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
@@ -83,11 +91,13 @@ class VeraConfig:
 
     def __post_init__(self) -> None:
         self.target_modules = _names("target_modules", self.target_modules)
+        self.target_parameters = _listed_names("target_parameters", self.target_parameters)
+        self.fused_parts = _fused_parts(self.fused_parts)
         self.exclude_modules = _names("exclude_modules", self.exclude_modules)
         self.layers_pattern = _names("layers_pattern", self.layers_pattern, regex=False)
         for pattern in [self.layers_pattern] if isinstance(self.layers_pattern, str) else self.layers_pattern or []:
             _check_regex("layers_pattern", pattern, r"(?:.*\.)?(?:{})\.(?P<layer_index>\d+)\.")
-        self.modules_to_save = _saved_names(self.modules_to_save)
+        self.modules_to_save = _listed_names("modules_to_save", self.modules_to_save)
         self.layers_to_transform = _layer_indices(self.layers_to_transform)
         self.rank_pattern = _rank_pattern(self.rank_pattern)
         _check_integer("r", self.r, range(1, _LARGEST_RANK + 1), f"an integer from 1 to {_LARGEST_RANK}")
@@ -128,6 +138,11 @@ class VeraConfig:
             raise ValueError(
                 f"route='dense' cannot be combined with vera_dropout={self.vera_dropout!r}: one weight for both parts"
                 " of a layer cannot leave out inputs of the adapter's part alone; use route='auto', or vera_dropout=0.0"
+            )
+        if self.projection == "peft" and self.fused_parts:
+            raise ValueError(
+                f"fused_parts={self.fused_parts!r} cannot be combined with projection='peft', which knows one d for a"
+                " layer: use projection='per_dimension', or leave fused_parts out"
             )
         if self.projection == "peft" and self.rank_pattern:
             raise ValueError(
@@ -234,12 +249,30 @@ def _names(field: str, value: object, *, regex: bool = True) -> list[str] | str 
     return _name_list(field, value)
 
 
-def _saved_names(value: object) -> list[str] | None:
+def _listed_names(field: str, value: object) -> list[str] | None:
     if value is None:
         return None
     if not isinstance(value, list | tuple | set | frozenset):
-        raise _bad("modules_to_save", value, "a list of module names, or None", TypeError)
-    return _name_list("modules_to_save", value)
+        raise _bad(field, value, "a list of names, or None", TypeError)
+    return _name_list(field, value)
+
+
+def _fused_parts(value: object) -> dict[str, int | list[int]]:
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise _bad("fused_parts", value, "a dictionary of names to a number of parts or a list of sizes", TypeError)
+    checked: dict[str, int | list[int]] = {}
+    for name, parts in value.items():
+        if not isinstance(name, str) or not name:
+            raise _bad("fused_parts", value, "a dictionary whose keys are non-empty strings", TypeError)
+        sizes = list(parts) if isinstance(parts, list | tuple) else [parts]
+        if not sizes or any(isinstance(size, bool) or not isinstance(size, int) or size < 1 for size in sizes):
+            raise _bad(f"fused_parts[{name!r}]", parts, "a number of parts, or a list of their outputs", TypeError)
+        if len(sizes) == 1 and (sizes[0] < 2 or isinstance(parts, list | tuple)):
+            raise _bad(f"fused_parts[{name!r}]", parts, "at least two parts")
+        checked[name] = sizes if isinstance(parts, list | tuple) else sizes[0]
+    return checked
 
 
 def _layer_indices(value: object) -> list[int] | int | None:

@@ -82,8 +82,8 @@ def explain_routes(
     table = RouteTable()
     for name, layer in layers:
         slot = layer.slots.get(adapter_name)
-        if slot is None:
-            continue
+        if slot is None or layer.kind not in ("linear", "parameter"):
+            continue  # there is one way only to compute it
         shape = LayerShape(layer.in_features, layer.out_features, slot.rank, tokens, slot.group.size)
         profile = device_profile(device or layer.base_weight.device, dtype or layer.base_weight.dtype)
         route, memory = slot.settings.route, slot.settings.memory

@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from veratune.routing import Plan, Way
@@ -32,15 +33,21 @@ from veratune.torch_private import transformations_active
 
 
 def fold_vectors(b_projection: Tensor, b: Tensor, d: Tensor, gain: float) -> Tensor:
-    """Return C = gain * d b^T * B, (r, out), in B's dtype, rounded once from float32 or wider."""
+    """Return C = gain * d b^T * B, (r, out), in B's dtype, rounded once from float32 or wider.
+
+    With leading dimensions of b and d, (..., out) and (..., r), the same for each pair.
+    """
     wide = _wide(b.dtype, b_projection.dtype)
-    folded = torch.outer(d.to(wide) * gain, b.to(wide))
+    folded = (d.to(wide) * gain).unsqueeze(-1) * b.to(wide).unsqueeze(-2)
     return folded.mul_(b_projection).to(b_projection.dtype)
 
 
 def delta_weight(a_projection: Tensor, b_projection: Tensor, b: Tensor, d: Tensor, gain: float) -> Tensor:
-    """Return delta W = diag(b) B diag(d) A, (out, in), in the projections' dtype."""
-    return fold_vectors(b_projection, b, d, gain).t() @ a_projection
+    """Return delta W = diag(b) B diag(d) A, (out, in), in the projections' dtype.
+
+    With leading dimensions of b and d, (..., out) and (..., r), a delta for each pair, (..., out, in).
+    """
+    return fold_vectors(b_projection, b, d, gain).mT @ a_projection
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
@@ -82,7 +89,7 @@ class _VeraLinear(torch.autograd.Function):
     """y = start + x C^T A, where start is `x W0^T + bias`, or an output that another module has computed.
 
     `down` is u = x A^T, a constant as far as autograd is concerned: x gets its whole gradient here. The second output
-    is the adapted weight, where the plan keeps it.
+    is what the plan keeps for the backward pass: the adapted weight, or the product with B.
     """
 
     @staticmethod
@@ -104,31 +111,32 @@ class _VeraLinear(torch.autograd.Function):
             assert weight is not None
             folded = fold_vectors(b_projection, b, d, gain)
             adapted = _adapted_weight(weight, folded, a_projection, transposed)
-            return F.linear(x, adapted, bias), adapted if plan.keep_weight else None
+            return F.linear(x, adapted, bias), adapted if plan.keep else None
         assert down is not None
         own = weight is not None
         if weight is not None:
             start = F.linear(x, weight.t() if transposed else weight, bias)
         assert start is not None
         if plan.output == "scaled":
-            added = (_up(down, b_projection, d, gain) * b).to(start.dtype)
-            return start.add_(added) if own else start + added, None
+            up = _up(down, b_projection, d, gain)
+            added = (up * b).to(start.dtype)
+            return start.add_(added) if own else start + added, up if plan.keep else None
         folded = fold_vectors(b_projection, b, d, gain)
         return start.addmm_(down, folded) if own else torch.addmm(start, down, folded), None
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor | None]) -> None:
         x, _, weight, _, a_projection, b_projection, b, d, down, ctx.gain, ctx.plan, ctx.transposed = inputs
-        adapted = output[1]
-        if adapted is not None:
-            ctx.mark_non_differentiable(adapted)
+        kept = output[1]
+        if kept is not None:
+            ctx.mark_non_differentiable(kept)
         ctx.set_materialize_grads(False)
         wants_vectors = ctx.needs_input_grad[6] or ctx.needs_input_grad[7]
         way = _gradient_way(ctx.plan, down)
         from_x = ctx.needs_input_grad[2] or (wants_vectors and way == "dense")
         from_down = wants_vectors and way != "dense"
         ctx.save_for_backward(
-            x if from_x else None, weight, a_projection, b_projection, b, d, down if from_down else None, adapted
+            x if from_x else None, weight, a_projection, b_projection, b, d, down if from_down else None, kept
         )
 
     @staticmethod
@@ -181,7 +189,7 @@ class _EagerVeraLinear(_VeraLinear):
 
 
 def _backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight, a_projection, b_projection, b, d, down, adapted = ctx.saved_tensors
+    x, weight, a_projection, b_projection, b, d, down, kept = ctx.saved_tensors
     need_x, need_start, need_weight, need_bias, _, _, need_b, need_d = ctx.needs_input_grad[:8]
     plan, gain, transposed = ctx.plan, ctx.gain, ctx.transposed
     need_vectors = need_b or need_d
@@ -195,7 +203,10 @@ def _backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
     if need_vectors and way == "scaled":
         assert scaled is not None
         if need_b:
-            grad_b = (g.to(wide) * _up(down, b_projection, d, gain)).sum(0).to(b.dtype)
+            up = kept if plan.output == "scaled" else None
+            if up is None:
+                up = _up(down, b_projection, d, gain)
+            grad_b = (g.to(wide) * up).sum(0).to(b.dtype)
         if need_d:
             grad_d = ((down.to(wide) * scaled).sum(0) * gain).to(d.dtype)
     elif need_vectors:
@@ -211,10 +222,10 @@ def _backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
             grad_d = (products @ (b.to(wide) * gain)).to(d.dtype)
     if need_x:
         if plan.output == "dense":
-            if adapted is None:
+            if kept is None:
                 folded = fold_vectors(b_projection, b, d, gain)
-                adapted = _adapted_weight(weight, folded, a_projection, transposed)
-            grad_x = g @ adapted
+                kept = _adapted_weight(weight, folded, a_projection, transposed)
+            grad_x = g @ kept
         else:
             if plan.output == "scaled":
                 assert scaled is not None
@@ -303,6 +314,74 @@ def vera_add(
     if down is None:
         down = project_down(x, a_projection)
     return _apply(x, start, None, None, a_projection, b_projection, b, d, down, gain, plan, False)
+
+
+class _AddDelta(torch.autograd.Function):
+    """W0 + delta W, for a weight that somebody else computes with."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, weight: Tensor, a_projection: Tensor, b_projection: Tensor, b: Tensor, d: Tensor, gain: float
+    ) -> Tensor:
+        ctx.gain = gain
+        ctx.save_for_backward(a_projection, b_projection, b, d)
+        return (weight + delta_weight(a_projection, b_projection, b, d, gain)).to(weight.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        a_projection, b_projection, b, d = ctx.saved_tensors
+        need_weight, _, _, need_b, need_d, _ = ctx.needs_input_grad
+        grad_b = grad_d = None
+        if need_b or need_d:
+            wide = _wide(b.dtype, a_projection.dtype)
+            with without_autocast(g.device):
+                products = (a_projection @ g.to(a_projection.dtype).mT).to(wide) * b_projection
+                if need_b:
+                    grad_b = ((d.to(wide) * ctx.gain).unsqueeze(-2) @ products).squeeze(-2).to(b.dtype)
+                if need_d:
+                    grad_d = (products @ (b.to(wide) * ctx.gain).unsqueeze(-1)).squeeze(-1).to(d.dtype)
+        return g if need_weight else None, None, None, grad_b, grad_d, None
+
+
+def add_delta(weight: Tensor, a_projection: Tensor, b_projection: Tensor, b: Tensor, d: Tensor, gain: float) -> Tensor:
+    """Return W0 + delta W, (..., out, in), in W0's dtype: for code that computes with the weight itself.
+
+    Args:
+        weight: W0, (..., out, in).
+        a_projection: A (r, in), float32 or wider.
+        b_projection: B rank-major, (r, out), of the same dtype.
+        b: the vectors b, (..., out).
+        d: the vectors d, (..., r).
+        gain: factor that belongs into B.
+
+    Gradients flow to weight, b and d, once; a compiler, and torch.func, differentiate torch's own operations.
+    """
+    arguments = (weight, a_projection, b_projection, b, d)
+    if transformations_active() or torch.compiler.is_compiling():
+        scaled = (d * gain).unsqueeze(-1) * b.unsqueeze(-2) * b_projection
+        return (weight + scaled.mT @ a_projection).to(weight.dtype)
+    added: Tensor = _AddDelta.apply(*arguments, gain)  # type: ignore[no-untyped-call]
+    return added
+
+
+def select_and_add(
+    start: Tensor, x: Tensor, a_projection: Tensor, b_projection: Tensor, b: Tensor, d: Tensor, gain: float
+) -> Tensor:
+    """Return start + x delta W^T where each row, or each batch of rows, of x has vectors of its own.
+
+    All share A and B, so this takes two products, whatever the number of different vectors.
+
+    Args:
+        start: (..., out), in the compute dtype.
+        x: (..., in).
+        a_projection: A (r, in).
+        b_projection: B rank-major, (r, out).
+        b: (..., out), broadcast with the rows of x.
+        d: (..., r), likewise.
+        gain: factor that belongs into B.
+    """
+    return start + (_up(x @ a_projection.t(), b_projection, d, gain) * b).to(start.dtype)
 
 
 def _apply(*arguments: Any) -> Tensor:

@@ -16,7 +16,7 @@ from veratune.checkpoint.hub import find_directory, upload_directory
 from veratune.checkpoint.lora import export_lora
 from veratune.checkpoint.native import is_native, ready_native, save_native
 from veratune.checkpoint.peft_format import PEFT_VERA, export_peft, ready_peft
-from veratune.checkpoint.transfer import ReadyAdapter
+from veratune.checkpoint.transfer import ReadyAdapter, told_apart
 from veratune.config import PEFT_TYPE, VeraConfig
 from veratune.layers import SavedModule, VeraLayer
 
@@ -43,7 +43,7 @@ class VeraModel(AdaptedModel):
             model: the base model; it is adapted in place.
             model_id: directory of the adapter, or its repository on the hub.
             adapter_name: the adapter's name in the model.
-            is_trainable: whether to go on training it; frozen otherwise.
+            is_trainable: whether to go on training it; otherwise it is frozen, and the model is put in eval mode.
             autocast_adapter_dtype: hold the vectors in float32 where the layer is in half precision.
             location: `subfolder`, `revision`, `token`, `cache_dir`, `local_files_only`.
 
@@ -61,6 +61,8 @@ class VeraModel(AdaptedModel):
             adapted.unload()
             raise
         adapted.set_adapter(adapter_name)
+        if not is_trainable:
+            adapted.eval()
         return adapted
 
     def load_adapter(
@@ -234,6 +236,15 @@ def _check_bare(model: nn.Module) -> None:
             )
 
 
+def _instead(directory: Path) -> str:
+    """Return what a directory without an adapter has that explains the mistake."""
+    whole = next((name for name in ("model.safetensors", "pytorch_model.bin") if (directory / name).exists()), None)
+    if whole is not None:
+        return f". It holds a whole model ({whole}); an adapter is what save_pretrained of a VeraModel writes"
+    folders = sorted(path.parent.name for path in directory.glob(f"*/{WEIGHTS_NAME}"))
+    return f", but in its folders {folders}: name one of them with subfolder=" if folders else ""
+
+
 _LOCATION = ("subfolder", "revision", "token", "cache_dir", "local_files_only")
 
 
@@ -247,14 +258,17 @@ def _find(model_id: str | os.PathLike[str], location: dict[str, Any]) -> Path:
 def _read(model: nn.Module, directory: Path) -> ReadyAdapter:
     """Read an adapter of either format and check it against a model, which is not changed."""
     config_path = directory / CONFIG_NAME
+    if not (directory / WEIGHTS_NAME).is_file():
+        missing = f"{directory} holds no adapter: {WEIGHTS_NAME} does not exist there"
+        raise CheckpointError(missing + _instead(directory))
     # veratune's own tensors file is whole without its JSON copy, PEFT's is not.
     if is_native(directory / WEIGHTS_NAME) or not config_path.exists():
-        return ready_native(model, directory)
+        return told_apart(model, ready_native(model, directory))
     peft_type = read_json(config_path).get("peft_type")
     if peft_type == PEFT_TYPE:
-        return ready_native(model, directory)
+        return told_apart(model, ready_native(model, directory))
     if peft_type == PEFT_VERA:
-        return ready_peft(model, directory)
+        return told_apart(model, ready_peft(model, directory))
     raise CheckpointError(
         f"{config_path} is of an adapter of the type {peft_type!r}; veratune loads {PEFT_TYPE!r} and PEFT's"
         f" {PEFT_VERA!r}"

@@ -7,7 +7,7 @@ matrix can be drawn in any order, in pieces, or grown later, and always holds th
 Only exact integer operations and one float32 product are used: the result is the same on every device.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -67,15 +67,42 @@ def symmetric_uniform(key: int, stream: tuple[int, int], rows: range, width: int
     out = torch.empty(len(rows), width, dtype=torch.float32, device=device)
     if device.type == "meta" or out.numel() == 0:
         return out
+    blocks = torch.arange(-(-width // 4), dtype=torch.int64, device=device)
+    for first, words in _blocks(key, stream, rows, blocks):
+        out[first : first + len(words)] = _odd(words.flatten(1)[:, :width])
+    return out.mul_(2.0**-23)
+
+
+def symmetric_uniform_columns(key: int, stream: tuple[int, int], rows: range, columns: Tensor) -> Tensor:
+    """Draw chosen columns of the same matrix, without the others.
+
+    Args:
+        key, stream, rows: as for `symmetric_uniform`.
+        columns: int64 (n,), the column indices j, each in [0, 2^34).
+
+    Returns:
+        float32 tensor (len(rows), n), on the device of `columns`.
+    """
+    out = torch.empty(len(rows), columns.numel(), dtype=torch.float32, device=columns.device)
+    if columns.is_meta or out.numel() == 0:
+        return out
+    word = (columns % 4)[None, :, None]
+    for first, words in _blocks(key, stream, rows, columns // 4):
+        chosen = words.gather(-1, word.expand(len(words), -1, 1)).squeeze(-1)
+        out[first : first + len(words)] = _odd(chosen)
+    return out.mul_(2.0**-23)
+
+
+def _blocks(key: int, stream: tuple[int, int], rows: range, blocks: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """Yield (position in rows, the words of these blocks (some rows, blocks, 4)), a few rows at a time."""
     key_words = (key & _MASK, (key >> 32) & _MASK)
-    blocks = -(-width // 4)
-    block_index = torch.arange(blocks, dtype=torch.int64, device=device)
-    stream_words = [torch.tensor([[word]], dtype=torch.int64, device=device) for word in stream]
-    step = max(1, _CHUNK_BLOCKS // blocks)
+    stream_words = [torch.tensor([[word]], dtype=torch.int64, device=blocks.device) for word in stream]
+    step = max(1, _CHUNK_BLOCKS // blocks.numel())
     for first in range(0, len(rows), step):
         chunk = rows[first : first + step]
-        row_index = torch.arange(chunk.start, chunk.stop, dtype=torch.int64, device=device)[:, None]
-        words = torch.stack(philox4x32([block_index[None], row_index, *stream_words], key_words), dim=-1)
-        odd = (words.flatten(1)[:, :width] >> 8).bitwise_or_(1).sub_(1 << 23)
-        out[first : first + len(chunk)] = odd
-    return out.mul_(2.0**-23)
+        row_index = torch.arange(chunk.start, chunk.stop, dtype=torch.int64, device=blocks.device)[:, None]
+        yield first, torch.stack(philox4x32([blocks[None], row_index, *stream_words], key_words), dim=-1)
+
+
+def _odd(words: Tensor) -> Tensor:
+    return (words >> 8).bitwise_or_(1).sub_(1 << 23)

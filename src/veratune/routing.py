@@ -37,12 +37,13 @@ class Plan(NamedTuple):
     Attributes:
         output: how the output and the input's gradient are computed.
         gradients: how the vectors' gradients are computed; None where none are wanted.
-        keep_weight: keep the adapted weight of a dense output for the backward pass, rather than make it again.
+        keep: keep what the output was made with for the backward pass, rather than make it again: the adapted weight of
+            a dense output, (out, in); the product with B of a scaled one whose gradients are scaled, (T, out).
     """
 
     output: Way
     gradients: Way | None
-    keep_weight: bool = False
+    keep: bool = False
 
     @property
     def needs_down(self) -> bool:
@@ -51,7 +52,8 @@ class Plan(NamedTuple):
 
     def __str__(self) -> str:
         gradients = "" if self.gradients is None else f", gradients {self.gradients}"
-        return f"{self.output}{gradients}{', weight kept' if self.keep_weight else ''}"
+        kept = (", weight kept" if self.output == "dense" else ", product kept") if self.keep else ""
+        return f"{self.output}{gradients}{kept}"
 
 
 @dataclass(frozen=True)
@@ -139,7 +141,7 @@ def estimate(plan: Plan, shape: LayerShape, profile: DeviceProfile, *, backward:
             cost.pass_over(2 * t * r, size)
             cost.pass_over(3 * t * m, size)
             continue
-        if plan.output == "dense" and plan.keep_weight and not forward:
+        if plan.output == "dense" and plan.keep and not forward:
             continue
         cost.pass_over(4 * r * m)  # outer product, times B, rounded
         if plan.output == "dense":
@@ -158,13 +160,16 @@ def estimate(plan: Plan, shape: LayerShape, profile: DeviceProfile, *, backward:
             cost.product(r, m, t)
         else:
             cost.product(t, r, m)
-            cost.product(t, m, r)
+            if plan.keep and plan.output == "scaled":
+                saved += t * m * size
+            else:
+                cost.product(t, m, r)
             cost.pass_over(2 * t * r, size)
             cost.pass_over(4 * t * m, size)
         saved += t * r * size // shape.sharing
     if plan.gradients in ("dense", "folded"):
         cost.pass_over(4 * r * m)
-    if plan.keep_weight:
+    if plan.keep and plan.output == "dense":
         saved += m * n * size
     return Estimate(plan, cost.flops, saved, cost.seconds)
 
@@ -176,8 +181,9 @@ def possible_plans(
 
     Args:
         route: which ways are allowed: "factored" leaves out dense ones, "dense" all others.
-        memory: "low" keeps the smaller of x and x A^T for the gradients and no weight; "fast" keeps the weight;
-            "balanced" keeps it where it is small beside the layer's activations.
+        memory: "low" keeps the smaller of x and x A^T for the gradients and nothing else; "fast" keeps what saves work;
+            "balanced" keeps an adapted weight that is small beside the layer's activations, and activations that are
+            small beside the layer's weight.
         shape: the call's dimensions.
         training: whether the vectors' gradients will be wanted.
         weight_at_hand: whether W0 can be read, which a dense output needs.
@@ -193,8 +199,14 @@ def possible_plans(
     weight_is_small = 8 * shape.in_features * shape.out_features <= shape.tokens * (
         shape.in_features + shape.out_features
     )
-    keep = training and (memory == "fast" or (memory == "balanced" and weight_is_small))
-    return [Plan(output, way, keep and output == "dense") for output in outputs for way in gradients]
+    activations_are_small = 8 * shape.tokens <= shape.in_features
+    keep_weight = training and (memory == "fast" or (memory == "balanced" and weight_is_small))
+    keep_product = training and (memory == "fast" or (memory == "balanced" and activations_are_small))
+
+    def keep(output: Way, way: Way | None) -> bool:
+        return keep_weight if output == "dense" else keep_product and output == way == "scaled"
+
+    return [Plan(output, way, keep(output, way)) for output in outputs for way in gradients]
 
 
 def choose_plan(

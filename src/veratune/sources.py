@@ -15,7 +15,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from veratune.random import symmetric_uniform
+from veratune.random import symmetric_uniform, symmetric_uniform_columns
 
 Side = Literal["A", "B"]
 
@@ -77,6 +77,15 @@ class PerDimension:
 
     def gain(self, rank: int) -> float:
         return math.sqrt(6.0 / rank)
+
+    def one_hot_columns(self, rank: int, columns: Tensor) -> Tensor:
+        """Return A's columns for inputs that are one-hot, float32 (rank, n), without drawing the others.
+
+        An embedding multiplies such an input. Only one element of it is not zero, so A's fan-in is one, however many
+        rows the embedding has: A[k, j] = sqrt(6) u_A[k, j].
+        """
+        unit = symmetric_uniform_columns(self.key, ("AB".index("A"), PER_DIMENSION_VERSION), range(rank), columns)
+        return unit.mul_(math.sqrt(6.0))
 
     def fingerprint(self) -> str:
         return _per_dimension_fingerprint(self.key)

@@ -4,11 +4,21 @@ import difflib
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
 from veratune.config import VeraConfig
-from veratune.layers import SavedModule, VeraLayer, features, why_not_adaptable
+from veratune.layers import Geometry, SavedModule, VeraLayer, VeraModule
+from veratune.layers.kinds import (
+    adaptable_parameters,
+    geometry,
+    is_linear,
+    is_out_proj,
+    parameter_layout,
+    why_not_adaptable,
+    why_not_parameter,
+)
 
 # The attention's query and value projections, as in the paper's experiments, under their names in transformers.
 _QUERY_AND_VALUE = {
@@ -35,20 +45,31 @@ _USUAL_HEADS = ("classifier", "score", "qa_outputs")
 
 @dataclass(frozen=True)
 class Target:
-    """A module that an adapter will be added to.
+    """A layer, or a parameter that its module reads itself, to which an adapter will be added.
 
     Attributes:
         name: its dotted name; where a module stands in several places, the first.
-        module: the module, or the `VeraLayer` that another adapter has made of it.
+        module: the module, or the `VeraLayer` or `VeraModule` that another adapter has made of it.
+        parameter: the parameter's name in its module; None for a layer.
         rank: the adapter's rank there.
-        in_features, out_features: its widths.
+        geometry: its dimensions.
+        parts: the outputs of each part, where it stands for several layers side by side.
     """
 
     name: str
     module: nn.Module
+    parameter: str | None
     rank: int
-    in_features: int
-    out_features: int
+    geometry: Geometry
+    parts: tuple[int, ...] = ()
+
+    @property
+    def in_features(self) -> int:
+        return self.geometry.in_features
+
+    @property
+    def out_features(self) -> int:
+        return self.geometry.out_features
 
 
 class TargetError(ValueError):
@@ -78,13 +99,36 @@ def base_modules(model: nn.Module) -> dict[str, nn.Module]:
         found[name] = module
         if isinstance(module, VeraLayer):
             return
-        inside = module.original_module if isinstance(module, SavedModule) else module
-        for child_name, child in inside._modules.items():
+        for child_name, child in unwrapped(module)._modules.items():
             if child is not None:
                 visit(child, f"{name}.{child_name}" if name else child_name)
 
     visit(model, "")
     return found
+
+
+def adapted_layers(model: nn.Module) -> dict[str, VeraLayer]:
+    """Return what adapters are on, by name in the model without them, each once: layers, and parameters of modules."""
+    found: dict[int, tuple[str, VeraLayer]] = {}
+    for name, module in base_modules(model).items():
+        if isinstance(module, VeraLayer):
+            found.setdefault(id(module), (name, module))
+        elif isinstance(module, VeraModule):
+            for parameter, layer in module.parameter_layers().items():
+                found.setdefault(id(layer), (joined(name, parameter), layer))
+    return dict(found.values())
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """Return the model's own module that a wrapper stands for, or the module itself."""
+    if isinstance(module, VeraLayer | VeraModule):
+        return module.base_layer
+    return module.original_module if isinstance(module, SavedModule) else module
+
+
+def joined(module_name: str, name: str) -> str:
+    """Return the dotted name of something in a module."""
+    return f"{module_name}.{name}" if module_name else name
 
 
 def resolve_config(model: nn.Module, config: VeraConfig, notify: Callable[[str], None]) -> VeraConfig:
@@ -97,7 +141,7 @@ def resolve_config(model: nn.Module, config: VeraConfig, notify: Callable[[str],
     """
     changes: dict[str, object] = {}
     model_config = getattr(model, "config", None)
-    if config.target_modules is None:
+    if config.target_modules is None and config.target_parameters is None:
         model_type = getattr(model_config, "model_type", None)
         chosen = _query_and_value(model, str(model_type))
         if chosen is None:
@@ -153,7 +197,7 @@ def _new_head(model: nn.Module, config: VeraConfig) -> list[str]:
 
 
 def find_targets(model: nn.Module, config: VeraConfig, notify: Callable[[str], None]) -> list[Target]:
-    """Return the modules that a resolved configuration adapts, in the model's order.
+    """Return what a resolved configuration adapts, in the model's order.
 
     Args:
         model: the model without a wrapper; it may have adapters.
@@ -161,36 +205,129 @@ def find_targets(model: nn.Module, config: VeraConfig, notify: Callable[[str], N
         notify: called with a sentence where a choice may surprise.
 
     Raises:
-        TargetError: a name or pattern that matches nothing, or nothing that can be adapted; the message lists what
-            the model does have.
+        TargetError: a name or pattern that matches nothing, or nothing that can be adapted, or something that cannot
+            be adapted in this way; the message lists what the model does have.
     """
     modules = base_modules(model)
     saved = config.modules_to_save or []
     inside_saved = {name for name in modules if any(name == top or name.startswith(f"{top}.") for top in saved)}
+    matched = _matched_modules(model, modules, config, inside_saved)
+    read = _matched_parameters(modules, config)
+    considered = _narrowed([name for name in matched if name not in inside_saved], config)
+    _check_narrowing(modules, config, [*matched, *read] if considered or read else [], notify)
+    places = [place for name in considered for place in _places(name, modules)]
+    places += [place for name, place in read.items() if place.module_name not in inside_saved]
+    kept = set(_narrowed([place.name for place in places], config))
+    places = list({place.name: place for place in places if place.name in kept}.values())
+    if not places:
+        raise TargetError(_nothing_to_adapt(config, matched, considered, inside_saved, modules))
+    if config.target_modules != "all-linear":
+        for name in considered:
+            reason = _reason(modules[name])
+            if reason is not None and unwrapped(modules[name])._parameters.get("weight") is not None:
+                notify(f"{name} is left as it is, because {reason}")
+    _check_rank_pattern(config, [place.name for place in places])
+    order = {name: position for position, name in enumerate(modules)}
+    places.sort(key=lambda place: order[place.module_name])
+    # The same module may stand under several names (ALBERT's layers, a module listed twice): it is one target.
+    first_names: dict[tuple[int, str | None], str] = {}
+    for place in places:
+        first_names.setdefault((id(place.module), place.parameter), place.name)
+    targets = [
+        _target(place, config) for place in places if first_names[(id(place.module), place.parameter)] == place.name
+    ]
+    _check_settings(config, targets)
+    _tell_of_ties(model, targets, notify)
+    return targets
+
+
+class _Place(NamedTuple):
+    """Something that can be adapted: a module, or a parameter of a module."""
+
+    name: str
+    module_name: str
+    module: nn.Module
+    parameter: str | None
+
+
+def _places(name: str, modules: dict[str, nn.Module]) -> list[_Place]:
+    """Return what is adapted where a module is named: the layer itself, or the weights that the module reads."""
+    module = modules[name]
+    if _reason(module) is None:
+        return [_Place(name, name, module, None)]
+    places = [_Place(joined(name, own), name, module, own) for own in adaptable_parameters(unwrapped(module))]
+    if isinstance(unwrapped(module), nn.MultiheadAttention):
+        output = joined(name, "out_proj")
+        places.append(_Place(output, output, modules[output], None))
+    return places
+
+
+def _matched_modules(
+    model: nn.Module, modules: dict[str, nn.Module], config: VeraConfig, inside_saved: set[str]
+) -> list[str]:
+    """Return the names of the modules that target_modules means."""
     wanted = config.target_modules
-    assert wanted is not None
+    if wanted is None:
+        return []
     if wanted == "all-linear":
         output = _output_layers(model)
         trained = [name for name, module in modules.items() if isinstance(module, SavedModule)]
-        matched = [
+        return [
             name
             for name, module in modules.items()
-            if _reason(module) is None
-            and id(_wrapped(module)) not in output
+            if (is_linear(unwrapped(module)) or adaptable_parameters(unwrapped(module)))
+            and id(unwrapped(module)) not in output
             and name not in inside_saved
             and not any(name == top or name.startswith(f"{top}.") for top in trained)
         ]
-    else:
-        matched = [name for name in modules if name and matches(name, wanted)]
-        _check_each_pattern(wanted, matched, inside_saved, modules)
-    considered = _narrowed([name for name in matched if name not in inside_saved], config)
-    if config.exclude_modules is not None and not any(matches(name, config.exclude_modules) for name in modules):
-        types = {name: type(_wrapped(module)).__name__ for name, module in modules.items() if name}
+    matched = [name for name in modules if name and matches(name, wanted)]
+    _check_each_pattern(wanted, matched, inside_saved, modules)
+    return matched
+
+
+def _matched_parameters(modules: dict[str, nn.Module], config: VeraConfig) -> dict[str, _Place]:
+    """Return the parameters that target_parameters means, by name."""
+    there = {
+        joined(name, own): _Place(joined(name, own), name, module, own)
+        for name, module in modules.items()
+        if not isinstance(module, SavedModule)
+        for own in unwrapped(module)._parameters
+    }
+    found: dict[str, _Place] = {}
+    for wanted in config.target_parameters or []:
+        own = {name: place for name, place in there.items() if _ends_in(name, wanted)}
+        reasons = {
+            name: why_not_parameter(unwrapped(place.module), place.parameter or "") for name, place in own.items()
+        }
+        usable = {name: place for name, place in own.items() if reasons[name] is None}
+        if not own:
+            types = {name: type(unwrapped(place.module)).__name__ for name, place in there.items()}
+            raise TargetError(
+                f"target_parameters={config.target_parameters!r}: no parameter is called {wanted!r}."
+                + _closest([wanted], types)
+            )
+        if not usable:
+            name = next(iter(own))
+            raise TargetError(
+                f"target_parameters={config.target_parameters!r}: {wanted!r} matches only parameters that cannot be"
+                f" adapted, such as {name}: {reasons[name]}"
+            )
+        found |= usable
+    return found
+
+
+def _check_narrowing(
+    modules: dict[str, nn.Module], config: VeraConfig, matched: list[str], notify: Callable[[str], None]
+) -> None:
+    """Tell of an exclusion that excludes nothing, and refuse an index that no layer has."""
+    names = [*modules, *(joined(name, own) for name, m in modules.items() for own in unwrapped(m)._parameters)]
+    if config.exclude_modules is not None and not any(matches(name, config.exclude_modules) for name in names):
+        types = {name: type(unwrapped(module)).__name__ for name, module in modules.items() if name}
         wanted_out = [config.exclude_modules] if isinstance(config.exclude_modules, str) else config.exclude_modules
         notify(
             f"exclude_modules={config.exclude_modules!r} matches no module of this model." + _closest(wanted_out, types)
         )
-    if config.layers_to_transform is not None and considered:
+    if config.layers_to_transform is not None and matched:
         there = {_layer_index(name, config) for name in matched}
         absent = [index for index in _indices(config) if index not in there]
         if absent:
@@ -199,23 +336,76 @@ def find_targets(model: nn.Module, config: VeraConfig, notify: Callable[[str], N
                 f"layers_to_transform={config.layers_to_transform!r}: there is no layer {absent[0]} among what"
                 f" target_modules={config.target_modules!r} matches, only {present}"
             )
-    adaptable = [name for name in considered if _reason(modules[name]) is None]
-    if not adaptable:
-        raise TargetError(_nothing_to_adapt(config, matched, considered, inside_saved, modules))
-    if wanted != "all-linear":
-        for name in considered:
-            reason = _reason(modules[name])
-            if reason is not None and _wrapped(modules[name])._parameters.get("weight") is not None:
-                notify(f"{name} is left as it is, because {reason}")
-    _check_rank_pattern(config, adaptable)
-    # The same module may stand under several names (ALBERT's layers, a module listed twice): it is one target.
-    first_names = {id(modules[name]): name for name in reversed(adaptable)}
-    targets = []
-    for name in adaptable:
-        if first_names[id(modules[name])] == name:
-            in_features, out_features = features(_wrapped(modules[name]))
-            targets.append(Target(name, modules[name], _rank(config, name), in_features, out_features))
-    return targets
+
+
+def _target(place: _Place, config: VeraConfig) -> Target:
+    module, rank = place.module, _rank(config, place.name)
+    if place.parameter is not None:
+        size, _ = parameter_layout(unwrapped(module), place.parameter)
+        return Target(place.name, module, place.parameter, rank, size)
+    size = geometry(unwrapped(module))
+    return Target(place.name, module, None, rank, size, parts_of(place.name, size, config))
+
+
+def parts_of(name: str, size: Geometry, config: VeraConfig) -> tuple[int, ...]:
+    """Return the outputs of each part of a layer, by a configuration's `fused_parts`; empty where it is not named.
+
+    Raises:
+        TargetError: the parts do not add up to the layer's outputs.
+    """
+    key = next((key for key in config.fused_parts if _ends_in(name, key)), None)
+    if key is None:
+        return ()
+    parts = config.fused_parts[key]
+    sizes = [size.out_features // parts] * parts if isinstance(parts, int) else parts
+    if sum(sizes) != size.out_features or 0 in sizes:
+        raise TargetError(
+            f"fused_parts[{key!r}]={parts!r} does not fit {name}, which has {size.out_features} outputs: give a number"
+            " that divides them, or a list that adds up to them"
+        )
+    return tuple(sizes)
+
+
+def _check_settings(config: VeraConfig, targets: list[Target]) -> None:
+    """Refuse what some of the targets cannot have."""
+    for key in config.fused_parts:
+        if not any(_ends_in(target.name, key) for target in targets):
+            raise TargetError(
+                f"fused_parts={config.fused_parts!r}: {key!r} is the end of no adapted layer's name."
+                + _closest([key], dict.fromkeys([target.name for target in targets], "adapted"))
+            )
+    for target in targets:
+        module = unwrapped(target.module)
+        if target.parts and not is_linear(module):
+            raise TargetError(f"fused_parts: {target.name} is no linear layer, and is not made of parts")
+        read = target.parameter is not None or is_out_proj(module)
+        if config.vera_dropout > 0.0 and (read or isinstance(module, nn.Embedding)):
+            raise TargetError(
+                f"vera_dropout={config.vera_dropout!r} cannot be had for {target.name}: there is no input of the"
+                " adapter's own to drop from. Use vera_dropout=0.0, or name it in exclude_modules"
+            )
+        if config.projection == "peft" and (target.parameter is not None or isinstance(module, nn.Embedding)):
+            raise TargetError(
+                f"projection='peft' cannot be had for {target.name}, which PEFT's VeRA does not adapt: use"
+                " projection='per_dimension', or name it in exclude_modules"
+            )
+
+
+def _tell_of_ties(model: nn.Module, targets: list[Target], notify: Callable[[str], None]) -> None:
+    """Tell the user of adapted weights that other modules hold as well, since those stay as they are."""
+    holders: dict[int, list[tuple[str, nn.Module]]] = {}
+    for name, module in base_modules(model).items():
+        for own, parameter in unwrapped(module)._parameters.items():
+            if parameter is not None:
+                holders.setdefault(id(parameter), []).append((joined(name, own), module))
+    for target in targets:
+        weight = unwrapped(target.module)._parameters.get(target.parameter or "weight")
+        others = [name for name, module in holders.get(id(weight), []) if module is not target.module]
+        if others:
+            notify(
+                f"{target.name} shares its weight with {', '.join(others)}: the adapter changes what {target.name}"
+                " computes and nothing else, and merging it unties the weights"
+            )
 
 
 def check_conflicts(model: nn.Module, saved: list[str], adapted: list[str]) -> None:
@@ -230,7 +420,7 @@ def check_conflicts(model: nn.Module, saved: list[str], adapted: list[str]) -> N
     for name in saved:
         module = modules[name]
         inside = [other for other in modules if other == name or other.startswith(f"{name}.")]
-        layer = next((other for other in inside if isinstance(modules[other], VeraLayer)), None)
+        layer = next((other for other in inside if isinstance(modules[other], VeraLayer | VeraModule)), None)
         if layer is not None:
             raise TargetError(
                 f"modules_to_save: {name} cannot be trained in full, because another adapter adapts {layer}: leave it"
@@ -241,7 +431,7 @@ def check_conflicts(model: nn.Module, saved: list[str], adapted: list[str]) -> N
                 f"modules_to_save: {name} is a {type(module).__name__}, which computes nothing itself: name what is"
                 " in it"
             )
-        original = module.original_module if isinstance(module, SavedModule) else module
+        original = unwrapped(module)
         if not all(isinstance(value, Tensor) for value in original.state_dict().values()):
             raise TargetError(f"modules_to_save: {name} has a state that is not made of tensors and cannot be saved")
     wrapped = [name for name, module in modules.items() if isinstance(module, SavedModule)]
@@ -254,14 +444,12 @@ def check_conflicts(model: nn.Module, saved: list[str], adapted: list[str]) -> N
             )
 
 
-def _wrapped(module: nn.Module) -> nn.Module:
-    if isinstance(module, VeraLayer):
-        return module.base_layer
-    return module.original_module if isinstance(module, SavedModule) else module
-
-
 def _reason(module: nn.Module) -> str | None:
-    return why_not_adaptable(_wrapped(module))
+    return why_not_adaptable(unwrapped(module))
+
+
+def _usable(module: nn.Module) -> bool:
+    return _reason(module) is None or bool(adaptable_parameters(unwrapped(module)))
 
 
 def _narrowed(names: list[str], config: VeraConfig) -> list[str]:
@@ -299,18 +487,19 @@ def _output_layers(model: nn.Module) -> set[int]:
         for module in model.modules()
         if not isinstance(module, nn.Embedding | VeraLayer) and id(module._parameters.get("weight")) in embeddings
     }
-    return tied | ({id(_wrapped(head))} if isinstance(head, nn.Module) else set())
+    return tied | ({id(unwrapped(head))} if isinstance(head, nn.Module) else set())
 
 
 def _check_each_pattern(
     wanted: list[str] | str, matched: list[str], inside_saved: set[str], modules: dict[str, nn.Module]
 ) -> None:
     """Raise TargetError for a pattern that matches nothing, and for a name in a list that adapts nothing."""
-    types = {name: type(_wrapped(module)).__name__ for name, module in modules.items() if name}
+    types = {name: type(unwrapped(module)).__name__ for name, module in modules.items() if name}
     if isinstance(wanted, str):
         if not matched:
             raise TargetError(
                 f"target_modules={wanted!r}: this regular expression matches no module's whole name."
+                + _meant_otherwise(wanted, modules)
                 + _closest([re.split(r"[.*\\()|$^?+]+", wanted.rstrip("$"))[-1]], types)
             )
         return
@@ -328,11 +517,20 @@ def _check_each_pattern(
                 f"target_modules={wanted!r}: {suffix!r} matches only modules that are trained in full, such as {own[0]}"
                 " (modules_to_save): leave it out of one of the two; modules_to_save=[] trains none in full"
             )
-        if len(wanted) > 1 and all(_reason(modules[name]) is not None for name in outside):
+        if len(wanted) > 1 and not any(_usable(modules[name]) for name in outside):
             raise TargetError(
                 f"target_modules={wanted!r}: {suffix!r} matches only modules that cannot be adapted, such as"
                 f" {outside[0]}: {_reason(modules[outside[0]])}" + _adaptable_names(modules)
             )
+
+
+def _meant_otherwise(wanted: str, modules: dict[str, nn.Module]) -> str:
+    """Return a hint for a string that was perhaps not meant as a regular expression."""
+    if wanted.lower().replace("_", "-").replace(" ", "-") == "all-linear":
+        return ' Did you mean "all-linear"?'
+    if any(_ends_in(name, wanted) for name in modules):
+        return f" A list names the ends of modules' names: [{wanted!r}]."
+    return ""
 
 
 def _nothing_to_adapt(
@@ -387,9 +585,9 @@ def _closest(wanted: Iterable[str], types: dict[str, str]) -> str:
 
 def _adaptable_names(modules: dict[str, nn.Module]) -> str:
     last_parts = {
-        name.rsplit(".", 1)[-1]: type(_wrapped(module)).__name__
+        name.rsplit(".", 1)[-1]: type(unwrapped(module)).__name__
         for name, module in modules.items()
-        if name and _reason(module) is None
+        if name and _usable(module)
     }
     if not last_parts:
         return "\nThe model has no layer that VeRA can adapt"

@@ -26,8 +26,11 @@ def parameter_groups(
         Groups for `torch.optim`, without those that would be empty.
 
     Raises:
+        TypeError: the model is not what `get_peft_model` or `VeraModel.from_pretrained` returns.
         ValueError: a rate that is negative or not finite, or the model has no trainable parameter.
     """
+    if not isinstance(model, AdaptedModel):
+        raise TypeError(f"this {type(model).__name__} has no adapter to train: make one with get_peft_model first")
     for name, value in (("lr", lr), ("head_lr", head_lr), ("weight_decay", weight_decay)):
         if not (math.isfinite(value) and value >= 0):
             raise ValueError(f"{name}={value!r} is not allowed: it must be a finite number that is not negative")
@@ -38,7 +41,15 @@ def parameter_groups(
     own = {id(vector) for vector in vectors}
     rest = [parameter for parameter in model.parameters() if parameter.requires_grad and id(parameter) not in own]
     if not vectors and not rest:
-        raise ValueError("the model has no trainable parameter: choose an adapter with set_adapter")
+        frozen = [name for name, config in model.peft_config.items() if config.inference_mode]
+        raise ValueError(
+            "the model has no trainable parameter: "
+            + (
+                f"{frozen} were loaded for inference: load with is_trainable=True to go on training them"
+                if frozen
+                else "choose an adapter with set_adapter"
+            )
+        )
     groups = [
         {"params": vectors, "lr": lr, "weight_decay": weight_decay},
         {"params": rest, "lr": head_lr, "weight_decay": weight_decay},

@@ -9,13 +9,16 @@ from collections import Counter
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from veratune.adapters import AdaptedModel
 from veratune.checkpoint.files import write_pair
 from veratune.checkpoint.peft_format import PREFIX, common_values, other_tensors
-from veratune.layers import VeraLayer
+from veratune.layers import VeraConv, VeraEmbedding, VeraLayer, VeraParameter
+from veratune.sources import PerDimension
 
+# Rows of an embedding beyond which its lora_A is not written out.
+_LARGEST_TABLE = 1 << 20
 _BIASES = {"none": "none", "all": "all", "vera_only": "lora_only"}
 
 
@@ -29,18 +32,21 @@ def export_lora(host: AdaptedModel, adapter_name: str, directory: Path, *, dtype
         dtype: dtype of the two matrices of each layer.
 
     Raises:
-        ValueError: dtype is not a floating-point one.
+        ValueError: dtype is not a floating-point one, or PEFT's LoRA has no place for an adapter on one of the layers.
     """
     if not dtype.is_floating_point:
         raise ValueError(f"dtype={dtype} is not allowed: it must be a floating-point dtype")
     config = host.peft_config[adapter_name]
     layers = {name: layer for name, layer in host.vera_layers().items() if adapter_name in layer.slots}
+    for name, layer in layers.items():
+        reason = why_not_lora(layer)
+        if reason is not None:
+            raise ValueError(f"PEFT's LoRA cannot hold the adapter on {name}: {reason}. Merge it instead")
     ranks = {name: layer.slots[adapter_name].rank for name, layer in layers.items()}
     tensors: dict[str, Tensor] = {}
     for name, layer in layers.items():
-        lora_a, lora_b = lora_matrices(layer, adapter_name)
-        tensors[f"{PREFIX}{name}.lora_A.weight"] = lora_a.to(dtype)
-        tensors[f"{PREFIX}{name}.lora_B.weight"] = lora_b.to(dtype)
+        for key, matrix in zip(_keys(name, layer, layers), lora_matrices(layer, adapter_name), strict=True):
+            tensors[PREFIX + key] = matrix.to(dtype)
     tensors |= other_tensors(host, adapter_name)
     rank = Counter(ranks.values()).most_common(1)[0][0]
     # PEFT compares a pattern with the end of a name; the anchor makes it the whole name.
@@ -57,17 +63,70 @@ def export_lora(host: AdaptedModel, adapter_name: str, directory: Path, *, dtype
         "use_dora": False,
         "init_lora_weights": True,
     }
+    parameters = sorted(name for name, layer in layers.items() if isinstance(layer, VeraParameter))
+    if parameters:
+        values["target_parameters"] = parameters
     write_pair(directory, tensors, values)
 
 
+def why_not_lora(layer: VeraLayer) -> str | None:
+    """Return None if PEFT's LoRA has a place for an adapter on this layer, otherwise the reason."""
+    if isinstance(layer, VeraConv) and getattr(layer.base_layer, "groups", 1) != 1:
+        return "its LoRA of a grouped convolution has no entries between groups, and A is shared by all groups"
+    if isinstance(layer, VeraParameter) and isinstance(layer.base_layer, nn.MultiheadAttention):
+        return "its LoRA of torch.nn.MultiheadAttention takes the projections of query, key and value as one"
+    if isinstance(layer, VeraEmbedding) and layer.in_features > _LARGEST_TABLE:
+        return f"its A would have a column for each of {layer.in_features} rows of the table"
+    return None
+
+
+def _keys(name: str, layer: VeraLayer, layers: dict[str, VeraLayer]) -> tuple[str, str]:
+    """Return the names of lora_A and lora_B in the file, without the prefix."""
+    if isinstance(layer, VeraEmbedding):
+        return f"{name}.lora_embedding_A", f"{name}.lora_embedding_B"
+    if not isinstance(layer, VeraParameter):
+        return f"{name}.lora_A.weight", f"{name}.lora_B.weight"
+    # PEFT wraps a module once for each parameter, in the order of their names: the last wrapper is the outermost.
+    module = name.rpartition(".")[0]
+    beside = sorted(
+        other for other, its in layers.items() if isinstance(its, VeraParameter) and its.base_layer is layer.base_layer
+    )
+    depth = len(beside) - 1 - beside.index(name)
+    place = module + ".base_layer" * depth
+    return f"{place}.lora_A.weight", f"{place}.lora_B.weight"
+
+
 def lora_matrices(layer: VeraLayer, adapter_name: str) -> tuple[Tensor, Tensor]:
-    """Return (lora_A (r, in), lora_B (out, r)) of one layer, float32, on the CPU; their product is the delta."""
+    """Return (lora_A, lora_B) of one layer, float32, on the CPU, whose product is the delta, in PEFT's layouts.
+
+    A linear layer's are (r, in) and (out, r); a convolution's (r, in / groups, *kernel) and (out, r, 1, ...); an
+    embedding's (r, rows) and (out, r); those of a stack of n matrices (n r, in) and (out, r n), the stack's index
+    running slowest in the first and fastest in the second.
+    """
     slot = layer.slots[adapter_name]
     b, d = (vector.detach().double().cpu() for vector in layer.vectors(adapter_name))
-    cpu = torch.device("cpu")
+    rank, cpu = slot.rank, torch.device("cpu")
     source = slot.a.projection.source
-    a_projection = source.draw("A", range(slot.rank), slot.a.projection.width, cpu)[:, : slot.a.features]
-    b_projection = source.draw("B", range(slot.rank), slot.b.projection.width, cpu)[:, : slot.b.features]
-    lora_a = d[:, None] * a_projection
-    lora_b = b[:, None] * (b_projection.double().t() * slot.gain)
-    return lora_a.float(), lora_b.float()
+    if isinstance(layer, VeraEmbedding):
+        assert isinstance(source, PerDimension)
+        a_projection = source.one_hot_columns(rank, torch.arange(layer.in_features))
+    else:
+        a_projection = source.draw("A", range(rank), slot.a.projection.width, cpu)[:, : slot.a.features]
+    b_parts = [
+        source.draw("B", range(rank), corner.projection.width, cpu)[:, : corner.features].double().t() * slot.gain
+        for corner in slot.b
+    ]
+    if slot.parts:
+        # One A for all parts, so that each part's d goes to its rows of B.
+        scaled = [b_part * own for b_part, own in zip(b_parts, d, strict=True)]
+        return a_projection.clone(), (b[:, None] * torch.cat(scaled)).float()
+    (b_projection,) = b_parts
+    if layer.geometry.count is not None:
+        lora_a = d[:, :, None] * a_projection
+        lora_b = (b[:, :, None] * b_projection).permute(1, 2, 0)
+        return lora_a.flatten(0, 1).float(), lora_b.flatten(1).float()
+    lora_a, lora_b = (d[:, None] * a_projection).float(), (b[:, None] * b_projection).float()
+    if isinstance(layer, VeraConv):
+        weight = layer.base_weight
+        return lora_a.view(rank, *weight.shape[1:]), lora_b.view(*lora_b.shape, *(1,) * (weight.ndim - 2))
+    return lora_a, lora_b

@@ -35,6 +35,7 @@ from veratune.checkpoint.files import (
 )
 from veratune.checkpoint.transfer import LoadedAdapter, ReadyAdapter, make_ready, targets_of
 from veratune.config import VeraConfig
+from veratune.layers import VeraEmbedding
 from veratune.sources import PerDimension, Side, Source, Stored
 from veratune.targets import Target
 
@@ -121,7 +122,9 @@ def _projection_tensors(host: AdaptedModel, adapter_name: str, source: Source) -
     widths: dict[tuple[Side, int], int] = {}
     for layer in host.vera_layers().values():
         slot = layer.slots.get(adapter_name)
-        for corner in (slot.a, slot.b) if slot else ():
+        corners = () if slot is None else slot.corners
+        # An embedding draws single columns of A, and has none of its table's width.
+        for corner in corners[1:] if isinstance(layer, VeraEmbedding) else corners:
             key = (corner.projection.side, corner.projection.width)
             widths[key] = max(widths.get(key, 0), corner.rank)
     tensors: dict[str, Tensor] = {}

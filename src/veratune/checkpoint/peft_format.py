@@ -19,10 +19,11 @@ from veratune.checkpoint.files import (
 )
 from veratune.checkpoint.transfer import LoadedAdapter, ReadyAdapter, make_ready, targets_of
 from veratune.config import VeraConfig
-from veratune.layers import SavedModule, VeraLayer, is_conv1d
+from veratune.layers import SavedModule, VeraLayer, VeraLinear, VeraParameter
 from veratune.layers.biases import bias_first_names
+from veratune.layers.kinds import is_conv1d
 from veratune.sources import PeftShared, PerDimension, Side, Source, Stored
-from veratune.targets import Target, base_modules, configured_names, matches
+from veratune.targets import Target, base_modules, configured_names, matches, unwrapped
 
 PEFT_VERA = "VERA"
 PREFIX = "base_model.model."
@@ -127,7 +128,7 @@ def _sort(origin: str, config: VeraConfig, tensors: dict[str, Tensor], model: nn
     modules = base_modules(model)
     saved_names = _peft_saved(modules, config.modules_to_save or [])
     biases = bias_first_names(
-        (name, module.base_layer if isinstance(module, VeraLayer) else module) for name, module in modules.items()
+        (name, module if isinstance(module, SavedModule) else unwrapped(module)) for name, module in modules.items()
     )
     vectors: dict[str, dict[str, Tensor]] = {}
     loaded = LoadedAdapter(origin, config, {})
@@ -206,6 +207,13 @@ def export_peft(host: AdaptedModel, adapter_name: str, directory: Path, *, save_
             f" (projection={config.projection!r}) from its key"
         )
     layers = {name: layer for name, layer in host.vera_layers().items() if adapter_name in layer.slots}
+    for name, layer in layers.items():
+        if not isinstance(layer, VeraLinear) or layer.slots[adapter_name].parts:
+            raise ValueError(
+                f"PEFT's VeRA cannot hold the adapter on {name} ({layer.kind}"
+                f"{' in parts' if layer.slots[adapter_name].parts else ''}): it adapts whole linear layers only. Use"
+                " export_lora, or merge the adapter"
+            )
     shared = _shared_projections(source, layers, adapter_name)
     tensors: dict[str, Tensor] = {}
     for name, layer in layers.items():
@@ -284,7 +292,9 @@ def common_values(host: AdaptedModel, adapter_name: str) -> dict[str, Any]:
     """Return the entries that PEFT's configurations of VeRA and of LoRA have in common."""
     config = host.peft_config[adapter_name]
     layers = host.vera_layers()
-    names = [name for name, layer in layers.items() if adapter_name in layer.slots]
+    names = [
+        name for name, layer in layers.items() if adapter_name in layer.slots and not isinstance(layer, VeraParameter)
+    ]
     return {
         "auto_mapping": None,
         "base_model_name_or_path": config.base_model_name_or_path,
@@ -309,6 +319,8 @@ def _adds_heads(host: AdaptedModel, config: VeraConfig) -> bool:
 
 def _peft_targets(host: AdaptedModel, config: VeraConfig, names: list[str]) -> list[str] | str:
     """Return target_modules that name exactly these layers under PEFT's rules, the user's own where they do."""
+    if not names:
+        return []
     everything = [name for name in base_modules(host.base_model) if name]
     if (
         isinstance(config.target_modules, list)

@@ -7,17 +7,18 @@ Only what is ready is put on a model.
 import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from veratune.adapters import AdaptedModel, AdapterPlan, modules_with_biases
+from veratune.adapters import AdaptedModel, AdapterPlan, modules_with_biases, notify
 from veratune.checkpoint.files import CheckpointError
 from veratune.config import VeraConfig
-from veratune.layers import SavedModule, VeraLayer, features, why_not_adaptable
 from veratune.layers.biases import bias_owners
+from veratune.layers.kinds import geometry, parameter_layout, why_not_adaptable, why_not_parameter
 from veratune.sources import Source
-from veratune.targets import Target, TargetError, base_modules, check_conflicts
+from veratune.targets import Target, TargetError, base_modules, check_conflicts, find_targets, parts_of, unwrapped
 
 
 @dataclass
@@ -46,7 +47,7 @@ def targets_of(model: nn.Module, loaded: LoadedAdapter) -> list[Target]:
         CheckpointError: a layer that the model does not have, or that has other dimensions or cannot be adapted.
     """
     modules = base_modules(model)
-    missing = [name for name in loaded.vectors if name not in modules]
+    missing = [name for name in loaded.vectors if _module_and_parameter(name, modules) is None]
     if missing:
         raise CheckpointError(
             f"{loaded.origin} adapts {len(missing)} layers that this {type(model).__name__} does not have: "
@@ -55,28 +56,50 @@ def targets_of(model: nn.Module, loaded: LoadedAdapter) -> list[Target]:
         )
     targets: list[Target] = []
     for name, (b, d) in loaded.vectors.items():
-        module = modules[name]
-        base = module.base_layer if isinstance(module, VeraLayer) else module
-        reason = why_not_adaptable(base)
+        found = _module_and_parameter(name, modules)
+        assert found is not None
+        module, parameter = found
+        base = unwrapped(module)
+        reason = why_not_adaptable(base) if parameter is None else why_not_parameter(base, parameter)
         if reason is not None:
             raise CheckpointError(f"{loaded.origin} adapts {name}, which cannot be adapted here, because {reason}")
-        twin = next((target.name for target in targets if target.module is module), None)
+        twin = next((t.name for t in targets if t.module is module and t.parameter == parameter), None)
         if twin is not None:
             raise CheckpointError(f"{loaded.origin} adapts {twin} and {name}, which are one and the same module here")
-        if base.weight.is_meta and not hasattr(base, "_hf_hook"):
+        weight = base._parameters.get(parameter or "weight")
+        if weight is not None and weight.is_meta and not hasattr(base, "_hf_hook"):
             raise CheckpointError(f"{name} is on the meta device: give the model its weights before loading an adapter")
-        in_features, out_features = features(base)
-        if b.shape != (out_features,):
+        size = geometry(base) if parameter is None else parameter_layout(base, parameter)[0]
+        parts: tuple[int, ...] = ()
+        if parameter is None and d.ndim == 2:
+            try:
+                parts = parts_of(name, size, loaded.config)
+            except TargetError as error:
+                raise CheckpointError(f"{loaded.origin}: {error}") from None
+        if b.shape != size.b_shape:
             raise CheckpointError(
-                f"{loaded.origin}: b of {name} has the shape {tuple(b.shape)}, but that layer has {out_features}"
-                " outputs here: the adapter is for a model of other dimensions"
+                f"{loaded.origin}: b of {name} has the shape {tuple(b.shape)}, but that layer has {size.out_features}"
+                f" outputs here, which takes {size.b_shape}: the adapter is for a model of other dimensions"
             )
-        if d.ndim != 1 or d.shape[0] < 1:
-            raise CheckpointError(f"{loaded.origin}: d of {name} has the shape {tuple(d.shape)}, not (r,)")
+        rank = d.shape[-1] if d.ndim else 0
+        if rank < 1 or d.shape != size.d_shape(rank, parts):
+            *leading, _ = size.d_shape(rank, parts)
+            expected = f"({leading[0]}, r)" if leading else "(r,)"
+            raise CheckpointError(f"{loaded.origin}: d of {name} has the shape {tuple(d.shape)}, not {expected}")
         if not (b.is_floating_point() and d.is_floating_point()):
             raise CheckpointError(f"{loaded.origin}: the vectors of {name} are {b.dtype} and {d.dtype}, not floating")
-        targets.append(Target(name, module, d.shape[0], in_features, out_features))
+        targets.append(Target(name, module, parameter, rank, size, parts))
     return targets
+
+
+def _module_and_parameter(name: str, modules: dict[str, nn.Module]) -> tuple[nn.Module, str | None] | None:
+    """Return the module of this name, or the module that has a parameter of this name, and that parameter's own."""
+    if name in modules:
+        return modules[name], None
+    owner, _, own = name.rpartition(".")
+    if owner in modules and own in unwrapped(modules[owner])._parameters:
+        return modules[owner], own
+    return None
 
 
 def make_ready(model: nn.Module, loaded: LoadedAdapter, targets: list[Target], source: Source) -> "ReadyAdapter":
@@ -135,6 +158,27 @@ class ReadyAdapter:
                 state.biases[bias_name].copy_(bias)
 
 
+def told_apart(model: nn.Module, ready: ReadyAdapter) -> ReadyAdapter:
+    """Return the adapter, after telling the user what speaks for its being another model's, though it fits this one."""
+    config, origin = ready.plan.config, ready.loaded.origin
+    here = getattr(getattr(model, "config", None), "_name_or_path", None)
+    there = config.base_model_name_or_path
+    # The same model may lie in another folder, so only the last part of a name counts.
+    if here and there and Path(str(here)).name != Path(there).name:
+        notify(f"{origin} was trained on {there!r}, and this model is {str(here)!r}")
+    try:
+        named = [target.name for target in find_targets(model, config, lambda _: None)]
+    except TargetError:
+        return ready
+    left_out = [name for name in named if name not in ready.loaded.vectors]
+    if left_out:
+        notify(
+            f"{origin} adapts {len(ready.loaded.vectors)} of the {len(named)} layers that its target_modules names in"
+            f" this model, and not {_some(left_out)}: is it the model that the adapter was trained on?"
+        )
+    return ready
+
+
 def _check_saved(origin: str, modules: dict[str, nn.Module], name: str, state: dict[str, Tensor]) -> None:
     module = modules.get(name)
     if module is None:
@@ -142,7 +186,7 @@ def _check_saved(origin: str, modules: dict[str, nn.Module], name: str, state: d
             f"{origin} holds the module {name!r} in full, but this model has none of that name"
             + _closest(name, modules)
         )
-    original = module.original_module if isinstance(module, SavedModule) else module
+    original = unwrapped(module)
     expected = original.state_dict()
     check_keys(f"{origin}: saved module {name!r}", expected, state)
     for key, tensor in state.items():

@@ -1,10 +1,21 @@
-"""A stand-in for an adapted layer's weight that is computed only when something is computed with it."""
+"""A stand-in for an adapted weight that computes as little of it as an operation needs.
+
+Some modules do not call a linear layer but read a weight and compute with it: Mamba's projections, experts in one 3-D
+tensor, `torch.nn.MultiheadAttention`. What they read is a tensor that looks like the weight. Products with it are made
+through the rank or with the added-up weight, whichever is cheaper; choosing some matrices of a stack adds up nothing;
+any other operation gets the added-up weight. So every operation is right, and the usual ones are cheap.
+"""
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+
+if TYPE_CHECKING:
+    from veratune.layers.base import VeraLayer
 
 # Questions about a tensor that its values do not answer, and the adapters do not change.
 _ABOUT = {
@@ -19,17 +30,44 @@ _ABOUT = {
 }
 
 
+@dataclass(frozen=True)
+class View:
+    """Which part of a layer's weight a stand-in shows, and how.
+
+    Attributes:
+        layer: the layer.
+        base: the shown part of W0 in the layer's own layout.
+        index: which matrices of the stack were chosen: None for all, or what the stack was indexed with.
+        flipped: whether the last two dimensions are shown the other way round than in `base`.
+    """
+
+    layer: "VeraLayer"
+    base: Tensor
+    index: Any = None
+    flipped: bool = False
+
+    @property
+    def outputs_first(self) -> bool:
+        """Whether what is shown is (..., out, in), rather than (..., in, out)."""
+        return (self.layer.out_axis == 0) != self.flipped
+
+    def shown(self) -> Tensor:
+        return self.base.mT if self.flipped else self.base
+
+    def added_up(self) -> Tensor:
+        added = self.layer.adapted_part(self.base, self.index)
+        return added.mT if self.flipped else added
+
+    def stand_in(self) -> "AdaptedWeight":
+        tensor = self.shown().detach().as_subclass(AdaptedWeight)
+        tensor._view = self
+        return tensor
+
+
 class AdaptedWeight(Tensor):
-    """A weight with adapters' deltas, not yet added up."""
+    """A weight, or some matrices of a stack of weights, with adapters' deltas not yet added up."""
 
-    _compute: Callable[[], Tensor]
-
-    @staticmethod
-    def of(base: Tensor, compute: Callable[[], Tensor]) -> "AdaptedWeight":
-        """Return a stand-in that answers for `base` what is asked about it, and with `compute()` all else."""
-        stand_in = base.detach().as_subclass(AdaptedWeight)
-        stand_in._compute = compute
-        return stand_in
+    _view: View
 
     @classmethod
     def __torch_function__(
@@ -39,16 +77,120 @@ class AdaptedWeight(Tensor):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
+        kwargs = dict(kwargs or {})
         if func in _ABOUT:
             with torch._C.DisableTorchFunctionSubclass():
-                return func(*args, **(kwargs or {}))
-        computed = {name: _added_up(value) for name, value in (kwargs or {}).items()}
+                return func(*args, **kwargs)
+        cheap = _CHEAP.get(func)
+        if cheap is not None:
+            result = cheap(func, *args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        computed = {name: _added_up(value) for name, value in kwargs.items()}
         return func(*(_added_up(value) for value in args), **computed)
 
 
 def _added_up(value: Any) -> Any:
     if isinstance(value, AdaptedWeight):
-        return value._compute()
+        return value._view.added_up()
     if isinstance(value, list | tuple) and any(isinstance(part, AdaptedWeight) for part in value):
         return type(value)(_added_up(part) for part in value)
     return value
+
+
+# What has a cheap way. Each returns NotImplemented for arguments that it has none for.
+
+
+def _choose(func: Any, weight: Any, index: Any) -> Any:
+    """Return some matrices of a stack: weight[index], with an integer or a vector of integers."""
+    if not isinstance(weight, AdaptedWeight) or isinstance(index, AdaptedWeight):
+        return NotImplemented
+    view = weight._view
+    whole = isinstance(index, int) and not isinstance(index, bool)
+    chosen = isinstance(index, Tensor) and index.ndim <= 1 and index.dtype in (torch.int64, torch.int32)
+    if view.index is not None or view.layer.geometry.count is None or weight.ndim != 3 or not (whole or chosen):
+        return NotImplemented
+    return replace(view, base=view.base[index], index=index).stand_in()
+
+
+def _transpose(func: Any, weight: Any, first: Any = -2, second: Any = -1) -> Any:
+    """Return the weight with its last two dimensions the other way round."""
+    if not isinstance(weight, AdaptedWeight) or not isinstance(first, int) or not isinstance(second, int):
+        return NotImplemented
+    if {first % weight.ndim, second % weight.ndim} != {weight.ndim - 2, weight.ndim - 1}:
+        return NotImplemented
+    return replace(weight._view, flipped=not weight._view.flipped).stand_in()
+
+
+def _transpose_matrix(func: Any, weight: Any) -> Any:
+    return _transpose(func, weight) if weight.ndim == 2 else NotImplemented
+
+
+def _linear(func: Any, input: Any, weight: Any, bias: Any = None) -> Any:
+    if not isinstance(weight, AdaptedWeight) or isinstance(input, AdaptedWeight) or isinstance(bias, AdaptedWeight):
+        return NotImplemented
+    if weight.ndim != 2 or not weight._view.outputs_first:
+        return NotImplemented
+    product = _product(input, weight._view)
+    return product if product is NotImplemented or bias is None else product + bias.to(product.dtype)
+
+
+def _matmul(func: Any, left: Any, right: Any) -> Any:
+    if isinstance(left, AdaptedWeight) == isinstance(right, AdaptedWeight):
+        return NotImplemented
+    if isinstance(right, AdaptedWeight):
+        usable = not right._view.outputs_first and isinstance(left, Tensor) and left.ndim >= max(2, right.ndim)
+        return _product(left, right._view) if usable else NotImplemented
+    usable = left._view.outputs_first and isinstance(right, Tensor) and right.ndim >= max(2, left.ndim)
+    product = _product(right.mT, left._view) if usable else NotImplemented
+    return product if product is NotImplemented else product.mT
+
+
+def _right_matmul(func: Any, right: Any, left: Any) -> Any:
+    return _matmul(func, left, right)
+
+
+def _grouped_mm(func: Any, left: Any, right: Any, *, offs: Any = None, bias: Any = None, **settings: Any) -> Any:
+    """Return the products of consecutive rows with one matrix of a stack for each group of rows."""
+    if not isinstance(right, AdaptedWeight) or isinstance(left, AdaptedWeight) or offs is None or bias is not None:
+        return NotImplemented
+    view = right._view
+    if left.ndim != 2 or right.ndim != 3 or view.index is not None or view.outputs_first:
+        return NotImplemented
+    start = func(left, view.shown(), offs=offs, **settings)
+    rows = torch.arange(len(left), device=left.device)
+    groups = torch.searchsorted(offs.long(), rows, right=True).clamp_(max=len(offs) - 1)
+    # Rows behind the last group have no result; whatever is there must stay as it is.
+    beyond = rows >= offs[-1]
+    added = view.layer.add_rows(torch.zeros_like(start), left, groups)
+    return start + added.masked_fill(beyond[:, None], 0.0)
+
+
+def _product(x: Tensor, view: View) -> Any:
+    """Return x W^T, (..., out), with W the adapted weight, or a stack of them."""
+    if type(x) is not Tensor or x.shape[-1] != view.layer.in_features:
+        return NotImplemented
+    return view.layer.product(x, view.base, view.index)
+
+
+_CHEAP: dict[Any, Callable[..., Any]] = {
+    Tensor.__getitem__: _choose,
+    Tensor.transpose: _transpose,
+    torch.transpose: _transpose,
+    Tensor.t: _transpose_matrix,
+    torch.t: _transpose_matrix,
+    vars(torch._C.TensorBase)["T"].__get__: _transpose_matrix,
+    vars(torch._C.TensorBase)["mT"].__get__: _transpose,
+    F.linear: _linear,
+    torch.matmul: _matmul,
+    Tensor.matmul: _matmul,
+    Tensor.__matmul__: _matmul,
+    Tensor.__rmatmul__: _right_matmul,
+    torch.mm: _matmul,
+    Tensor.mm: _matmul,
+    torch.bmm: _matmul,
+    Tensor.bmm: _matmul,
+}
+for _name, _module in (("grouped_mm", F), ("_grouped_mm", torch)):
+    if hasattr(_module, _name):
+        _CHEAP[getattr(_module, _name)] = _grouped_mm

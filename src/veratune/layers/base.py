@@ -1,14 +1,18 @@
 """What every adapted layer has: its vectors, its corners of the projections, and merging."""
 
-from collections.abc import Sequence
+import itertools
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from veratune.functional import delta_weight, without_autocast
-from veratune.layers.adapted_weight import AdaptedWeight
+from veratune.functional import add_delta, delta_weight, select_and_add, without_autocast
+from veratune.layers.adapted_weight import View
+from veratune.layers.geometry import Geometry, slices
+from veratune.layers.products import add, compute_dtype, multiply
 from veratune.layers.shared import SharedDown
 from veratune.projection import Corner, projection_pool
 from veratune.routing import LayerShape, MemoryName, RouteName
@@ -71,23 +75,25 @@ class ComputeSettings:
 
 @dataclass(frozen=True)
 class Slot:
-    """What one adapter has on one layer beside its two vectors.
+    """What one adapter has on one layer beside its vectors.
 
     Attributes:
         name: the layer's name, which tells it apart within its group.
         group: what it has in common with the layers beside it.
-        b: B's corner.
+        b: B's corner; where the weight stands for several parts side by side, one for each.
         gain: factor that belongs into B.
         settings: how it is computed.
-        shape: the layer's dimensions and the rank, without tokens.
+        shapes: the dimensions and the rank, without tokens, of the matrix, or of each part.
+        parts: the outputs of each part; empty where the weight stands for one layer.
     """
 
     name: str
     group: InputGroup
-    b: Corner
+    b: tuple[Corner, ...]
     gain: float
     settings: ComputeSettings
-    shape: LayerShape
+    shapes: tuple[LayerShape, ...]
+    parts: tuple[int, ...]
 
     @property
     def a(self) -> Corner:
@@ -97,14 +103,29 @@ class Slot:
     def rank(self) -> int:
         return self.a.rank
 
+    @property
+    def corners(self) -> tuple[Corner, ...]:
+        return (self.a, *self.b)
+
+
+class Piece(NamedTuple):
+    """One adapter's share in consecutive outputs of a layer that has vectors and projections for them alone."""
+
+    outputs: slice
+    b_projection: Tensor
+    b: Tensor
+    d: Tensor
+    shape: LayerShape
+
 
 class VeraLayer(nn.Module):
-    """A linear layer and the VeRA adapters on it: h = W0 x + sum over active adapters of diag(b) B diag(d) A x.
+    """A weight and the VeRA adapters on it: h = W0 x + sum over active adapters of diag(b) B diag(d) A x.
 
     Attributes:
-        base_layer: the layer as it was.
-        vera_lambda_b: adapter name to b, (out,).
-        vera_lambda_d: adapter name to d, (r,).
+        base_layer: the module that holds the weight, as it was.
+        geometry: how the weight is seen as matrices.
+        vera_lambda_b: adapter name to b, (out,); for a stack (count, out).
+        vera_lambda_d: adapter name to d, (r,); for a stack (count, r), for parts (parts, r).
         vera_dropout: adapter name to the dropout on that adapter's input, where it has any.
         slots: adapter name to its projections and settings; plain attributes, in no state dict.
         active_adapters: the active adapters that this layer has, in order.
@@ -112,14 +133,18 @@ class VeraLayer(nn.Module):
         added_adapters: the adapters whose deltas `forward` adds: the active ones that are not merged.
     """
 
-    # The weight's axis of output features: 0 for (out, in), 1 for (in, out).
-    out_axis: ClassVar[int] = 0
+    kind: ClassVar[str] = "linear"
+    # The weight's axis of output features, as `matrix` sees it: 0 for (..., out, in), 1 for (..., in, out).
+    out_axis: Literal[0, 1] = 0
+    weight_name: str = "weight"
+    supports_dropout: ClassVar[bool] = True
 
-    def __init__(self, base_layer: nn.Module, in_features: int, out_features: int) -> None:
+    def __init__(self, base_layer: nn.Module, geometry: Geometry) -> None:
         super().__init__()
-        self.base_layer = base_layer
-        self.in_features = in_features
-        self.out_features = out_features
+        self._hold(base_layer)
+        self.geometry = geometry
+        self.in_features = geometry.in_features
+        self.out_features = geometry.out_features
         self.vera_lambda_b = nn.ParameterDict()
         self.vera_lambda_d = nn.ParameterDict()
         self.vera_dropout = nn.ModuleDict()
@@ -131,12 +156,27 @@ class VeraLayer(nn.Module):
         self._unmerged: dict[str, nn.Parameter] = {}
         self.training = base_layer.training
 
+    def _hold(self, base_layer: nn.Module) -> None:
+        self.base_layer = base_layer
+
     @property
     def base_weight(self) -> Tensor:
         """The base layer's weight as it is, W0 or, while merged, what stands in for it."""
-        weight = self.base_layer.weight
-        assert isinstance(weight, Tensor)
+        weight = getattr(self.base_layer, self.weight_name, None)
+        if not isinstance(weight, Tensor):  # kept in another form, of which this is a part
+            weight = next(itertools.chain(self.base_layer.parameters(), self.base_layer.buffers()))
         return weight
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        """Return a tensor of the weight's shape as matrices: a view (..., out, in), or (..., in, out) by `out_axis`."""
+        return weight
+
+    def like_weight(self, matrix: Tensor) -> Tensor:
+        """Undo `matrix`."""
+        return matrix
+
+    def _outputs_first(self, matrix: Tensor) -> Tensor:
+        return matrix if self.out_axis == 0 else matrix.mT
 
     @property
     def weight(self) -> Tensor:
@@ -148,24 +188,93 @@ class VeraLayer(nn.Module):
         base = self.base_weight
         if not self.added_adapters:
             return base
-        return self.adapted_weight() if torch.compiler.is_compiling() else AdaptedWeight.of(base, self.adapted_weight)
+        matrix = self.matrix(base)
+        if torch.compiler.is_compiling() or matrix.shape != base.shape or not plain_tensor(base):
+            return self.adapted_weight()
+        return View(self, base).stand_in()
 
     def adapted_weight(self) -> Tensor:
         """Return W0 with the deltas of the adapters that `forward` adds, in W0's layout and dtype, differentiably."""
-        weight = self.base_weight
+        return self.like_weight(self.adapted_part(self.matrix(self.full_weight()), None))
+
+    def adapted_part(self, base: Tensor, index: Any) -> Tensor:
+        """Return W0 with deltas, of all matrices (`index` None) or those that `base` was chosen from the stack with."""
+        weight = self._outputs_first(base)
         for name in self.added_adapters:
-            slot = self.slots[name]
+            dtype = torch.promote_types(self.vectors(name)[0].dtype, torch.float32)
+            a_projection = self.slots[name].a.tensor(weight.device, dtype)
+            pieces = self.pieces(name, weight.device, dtype)
+            if len(pieces) == 1:
+                weight = self._with_delta(weight, a_projection, pieces[0], name, index)
+            else:
+                rows = [self._with_delta(weight[p.outputs], a_projection, p, name, None) for p in pieces]
+                weight = torch.cat(rows)
+        return self._outputs_first(weight)
+
+    def product(self, x: Tensor, base: Tensor, index: Any) -> Any:
+        """Return x W^T, (..., out), with W the adapted weight; NotImplemented where torch refuses the dtypes.
+
+        Args:
+            x: (..., in).
+            base: a part of W0, in the layer's own layout.
+            index: which matrices of the stack `base` is; None for all, or where there is no stack.
+        """
+        dtype = compute_dtype(x, base.dtype)
+        if dtype is None:
+            return NotImplemented
+        x = x.to(dtype)
+        if base.ndim == 2:
+            flat = x.reshape(math.prod(x.shape[:-1]), self.in_features)
+            first, *others = self.added_adapters
+            if self.slots[first].parts:
+                return NotImplemented
+            output = multiply(self, first, flat, base.to(dtype), None, index=index)
+            for name in others:
+                output = add(self, name, output, flat, index=index)
+            return output.view(*x.shape[:-1], self.out_features)
+        output = torch.matmul(x, self._outputs_first(base).to(dtype).mT)
+        for name in self.added_adapters:
+            b, d = (vector if index is None else vector[index] for vector in self.vectors(name))
+            output = self._add_selected(name, output, x, b.unsqueeze(-2), d.unsqueeze(-2))
+        return output
+
+    def add_rows(self, start: Tensor, x: Tensor, groups: Tensor) -> Tensor:
+        """Return start + x delta W^T, where each row of x belongs to one matrix of the stack.
+
+        Args:
+            start: (T, out).
+            x: (T, in).
+            groups: int64 (T,), the matrices.
+        """
+        for name in self.added_adapters:
             b, d = self.vectors(name)
-            dtype = torch.promote_types(b.dtype, torch.float32)
-            a_projection = slot.a.tensor(weight.device, dtype)
-            b_projection = slot.b.tensor(weight.device, dtype)
-            delta = (b_projection * b).t() @ (d[:, None] * slot.gain * a_projection)
-            weight = (weight + (delta if self.out_axis == 0 else delta.t())).to(weight.dtype)
-        return weight
+            start = self._add_selected(name, start, x, b[groups], d[groups])
+        return start
+
+    def _add_selected(self, name: str, start: Tensor, x: Tensor, b: Tensor, d: Tensor) -> Tensor:
+        slot = self.slots[name]
+        a_projection = slot.a.tensor(x.device, x.dtype)
+        b_projection = slot.b[0].tensor(x.device, x.dtype)
+        return select_and_add(start, x, a_projection, b_projection, b, d, slot.gain)
+
+    def _with_delta(self, weight: Tensor, a_projection: Tensor, piece: Piece, name: str, index: Any) -> Tensor:
+        b, d = (piece.b, piece.d) if index is None else (piece.b[index], piece.d[index])
+        return add_delta(weight, a_projection, piece.b_projection, b, d, self.slots[name].gain)
+
+    def pieces(self, name: str, device: torch.device, dtype: torch.dtype) -> list[Piece]:
+        """Return an adapter's pieces: one, or one for each part."""
+        slot = self.slots[name]
+        b, d = self.vectors(name)
+        if not slot.parts:
+            return [Piece(slice(None), slot.b[0].tensor(device, dtype), b, d, slot.shapes[0])]
+        return [
+            Piece(outputs, corner.tensor(device, dtype), b[outputs], d[part], shape)
+            for part, (outputs, corner, shape) in enumerate(zip(slices(slot.parts), slot.b, slot.shapes, strict=True))
+        ]
 
     @property
     def bias(self) -> Tensor | None:
-        bias = self.base_layer.bias
+        bias = getattr(self.base_layer, "bias", None)
         assert bias is None or isinstance(bias, Tensor)
         return bias
 
@@ -184,11 +293,12 @@ class VeraLayer(nn.Module):
         init: VectorInit,
         settings: ComputeSettings,
         group: InputGroup,
+        parts: tuple[int, ...] = (),
     ) -> None:
         """Give this layer the vectors of another adapter; it is not active yet."""
-        device = _vector_device(self.base_layer, self.base_weight)
-        b = torch.zeros(self.out_features, dtype=init.dtype, device=device)
-        d = torch.full((init.rank,), init.d_initial, dtype=init.dtype, device=device)
+        device, rank = _vector_device(self.base_layer, self.base_weight), init.rank
+        b = torch.zeros(self.geometry.b_shape, dtype=init.dtype, device=device)
+        d = torch.full(self.geometry.d_shape(rank, parts), init.d_initial, dtype=init.dtype, device=device)
         if not init.standard:
             b.fill_(1.0)
             d.normal_()
@@ -196,13 +306,15 @@ class VeraLayer(nn.Module):
         self.vera_lambda_d[name] = nn.Parameter(d, requires_grad=False)
         if settings.dropout > 0.0:
             self.vera_dropout[name] = nn.Dropout(settings.dropout).train(self.training)
+        widths = parts or (self.out_features,)
         self.slots[name] = Slot(
             name=layer_name,
             group=group,
-            b=projection_pool.corner(source, "B", init.rank, self.out_features),
-            gain=source.gain(init.rank),
+            b=tuple(projection_pool.corner(source, "B", rank, width) for width in widths),
+            gain=source.gain(rank),
             settings=settings,
-            shape=LayerShape(self.in_features, self.out_features, init.rank, 0, group.size),
+            shapes=tuple(LayerShape(self.in_features, width, rank, 0, group.size) for width in widths),
+            parts=parts,
         )
 
     def delete_adapter(self, name: str) -> None:
@@ -234,15 +346,30 @@ class VeraLayer(nn.Module):
 
         The dtype is float32 at least, so that merging into a half-precision weight rounds once.
         """
-        slot = self.slots[name]
-        b, d = self.vectors(name)
-        dtype = torch.promote_types(torch.promote_types(b.dtype, self.base_weight.dtype), torch.float32)
-        device = self.base_weight.device
-        with torch.no_grad(), without_autocast(device):
-            delta = delta_weight(
-                slot.a.tensor(device, dtype), slot.b.tensor(device, dtype), b.to(dtype), d.to(dtype), slot.gain
-            )
-        return delta if self.out_axis == 0 else delta.t()
+        dtype = torch.promote_types(self.vectors(name)[0].dtype, torch.float32)
+        if self.base_weight.is_floating_point() and self.base_weight.dtype.itemsize > 1:
+            dtype = torch.promote_types(dtype, self.base_weight.dtype)
+        with torch.no_grad(), without_autocast(self.base_weight.device):
+            return self.like_weight(self._outputs_first(self._delta_matrices(name, dtype)))
+
+    def _delta_matrices(self, name: str, dtype: torch.dtype) -> Tensor:
+        """Return an adapter's delta as (..., out, in)."""
+        slot, device = self.slots[name], self.base_weight.device
+        a_projection = slot.a.tensor(device, dtype)
+        deltas = []
+        for piece in self.pieces(name, device, dtype):
+            b, d = piece.b.to(dtype), piece.d.to(dtype)
+            if self.geometry.count is None:
+                deltas.append(delta_weight(a_projection, piece.b_projection, b, d, slot.gain))
+            else:  # one by one, which takes less memory
+                deltas += [
+                    delta_weight(a_projection, piece.b_projection, *pair, slot.gain) for pair in zip(b, d, strict=True)
+                ]
+        return torch.cat(deltas) if self.geometry.count is None else torch.stack(deltas)
+
+    def full_weight(self) -> Tensor:
+        """Return W0 as a floating-point tensor of the shape that the layer computes with."""
+        return self.base_weight
 
     def merged_weight(self, names: Sequence[str]) -> Tensor:
         """Return the weight with these adapters' deltas added, computed at least in float32 and rounded once."""
@@ -250,11 +377,12 @@ class VeraLayer(nn.Module):
             total = self.get_delta_weight(names[0])
             for name in names[1:]:
                 total = total + self.get_delta_weight(name)
-            return (total + self.base_weight.detach()).to(self.base_weight.dtype).contiguous()
+            base = self.full_weight().detach()
+            return (total + base).to(base.dtype).contiguous()
 
     def why_not_mergeable(self) -> str | None:
         """Return None if `merge` can work, otherwise the reason."""
-        weight = self.base_layer._parameters.get("weight")
+        weight = self.base_layer._parameters.get(self.weight_name)
         if weight is None:
             return "its weight is computed from other parameters"
         if weight.is_meta:
@@ -263,19 +391,26 @@ class VeraLayer(nn.Module):
             return f"its weight is of the type {weight.dtype}"
         return None
 
+    def loss_of_merging(self) -> str | None:
+        """Return what merging loses beside rounding to the weight's dtype, to stand behind "merging"; usually None."""
+        return None
+
     def merge(self, names: Sequence[str]) -> None:
         """Let a new parameter with these adapters' deltas stand in for the weight.
 
         The weight itself is kept aside untouched: whatever it is tied to stays as it is, and `unmerge` puts the same
         bits back.
         """
-        base = self.base_layer
-        original = base.weight
+        original = self.base_weight
         assert isinstance(original, nn.Parameter)
-        base.weight = nn.Parameter(self.merged_weight(names), requires_grad=original.requires_grad)
+        merged = self._as_parameter(self.merged_weight(names), original)
+        setattr(self.base_layer, self.weight_name, merged)
         self._unmerged["weight"] = original
         self.merged_adapters = list(names)
         self._choose_added()
+
+    def _as_parameter(self, merged: Tensor, original: nn.Parameter) -> nn.Parameter:
+        return nn.Parameter(merged, requires_grad=original.requires_grad)
 
     def unmerge(self) -> None:
         """Put the weight from before `merge` back, on the device and in the dtype the layer has now."""
@@ -284,7 +419,7 @@ class VeraLayer(nn.Module):
         original, merged = self._unmerged["weight"], self.base_weight
         if original.device != merged.device or original.dtype != merged.dtype:
             original.data = original.data.to(merged.device, merged.dtype)
-        self.base_layer.weight = original
+        setattr(self.base_layer, self.weight_name, original)
         del self._unmerged["weight"]
         self.merged_adapters = []
         self._choose_added()
@@ -292,8 +427,8 @@ class VeraLayer(nn.Module):
     def release_projections(self) -> None:
         """Free this layer's hold on drawn projections; the next use draws them again."""
         for slot in self.slots.values():
-            slot.a.release()
-            slot.b.release()
+            for corner in slot.corners:
+                corner.release()
 
     def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]
         dtype = self.base_weight.dtype
@@ -302,10 +437,32 @@ class VeraLayer(nn.Module):
         if self.base_weight.dtype != dtype:
             self.release_projections()
         for slot in self.slots.values():
-            slot.a.keep_only(device)
-            slot.b.keep_only(device)
+            for corner in slot.corners:
+                corner.keep_only(device)
         return result
 
     def extra_repr(self) -> str:
         adapters = ", ".join(f"{name}: r={slot.rank}" for name, slot in self.slots.items())
         return f"in_features={self.in_features}, out_features={self.out_features}, adapters={{{adapters}}}"
+
+
+def plain_tensor(weight: Tensor) -> bool:
+    """Return whether a weight is an ordinary tensor, rather than one of a class that computes in its own way."""
+    return type(weight) in (Tensor, nn.Parameter)
+
+
+def call_with(
+    module: nn.Module, weights: Mapping[str, Tensor | None], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """Call a module with other tensors in the places of some of its parameters.
+
+    Nothing is written to the module, so that several threads may do this at once: a stand-in, which shares all else
+    with the module, is called. A forward that was bound to the module itself would not see that, and a compiler would
+    not follow it; there the parameters are exchanged for the time of the call.
+    """
+    if torch.compiler.is_compiling() or "forward" in module.__dict__:
+        return torch.func.functional_call(module, dict(weights), args, kwargs)  # type: ignore[arg-type]
+    stand_in = object.__new__(type(module))
+    stand_in.__dict__.update(module.__dict__)
+    stand_in.__dict__["_parameters"] = {**module._parameters, **weights}
+    return stand_in(*args, **kwargs)

@@ -1,29 +1,42 @@
 """VeRA on `torch.nn.Linear` and on `transformers`' `Conv1D`, which stores its weight as (in, out)."""
 
 import math
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from veratune.functional import project_down, vera_add, vera_linear
-from veratune.layers.base import Slot, VeraLayer
-from veratune.profiles import device_profile
-from veratune.routing import Plan, look_up, plan_table, representative_tokens
+from veratune.functional import project_down
+from veratune.layers.base import VeraLayer, call_with, plain_tensor
+from veratune.layers.geometry import Geometry
+from veratune.layers.products import add, compute_dtype, multiply, plan_for
+from veratune.layers.quantised import (
+    codes_of,
+    dequantised,
+    hand_back,
+    is_quantised,
+    loss_of_merging,
+    requantised,
+    why_not_readable,
+)
 
 
 class VeraLinear(VeraLayer):
     """A linear layer with VeRA adapters.
 
-    The base layer is computed together with the adapter where nothing but its weight and bias matters; a base layer
-    with hooks, or of a class with a forward of its own, is called as it is and the adapter's part is added.
+    The base layer is computed together with the adapter where nothing but its weight and bias matters. A base layer of
+    a class with a forward of its own is called, and reads the adapted weight. One with hooks, with a quantised weight
+    or beside dropout is called as it is, and the adapter's part is added.
     """
 
     plain_forwards: ClassVar[tuple[str, ...]] = ("torch.nn.modules.linear.Linear.forward",)
 
-    def __init__(self, base_layer: nn.Module, in_features: int, out_features: int) -> None:
-        super().__init__(base_layer, in_features, out_features)
+    def __init__(self, base_layer: nn.Module, geometry: Geometry) -> None:
+        super().__init__(base_layer, geometry)
         forward = type(base_layer).forward
+        # What a quantised layer computes with while its weight waits for `unmerge`.
+        self._codes: Any = None
         self._plain_class = f"{forward.__module__}.{forward.__qualname__}" in self.plain_forwards
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -33,9 +46,13 @@ class VeraLinear(VeraLayer):
             output: Tensor = self.base_layer(x, *args, **kwargs)
             return output
         first = active[0]
+        if self._reads_weight(active, x):
+            read: Tensor = call_with(self.base_layer, {"weight": self.weight}, (x, *args), kwargs)
+            return read
         dtype = None
-        if not args and not kwargs and x.shape[-1:] == (self.in_features,) and self.weight_at_hand(first):
-            dtype = _compute_dtype(x, self.base_weight.dtype)
+        whole = not args and not kwargs and x.shape[-1:] == (self.in_features,) and not self.slots[first].parts
+        if whole and self.weight_at_hand(first):
+            dtype = compute_dtype(x, self.base_weight.dtype)
         if dtype is not None:
             output = self._fused(x, first, dtype)
             remaining = active[1:]
@@ -46,18 +63,62 @@ class VeraLinear(VeraLayer):
             output = self._add(output, x, name)
         return output
 
+    def _reads_weight(self, names: Sequence[str], x: Tensor) -> bool:
+        """Return whether the base layer is to be called with the adapted weight, rather than something added to it."""
+        weight = self.base_layer._parameters.get("weight")
+        if weight is None or is_quantised(self.base_layer) or weight.dtype.itemsize < 2:
+            return False
+        if "forward" in self.base_layer.__dict__ or any(self._drops(name) for name in names):
+            return False
+        return not self._plain_class or (len(names) == 1 and self._dense_parts(names[0], x))
+
+    def _dense_parts(self, name: str, x: Tensor) -> bool:
+        """Return whether an adapter has parts which are the cheapest in one added-up weight."""
+        sizes = self.slots[name].parts
+        if not sizes:
+            return False
+        plan = plan_for(self, name, sizes.index(max(sizes)), x, weight_at_hand=self._is_plain())
+        return plan.output == "dense"
+
     def _checked_base_output(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         output: Tensor = self.base_layer(x, *args, **kwargs)
-        if output.shape != (*x.shape[:-1], self.out_features):
+        if not isinstance(output, Tensor) or output.shape != (*x.shape[:-1], self.out_features):
+            result = tuple(output.shape) if isinstance(output, Tensor) else f"a {type(output).__name__}"
             raise RuntimeError(
-                f"{type(self.base_layer).__name__} turned an input of shape {tuple(x.shape)} into {tuple(output.shape)}"
-                f", which a linear layer of {self.in_features} inputs and {self.out_features} outputs does not do, so"
-                " VeRA cannot be added to it: name it in exclude_modules"
+                f"{type(self.base_layer).__name__} turned an input of shape {tuple(x.shape)} into {result}, which a"
+                f" linear layer of {self.in_features} inputs and {self.out_features} outputs does not do, so VeRA"
+                " cannot be added to it: name it in exclude_modules"
             )
         return output
 
     def weight_at_hand(self, name: str) -> bool:
         return not self._drops(name) and self._is_plain()
+
+    def full_weight(self) -> Tensor:
+        return dequantised(self.base_layer) if is_quantised(self.base_layer) else self.base_weight
+
+    def why_not_mergeable(self) -> str | None:
+        return why_not_readable(self.base_layer) if is_quantised(self.base_layer) else super().why_not_mergeable()
+
+    def loss_of_merging(self) -> str | None:
+        return loss_of_merging(self.base_layer) if is_quantised(self.base_layer) else None
+
+    def merge(self, names: Sequence[str]) -> None:
+        codes = codes_of(self.base_layer)
+        super().merge(names)
+        self._codes = codes
+
+    def unmerge(self) -> None:
+        merged = bool(self.merged_adapters)
+        super().unmerge()
+        if merged:
+            hand_back(self.base_layer, self._codes)
+            self._codes = None
+
+    def _as_parameter(self, merged: Tensor, original: nn.Parameter) -> nn.Parameter:
+        if is_quantised(self.base_layer):
+            return requantised(self.base_layer, merged)
+        return super()._as_parameter(merged, original)
 
     def _is_plain(self) -> bool:
         base = self.base_layer
@@ -68,89 +129,40 @@ class VeraLinear(VeraLayer):
             and not base._forward_pre_hooks
             and not base._backward_hooks
             and not base._backward_pre_hooks
+            and plain_tensor(self.base_weight)
         )
 
     def _drops(self, name: str) -> bool:
         return self.training and name in self.vera_dropout
 
-    def _training(self, name: str) -> bool:
-        return torch.is_grad_enabled() and any(vector.requires_grad for vector in self.vectors(name))
-
-    def _plan(self, name: str, x: Tensor, dtype: torch.dtype, *, weight_at_hand: bool) -> Plan:
-        table = _plan_table(self.slots[name], x.device, dtype, self._training(name), weight_at_hand)
-        tokens = math.prod(x.shape[:-1])
-        return look_up(table, representative_tokens(tokens) if torch.compiler.is_compiling() else tokens)
+    def _down(self, name: str, x: Tensor, flat: Tensor) -> Callable[[], Tensor]:
+        """Return what gives x A^T: this layer's own product, or that of a layer which has had the same input."""
+        slot = self.slots[name]
+        a_projection = slot.a.tensor(flat.device, flat.dtype)
+        return lambda: slot.group.down.get(slot.name, x, a_projection, lambda: project_down(flat, a_projection))
 
     def _fused(self, x: Tensor, name: str, dtype: torch.dtype) -> Tensor:
-        slot = self.slots[name]
         weight, bias = self.base_weight, self.bias
-        b, d = self.vectors(name)
-        plan = self._plan(name, x, dtype, weight_at_hand=True)
         flat = x.to(dtype).reshape(math.prod(x.shape[:-1]), self.in_features)
-        a_projection = slot.a.tensor(x.device, dtype)
-        down = None
-        if plan.needs_down:
-            down = slot.group.down.get(slot.name, x, a_projection, lambda: project_down(flat, a_projection))
-        output = vera_linear(
+        output = multiply(
+            self,
+            name,
             flat,
             weight.to(dtype),
             None if bias is None else bias.to(dtype),
-            a_projection,
-            slot.b.tensor(x.device, dtype),
-            b,
-            d,
-            slot.gain,
-            plan,
-            transposed=self.out_axis == 1,
-            down=down,
+            down=self._down(name, x, flat),
         )
         return output.view(*x.shape[:-1], self.out_features)
 
     def _add(self, output: Tensor, x: Tensor, name: str) -> Tensor:
-        slot = self.slots[name]
-        b, d = self.vectors(name)
-        dtype = output.dtype
-        plan = self._plan(name, x, dtype, weight_at_hand=False)
-        flat = x.to(dtype).reshape(math.prod(x.shape[:-1]), self.in_features)
-        a_projection = slot.a.tensor(x.device, dtype)
+        tokens = math.prod(x.shape[:-1])
+        flat = x.to(output.dtype).reshape(tokens, self.in_features)
         down = None
         if self._drops(name):
             flat = self.vera_dropout[name](flat)
         else:
-            down = slot.group.down.get(slot.name, x, a_projection, lambda: project_down(flat, a_projection))
-        added = vera_add(
-            output.reshape(math.prod(x.shape[:-1]), self.out_features),
-            flat,
-            a_projection,
-            slot.b.tensor(x.device, dtype),
-            b,
-            d,
-            slot.gain,
-            plan,
-            down=down,
-        )
-        return added.view(output.shape)
-
-
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _plan_table(
-    slot: Slot, device: torch.device, dtype: torch.dtype, training: bool, weight_at_hand: bool
-) -> tuple[tuple[int, Plan], ...]:
-    # A compiler need not trace the search for what depends on constants alone.
-    profile = device_profile(device, dtype)
-    return plan_table(slot.settings.route, slot.settings.memory, slot.shape, profile, training, weight_at_hand)
-
-
-def _compute_dtype(x: Tensor, weight_dtype: torch.dtype) -> torch.dtype | None:
-    """Return the dtype in which torch computes a linear layer here, or None where it refuses to."""
-    device = x.device.type
-    if (
-        device != "meta"
-        and torch.is_autocast_enabled(device)
-        and all(dtype.is_floating_point and dtype != torch.float64 for dtype in (x.dtype, weight_dtype))
-    ):
-        return torch.get_autocast_dtype(device)
-    return x.dtype if x.dtype == weight_dtype else None
+            down = self._down(name, x, flat)
+        return add(self, name, output.reshape(tokens, self.out_features), flat, down=down).view(output.shape)
 
 
 class VeraConv1D(VeraLinear):

@@ -1,0 +1,86 @@
+"""VeRA on `torch.nn.Embedding`: a linear layer whose input is one-hot."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from veratune.functional import delta_weight
+from veratune.layers.base import VeraLayer
+from veratune.sources import PerDimension
+
+# Rows of the delta that are made at a time when merging.
+_ROWS = 4096
+
+
+class VeraEmbedding(VeraLayer):
+    """An embedding with VeRA adapters.
+
+    A row e of the table becomes W0[e] + b * (B (d * A[:, e])). A has a column for each row of the table: only the
+    columns of the tokens that occur are drawn, at each call, and never all of them.
+    """
+
+    kind = "embedding"
+    supports_dropout = False
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        return weight.t()
+
+    def like_weight(self, matrix: Tensor) -> Tensor:
+        return matrix.t()
+
+    def _columns(self, name: str, tokens: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return A[:, tokens]^T, (n, r)."""
+        slot = self.slots[name]
+        source = slot.a.projection.source
+        assert isinstance(source, PerDimension)
+        with torch.inference_mode(False), torch.no_grad():
+            return source.one_hot_columns(slot.rank, tokens.to(torch.int64)).t().to(dtype)
+
+    def _rows(self, name: str, tokens: Tensor) -> Tensor:
+        """Return an adapter's deltas of these rows of the table, (n, out), in the table's dtype."""
+        weight = self.base_weight
+        b, d = self.vectors(name)
+        dtype = torch.promote_types(b.dtype, torch.float32)
+        slot = self.slots[name]
+        columns = self._columns(name, tokens, dtype)
+        up = (columns * (d * slot.gain)) @ slot.b[0].tensor(weight.device, dtype)
+        return (up * b).to(weight.dtype)
+
+    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        output: Tensor = self.base_layer(input, *args, **kwargs)
+        if not self.added_adapters:
+            return output
+        tokens, places = torch.unique(input, return_inverse=True)
+        padding: int | None = getattr(self.base_layer, "padding_idx", None)
+        scale = getattr(self.base_layer, "embed_scale", 1.0)
+        for name in self.added_adapters:
+            rows = self._rows(name, tokens)
+            if padding is not None:  # whose row gets no gradients, as in the table
+                rows = torch.where((tokens == padding)[:, None], rows.detach(), rows)
+            output = output + torch.nn.functional.embedding(places, rows) * scale
+        return output
+
+    def adapted_weight(self) -> Tensor:
+        tokens = torch.arange(self.in_features, device=self.base_weight.device)
+        weight = self.base_weight
+        for name in self.added_adapters:
+            weight = weight + self._rows(name, tokens)
+        return weight
+
+    @property
+    def weight(self) -> Tensor:
+        return self.adapted_weight() if self.added_adapters else self.base_weight
+
+    def _delta_matrices(self, name: str, dtype: torch.dtype) -> Tensor:
+        slot, device = self.slots[name], self.base_weight.device
+        b, d = (vector.to(dtype) for vector in self.vectors(name))
+        b_projection = slot.b[0].tensor(device, dtype)
+        rows = torch.arange(self.in_features, device=device)
+        return torch.cat(
+            [
+                delta_weight(self._columns(name, some, dtype).t(), b_projection, b, d, slot.gain)
+                for some in rows.chunk(-(-len(rows) // _ROWS))
+            ],
+            dim=1,
+        )

@@ -1,0 +1,87 @@
+"""VeRA on parameters that their module's forward reads itself: expert tensors, packed attention weights."""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from veratune.layers.base import VeraLayer, call_with
+from veratune.layers.geometry import Geometry
+
+
+class VeraParameter(VeraLayer):
+    """The adapters on one parameter of a module: a matrix, or a stack of matrices, each with vectors of its own.
+
+    `base_layer` is the module that has the parameter. It is no submodule of this one: `VeraModule` holds both.
+    """
+
+    kind = "parameter"
+    supports_dropout = False
+
+    def __init__(self, owner: nn.Module, name: str, geometry: Geometry, *, transposed: bool = False) -> None:
+        self.weight_name = name
+        self.out_axis = 1 if transposed else 0
+        super().__init__(owner, geometry)
+
+    def _hold(self, base_layer: nn.Module) -> None:
+        object.__setattr__(self, "base_layer", base_layer)
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        count = self.geometry.count
+        # Several matrices in one: query, key and value above one another.
+        return weight.view(count, -1, weight.shape[-1]) if count is not None and weight.ndim == 2 else weight
+
+    def like_weight(self, matrix: Tensor) -> Tensor:
+        return matrix.reshape(self.base_weight.shape)
+
+    @property
+    def bias(self) -> None:
+        """None: the module's biases are not this parameter's."""
+        return None
+
+
+class VeraModule(nn.Module):
+    """A module that reads some adapted parameters itself.
+
+    Attributes:
+        base_layer: the module as it was.
+        adapted: parameter name to the adapters on it.
+    """
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.adapted = nn.ModuleDict()
+        self.training = base_layer.training
+
+    def parameter_layers(self) -> dict[str, VeraParameter]:
+        """Return the adapted parameters by name."""
+        layers: dict[str, VeraParameter] = {}
+        for name, layer in self.adapted.items():
+            assert isinstance(layer, VeraParameter)
+            layers[name] = layer
+        return layers
+
+    def delete_adapter(self, name: str) -> None:
+        """Remove an adapter from all parameters, and what is left without adapters."""
+        for own, layer in self.parameter_layers().items():
+            if name in layer.slots:
+                layer.delete_adapter(name)
+            if not layer.slots:
+                del self.adapted[own]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        weights = {name: layer.weight for name, layer in self.parameter_layers().items() if layer.added_adapters}
+        if not weights:
+            return self.base_layer(*args, **kwargs)
+        return call_with(self.base_layer, weights, args, kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            modules = self.__dict__.get("_modules", {})
+            if name.startswith("__") or "adapted" not in modules:  # being copied or unpickled
+                raise
+            if name in modules["adapted"]:
+                return modules["adapted"][name].weight
+            return getattr(modules["base_layer"], name)

@@ -1,0 +1,117 @@
+"""One layer's product with its adapted weight, by the route that is the cheapest for its shape."""
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from veratune.functional import project_down, vera_add, vera_linear
+from veratune.profiles import device_profile
+from veratune.routing import Plan, look_up, plan_table, representative_tokens
+
+if TYPE_CHECKING:
+    from veratune.layers.base import Slot, VeraLayer
+
+
+def compute_dtype(x: Tensor, weight_dtype: torch.dtype) -> torch.dtype | None:
+    """Return the dtype in which torch computes a linear layer here, or None where it refuses to."""
+    device = x.device.type
+    if (
+        device != "meta"
+        and torch.is_autocast_enabled(device)
+        and all(dtype.is_floating_point and dtype != torch.float64 for dtype in (x.dtype, weight_dtype))
+    ):
+        return torch.get_autocast_dtype(device)
+    return x.dtype if x.dtype == weight_dtype else None
+
+
+def plan_for(layer: "VeraLayer", name: str, part: int, x: Tensor, *, weight_at_hand: bool) -> Plan:
+    """Return the plan of one adapter, or of one of its parts, for an input (..., in) in the compute dtype."""
+    training = torch.is_grad_enabled() and any(vector.requires_grad for vector in layer.vectors(name))
+    table = _plan_table(layer.slots[name], part, x.device, x.dtype, training, weight_at_hand)
+    tokens = math.prod(x.shape[:-1])
+    return look_up(table, representative_tokens(tokens) if torch.compiler.is_compiling() else tokens)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _plan_table(
+    slot: "Slot", part: int, device: torch.device, dtype: torch.dtype, training: bool, weight_at_hand: bool
+) -> tuple[tuple[int, Plan], ...]:
+    # A compiler need not trace the search for what depends on constants alone.
+    profile = device_profile(device, dtype)
+    return plan_table(slot.settings.route, slot.settings.memory, slot.shapes[part], profile, training, weight_at_hand)
+
+
+def multiply(
+    layer: "VeraLayer",
+    name: str,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    index: Any = None,
+    down: Callable[[], Tensor] | None = None,
+) -> Tensor:
+    """Return x (W0 + delta W)^T + bias, (T, out), for one adapter, which has no parts.
+
+    Args:
+        layer: the layer.
+        name: the adapter.
+        x: (T, in), in the compute dtype.
+        weight: W0 in the layer's own layout, one matrix, in the compute dtype.
+        bias: (out,) or None.
+        index: which matrix of a stack the weight is.
+        down: makes x A^T, where that is shared with other layers.
+    """
+    slot = layer.slots[name]
+    a_projection = slot.a.tensor(x.device, x.dtype)
+    (piece,) = layer.pieces(name, x.device, x.dtype)
+    plan = plan_for(layer, name, 0, x, weight_at_hand=True)
+    projected = None
+    if plan.needs_down:
+        projected = project_down(x, a_projection) if down is None else down()
+    b, d = (piece.b, piece.d) if index is None else (piece.b[index], piece.d[index])
+    return vera_linear(
+        x,
+        weight,
+        bias,
+        a_projection,
+        piece.b_projection,
+        b,
+        d,
+        slot.gain,
+        plan,
+        transposed=layer.out_axis == 1,
+        down=projected,
+    )
+
+
+def add(
+    layer: "VeraLayer",
+    name: str,
+    output: Tensor,
+    x: Tensor,
+    *,
+    index: Any = None,
+    down: Callable[[], Tensor] | None = None,
+) -> Tensor:
+    """Return output + x delta W^T, (T, out), for one adapter, through the rank.
+
+    Args:
+        layer, name, index, down: as for `multiply`.
+        output: (T, out).
+        x: (T, in), of the output's dtype.
+    """
+    slot = layer.slots[name]
+    a_projection = slot.a.tensor(x.device, x.dtype)
+    projected = project_down(x, a_projection) if down is None else down()
+    outputs = []
+    pieces = layer.pieces(name, x.device, x.dtype)
+    for part, piece in enumerate(pieces):
+        plan = plan_for(layer, name, part, x, weight_at_hand=False)
+        b, d = (piece.b, piece.d) if index is None else (piece.b[index], piece.d[index])
+        start = output if len(pieces) == 1 else output[:, piece.outputs]
+        outputs.append(vera_add(start, x, a_projection, piece.b_projection, b, d, slot.gain, plan, down=projected))
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)

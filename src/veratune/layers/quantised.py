@@ -1,0 +1,119 @@
+"""Weights that a library keeps in a few bits: reading them as numbers, and writing them back for merging.
+
+Known are bitsandbytes' 4-bit and 8-bit weights, and tensors of a class of their own that have a `dequantize` method
+(torchao). Whatever else computes a linear layer is trained through, and cannot be merged into.
+"""
+
+import copy
+from typing import Any
+
+from torch import Tensor, nn
+
+
+def is_quantised(module: nn.Module) -> bool:
+    """Return whether a module's weight is none that ordinary operations compute with."""
+    weight = module._parameters.get("weight")
+    return weight is None or type(weight) is not nn.Parameter or not weight.is_floating_point()
+
+
+def why_not_readable(module: nn.Module) -> str | None:
+    """Return None if `dequantised` can read a module's weight, otherwise the reason."""
+    weight: Any = module._parameters.get("weight")
+    if weight is None:
+        return f"{type(module).__name__} keeps its weight in a form of its own"
+    if weight.is_meta:
+        return "its weight is on the meta device and has no values"
+    kind = type(weight).__name__
+    if kind == "Params4bit":
+        return (
+            None if weight.quant_state is not None else "its weight is not quantised yet: move it to its device first"
+        )
+    if kind == "Int8Params":
+        return None if codes_of(module) is not None else "its weight is not quantised yet: move it to its device first"
+    if hasattr(weight, "dequantize") and type(weight) is not nn.Parameter:
+        return None
+    return f"its weight is a {kind} of the type {weight.dtype}"
+
+
+def dequantised(module: nn.Module) -> Tensor:
+    """Return a quantised weight as the numbers (out, in) that it stands for, in a floating-point dtype."""
+    weight: Any = module._parameters["weight"]
+    kind = type(weight).__name__
+    if kind == "Params4bit":
+        from bitsandbytes import functional
+
+        codes, state = weight.data, weight.quant_state
+        if getattr(state, "packing_format_for_cpu", False):
+            # In evaluation on a CPU the codes and scales are put into an order that only its own kernel reads. Its
+            # inverse restores the codes alone.
+            state = copy.copy(state)
+            state.absmax, state.original_nested = state.absmax.t().reshape(-1).float(), False
+            codes, state = functional._convert_weight_packed_for_cpu_inverse(codes, state)
+        full: Tensor = functional.dequantize_4bit(codes, state)
+        return full
+    if kind == "Int8Params":
+        parts = codes_of(module)
+        assert parts is not None
+        codes, scales = parts
+        return codes.float() * (scales.float() / 127.0)[:, None]
+    plain: Tensor = weight.dequantize()
+    return plain
+
+
+def loss_of_merging(module: nn.Module) -> str:
+    """Return what merging does to a quantised weight, to stand behind "merging"."""
+    if type(module._parameters.get("weight")).__name__ in ("Params4bit", "Int8Params"):
+        return "rounds their weights to the few values they can have, anew"
+    return "makes their weights plain numbers, of the size that they had before they were quantised"
+
+
+def requantised(module: nn.Module, full: Tensor) -> nn.Parameter:
+    """Return a weight of the same kind for other numbers: rounded to bitsandbytes' codes, or as plain numbers."""
+    weight: Any = module._parameters["weight"]
+    kind = type(weight).__name__
+    if kind == "Params4bit":
+        import bitsandbytes
+
+        libraries: Any = bitsandbytes.nn
+        new = libraries.Params4bit(
+            full.to(getattr(weight.quant_state, "original_dtype", weight.quant_state.dtype)).cpu(),
+            requires_grad=False,
+            blocksize=weight.blocksize,
+            compress_statistics=weight.compress_statistics,
+            quant_type=weight.quant_type,
+            quant_storage=weight.quant_storage,
+            module=module,
+        )
+        return _placed(new, weight)
+    if kind == "Int8Params":
+        import bitsandbytes
+
+        libraries = bitsandbytes.nn
+        codes = libraries.Int8Params(full.half().cpu(), requires_grad=False, has_fp16_weights=False)
+        return _placed(codes, weight)
+    return nn.Parameter(full, requires_grad=weight.requires_grad)
+
+
+def _placed(weight: Any, like: Tensor) -> nn.Parameter:
+    """Return a weight on the device of another, which is where it is quantised."""
+    placed: nn.Parameter = weight.to(like.device)
+    return placed
+
+
+def codes_of(module: nn.Module) -> tuple[Tensor, Tensor] | None:
+    """Return bitsandbytes' 8-bit codes (out, in) and scales (out,), wherever the layer has them; None for another."""
+    weight: Any = module._parameters.get("weight")
+    if type(weight).__name__ != "Int8Params":
+        return None
+    for holder in (weight, getattr(module, "state", None)):
+        codes, scales = getattr(holder, "CB", None), getattr(holder, "SCB", None)
+        if codes is not None and scales is not None:
+            return codes, scales
+    return None
+
+
+def hand_back(module: nn.Module, codes: tuple[Tensor, Tensor] | None) -> None:
+    """Give bitsandbytes' layer the codes of the weight that it has again, which it had taken over."""
+    if codes is not None:
+        weight: Any = module._parameters["weight"]
+        weight.CB, weight.SCB = codes

@@ -1,0 +1,180 @@
+"""Quantised base layers, by the real packages on the CPU: trained through, merged, unmerged, saved."""
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from reference import dense_delta, projections, randomise
+from veratune import VeraConfig, VeraModel, get_peft_model
+from veratune.layers import quantised
+
+bitsandbytes = pytest.importorskip("bitsandbytes")
+torchao = pytest.importorskip("torchao")
+from torchao.quantization import Int8WeightOnlyConfig, quantize_  # noqa: E402
+
+IN, OUT = 64, 128
+CONFIG = VeraConfig(r=4, target_modules="all-linear", modules_to_save=[])
+
+
+def nets(dtype: torch.dtype) -> nn.Sequential:
+    torch.manual_seed(3)
+    return nn.Sequential(nn.Linear(IN, OUT), nn.GELU(), nn.Linear(OUT, IN)).to(dtype)
+
+
+def four_bits(kind: str, double: bool) -> nn.Module:
+    plain = nets(torch.float32)
+    for index in (0, 2):
+        layer = bitsandbytes.nn.Linear4bit(
+            plain[index].in_features,
+            plain[index].out_features,
+            compute_dtype=torch.float32,
+            quant_type=kind,
+            compress_statistics=double,
+        )
+        layer.load_state_dict(plain[index].state_dict())
+        plain[index] = layer.to("cpu")
+    return plain
+
+
+def eight_bits() -> nn.Module:
+    plain = nets(torch.float32)
+    for index in (0, 2):
+        layer = bitsandbytes.nn.Linear8bitLt(
+            plain[index].in_features, plain[index].out_features, has_fp16_weights=False, threshold=0.0
+        )
+        layer.load_state_dict(plain[index].state_dict())
+        plain[index] = layer.to("cpu")
+    return plain
+
+
+def torchao_int8() -> nn.Module:
+    plain = nets(torch.float32)
+    quantize_(plain, Int8WeightOnlyConfig())
+    return plain
+
+
+class Opaque(nn.Module):
+    """A layer that keeps its weight in a form of its own, as GPTQ's and AWQ's do."""
+
+    def __init__(self, plain: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = plain.in_features, plain.out_features
+        scale = plain.weight.detach().abs().amax() / 127
+        self.register_buffer("qweight", (plain.weight.detach() / scale).round().to(torch.int8).t().contiguous())
+        self.register_buffer("scales", scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ (self.qweight.to(x.dtype) * self.scales)
+
+
+def opaque() -> nn.Module:
+    plain = nets(torch.float32)
+    return nn.Sequential(Opaque(plain[0]), plain[1], Opaque(plain[2]))
+
+
+MAKERS: dict[str, Callable[[], nn.Module]] = {
+    "nf4": lambda: four_bits("nf4", False),
+    "nf4 doubly": lambda: four_bits("nf4", True),
+    "fp4": lambda: four_bits("fp4", False),
+    "int8": eight_bits,
+    "torchao int8": torchao_int8,
+    "opaque": opaque,
+}
+
+
+def x_of() -> Tensor:
+    return torch.randn(5, IN, generator=torch.Generator().manual_seed(8))
+
+
+def trained(make: Callable[[], nn.Module]) -> VeraModel:
+    # bitsandbytes computes otherwise in evaluation on a CPU, so that training mode is what can be compared.
+    model = get_peft_model(make().train(), copy.deepcopy(CONFIG))
+    torch.manual_seed(1)
+    randomise(model, scale=0.2)
+    return model
+
+
+def delta_of(layer: Any) -> Tensor:
+    b, d = (vector.detach() for vector in layer.vectors("default"))
+    return dense_delta(b, d, *projections(0, 4, layer.in_features, layer.out_features))
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+def test_the_adapter_is_added_to_what_the_layer_computes(kind: str) -> None:
+    make = MAKERS[kind]
+    model, base = trained(make), make()
+    assert list(model.vera_layers()) == ["0", "2"]
+    x = x_of()
+    layer = model.vera_layers()["0"]
+    with torch.no_grad():
+        expected = base[0](x).double() + x.double() @ delta_of(layer).t()
+        torch.testing.assert_close(layer(x).double(), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+def test_training_reaches_every_vector_through_quantised_layers(kind: str) -> None:
+    model = trained(MAKERS[kind])
+    x = x_of().requires_grad_()
+    model(x).square().mean().backward()
+    assert x.grad is not None and bool(x.grad.abs().sum() > 0)
+    for layer in model.vera_layers().values():
+        for vector in layer.vectors("default"):
+            assert vector.dtype == torch.float32 and vector.grad is not None and bool((vector.grad != 0).all())
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+def test_saving_and_loading_over_a_quantised_base(kind: str, tmp_path: Path) -> None:
+    model = trained(MAKERS[kind])
+    model.save_pretrained(tmp_path)
+    loaded = VeraModel.from_pretrained(MAKERS[kind](), tmp_path).train()
+    with torch.no_grad():
+        assert torch.equal(loaded(x_of()), model(x_of()))
+
+
+def rounded(kind: str, full: Tensor) -> Tensor:
+    """What a weight becomes by bitsandbytes' own rounding."""
+    functional = bitsandbytes.functional
+    if kind == "int8":
+        codes, scales, _ = functional.int8_vectorwise_quant(full.half())
+        return codes.float() * (scales / 127.0)[:, None]
+    if kind == "torchao int8":
+        return full
+    codes, state = functional.quantize_4bit(full, quant_type=kind[:3], compress_statistics=kind.endswith("doubly"))
+    return functional.dequantize_4bit(codes, state)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("kind", [kind for kind in MAKERS if kind != "opaque"])
+def test_merging_loses_what_rounding_loses_and_unmerging_gives_all_back(kind: str, training: bool) -> None:
+    model = trained(MAKERS[kind]).train(training)
+    randomise(model, scale=0.7)
+    x = x_of()
+    with torch.no_grad():
+        expected = model(x)
+        with model.disable_adapter():
+            base = model(x)
+        layer = model.vera_layers()["0"]
+        full = quantised.dequantised(layer.base_layer).float() + delta_of(layer).float()
+        with pytest.warns(UserWarning, match="merging into 2 quantised layers"):
+            model.merge_adapter()
+        torch.testing.assert_close(
+            quantised.dequantised(layer.base_layer).float(), rounded(kind, full), rtol=1e-3, atol=1e-4
+        )
+        merged = model(x)
+        assert float((merged - expected).square().mean()) < 0.1 * float((base - expected).square().mean())
+        model.unmerge_adapter()
+        assert torch.equal(model(x), expected)
+        with model.disable_adapter():
+            assert torch.equal(model(x), base)
+
+
+def test_a_layer_whose_weight_cannot_be_read_is_not_merged() -> None:
+    model = trained(opaque)
+    with pytest.raises(ValueError, match="cannot merge into 0: Opaque keeps its weight in a form of its own"):
+        model.merge_adapter()
+    assert model.merged_adapters == []
