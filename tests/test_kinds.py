@@ -53,6 +53,15 @@ def mixtral() -> nn.Module:
 
 
 @seeded
+def wide_mixtral() -> nn.Module:
+    # Grouped products want rows of a multiple of 16 bytes, in bfloat16 as well.
+    settings = {**_MOE, "hidden_size": 16, "intermediate_size": 8}
+    return transformers.MixtralForCausalLM(
+        transformers.MixtralConfig(**settings, num_local_experts=4, num_experts_per_tok=2)
+    )
+
+
+@seeded
 def qwen_moe() -> nn.Module:
     config = transformers.Qwen3MoeConfig(
         **_MOE, intermediate_size=10, moe_intermediate_size=8, num_experts=4, num_experts_per_tok=2, head_dim=6
@@ -566,3 +575,77 @@ def test_a_stand_in_answers_other_operations_with_the_whole_weight() -> None:
     y = torch.randn(6, 12)
     torch.testing.assert_close(y @ one, y @ whole[2], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(nn.functional.linear(x, one, torch.ones(12)), x @ whole[2].T + 1, rtol=1e-4, atol=1e-5)
+
+
+# Experts as they are used
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_experts_under_gradient_checkpointing(reentrant: bool) -> None:
+    model = adapted(mixtral)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    expected = torch.autograd.grad(logits(model).square().sum(), parameters)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    model.train()
+    logits(model).square().sum().backward()
+    for parameter, gradient in zip(parameters, expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm"])
+def test_experts_in_half_precision(implementation: str) -> None:
+    """The layer's own difference between half and single precision is what is allowed."""
+    single, half = adapted(wide_mixtral), adapted(wide_mixtral).to(torch.bfloat16)
+    experts, exact = (m.base_model.model.layers[0].mlp.experts for m in (half, single))
+    for name, layer in experts.parameter_layers().items():
+        for ours, theirs in zip(layer.vectors("default"), exact.adapted[name].vectors("default"), strict=True):
+            ours.data = theirs.detach().clone()  # as a new adapter on a half-precision layer has them
+    half.config._experts_implementation = implementation
+    x = torch.randn(6, 16)
+    choice, share = torch.tensor([[0, 1], [3, 2], [1, 3], [0, 2], [2, 1], [3, 0]]), torch.full((6, 2), 0.5)
+    with torch.no_grad():
+        expected = exact(x, choice, share)
+        output = experts(x.bfloat16(), choice, share.bfloat16())
+    assert output.dtype == torch.bfloat16
+    assert float((output.float() - expected).abs().max()) < 0.03 * float(expected.abs().max())
+
+
+def test_experts_under_autocast() -> None:
+    model = adapted(mixtral)
+    expected = logits(model).detach()
+    for implementation in ("eager", "grouped_mm", "batched_mm"):
+        model.config._experts_implementation = implementation
+        with torch.autocast("cpu", torch.bfloat16):
+            output = logits(model)
+        assert float((output.detach().float() - expected).abs().max()) < 0.05 * float(expected.abs().max())
+        output.sum().backward()
+
+
+def test_what_transformers_records_of_an_adapted_router_and_experts_is_recorded() -> None:
+    model = adapted(mixtral, target_parameters=["gate.weight"])
+    output = model(input_ids=IDS, use_cache=False, output_router_logits=True)
+    weights, _ = dense_parameters(model)
+    expected = torch.func.functional_call(
+        mixtral().double(), weights, (), {"input_ids": IDS, "use_cache": False, "output_router_logits": True}
+    )
+    assert len(output.router_logits) == len(expected.router_logits) == 1
+    torch.testing.assert_close(output.router_logits[0].double(), expected.router_logits[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(output.logits.double(), expected.logits, rtol=1e-4, atol=1e-4)
+
+
+def test_generation_with_adapted_experts_is_that_of_the_merged_model() -> None:
+    model = adapted(mixtral)
+    settings = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    tokens = model.generate(input_ids=IDS, **settings)
+    merged = model.merge_and_unload()
+    assert torch.equal(merged.generate(input_ids=IDS, **settings), tokens)
+
+
+def test_moving_and_casting_carries_parameters_along() -> None:
+    model = adapted(mixtral).double()
+    layer = model.vera_layers()["model.layers.0.mlp.experts.gate_up_proj"]
+    assert layer.base_weight.dtype == torch.float64 and layer.vectors("default")[0].dtype == torch.float64
+    with torch.no_grad():
+        assert torch.isfinite(logits(model)).all()
+    meta = get_peft_model(mixtral().to("meta"), VeraConfig(r=3, target_modules="all-linear"))
+    assert all(vector.is_meta for layer in meta.vera_layers().values() for vector in layer.vectors("default"))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from veratune.sources import Side, Source
-from veratune.torch_private import outside_transformations
+from veratune.torch_private import constant_while_compiling, outside_transformations
 
 _Place = tuple[torch.device, torch.dtype]
 
@@ -145,7 +145,7 @@ class Corner:
         return _restore_corner, (self.projection.source, self.projection.side, self.rank, self.features)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@constant_while_compiling
 def _fill_while_tracing(corner: Corner, device: torch.device, dtype: torch.dtype) -> bool:
     corner.projection.fill(corner, (device, dtype))
     return True

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -10,6 +10,19 @@ import torch
 transformations_active: Callable[[], bool] = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
 
 _length_of_mode_stack: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
+
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def constant_while_compiling(function: _Function) -> _Function:
+    """Let a compiler call this function once, while tracing, and take its result for a constant.
+
+    It is what `torch.compiler.assume_constant_result` does, which imports the compiler: a second for everybody who
+    imports this library.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 def modes_active() -> bool:

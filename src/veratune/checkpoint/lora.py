@@ -86,12 +86,11 @@ def _keys(name: str, layer: VeraLayer, layers: dict[str, VeraLayer]) -> tuple[st
         return f"{name}.lora_embedding_A", f"{name}.lora_embedding_B"
     if not isinstance(layer, VeraParameter):
         return f"{name}.lora_A.weight", f"{name}.lora_B.weight"
-    # PEFT wraps a module once for each parameter, in the order of their names: the last wrapper is the outermost.
+    # PEFT wraps a module once for each parameter, in the module's order: the last wrapper is the outermost.
     module = name.rpartition(".")[0]
-    beside = sorted(
-        other for other, its in layers.items() if isinstance(its, VeraParameter) and its.base_layer is layer.base_layer
-    )
-    depth = len(beside) - 1 - beside.index(name)
+    adapted = {its.weight_name for its in layers.values() if its.base_layer is layer.base_layer}
+    beside = [own for own in layer.base_layer._parameters if own in adapted]
+    depth = len(beside) - 1 - beside.index(layer.weight_name)
     place = module + ".base_layer" * depth
     return f"{place}.lora_A.weight", f"{place}.lora_B.weight"
 
@@ -122,9 +121,11 @@ def lora_matrices(layer: VeraLayer, adapter_name: str) -> tuple[Tensor, Tensor]:
         return a_projection.clone(), (b[:, None] * torch.cat(scaled)).float()
     (b_projection,) = b_parts
     if layer.geometry.count is not None:
-        lora_a = d[:, :, None] * a_projection
-        lora_b = (b[:, :, None] * b_projection).permute(1, 2, 0)
-        return lora_a.flatten(0, 1).float(), lora_b.flatten(1).float()
+        inner, outer = d[:, :, None] * a_projection, b[:, :, None] * b_projection
+        if layer.out_axis == 1 and not getattr(layer.base_layer, "is_transposed", False):
+            # PEFT goes by that flag alone, and takes the inputs for the outputs where a module does not have it.
+            inner, outer = outer.mT, inner.mT
+        return inner.flatten(0, 1).float(), outer.permute(1, 2, 0).flatten(1).float()
     lora_a, lora_b = (d[:, None] * a_projection).float(), (b[:, None] * b_projection).float()
     if isinstance(layer, VeraConv):
         weight = layer.base_weight

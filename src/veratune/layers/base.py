@@ -185,12 +185,15 @@ class VeraLayer(nn.Module):
         Some models compute with it themselves (Mamba's dt_proj, WavLM's attention). It is differentiable to the
         vectors, and made only when something is computed with it: asking for its dtype or shape costs nothing.
         """
-        base = self.base_weight
+        return self.weight_over(self.base_weight)
+
+    def weight_over(self, base: Tensor) -> Tensor:
+        """Return the same for a W0 that is given, such as a replica's."""
         if not self.added_adapters:
             return base
         matrix = self.matrix(base)
         if torch.compiler.is_compiling() or matrix.shape != base.shape or not plain_tensor(base):
-            return self.adapted_weight()
+            return self.like_weight(self.adapted_part(matrix, None))
         return View(self, base).stand_in()
 
     def adapted_weight(self) -> Tensor:

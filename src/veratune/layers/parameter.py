@@ -70,7 +70,11 @@ class VeraModule(nn.Module):
                 del self.adapted[own]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        weights = {name: layer.weight for name, layer in self.parameter_layers().items() if layer.added_adapters}
+        weights = {
+            name: layer.weight_over(getattr(self.base_layer, name))
+            for name, layer in self.parameter_layers().items()
+            if layer.added_adapters
+        }
         if not weights:
             return self.base_layer(*args, **kwargs)
         return call_with(self.base_layer, weights, args, kwargs)

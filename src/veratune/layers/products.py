@@ -10,6 +10,7 @@ from torch import Tensor
 from veratune.functional import project_down, vera_add, vera_linear
 from veratune.profiles import device_profile
 from veratune.routing import Plan, look_up, plan_table, representative_tokens
+from veratune.torch_private import constant_while_compiling
 
 if TYPE_CHECKING:
     from veratune.layers.base import Slot, VeraLayer
@@ -35,7 +36,7 @@ def plan_for(layer: "VeraLayer", name: str, part: int, x: Tensor, *, weight_at_h
     return look_up(table, representative_tokens(tokens) if torch.compiler.is_compiling() else tokens)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@constant_while_compiling
 def _plan_table(
     slot: "Slot", part: int, device: torch.device, dtype: torch.dtype, training: bool, weight_at_hand: bool
 ) -> tuple[tuple[int, Plan], ...]:
