@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from veratune.config import VeraConfig
 from veratune.explain import RouteTable, explain_routes
+from veratune.forwarding import ForwardOfBase
 from veratune.layers import ComputeSettings, InputGroup, SavedModule, VectorInit, VeraLayer, VeraModule, VeraParameter
 from veratune.layers.biases import AdapterBiases, bias_owners
 from veratune.layers.fastpath import choose_paths
@@ -177,9 +178,7 @@ class AdaptedModel(nn.Module):
         if _checkpoints(model):
             self._let_inputs_require_grad()
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the adapted model."""
-        return self.base_model(*args, **kwargs)
+    forward = ForwardOfBase()
 
     def __getattr__(self, name: str) -> Any:
         try:

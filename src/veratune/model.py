@@ -85,6 +85,26 @@ class VeraModel(AdaptedModel):
         ready = _read(self.base_model, _find(model_id, location))
         ready.put_on(self, adapter_name, frozen=not is_trainable)
 
+    def restore(self, save_directory: str | os.PathLike[str]) -> None:
+        """Put the values that `save_pretrained` wrote back into the adapters that the model has.
+
+        Optimizers keep their hold on the parameters, which stay the same. Nothing is changed unless all of it fits.
+
+        Args:
+            save_directory: what was given to `save_pretrained`.
+
+        Raises:
+            CheckpointError: an adapter is missing there, or is for other layers or of another rank than here.
+        """
+        ready = {
+            name: _read(self.base_model, directory)
+            for name, directory in self._directories(save_directory, None).items()
+        }
+        for name, adapter in ready.items():
+            adapter.check_equal_to(self, name)
+        for name, adapter in ready.items():
+            adapter.copy_into(self, name)
+
     def save_pretrained(
         self,
         save_directory: str | os.PathLike[str],

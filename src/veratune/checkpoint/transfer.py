@@ -146,6 +146,23 @@ class ReadyAdapter:
         """Add the adapter to the model it was made ready for, under a free name; `frozen` is for inference only."""
         plan = replace(self.plan, config=self.plan.config.replace(inference_mode=frozen))
         host.install_adapter(name, plan)
+        self.copy_into(host, name)
+
+    def check_equal_to(self, host: AdaptedModel, name: str) -> None:
+        """Raise CheckpointError unless an adapter on a model has the same layers, ranks, projections and heads."""
+        state, origin = host.adapter_state(name), self.loaded.origin
+        check_keys(f"{origin}, against adapter {name!r}:", state.vectors, self.loaded.vectors)
+        check_keys(f"{origin}, against what adapter {name!r} trains in full:", state.saved, self.loaded.saved)
+        check_keys(f"{origin}, against the biases of adapter {name!r}:", state.biases, self.loaded.biases)
+        for layer, (b, d) in self.loaded.vectors.items():
+            shapes = [tuple(vector.shape) for vector in state.vectors[layer]]
+            if [tuple(b.shape), tuple(d.shape)] != shapes:
+                raise CheckpointError(f"{origin}: {layer} has vectors of other shapes than the {shapes} here")
+        if self.plan.source != host.projection_source(name):
+            raise CheckpointError(f"{origin}: adapter {name!r} has other projections here")
+
+    def copy_into(self, host: AdaptedModel, name: str) -> None:
+        """Copy the values into an adapter of the same layers and ranks."""
         state = host.adapter_state(name)
         with torch.no_grad():
             for layer_name, (b, d) in self.loaded.vectors.items():

@@ -1,0 +1,43 @@
+"""A wrapper's `forward` that tells whoever inspects it what the wrapped model takes."""
+
+import inspect
+from typing import Any
+
+_POSITIONAL, _KEYWORD = inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.KEYWORD_ONLY
+
+
+def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """Call the adapted model."""
+    return self.base_model(*args, **kwargs)
+
+
+# Trainers look for the names of labels in the class, where the wrapped model is not known. This is what most have.
+_forward.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+    [
+        inspect.Parameter("self", _POSITIONAL),
+        inspect.Parameter("args", inspect.Parameter.VAR_POSITIONAL),
+        inspect.Parameter("labels", _KEYWORD, default=None),
+        inspect.Parameter("kwargs", inspect.Parameter.VAR_KEYWORD),
+    ]
+)
+
+
+class _BoundForward:
+    """The `forward` of one wrapper, with the signature of the model inside."""
+
+    def __init__(self, wrapper: Any) -> None:
+        self._wrapper = wrapper
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._wrapper.base_model(*args, **kwargs)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self._wrapper.base_model.forward)
+
+
+class ForwardOfBase:
+    """Descriptor of a `forward` that calls `base_model` and has its signature."""
+
+    def __get__(self, wrapper: Any, owner: type | None = None) -> Any:
+        return _forward if wrapper is None else _BoundForward(wrapper)

@@ -1,0 +1,153 @@
+"""transformers' Trainer on a VeraModel: as it is, and with checkpoints that hold adapters alone."""
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from transformers import TrainingArguments
+
+from tiny_models import tiny_inputs, tiny_model
+from veratune import CheckpointError, VeraConfig, VeraModel, get_peft_model, parameter_groups
+from veratune.integrations.trainer import VeraTrainer
+
+pytestmark = pytest.mark.filterwarnings("ignore:'pin_memory' argument is set:UserWarning")
+
+
+class Rows(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
+    def __init__(self, count: int = 12) -> None:
+        generator = torch.Generator().manual_seed(5)
+        self.ids = torch.randint(3, 50, (count, 7), generator=generator)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {"input_ids": self.ids[index], "labels": self.ids[index, 0] % 3}
+
+
+def model_of(**settings: Any) -> VeraModel:
+    torch.manual_seed(0)
+    return get_peft_model(
+        tiny_model("bert"), VeraConfig(r=4, target_modules="all-linear", vera_dropout=0.1, **settings)
+    )
+
+
+def arguments(directory: Path, **settings: Any) -> TrainingArguments:
+    return TrainingArguments(
+        str(directory),
+        **{
+            "per_device_train_batch_size": 2,
+            "num_train_epochs": 2,
+            "logging_steps": 1,
+            "save_steps": 4,
+            "learning_rate": 1e-2,
+            "report_to": [],
+            "use_cpu": True,
+            "seed": 3,
+            **settings,
+        },
+    )
+
+
+def losses(trainer: transformers.Trainer) -> list[float]:
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def state(model: VeraModel) -> list[torch.Tensor]:
+    return [parameter.detach().clone() for parameter in model.adapter_state("default").parameters()]
+
+
+def test_the_signature_is_the_models() -> None:
+    model = model_of()
+    assert inspect.signature(model.forward) == inspect.signature(model.base_model.forward)
+    assert transformers.utils.generic.find_labels(type(model)) == ["labels"]
+    assert torch.equal(model(**tiny_inputs("bert")).logits, model.forward(**tiny_inputs("bert")).logits)
+
+
+@pytest.mark.parametrize("trainer_class", [transformers.Trainer, VeraTrainer])
+def test_training_goes_on_to_the_bit_where_it_was_interrupted(trainer_class: Any, tmp_path: Path) -> None:
+    whole = trainer_class(model_of(), arguments(tmp_path / "whole"), train_dataset=Rows())
+    whole.train()
+    interrupted = trainer_class(model_of(), arguments(tmp_path / "parts"), train_dataset=Rows())
+
+    class Stop(transformers.TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            control.should_training_stop = state.global_step == 4
+
+    interrupted.add_callback(Stop())
+    interrupted.train()
+    assert interrupted.state.global_step == 4
+    resumed = trainer_class(model_of(), arguments(tmp_path / "parts"), train_dataset=Rows())
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == whole.state.global_step == 12
+    assert losses(resumed) == losses(whole)
+    assert all(torch.equal(a, b) for a, b in zip(state(resumed.model), state(whole.model), strict=True))
+
+
+def test_checkpoints_hold_the_adapter_and_nothing_of_the_model(tmp_path: Path) -> None:
+    trainer = VeraTrainer(model_of(), arguments(tmp_path, max_steps=4), train_dataset=Rows())
+    trainer.train()
+    checkpoint = tmp_path / "checkpoint-4"
+    names = {path.name for path in checkpoint.iterdir()}
+    assert "adapter_model.safetensors" in names and not any(name.startswith("model") for name in names)
+    loaded = VeraModel.from_pretrained(tiny_model("bert"), checkpoint)
+    with torch.no_grad():
+        expected = trainer.model.eval()(**tiny_inputs("bert")).logits
+        assert torch.equal(loaded(**tiny_inputs("bert")).logits, expected)
+
+
+def test_the_best_checkpoint_is_put_back_and_evaluation_has_loss_and_metrics(tmp_path: Path) -> None:
+    settings = {"eval_strategy": "steps", "eval_steps": 2, "save_steps": 2, "load_best_model_at_end": True}
+    trainer = VeraTrainer(
+        model_of(),
+        arguments(tmp_path, **settings, metric_for_best_model="accuracy", max_steps=8),
+        train_dataset=Rows(),
+        eval_dataset=Rows(7),
+        compute_metrics=lambda output: {"accuracy": -float(trainer.state.global_step)},
+    )
+    trainer.train()
+    assert trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-2")
+    best = VeraModel.from_pretrained(tiny_model("bert"), tmp_path / "checkpoint-2")
+    assert all(torch.equal(a, b) for a, b in zip(state(trainer.model), state(best), strict=True))
+    assert {"eval_loss", "eval_accuracy"} <= set(trainer.evaluate())
+    assert trainer.predict(Rows(5)).predictions.shape == (5, 3)
+
+
+def test_columns_that_the_model_does_not_take_are_dropped_and_two_rates_are_used(tmp_path: Path) -> None:
+    class WithText(Rows):
+        def __getitem__(self, index: int) -> dict[str, Any]:
+            return {**super().__getitem__(index), "text": "words"}
+
+    model = model_of()
+    optimizer = torch.optim.AdamW(parameter_groups(model, lr=2e-2, head_lr=4e-3))
+    before = state(model)
+    trainer = VeraTrainer(
+        model, arguments(tmp_path, max_steps=2), train_dataset=WithText(), optimizers=(optimizer, None)
+    )
+    trainer.train()
+    assert [group["initial_lr"] for group in optimizer.param_groups] == [2e-2, 4e-3]
+    assert all(not torch.equal(a, b) for a, b in zip(before, state(model), strict=True))
+
+
+def test_a_checkpoint_of_another_adapter_is_refused_and_changes_nothing(tmp_path: Path) -> None:
+    other = get_peft_model(tiny_model("bert"), VeraConfig(r=4, target_modules=["query"]))
+    other.save_pretrained(tmp_path / "layers")
+    rank = get_peft_model(tiny_model("bert"), VeraConfig(r=5, target_modules="all-linear"))
+    rank.save_pretrained(tmp_path / "rank")
+    key = get_peft_model(tiny_model("bert"), VeraConfig(r=4, target_modules="all-linear", projection_prng_key=1))
+    key.save_pretrained(tmp_path / "key")
+    model = model_of()
+    before = state(model)
+    for name, message in (("layers", "is without"), ("rank", "other shapes"), ("key", "other projections")):
+        with pytest.raises(CheckpointError, match=message):
+            model.restore(tmp_path / name)
+    assert all(torch.equal(a, b) for a, b in zip(before, state(model), strict=True))
+
+
+def test_another_model_is_refused(tmp_path: Path) -> None:
+    trainer = VeraTrainer(tiny_model("bert"), arguments(tmp_path, max_steps=1), train_dataset=Rows())
+    with pytest.raises(TypeError, match="VeraTrainer trains a VeraModel, not a BertFor"):
+        trainer.save_model()
