@@ -1,6 +1,7 @@
 """A wrapper's `forward` that tells whoever inspects it what the wrapped model takes."""
 
 import inspect
+from types import CodeType
 from typing import Any
 
 _POSITIONAL, _KEYWORD = inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.KEYWORD_ONLY
@@ -34,6 +35,11 @@ class _BoundForward:
     @property
     def __signature__(self) -> inspect.Signature:
         return inspect.signature(self._wrapper.base_model.forward)
+
+    @property
+    def __code__(self) -> CodeType:
+        # torch.export asks whether there is an argument like *args.
+        return _forward.__code__
 
 
 class ForwardOfBase:

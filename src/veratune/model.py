@@ -96,10 +96,8 @@ class VeraModel(AdaptedModel):
         Raises:
             CheckpointError: an adapter is missing there, or is for other layers or of another rank than here.
         """
-        ready = {
-            name: _read(self.base_model, directory)
-            for name, directory in self._directories(save_directory, None).items()
-        }
+        directories = self._directories(save_directory, None)
+        ready = {name: _read(self.base_model, directory) for name, directory in directories.items()}
         for name, adapter in ready.items():
             adapter.check_equal_to(self, name)
         for name, adapter in ready.items():

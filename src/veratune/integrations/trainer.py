@@ -19,9 +19,9 @@ from veratune.model import VeraModel
 class VeraTrainer(transformers.Trainer):
     """A `transformers.Trainer` for a `VeraModel`.
 
-    Its checkpoints hold the adapters, with what they train in full, as `save_pretrained` writes them, beside the state of
-    the optimizer. `train(resume_from_checkpoint=...)` and `load_best_model_at_end` put their values into the adapters
-    that the model has.
+    Its checkpoints hold the adapters, with what they train in full, as `save_pretrained` writes them, beside the state
+    of the optimizer. `train(resume_from_checkpoint=...)` and `load_best_model_at_end` put their values into the
+    adapters that the model has.
     """
 
     def _vera_model(self) -> VeraModel:
@@ -31,7 +31,7 @@ class VeraTrainer(transformers.Trainer):
         return model
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        directory = Path(self.args.output_dir if output_dir is None else output_dir)
+        directory = Path(output_dir or self.args.output_dir or ".")
         if not self.args.should_save:
             return
         self._vera_model().save_pretrained(directory)
