@@ -1,0 +1,5 @@
+"""`python -m veratune`."""
+
+from veratune.cli import main
+
+raise SystemExit(main())

@@ -1,0 +1,165 @@
+"""`veratune merge`, `export`, `convert` and `diff`: from an adapter's files to others."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from veratune.checkpoint.files import CheckpointError
+from veratune.checkpoint.native import read_native
+from veratune.cli.models import base_of, load_model
+from veratune.cli.output import print_json, print_table, print_text
+from veratune.model import VeraModel
+
+AdapterArgument = Annotated[Path, typer.Argument(help="Directory of an adapter.")]
+OutputArgument = Annotated[Path, typer.Argument(help="Directory to write; it must be new or empty.")]
+BaseOption = Annotated[
+    str | None, typer.Option(help="The base model: a directory or a hub name. Without it, the one the adapter names.")
+]
+
+
+class Format(StrEnum):
+    """What an adapter can be exported to."""
+
+    PEFT = "peft"
+    LORA = "lora"
+
+
+def merge(
+    adapter: AdapterArgument,
+    output: OutputArgument,
+    base: BaseOption = None,
+    safe: Annotated[bool, typer.Option(help="Check that all merged weights are finite.")] = True,
+) -> None:
+    """Merge an adapter into its base model and save a plain model."""
+    _check_new(output)
+    place = base_of(adapter, base)
+    model: Any = VeraModel.from_pretrained(load_model(place, weights=True), adapter).merge_and_unload(safe_merge=safe)
+    model.save_pretrained(output)
+    _copy_tokenizer(place, output)
+    print_text(f"{output}: {place} with {adapter} merged in")
+
+
+def export(
+    adapter: AdapterArgument,
+    output: OutputArgument,
+    to: Annotated[Format, typer.Option("--format", help="peft: VeRA as PEFT has it. lora: a LoRA of the same rank.")],
+    base: BaseOption = None,
+    dtype: Annotated[str, typer.Option(help="dtype of the matrices of a LoRA.")] = "float32",
+) -> None:
+    """Write an adapter in another format, with the same outputs."""
+    _check_new(output)
+    numbers = getattr(torch, dtype, None)
+    if not isinstance(numbers, torch.dtype) or not numbers.is_floating_point:
+        raise ValueError(f"--dtype {dtype}: not a floating-point dtype of torch; try float32 or bfloat16")
+    model = VeraModel.from_pretrained(load_model(base_of(adapter, base), weights=True), adapter)
+    if to is Format.PEFT:
+        model.export_peft(output)
+    else:
+        model.export_lora(output, dtype=numbers)
+    print_text(f"{output}: {adapter} as {to.value}")
+
+
+def convert(
+    adapter: Annotated[Path, typer.Argument(help="Directory of a VeRA adapter that the peft package wrote.")],
+    output: OutputArgument,
+    base: BaseOption = None,
+) -> None:
+    """Turn PEFT's VeRA adapter into one in veratune's own format."""
+    _check_new(output)
+    model = VeraModel.from_pretrained(load_model(base_of(adapter, base), weights=True), adapter)
+    model.save_pretrained(output)
+    print_text(f"{output}: {adapter} in veratune's format")
+
+
+def diff(
+    first: AdapterArgument,
+    second: AdapterArgument,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Compare two adapters: settings, layers, and how far their vectors are apart. Exit code 1 if they differ."""
+    (a, head_a, _), (b, head_b, _) = read_native(first), read_native(second)
+    settings_a, settings_b = a.config.to_dict(), b.config.to_dict()
+    settings = {
+        name: [settings_a[name], settings_b[name]] for name in settings_a if settings_a[name] != settings_b[name]
+    }
+    if head_a["fingerprint"] != head_b["fingerprint"]:
+        settings["fingerprint"] = [head_a["fingerprint"], head_b["fingerprint"]]
+    only = {"first": sorted(a.vectors.keys() - b.vectors.keys()), "second": sorted(b.vectors.keys() - a.vectors.keys())}
+    layers = {
+        name: {which: _distance(x, y) for which, x, y in zip("bd", a.vectors[name], b.vectors[name], strict=True)}
+        for name in a.vectors
+        if name in b.vectors
+    }
+    saved = sorted(
+        {
+            f"{module}.{key}"
+            for module in a.saved.keys() | b.saved.keys()
+            for key in a.saved.get(module, {}).keys() | b.saved.get(module, {}).keys()
+            if not _same(a.saved.get(module, {}).get(key), b.saved.get(module, {}).get(key))
+        }
+        | {name for name in a.biases.keys() | b.biases.keys() if not _same(a.biases.get(name), b.biases.get(name))}
+    )
+    moved = {name: pair for name, pair in layers.items() if pair["b"] != 0.0 or pair["d"] != 0.0}
+    different = bool(settings or only["first"] or only["second"] or moved or saved)
+    if as_json:
+        print_json({"different": different, "settings": settings, "only": only, "layers": layers, "in_full": saved})
+    else:
+        _print_differences(settings, only, moved, saved, different=different)
+    if different:
+        raise typer.Exit(1)
+
+
+def _print_differences(
+    settings: dict[str, list[Any]],
+    only: dict[str, list[str]],
+    moved: dict[str, dict[str, float | None]],
+    saved: list[str],
+    *,
+    different: bool,
+) -> None:
+    if not different:
+        print_text("the adapters are equal")
+    if settings:
+        print_table(("setting", "first", "second"), [(name, *map(str, pair)) for name, pair in settings.items()])
+    for which, names in only.items():
+        if names:
+            print_text(f"only the {which} adapts: {', '.join(names)}")
+    if moved:
+        rows = [
+            (name, *("other shape" if pair[x] is None else f"{pair[x]:.4g}" for x in "bd"))
+            for name, pair in moved.items()
+        ]
+        print_table(("layer", "b apart", "d apart"), rows, title="|first - second| relative to |first|")
+    if saved:
+        print_text(f"trained in full and different: {', '.join(saved)}")
+
+
+def _distance(x: torch.Tensor, y: torch.Tensor) -> float | None:
+    """Return |x - y| / |x|, or None for other shapes."""
+    if x.shape != y.shape:
+        return None
+    apart = float((x.double() - y.double()).norm())
+    return apart / max(float(x.double().norm()), torch.finfo(torch.float64).tiny) if apart else 0.0
+
+
+def _same(x: torch.Tensor | None, y: torch.Tensor | None) -> bool:
+    return x is not None and y is not None and torch.equal(x, y)
+
+
+def _check_new(output: Path) -> None:
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise CheckpointError(f"{output} exists and is not an empty directory: nothing is overwritten")
+
+
+def _copy_tokenizer(place: str, output: Path) -> None:
+    """Save the base model's tokenizer with a merged model, where it has one."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(place)
+    except (OSError, ValueError, KeyError, TypeError):
+        return  # many a model has none
+    tokenizer.save_pretrained(output)

@@ -1,0 +1,58 @@
+"""What is printed: tables, JSON, and errors in one line."""
+
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+# Wide enough that nothing is folded where a program or a file reads it.
+_UNBOUNDED = 10_000
+
+
+def _console() -> Console:
+    console = Console(highlight=False, markup=False)
+    return console if console.is_terminal else Console(highlight=False, markup=False, width=_UNBOUNDED)
+
+
+def print_table(header: Sequence[str], rows: Sequence[Sequence[str]], title: str = "") -> None:
+    """Print a table: framed on a terminal, plain columns elsewhere. Columns of numbers are aligned to the right."""
+    console = _console()
+    table = Table(box=box.SIMPLE_HEAD if console.is_terminal else None, title=title or None, title_justify="left")
+    for position, name in enumerate(header):
+        numbers = all(_is_number(row[position]) for row in rows)
+        table.add_column(name, justify="right" if numbers else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+
+
+def print_text(text: str) -> None:
+    """Print text as it is."""
+    print(text)
+
+
+def print_json(value: Any) -> None:
+    """Print a value as JSON, indented."""
+    print(json.dumps(value, indent=2))
+
+
+def error_line(message: str) -> None:
+    """Print an error's first line to standard error."""
+    print(f"veratune: {message.strip().splitlines()[0]}", file=sys.stderr)
+
+
+def _is_number(text: str) -> bool:
+    return text.replace(",", "").replace(".", "", 1).replace("-", "", 1).replace(" %", "").isdigit()
+
+
+def bytes_text(count: float) -> str:
+    """Return a number of bytes in a unit that people read."""
+    for unit in ("B", "KB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} GB"

@@ -1,0 +1,163 @@
+"""The command line, as a user or a program calls it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from tiny_models import main_output, randomise_trainable, tiny_inputs, tiny_model
+from veratune import VeraConfig, VeraModel, get_peft_model, supported
+from veratune.cli import main
+
+peft = pytest.importorskip("peft")
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    tiny_model("bert").save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+def loaded(base: Path) -> Any:
+    return transformers.AutoModelForSequenceClassification.from_pretrained(base).eval()
+
+
+@pytest.fixture
+def adapter(base: Path, tmp_path: Path) -> Path:
+    model = get_peft_model(loaded(base), VeraConfig(r=4, target_modules=["query", "value", "dense"]))
+    randomise_trainable(model, std=0.3).save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return main_output(model.eval(), "bert")
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    code = main([str(argument) for argument in arguments])
+    output = capsys.readouterr()
+    return code, output.out, output.err
+
+
+def test_inspecting_a_model(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, "inspect", base, "--rank", 8)
+    assert code == 0
+    assert "BertForSequenceClassification" in out and "16x16" in out and "all-linear" in out
+    code, out, _ = run(capsys, "inspect", base, "--rank", 8, "--json")
+    values = json.loads(out)
+    expected = get_peft_model(tiny_model("bert"), VeraConfig(r=8, target_modules="all-linear", modules_to_save=[]))
+    assert values["trained_parameters"] == expected.get_nb_trainable_parameters()[0]
+    assert values["adapted_layers"] == len(expected.vera_layers()) == len(values["routes"])
+    assert values["parameters"] == sum(p.numel() for p in tiny_model("bert").parameters())
+    assert {weight["name"] for weight in values["weights"]} == {info.name for info in supported(tiny_model("bert"))}
+    code, out, _ = run(capsys, "inspect", base, "--all")
+    assert code == 0 and "bert.encoder.layer.0.attention.self.query.weight" in out
+
+
+def test_inspecting_an_adapter(adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, "inspect", adapter)
+    assert code == 0 and "fingerprint" in out and "attention.self.query (2)" in out
+    code, out, _ = run(capsys, "inspect", adapter, "--json", "--plot", tmp_path / "picture.png")
+    values = json.loads(out)
+    vectors = VeraModel.from_pretrained(tiny_model("bert"), adapter).adapter_state("default").vectors
+    layers = {layer["layer"]: layer for layer in values["layers"]}
+    assert layers.keys() == vectors.keys()
+    for name, (b, d) in vectors.items():
+        assert layers[name]["b_norm"] == pytest.approx(float(b.detach().norm()), rel=1e-5)
+        assert layers[name]["d_mean"] == pytest.approx(float(d.detach().mean()), rel=1e-4)
+    assert values["config"]["r"] == 4
+    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_merging_gives_a_plain_model_with_the_same_outputs(
+    base: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    expected = logits(VeraModel.from_pretrained(loaded(base), adapter))
+    code, _, _ = run(capsys, "merge", adapter, tmp_path / "merged")  # the adapter knows its base model
+    assert code == 0
+    merged = loaded(tmp_path / "merged")
+    torch.testing.assert_close(logits(merged), expected, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(expected, logits(loaded(base)))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:peft.*")
+@pytest.mark.parametrize("to", ["peft", "lora"])
+def test_exporting_and_converting_back(
+    to: str, base: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    expected = logits(VeraModel.from_pretrained(loaded(base), adapter))
+    assert run(capsys, "export", adapter, tmp_path / to, "--format", to, "--base", base)[0] == 0
+    theirs = peft.PeftModel.from_pretrained(loaded(base), tmp_path / to)
+    torch.testing.assert_close(logits(theirs), expected, rtol=1e-4, atol=1e-5)
+    if to == "peft":
+        assert run(capsys, "convert", tmp_path / to, tmp_path / "back", "--base", base)[0] == 0
+        again = VeraModel.from_pretrained(loaded(base), tmp_path / "back")
+        torch.testing.assert_close(logits(again), expected, rtol=1e-4, atol=1e-5)
+    else:
+        code, _, err = run(capsys, "convert", tmp_path / to, tmp_path / "back", "--base", base)
+        assert code == 1 and "'LORA'" in err and not (tmp_path / "back").exists()
+
+
+def test_comparing(base: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(capsys, "diff", adapter, adapter)[:2] == (0, "the adapters are equal\n")
+    model = VeraModel.from_pretrained(loaded(base), adapter)
+    name = next(iter(model.vera_layers()))
+    b, _ = model.adapter_state("default").vectors[name]
+    with torch.no_grad():
+        moved = float((b * 0.5).norm() / b.norm())
+        b.mul_(0.5)
+    model.save_pretrained(tmp_path / "other")
+    code, out, _ = run(capsys, "diff", adapter, tmp_path / "other", "--json")
+    values = json.loads(out)
+    assert code == 1 and values["different"] is True
+    assert values["layers"][name] == {"b": pytest.approx(moved, rel=1e-5), "d": 0.0}
+    assert all(pair == {"b": 0.0, "d": 0.0} for other, pair in values["layers"].items() if other != name)
+    assert values["in_full"] == [] and values["only"] == {"first": [], "second": []}
+    code, out, _ = run(capsys, "diff", adapter, tmp_path / "other")
+    assert code == 1 and name in out and "0.5" in out
+
+
+def test_errors_are_one_line_and_nothing_is_overwritten(
+    base: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    full = tmp_path / "full"
+    full.mkdir()
+    (full / "precious").write_text("kept")
+    for arguments, code, message in (
+        (("merge", adapter, full), 1, "nothing is overwritten"),
+        (("inspect", tmp_path / "nowhere"), 1, "is not a directory"),
+        (("inspect", full), 1, "neither a model"),
+        (("export", adapter, tmp_path / "x", "--format", "lora", "--dtype", "int8"), 1, "--dtype int8"),
+        (("inspect", base, "--plot", tmp_path / "p.png"), 1, "is no adapter"),
+        (("export", adapter, tmp_path / "x"), 2, "--format"),
+        (("frobnicate",), 2, "frobnicate"),
+        (("inspect",), 2, "Usage: veratune inspect"),
+    ):
+        found, out, err = run(capsys, *arguments)
+        assert (found, out) == (code, ""), arguments
+        assert message in err
+        assert code == 2 or (err.count("\n") == 1 and err.startswith("veratune: "))
+    assert [path.name for path in full.iterdir()] == ["precious"]
+    with pytest.raises(FileNotFoundError):
+        main(["--traceback", "inspect", str(tmp_path / "nowhere")])
+
+
+def test_doctor_and_version(capsys: pytest.CaptureFixture[str]) -> None:
+    values = json.loads(run(capsys, "doctor", "--json")[1])
+    assert values["packages"]["torch"] == torch.__version__ and "cpu" in values["devices"]
+    assert "pip install 'veratune[hf]'" in run(capsys, "doctor")[1]
+
+
+def test_the_program_itself(adapter: Path) -> None:
+    """Output that no terminal reads has no colours and frames."""
+    result = subprocess.run(
+        [sys.executable, "-m", "veratune", "inspect", str(adapter)], capture_output=True, text=True, check=True
+    )
+    assert "\x1b" not in result.stdout and "─" not in result.stdout
+    assert tiny_inputs("bert")  # the same tiny model as everywhere
