@@ -86,8 +86,8 @@ def _inspect_model(place: str, rank: int, tokens: int, *, every: bool, as_json: 
     print_text(
         f"{summary['class']}, {total:,} parameters. All linear layers at r={rank}: {len(layers)} layers, {trained:,}"
         f" trained parameters ({bytes_text(4 * trained)} in a file), projections of {bytes_text(projections)} in"
-        f" float32; {100 * table.coverage(('all-linear',)):.1f} % of all matrices' elements, {100 * table.coverage():.1f} % with"
-        " those that have to be named"
+        f" float32; {100 * table.coverage(('all-linear',)):.1f} % of all matrices' elements,"
+        f" {100 * table.coverage():.1f} % with those that have to be named"
     )
 
 
