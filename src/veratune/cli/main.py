@@ -9,12 +9,12 @@ except ImportError as error:  # pragma: no cover - a message for who has not ins
     raise SystemExit(f"veratune's command line needs more packages: pip install 'veratune[cli]' ({error})") from None
 
 from veratune import __version__
-from veratune.cli import adapters, doctor, inspecting
+from veratune.cli import adapters, doctor, inspecting, train
 from veratune.cli.output import error_line
 
 app = typer.Typer(
     name="veratune",
-    help="VeRA adapters: look at them, merge, export, convert and compare them.",
+    help="VeRA adapters: train them, look at them, merge, export, convert and compare them.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -41,6 +41,7 @@ def options(
     """Options of all commands; they stand before the command."""
 
 
+app.command("train")(train.train)
 app.command("inspect")(inspecting.inspect)
 app.command("merge")(adapters.merge)
 app.command("export")(adapters.export)

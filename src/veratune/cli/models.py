@@ -24,6 +24,21 @@ def base_of(adapter: Path, given: str | None) -> str:
     return named
 
 
+def load_tokenizer(place: str) -> Any:
+    """Return a model's tokenizer.
+
+    Raises:
+        ValueError: the model has none.
+    """
+    from transformers import AutoTokenizer
+
+    _check_place(place)
+    try:
+        return AutoTokenizer.from_pretrained(place)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{place} has no tokenizer that can be read: {error}") from None
+
+
 def load_model(place: str, *, weights: bool) -> nn.Module:
     """Return a transformers model of the class that its configuration names.
 
@@ -39,11 +54,7 @@ def load_model(place: str, *, weights: bool) -> nn.Module:
         import transformers
     except ImportError as error:
         raise ImportError(f"reading a model needs transformers: pip install 'veratune[hf]' ({error})") from None
-    local = Path(place).expanduser()
-    if not local.is_dir() and (place.count("/") != 1 or place.startswith((".", "/", "~"))) and "/" in place:
-        raise FileNotFoundError(f"{place} is not a directory on this machine, nor the name of a hub repository")
-    if local.is_dir() and not (local / "config.json").is_file():
-        raise FileNotFoundError(f"{place} holds neither a model (config.json) nor an adapter ({WEIGHTS_NAME})")
+    _check_place(place)
     config: Any = transformers.AutoConfig.from_pretrained(place)
     names = config.architectures or []
     model_class: Any = next((getattr(transformers, name) for name in names if hasattr(transformers, name)), None)
@@ -55,3 +66,12 @@ def load_model(place: str, *, weights: bool) -> nn.Module:
     with torch.device("meta"):
         shape: nn.Module = model_class(config)
     return shape.eval()
+
+
+def _check_place(place: str) -> None:
+    """Raise FileNotFoundError for what is neither a model's directory here nor a hub's name."""
+    local = Path(place).expanduser()
+    if not local.is_dir() and (place.count("/") != 1 or place.startswith((".", "/", "~"))) and "/" in place:
+        raise FileNotFoundError(f"{place} is not a directory on this machine, nor the name of a hub repository")
+    if local.is_dir() and not (local / "config.json").is_file():
+        raise FileNotFoundError(f"{place} holds neither a model (config.json) nor an adapter ({WEIGHTS_NAME})")

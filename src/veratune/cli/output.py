@@ -45,6 +45,11 @@ def error_line(message: str) -> None:
     print(f"veratune: {message.strip().splitlines()[0]}", file=sys.stderr)
 
 
+def warning_line(message: str) -> None:
+    """Print a warning to standard error."""
+    print(f"veratune: warning: {message}", file=sys.stderr)
+
+
 def _is_number(text: str) -> bool:
     return text.replace(",", "").replace(".", "", 1).replace("-", "", 1).replace(" %", "").isdigit()
 
