@@ -15,7 +15,12 @@ from veratune.layers import quantised
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
 torchao = pytest.importorskip("torchao")
-from torchao.quantization import Int8WeightOnlyConfig, quantize_  # noqa: E402
+from torchao.quantization import (  # noqa: E402
+    Float8WeightOnlyConfig,
+    Int8WeightOnlyConfig,
+    IntxWeightOnlyConfig,
+    quantize_,
+)
 
 IN, OUT = 64, 128
 CONFIG = VeraConfig(r=4, target_modules="all-linear", modules_to_save=[])
@@ -52,9 +57,9 @@ def eight_bits() -> nn.Module:
     return plain
 
 
-def torchao_int8() -> nn.Module:
+def by_torchao(config: Any) -> nn.Module:
     plain = nets(torch.float32)
-    quantize_(plain, Int8WeightOnlyConfig())
+    quantize_(plain, config)
     return plain
 
 
@@ -82,7 +87,9 @@ MAKERS: dict[str, Callable[[], nn.Module]] = {
     "nf4 doubly": lambda: four_bits("nf4", True),
     "fp4": lambda: four_bits("fp4", False),
     "int8": eight_bits,
-    "torchao int8": torchao_int8,
+    "torchao int8": lambda: by_torchao(Int8WeightOnlyConfig()),
+    "torchao int4": lambda: by_torchao(IntxWeightOnlyConfig(weight_dtype=torch.int4)),
+    "torchao fp8": lambda: by_torchao(Float8WeightOnlyConfig()),
     "opaque": opaque,
 }
 
@@ -142,7 +149,7 @@ def rounded(kind: str, full: Tensor) -> Tensor:
     if kind == "int8":
         codes, scales, _ = functional.int8_vectorwise_quant(full.half())
         return codes.float() * (scales / 127.0)[:, None]
-    if kind == "torchao int8":
+    if kind.startswith("torchao"):
         return full
     codes, state = functional.quantize_4bit(full, quant_type=kind[:3], compress_statistics=kind.endswith("doubly"))
     return functional.dequantize_4bit(codes, state)
