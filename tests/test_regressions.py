@@ -56,6 +56,21 @@ def test_a_weight_that_is_read_has_the_deltas_and_gives_gradients():
     assert type(layer.weight @ x.t()) is torch.Tensor
 
 
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_read_weight_of_a_new_adapter_changes_no_bit(dtype, bias, grad):
+    """A product and a bias in one call are rounded once."""
+    torch.manual_seed(3)
+    base = nn.Sequential(nn.Linear(512, 16, bias=bias)).to(dtype)
+    inputs = [torch.randn(*shape, 512, dtype=dtype) for shape in ((7,), (5, 7), ())]
+    expected = [nn.functional.linear(x, base[0].weight, base[0].bias) for x in inputs]
+    layer = get_peft_model(base, VeraConfig(**LAYER)).base_model[0]
+    with torch.set_grad_enabled(grad):
+        for x, output in zip(inputs, expected, strict=True):
+            assert torch.equal(nn.functional.linear(x, layer.weight, layer.bias), output)
+
+
 def test_questions_about_a_weight_add_nothing_up():
     layer = adapted().base_model[0]
     weight = layer.weight

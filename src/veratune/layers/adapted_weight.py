@@ -131,8 +131,8 @@ def _linear(func: Any, input: Any, weight: Any, bias: Any = None) -> Any:
         return NotImplemented
     if weight.ndim != 2 or not weight._view.outputs_first:
         return NotImplemented
-    product = _product(input, weight._view)
-    return product if product is NotImplemented or bias is None else product + bias.to(product.dtype)
+    # The bias goes into the product, as torch has it: added afterwards, it would round the outputs once more.
+    return _product(input, weight._view, bias)
 
 
 def _matmul(func: Any, left: Any, right: Any) -> Any:
@@ -166,11 +166,11 @@ def _grouped_mm(func: Any, left: Any, right: Any, *, offs: Any = None, bias: Any
     return start + added.masked_fill(beyond[:, None], 0.0)
 
 
-def _product(x: Tensor, view: View) -> Any:
-    """Return x W^T, (..., out), with W the adapted weight, or a stack of them."""
+def _product(x: Tensor, view: View, bias: Tensor | None = None) -> Any:
+    """Return x W^T + bias, (..., out), with W the adapted weight, or x W^T with a stack of them."""
     if type(x) is not Tensor or x.shape[-1] != view.layer.in_features:
         return NotImplemented
-    return view.layer.product(x, view.base, view.index)
+    return view.layer.product(x, view.base, view.index, bias)
 
 
 _CHEAP: dict[Any, Callable[..., Any]] = {

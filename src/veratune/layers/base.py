@@ -214,13 +214,14 @@ class VeraLayer(nn.Module):
                 weight = torch.cat(rows)
         return self._outputs_first(weight)
 
-    def product(self, x: Tensor, base: Tensor, index: Any) -> Any:
-        """Return x W^T, (..., out), with W the adapted weight; NotImplemented where torch refuses the dtypes.
+    def product(self, x: Tensor, base: Tensor, index: Any, bias: Tensor | None = None) -> Any:
+        """Return x W^T + bias, (..., out), with W the adapted weight; NotImplemented where torch refuses the dtypes.
 
         Args:
             x: (..., in).
             base: a part of W0, in the layer's own layout.
             index: which matrices of the stack `base` is; None for all, or where there is no stack.
+            bias: (out,) or None; None where `base` is a stack.
         """
         dtype = compute_dtype(x, base.dtype)
         if dtype is None:
@@ -231,7 +232,8 @@ class VeraLayer(nn.Module):
             first, *others = self.added_adapters
             if self.slots[first].parts:
                 return NotImplemented
-            output = multiply(self, first, flat, base.to(dtype), None, index=index)
+            bias = None if bias is None else bias.to(dtype)
+            output = multiply(self, first, flat, base.to(dtype), bias, index=index)
             for name in others:
                 output = add(self, name, output, flat, index=index)
             return output.view(*x.shape[:-1], self.out_features)

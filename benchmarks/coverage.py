@@ -1,0 +1,237 @@
+"""Which share of the weights of many architectures is adapted, by veratune and by PEFT: docs/architectures.md.
+
+The architectures, tiny and random, are those of tests/sweep_models.py; the checks are those of tests/sweep_check.py.
+
+    PYTHONPATH=src:tests python benchmarks/coverage.py
+"""
+
+import contextlib
+import io
+import os
+import tempfile
+import warnings
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import peft
+import torch
+from peft.tuners.vera import VeraLayer as PeftVeraLayer
+from torch import nn
+
+from sweep_check import CHECKS, CONFIG, no_op_reference
+from sweep_models import ARCHITECTURES, Architecture, call
+from veratune import VeraModel, get_peft_model
+from veratune.supported import supported
+
+DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "architectures.md"
+COMMAND = "PYTHONPATH=src:tests python benchmarks/coverage.py"
+
+
+@dataclass(frozen=True)
+class Row:
+    """What is told of one architecture.
+
+    Attributes:
+        name: its name.
+        kind: what sort of model it is.
+        layers: how many layers "all-linear" adapts; expert tensors count as one.
+        shapes: how many distinct (in, out) these have.
+        adapted: the share of the elements of all matrices that "all-linear" adapts.
+        reachable: the share that can be adapted if it is named.
+        peft: the share that PEFT's VeRA adapts, or None.
+        peft_error: the exception of PEFT.
+        failures: the checks that failed, with what they said.
+        frozen: whether the new adapter gives the bits of the frozen base model, not those of the trainable one.
+    """
+
+    name: str
+    kind: str
+    layers: int
+    shapes: int
+    adapted: float
+    reachable: float
+    peft: float | None
+    peft_error: str
+    failures: dict[str, str]
+    frozen: bool
+
+
+def measure(name: str, architecture: Architecture) -> Row:
+    """Return an architecture's row."""
+    base = architecture.build()
+    matrices = matrix_elements(base)
+    table = supported(base)
+    assert sum(info.size for info in table if info.kind != "vector") == matrices, name
+    model = get_peft_model(base, CONFIG)
+    layers = list(model.vera_layers().values())
+    # The table of what is supported leaves a new head out, which is trained in full by default.
+    by_default = get_peft_model(architecture.build(), CONFIG.replace(modules_to_save=None))
+    assert abs(share(by_default, matrices) - table.coverage(("all-linear",))) < 1e-9, name
+    failures = failed_checks(architecture)
+    peft_share, peft_error = with_peft(architecture)
+    return Row(
+        name,
+        architecture.kind,
+        len(layers),
+        len({(layer.in_features, layer.out_features) for layer in layers}),
+        share(model, matrices),
+        table.coverage(),
+        peft_share,
+        peft_error,
+        failures,
+        no_op_reference(architecture) == "frozen",
+    )
+
+
+def share(model: VeraModel, matrices: int) -> float:
+    """Return the share of all matrices' elements that are adapted."""
+    return sum(layer.base_weight.numel() for layer in model.vera_layers().values()) / matrices
+
+
+def matrix_elements(model: nn.Module) -> int:
+    """Return the number of elements of all matrices."""
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.ndim >= 2)
+
+
+def failed_checks(architecture: Architecture) -> dict[str, str]:
+    """Return the checks that fail, with the reason where it is known, otherwise with the error."""
+    failures = {}
+    for check, run in CHECKS.items():
+        with tempfile.TemporaryDirectory() as directory:
+            try:
+                run(architecture, Path(directory))
+            except Exception as error:
+                failures[check] = architecture.fails.get(check, f"{type(error).__name__}: {error}")
+    return failures
+
+
+def with_peft(architecture: Architecture) -> tuple[float | None, str]:
+    """Return the share that PEFT's VeRA adapts, and the exception that it raises, also where only the call does."""
+    model = architecture.build()
+    matrices = matrix_elements(model)
+    config = peft.VeraConfig(r=4, target_modules="all-linear")
+    try:
+        adapted = peft.get_peft_model(model, config)
+    except Exception as error:
+        return None, type(error).__name__
+    # What is counted is what PEFT replaced, by identity: one layer in several places is one.
+    layers = {id(module): module for module in adapted.modules() if isinstance(module, PeftVeraLayer)}
+    adapted_share = sum(layer.get_base_layer().weight.numel() for layer in layers.values()) / matrices
+    try:
+        with torch.no_grad():
+            call(adapted, architecture.inputs())
+    except Exception as error:
+        return adapted_share, f"{type(error).__name__} when it is called"
+    return adapted_share, ""
+
+
+def document(rows: list[Row]) -> str:
+    """Return the text of the document."""
+    versions = ", ".join(f"{package} {version(package)}" for package in ("torch", "transformers", "peft"))
+    good = [row for row in rows if not row.failures]
+    works = [row for row in rows if row.peft is not None and not row.peft_error]
+    errors: dict[str, int] = {}
+    for row in rows:
+        if row.peft_error:
+            errors[row.peft_error] = errors.get(row.peft_error, 0) + 1
+    counted = ", ".join(f"{error} {count}" for error, count in sorted(errors.items(), key=lambda item: -item[1]))
+    frozen = [row.name for row in rows if row.frozen]
+    bad = [f"- {row.name}, {check}: {reason}." for row in rows for check, reason in row.failures.items()]
+    excused = [
+        f"- {name}: `{each.pattern}`: {each.reason}."
+        for name, architecture in ARCHITECTURES.items()
+        for each in architecture.unreached
+    ]
+    lines = [
+        "# Architectures",
+        "",
+        f"Made by `{COMMAND}` with {versions} on a CPU, in float32. Do not edit it by hand.",
+        "",
+        f'**{len(good)} of {len(rows)} architectures pass all checks.** `target_modules="all-linear"` adapts'
+        f" {percent(mean([row.adapted for row in rows]))} of the elements of all matrices on average;"
+        f" {percent(mean([row.reachable for row in rows]))} can be adapted if they are named. PEFT's VeRA with"
+        f' `target_modules="all-linear"` runs on {len(works)} of the {len(rows)}'
+        + (f", and adapts {percent(mean([row.peft or 0.0 for row in works]))} there" if works else "")
+        + f" (veratune on the same: {percent(mean([row.adapted for row in works]))})."
+        + (f" On the others it raises: {counted}." if counted else ""),
+        "",
+        "Every model is tiny and random, so the shares tell which kinds of weights are adapted, not how the weights of",
+        "a large model are divided: tables of words weigh differently there. The checks, in `tests/test_sweep.py`: a",
+        "new adapter changes no bit of the outputs; one step of training changes all vectors of all layers; a saved",
+        "adapter on a fresh model gives the same bits; merging changes the outputs by at most 1e-5 of their largest",
+        "value; unmerging restores the bits of all weights; unloading leaves no module of veratune.",
+        "",
+        "## Results",
+        "",
+        "The shares are of the elements of all parameters with two dimensions or more. A stack of expert matrices is",
+        "one layer. No head is trained in full (`modules_to_save=[]`), so those of classifiers are adapted.",
+        "",
+        "| architecture | kind | layers | shapes | all-linear | by name | PEFT | checks |",
+        "|---|---|--:|--:|--:|--:|--:|---|",
+        *(
+            f"| {row.name} | {row.kind} | {row.layers} | {row.shapes} | {percent(row.adapted)} |"
+            f" {percent(row.reachable)} | {peft_cell(row)} | {checks_cell(row)} |"
+            for row in rows
+        ),
+        "",
+        "## Failures",
+        "",
+        *(bad or ["None."]),
+        "",
+        "## What a call does not come to",
+        "",
+        "These layers are adapted but cannot learn in the call that the check makes. The check fails if one of them",
+        "learns, or if any other does not.",
+        "",
+        *excused,
+        "",
+        "## Bits",
+        "",
+        "An adapter freezes the base model, and torch folds some products in another way where a weight requires",
+        "gradients, under `no_grad` too, so that freezing alone may change last bits. A new adapter gives the bits of",
+        f"the model as it was in {len(rows) - len(frozen)} architectures, and those of the frozen model in"
+        f" {len(frozen)}" + (f" ({', '.join(frozen)})." if frozen else "."),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def mean(shares: list[float]) -> float:
+    """Return the mean, 0 of nothing."""
+    return sum(shares) / max(1, len(shares))
+
+
+def percent(share: float) -> str:
+    """Return a share in percent."""
+    return f"{100 * share:.1f} %"
+
+
+def peft_cell(row: Row) -> str:
+    """Return what the table says of PEFT."""
+    if row.peft is None:
+        return row.peft_error
+    return percent(row.peft) + (f", {row.peft_error}" if row.peft_error else "")
+
+
+def checks_cell(row: Row) -> str:
+    """Return what the table says of the checks."""
+    return f"{', '.join(row.failures)} failed" if row.failures else "passed"
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    rows = []
+    for name, architecture in ARCHITECTURES.items():
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            torch.manual_seed(0)
+            rows.append(measure(name, architecture))
+    DOCUMENT.write_text(document(rows), encoding="utf-8")
+    print(f"{sum(not row.failures for row in rows)} of {len(rows)} architectures pass: {DOCUMENT}")
+
+
+if __name__ == "__main__":
+    main()
