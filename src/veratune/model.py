@@ -120,7 +120,8 @@ class VeraModel(AdaptedModel):
             save_directory: where to; made if need be.
             safe_serialization: always true: veratune writes safetensors and nothing else.
             selected_adapters: which adapters; all of them by default.
-            is_main_process: whether to write at all; false in all processes but one.
+            is_main_process: whether to write; false in all processes but one. All have to call this where parameters
+                are spread over processes (FSDP2).
 
         Raises:
             ValueError: an unknown adapter, or there is none, or `safe_serialization` is false.
@@ -129,10 +130,10 @@ class VeraModel(AdaptedModel):
             raise ValueError(
                 f"safe_serialization={safe_serialization!r} is not allowed: veratune writes safetensors, never pickles"
             )
-        if not is_main_process:
-            return
         for name, directory in self._directories(save_directory, selected_adapters).items():
-            save_native(self, name, directory)
+            save_native(self, name, directory, write=is_main_process)
+            if not is_main_process:
+                continue
             state = self.adapter_state(name)
             numbers = sum(vector.numel() for pair in state.vectors.values() for vector in pair)
             others = sum(parameter.numel() for parameter in state.parameters()) - numbers

@@ -104,6 +104,12 @@ def _tensor_bytes(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes
     return save(own, metadata)
 
 
+def gathered(tensor: Tensor) -> Tensor:
+    """Return a tensor whole that is spread over processes (FSDP2, tensor parallelism); all of them have to ask."""
+    gather = getattr(tensor, "full_tensor", None)
+    return tensor if gather is None else gather()
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object.
 

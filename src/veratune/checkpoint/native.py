@@ -27,6 +27,7 @@ from veratune.checkpoint.files import (
     CONFIG_NAME,
     WEIGHTS_NAME,
     CheckpointError,
+    gathered,
     read_json,
     read_metadata,
     read_tensors,
@@ -46,10 +47,19 @@ _METADATA_KEY = "veratune"
 _INFORMATIVE = {"peft_type", "base_model_name_or_path", "revision", "inference_mode", "task_type"}
 
 
-def save_native(host: AdaptedModel, adapter_name: str, directory: Path) -> None:
-    """Write one adapter into a directory, in place of one that is there."""
+def save_native(host: AdaptedModel, adapter_name: str, directory: Path, *, write: bool = True) -> None:
+    """Write one adapter into a directory, in place of one that is there.
+
+    Args:
+        host: the model.
+        adapter_name: which adapter.
+        directory: where to.
+        write: False only takes part in gathering what is spread over processes, which all have to.
+    """
     config, source = host.peft_config[adapter_name], host.projection_source(adapter_name)
-    tensors = _state_tensors(host, adapter_name)
+    tensors = {name: gathered(tensor) for name, tensor in _state_tensors(host, adapter_name).items()}
+    if not write:
+        return
     if config.save_projection or isinstance(source, Stored):
         tensors |= _projection_tensors(host, adapter_name, source)
     saved_config = config.replace(inference_mode=True)

@@ -166,13 +166,13 @@ class ReadyAdapter:
         state = host.adapter_state(name)
         with torch.no_grad():
             for layer_name, (b, d) in self.loaded.vectors.items():
-                own_b, own_d = state.vectors[layer_name]
-                own_b.copy_(b)
-                own_d.copy_(d)
+                for own, value in zip(state.vectors[layer_name], (b, d), strict=True):
+                    own.copy_(_spread_like(value, own))
             for module_name, tensors in self.loaded.saved.items():
                 state.saved[module_name].load_state_dict(tensors)
             for bias_name, bias in self.loaded.biases.items():
-                state.biases[bias_name].copy_(bias)
+                own = state.biases[bias_name]
+                own.copy_(_spread_like(bias, own))
 
 
 def told_apart(model: nn.Module, ready: ReadyAdapter) -> ReadyAdapter:
@@ -226,6 +226,17 @@ def check_keys(what: str, expected: Iterable[str], found: Iterable[str]) -> None
         problems.append("has what does not belong there: " + _some(sorted(found - expected)))
     if problems:
         raise CheckpointError(f"{what} {' and '.join(problems)}")
+
+
+def _spread_like(value: Tensor, own: Tensor) -> Tensor:
+    """Return a value spread over processes as a parameter is (FSDP2), or as it is."""
+    mesh = getattr(own, "device_mesh", None)
+    if mesh is None:
+        return value
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    assert isinstance(own, DTensor)
+    return distribute_tensor(value.to(own.device, own.dtype), mesh, own.placements)
 
 
 def _some(names: list[str]) -> str:

@@ -1,0 +1,83 @@
+"""What each process of `test_distributed` runs: some steps of training, in one of several ways of sharing them."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from tiny_models import tiny_model
+from veratune import VeraConfig, VeraModel, get_peft_model, projection_pool
+
+STEPS, ROWS = 4, 4
+
+
+def batches() -> list[dict[str, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(11)
+    ids = torch.randint(3, 50, (STEPS, ROWS, 7), generator=generator)
+    return [{"input_ids": rows, "labels": rows[:, 0] % 3} for rows in ids]
+
+
+def model_for(kind: str, adapter: Path | None = None) -> VeraModel:
+    base = tiny_model(kind)
+    if adapter is not None:
+        return VeraModel.from_pretrained(base, adapter, is_trainable=True)
+    torch.manual_seed(0)
+    return get_peft_model(base, VeraConfig(r=4, target_modules="all-linear"))
+
+
+def train(model: nn.Module, share: slice, steps: list[dict[str, torch.Tensor]]) -> list[float]:
+    """Return the losses of this process's rows."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for batch in steps:
+        loss = model(**{name: rows[share] for name, rows in batch.items()}).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    return losses
+
+
+def shared(model: VeraModel, way: str) -> nn.Module:
+    if way == "ddp":
+        return DistributedDataParallel(model)
+    if way == "fsdp2":
+        for layer in model.base_model.bert.encoder.layer:
+            fully_shard(layer)
+        fully_shard(model)
+    return model
+
+
+def main(way: str, output: Path, adapter: Path | None) -> None:
+    """Train in this process; rank and number of processes come from the environment."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    rank, count = dist.get_rank(), dist.get_world_size()
+    model = model_for("bert", adapter)
+    trained = shared(model, way)
+    rows = ROWS // count
+    losses = train(trained, slice(rank * rows, (rank + 1) * rows), batches())
+    gathered: list[Any] = [None] * count
+    dist.all_gather_object(gathered, losses)
+    fingerprints: list[Any] = [None] * count
+    dist.all_gather_object(fingerprints, model.projection_source("default").fingerprint())
+    held = [(info.side, info.rank, info.width) for info in projection_pool.summary()]
+    widths = {(layer.in_features, layer.out_features) for layer in model.vera_layers().values()}
+    model.save_pretrained(output / "adapter", is_main_process=rank == 0)
+    if rank == 0:
+        means = [sum(each) / count for each in zip(*gathered, strict=True)]
+        whole = sorted({("A", 4, n) for n, _ in widths} | {("B", 4, m) for _, m in widths}) == sorted(held)
+        result = {"losses": means, "fingerprints": fingerprints, "whole_projections": whole}
+        (output / "result.json").write_text(json.dumps(result))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]) if len(sys.argv) > 3 else None)
