@@ -9,6 +9,7 @@ import contextlib
 import io
 import os
 import tempfile
+import textwrap
 import warnings
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -23,7 +24,7 @@ from torch import nn
 
 from sweep_check import CHECKS, CONFIG, no_op_reference
 from sweep_models import ARCHITECTURES, Architecture, call
-from veratune import VeraModel, get_peft_model
+from veratune import TargetError, VeraModel, get_peft_model
 from veratune.supported import supported
 
 DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "architectures.md"
@@ -68,8 +69,8 @@ def measure(name: str, architecture: Architecture) -> Row:
     model = get_peft_model(base, CONFIG)
     layers = list(model.vera_layers().values())
     # The table of what is supported leaves a new head out, which is trained in full by default.
-    by_default = get_peft_model(architecture.build(), CONFIG.replace(modules_to_save=None))
-    assert abs(share(by_default, matrices) - table.coverage(("all-linear",))) < 1e-9, name
+    default = share_by_default(architecture, matrices)
+    assert abs(default - table.coverage(("all-linear",))) < 1e-9, name
     failures = failed_checks(architecture)
     peft_share, peft_error = with_peft(architecture)
     return Row(
@@ -89,6 +90,14 @@ def measure(name: str, architecture: Architecture) -> Row:
 def share(model: VeraModel, matrices: int) -> float:
     """Return the share of all matrices' elements that are adapted."""
     return sum(layer.base_weight.numel() for layer in model.vera_layers().values()) / matrices
+
+
+def share_by_default(architecture: Architecture, matrices: int) -> float:
+    """Return that share if a new head is trained in full: of a network of convolutions nothing may be left."""
+    try:
+        return share(get_peft_model(architecture.build(), CONFIG.replace(modules_to_save=None)), matrices)
+    except TargetError:
+        return 0.0
 
 
 def matrix_elements(model: nn.Module) -> int:
@@ -148,26 +157,35 @@ def document(rows: list[Row]) -> str:
     lines = [
         "# Architectures",
         "",
-        f"Made by `{COMMAND}` with {versions} on a CPU, in float32. Do not edit it by hand.",
+        filled(f"Made by `{COMMAND}` with {versions} on a CPU, in float32. Do not edit it by hand."),
         "",
-        f'**{len(good)} of {len(rows)} architectures pass all checks.** `target_modules="all-linear"` adapts'
-        f" {percent(mean([row.adapted for row in rows]))} of the elements of all matrices on average;"
-        f" {percent(mean([row.reachable for row in rows]))} can be adapted if they are named. PEFT's VeRA with"
-        f' `target_modules="all-linear"` runs on {len(works)} of the {len(rows)}'
-        + (f", and adapts {percent(mean([row.peft or 0.0 for row in works]))} there" if works else "")
-        + f" (veratune on the same: {percent(mean([row.adapted for row in works]))})."
-        + (f" On the others it raises: {counted}." if counted else ""),
+        filled(
+            f"**{len(good)} of {len(rows)} architectures pass all checks.** `all-linear` adapts"
+            f" {percent(mean([row.adapted for row in rows]))} of the elements of all matrices on average;"
+            f" {percent(mean([row.reachable for row in rows]))} can be adapted if they are named. PEFT's VeRA with"
+            f" `all-linear` runs on {len(works)} of the {len(rows)} and adapts"
+            f" {percent(mean([row.peft or 0.0 for row in works]))}"
+            f" there (veratune on the same: {percent(mean([row.adapted for row in works]))})."
+            + (f" On the others it raises: {counted}." if counted else "")
+            + " Of PEFT no more is asked than that it adapts the model and that a call raises nothing."
+        ),
         "",
-        "Every model is tiny and random, so the shares tell which kinds of weights are adapted, not how the weights of",
-        "a large model are divided: tables of words weigh differently there. The checks, in `tests/test_sweep.py`: a",
-        "new adapter changes no bit of the outputs; one step of training changes all vectors of all layers; a saved",
-        "adapter on a fresh model gives the same bits; merging changes the outputs by at most 1e-5 of their largest",
-        "value; unmerging restores the bits of all weights; unloading leaves no module of veratune.",
+        filled(
+            "Every model is tiny and random, so the shares tell which kinds of weights are adapted, not how the weights"
+            " of a large model are divided: tables of words weigh differently there. The checks, in"
+            " `tests/test_sweep.py`: a new adapter changes no bit of the outputs; one step of training changes all"
+            " vectors of all layers; a saved adapter on a fresh model gives the same bits; merging changes the outputs"
+            " by at most 1e-5 of their largest value; unmerging restores the bits of all weights; unloading leaves no"
+            " module of veratune."
+        ),
         "",
         "## Results",
         "",
-        "The shares are of the elements of all parameters with two dimensions or more. A stack of expert matrices is",
-        "one layer. No head is trained in full (`modules_to_save=[]`), so those of classifiers are adapted.",
+        filled(
+            "The shares are of the elements of all parameters with two dimensions or more. A stack of expert matrices"
+            " is one layer. No head is trained in full (`modules_to_save=[]`), so those of classifiers are adapted;"
+            " output heads of language models are not, unless they are named."
+        ),
         "",
         "| architecture | kind | layers | shapes | all-linear | by name | PEFT | checks |",
         "|---|---|--:|--:|--:|--:|--:|---|",
@@ -183,20 +201,29 @@ def document(rows: list[Row]) -> str:
         "",
         "## What a call does not come to",
         "",
-        "These layers are adapted but cannot learn in the call that the check makes. The check fails if one of them",
-        "learns, or if any other does not.",
+        filled(
+            "These layers are adapted but cannot learn in the call that the check makes. The check fails if one of them"
+            " learns, or if any other does not."
+        ),
         "",
         *excused,
         "",
         "## Bits",
         "",
-        "An adapter freezes the base model, and torch folds some products in another way where a weight requires",
-        "gradients, under `no_grad` too, so that freezing alone may change last bits. A new adapter gives the bits of",
-        f"the model as it was in {len(rows) - len(frozen)} architectures, and those of the frozen model in"
-        f" {len(frozen)}" + (f" ({', '.join(frozen)})." if frozen else "."),
+        filled(
+            "An adapter freezes the base model, and torch folds some products in another way where a weight requires"
+            " gradients, under `no_grad` too, so that freezing alone may change last bits. A new adapter gives the bits"
+            f" of the model as it was in {len(rows) - len(frozen)} architectures, and those of the frozen model in"
+            f" {len(frozen)}" + (f" ({', '.join(frozen)})." if frozen else ".")
+        ),
         "",
     ]
     return "\n".join(lines)
+
+
+def filled(text: str) -> str:
+    """Return a paragraph in lines."""
+    return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)
 
 
 def mean(shares: list[float]) -> float:

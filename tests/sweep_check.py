@@ -55,6 +55,7 @@ def check_training(architecture: Architecture, _: Path) -> None:
         [p for p in model.parameters() if p.requires_grad], lr=RATE, eps=NOISE, weight_decay=0.0
     )
     outputs = [output for output in call(model, architecture.inputs()).values() if output.requires_grad]
+    assert outputs, "no output has a gradient"
     generator = torch.Generator().manual_seed(3)
     loss = torch.stack([_loss(output, generator) for output in outputs]).sum()
     loss.backward()

@@ -12,6 +12,7 @@ from torch import nn
 from reference import dense_delta, projections, randomise, relative
 from veratune import CheckpointError, TargetError, VeraConfig, VeraModel, get_peft_model, parameter_groups
 from veratune.layers.adapted_weight import AdaptedWeight
+from veratune.supported import supported
 
 LAYER = {"r": 4, "target_modules": ["0"], "modules_to_save": []}
 
@@ -656,3 +657,13 @@ def test_a_name_in_place_of_a_list_is_told_from_a_regular_expression():
         get_peft_model(model, VeraConfig(r=2, target_modules="query"))
     with pytest.raises(ValueError, match='Did you mean "all-linear"'):
         get_peft_model(model, VeraConfig(r=2, target_modules="all_linear"))
+
+
+@pytest.mark.parametrize("normalised", [nn.utils.parametrizations.weight_norm, nn.utils.weight_norm])
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+def test_a_convolution_without_a_weight_of_its_own_is_refused_with_the_reason(normalised):
+    base = nn.Sequential(normalised(nn.Conv1d(4, 4, 3)), nn.Linear(4, 4))
+    assert "0" not in {info.name for info in supported(base) if info.by == "target_modules"}
+    with pytest.raises(TargetError, match="0: its weight is computed from other parameters"):
+        get_peft_model(base, VeraConfig(**LAYER))
+    assert list(get_peft_model(base, VeraConfig(r=4, target_modules="all-linear")).vera_layers()) == ["1"]

@@ -44,6 +44,8 @@ def why_not_adaptable(module: nn.Module) -> str | None:
     if isinstance(module, nn.Linear) or is_conv1d(module):
         return _why_not_its_weight(module)
     if isinstance(module, CONVOLUTIONS):
+        if module._parameters.get("weight") is None:  # normalised, as in wav2vec 2.0
+            return "its weight is computed from other parameters"
         return _why_not_its_weight(module)
     if isinstance(module, nn.Embedding):
         own = type(module).forward is not nn.Embedding.forward
