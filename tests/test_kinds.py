@@ -440,6 +440,25 @@ def test_parts_that_do_not_fit_are_refused(parts: Any, message: str) -> None:
     assert type(model[0]) is nn.Linear
 
 
+@pytest.mark.parametrize(
+    ("make", "attributes"),
+    [
+        (lambda: nn.Conv2d(4, 6, (3, 2), stride=2, padding=1, groups=2), nn.Conv2d.__constants__),
+        (lambda: nn.Embedding(9, 4, padding_idx=3), nn.Embedding.__constants__),
+    ],
+)
+def test_models_read_the_attributes_of_a_layer(make: Callable[[], nn.Module], attributes: list[str]) -> None:
+    """Whisper, MobileNet and Wav2Vec2-BERT compute lengths and padding with those of their convolutions."""
+    base = nn.Sequential(make())
+    layer = get_peft_model(nn.Sequential(make()), VeraConfig(r=3, target_modules=["0"])).base_model[0]
+    there = [name for name in attributes if hasattr(base[0], name)]
+    assert len(there) >= 7
+    for name in there:
+        assert getattr(layer, name) == getattr(base[0], name)
+    assert not hasattr(layer, "nothing") and not hasattr(layer, "_hf_hook")
+    pickle.loads(pickle.dumps(copy.deepcopy(layer)))
+
+
 # All kinds: merging, files, other adapters
 
 

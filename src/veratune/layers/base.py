@@ -451,6 +451,19 @@ class VeraLayer(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, adapters={{{adapters}}}"
 
 
+class TransparentLayer(VeraLayer):
+    """One whose base layer's own attributes are read by models: a convolution's stride, an embedding's padding."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            modules = self.__dict__.get("_modules", {})
+            if name.startswith("_") or "base_layer" not in modules:  # private, or being copied or unpickled
+                raise
+            return getattr(modules["base_layer"], name)
+
+
 def plain_tensor(weight: Tensor) -> bool:
     """Return whether a weight is an ordinary tensor, rather than one of a class that computes in its own way."""
     return type(weight) in (Tensor, nn.Parameter)

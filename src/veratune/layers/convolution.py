@@ -4,10 +4,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from veratune.layers.base import VeraLayer, call_with
+from veratune.layers.base import TransparentLayer, call_with
 
 
-class VeraConv(VeraLayer):
+class VeraConv(TransparentLayer):
     """A convolution with VeRA adapters.
 
     Its weight (out, in / groups, *kernel) is one matrix with in = in / groups * kernel inputs. The adapted weight is

@@ -6,14 +6,14 @@ import torch
 from torch import Tensor
 
 from veratune.functional import delta_weight
-from veratune.layers.base import VeraLayer
+from veratune.layers.base import TransparentLayer
 from veratune.sources import PerDimension
 
 # Rows of the delta that are made at a time when merging.
 _ROWS = 4096
 
 
-class VeraEmbedding(VeraLayer):
+class VeraEmbedding(TransparentLayer):
     """An embedding with VeRA adapters.
 
     A row e of the table becomes W0[e] + b * (B (d * A[:, e])). A has a column for each row of the table: only the
