@@ -82,3 +82,23 @@ def test_printing() -> None:
     lines = str(veratune.supported(Zoo())).splitlines()
     assert lines[0].split() == ["weight", "kind", "module", "shape", "adapted", "by"]
     assert any("back.weight" in line and "nothing: its shape is" in line for line in lines)
+
+
+class Listed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weights = nn.ParameterList([nn.Parameter(torch.ones(3, 4))])
+        self.linear = nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(x) @ sum(weight for weight in self.weights).T
+
+
+def test_lists_of_parameters_are_refused_and_computed_weights_counted_once() -> None:
+    table = supported(Listed())
+    assert [(info.name, info.by) for info in table if info.kind != "vector"] == [
+        ("weights.0", ""),
+        ("linear", "all-linear"),
+    ]
+    with pytest.raises(veratune.TargetError, match="stands in a ParameterList, whose owner reads it"):
+        get_peft_model(Listed(), VeraConfig(r=2, target_parameters=["weights.0"]))

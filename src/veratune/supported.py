@@ -76,6 +76,8 @@ def supported(model: nn.Module) -> SupportTable:
     seen: set[int] = set()
     for name, module in base_modules(model).items():
         own = unwrapped(module)
+        if "parametrizations" in name.split("."):  # told of with the weight that is computed from it
+            continue
         if why_not_adaptable(own) is None and own._parameters.get("weight") is None and id(own) not in seen:
             size = geometry(own)
             by: By = "all-linear" if name in reached else "target_modules"

@@ -135,6 +135,8 @@ def why_not_parameter(module: nn.Module, name: str) -> str | None:
     parameter = module._parameters.get(name)
     if parameter is None:
         return f"{type(module).__name__} has no parameter {name!r}"
+    if isinstance(module, nn.ParameterList | nn.ParameterDict):
+        return f"it stands in a {type(module).__name__}, whose owner reads it"
     if name == "weight" and why_not_adaptable(module) is None:
         return "its module is a layer of its own: name the module in target_modules"
     if parameter.ndim not in (2, 3) or not parameter.numel():

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from veratune.functional import project_down
 from veratune.layers.base import VeraLayer, call_with, plain_tensor
 from veratune.layers.geometry import Geometry
-from veratune.layers.products import add, compute_dtype, multiply, plan_for
+from veratune.layers.products import add, compute_dtype, multiply, plan_for, wanted
 from veratune.layers.quantised import (
     codes_of,
     dequantised,
@@ -46,12 +46,18 @@ class VeraLinear(VeraLayer):
             output: Tensor = self.base_layer(x, *args, **kwargs)
             return output
         first = active[0]
-        if self._reads_weight(active, x):
+        special = not self._plain_class or bool(self.slots[first].parts)
+        if special and self._reads_weight(active, x):
             read: Tensor = call_with(self.base_layer, {"weight": self.weight}, (x, *args), kwargs)
             return read
         dtype = None
-        whole = not args and not kwargs and x.shape[-1:] == (self.in_features,) and not self.slots[first].parts
-        if whole and self.weight_at_hand(first):
+        if (
+            not special
+            and not args
+            and not kwargs
+            and x.shape[-1:] == (self.in_features,)
+            and self.weight_at_hand(first)
+        ):
             dtype = compute_dtype(x, self.base_weight.dtype)
         if dtype is not None:
             output = self._fused(x, first, dtype)
@@ -77,7 +83,9 @@ class VeraLinear(VeraLayer):
         sizes = self.slots[name].parts
         if not sizes:
             return False
-        plan = plan_for(self, name, sizes.index(max(sizes)), x, weight_at_hand=self._is_plain())
+        training = wanted(*self.vectors(name))
+        part = sizes.index(max(sizes))
+        plan = plan_for(self.slots[name], part, x, training=training, weight_at_hand=self._is_plain())
         return plan.output == "dense"
 
     def _checked_base_output(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:

@@ -28,12 +28,16 @@ def compute_dtype(x: Tensor, weight_dtype: torch.dtype) -> torch.dtype | None:
     return x.dtype if x.dtype == weight_dtype else None
 
 
-def plan_for(layer: "VeraLayer", name: str, part: int, x: Tensor, *, weight_at_hand: bool) -> Plan:
+def plan_for(slot: "Slot", part: int, x: Tensor, *, training: bool, weight_at_hand: bool) -> Plan:
     """Return the plan of one adapter, or of one of its parts, for an input (..., in) in the compute dtype."""
-    training = torch.is_grad_enabled() and any(vector.requires_grad for vector in layer.vectors(name))
-    table = _plan_table(layer.slots[name], part, x.device, x.dtype, training, weight_at_hand)
+    table = _plan_table(slot, part, x.device, x.dtype, training, weight_at_hand)
     tokens = math.prod(x.shape[:-1])
     return look_up(table, representative_tokens(tokens) if torch.compiler.is_compiling() else tokens)
+
+
+def wanted(*vectors: Tensor) -> bool:
+    """Return whether gradients of any of these are wanted."""
+    return torch.is_grad_enabled() and any(vector.requires_grad for vector in vectors)
 
 
 @constant_while_compiling
@@ -67,19 +71,20 @@ def multiply(
         down: makes x A^T, where that is shared with other layers.
     """
     slot = layer.slots[name]
+    b, d = layer.vectors(name)
+    plan = plan_for(slot, 0, x, training=wanted(b, d), weight_at_hand=True)
+    if index is not None:
+        b, d = b[index], d[index]
     a_projection = slot.a.tensor(x.device, x.dtype)
-    (piece,) = layer.pieces(name, x.device, x.dtype)
-    plan = plan_for(layer, name, 0, x, weight_at_hand=True)
     projected = None
     if plan.needs_down:
         projected = project_down(x, a_projection) if down is None else down()
-    b, d = (piece.b, piece.d) if index is None else (piece.b[index], piece.d[index])
     return vera_linear(
         x,
         weight,
         bias,
         a_projection,
-        piece.b_projection,
+        slot.b[0].tensor(x.device, x.dtype),
         b,
         d,
         slot.gain,
@@ -111,7 +116,7 @@ def add(
     outputs = []
     pieces = layer.pieces(name, x.device, x.dtype)
     for part, piece in enumerate(pieces):
-        plan = plan_for(layer, name, part, x, weight_at_hand=False)
+        plan = plan_for(slot, part, x, training=wanted(piece.b, piece.d), weight_at_hand=False)
         b, d = (piece.b, piece.d) if index is None else (piece.b[index], piece.d[index])
         start = output if len(pieces) == 1 else output[:, piece.outputs]
         outputs.append(vera_add(start, x, a_projection, piece.b_projection, b, d, slot.gain, plan, down=projected))
