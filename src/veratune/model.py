@@ -75,7 +75,10 @@ class VeraModel(AdaptedModel):
         """Add a saved adapter beside those the model has, inactive until `set_adapter` chooses it.
 
         Args:
-            model_id, adapter_name, is_trainable, location: as for `from_pretrained`.
+            model_id: directory of the adapter, or its repository on the hub.
+            adapter_name: the adapter's name in the model.
+            is_trainable: whether it may be trained; otherwise it stays frozen when it is chosen.
+            location: as for `from_pretrained`.
 
         Raises:
             ValueError: the name is taken or not allowed.
