@@ -201,3 +201,47 @@ def test_transformers_trainer_saves_the_adapter_alone(tmp_path: Path) -> None:
     trainer.train()
     names = {path.name for path in (tmp_path / "checkpoint-4").iterdir()}
     assert "adapter_model.safetensors" in names and "model.safetensors" not in names
+
+
+@pytest.fixture
+def replaced() -> Any:
+    from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+    from peft.utils import PeftType
+
+    own = PEFT_TYPE_TO_TUNER_MAPPING[PeftType.VERA]
+    install(replace_vera=True)
+    yield lambda: PEFT_TYPE_TO_TUNER_MAPPING.__setitem__(PeftType.VERA, own)
+    PEFT_TYPE_TO_TUNER_MAPPING[PeftType.VERA] = own
+
+
+@pytest.mark.parametrize("save_projection", [True, False])
+def test_an_unchanged_script_runs_on_our_layers_and_keeps_pefts_files(
+    replaced: Any, save_projection: bool, tmp_path: Path
+) -> None:
+    config = peft.VeraConfig(r=4, target_modules=TARGETS["bert"], save_projection=save_projection)
+    ours = randomise_trainable(peft.get_peft_model(tiny_model("bert"), config), std=0.3)
+    assert any(isinstance(module, TunedLayer) for module in ours.modules())
+    ours.save_pretrained(tmp_path / "ours")
+    again = peft.PeftModel.from_pretrained(tiny_model("bert"), tmp_path / "ours")
+    assert torch.equal(logits(again, "bert"), logits(ours, "bert"))
+    replaced()  # PEFT's own layers again
+    theirs = peft.PeftModel.from_pretrained(tiny_model("bert"), tmp_path / "ours")
+    assert not any(isinstance(module, TunedLayer) for module in theirs.modules())
+    torch.testing.assert_close(logits(theirs, "bert"), logits(ours, "bert"), rtol=1e-4, atol=1e-5)
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours_file, theirs_file = (load_file(tmp_path / n / "adapter_model.safetensors") for n in ("ours", "theirs"))
+    assert ours_file.keys() == theirs_file.keys()
+    assert all(torch.equal(ours_file[name], theirs_file[name]) for name in ours_file)
+
+
+def test_projections_in_pefts_file_count(replaced: Any, tmp_path: Path) -> None:
+    replaced()
+    theirs = peft.get_peft_model(tiny_model("bert"), peft.VeraConfig(r=4, target_modules=TARGETS["bert"]))
+    randomise_trainable(theirs, std=0.3)
+    with torch.no_grad():
+        theirs.base_model.vera_A["default"].mul_(0.5)  # as another version of torch would have drawn others
+    theirs.save_pretrained(tmp_path)
+    install(replace_vera=True)
+    ours = peft.PeftModel.from_pretrained(tiny_model("bert"), tmp_path)
+    assert any(isinstance(module, TunedLayer) for module in ours.modules())
+    torch.testing.assert_close(logits(ours, "bert"), logits(theirs, "bert"), rtol=1e-4, atol=1e-5)

@@ -13,8 +13,8 @@ from veratune import VeraConfig, VeraModel, get_peft_model
 from veratune.layers import VeraLayer
 
 # Two to ten times the worst that was seen in some thousand examples, relative to the largest value. The activation is
-# smooth: with a kink, a half-precision value near it would take the other branch and have quite another gradient. Losing
-# one adapter of several changes the outputs by far more: see test_the_tolerances_would_notice_a_lost_adapter.
+# smooth: with a kink, a half-precision value near it would take the other branch and have quite another gradient.
+# Losing one adapter of several changes the outputs by far more: see test_the_tolerances_would_notice_a_lost_adapter.
 OUTPUT_TOLERANCE = {torch.float64: 1e-14, torch.float32: 2e-6, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 GRADIENT_TOLERANCE = {torch.float64: 2e-14, torch.float32: 1e-5, torch.float16: 4e-2, torch.bfloat16: 2.5e-1}
 CPU = torch.device("cpu")

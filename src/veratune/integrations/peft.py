@@ -13,11 +13,12 @@ import re
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 try:
     import peft
+    from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
     from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
     from peft.utils import TRANSFORMERS_MODELS_TO_VERA_TARGET_MODULES_MAPPING, PeftType, register_peft_method
 except ImportError as error:
@@ -30,6 +31,7 @@ from veratune.config import PEFT_TYPE, VeraConfig
 from veratune.layers import (
     ComputeSettings,
     InputGroup,
+    Slot,
     VectorInit,
     VeraConv,
     VeraConv1D,
@@ -42,18 +44,25 @@ from veratune.layers.shared import SharedDown
 from veratune.profiles import load_calibration
 from veratune.projection import projection_pool
 from veratune.routing import MemoryName, RouteName
-from veratune.sources import PeftShared, PerDimension, Source
+from veratune.sources import PeftShared, PerDimension, Side, Source, Stored
 
 _METHOD = PEFT_TYPE.lower()
 
 
-def install() -> None:
-    """Make `VeratuneConfig` known to PEFT. A second call does nothing."""
+def install(*, replace_vera: bool = False) -> None:
+    """Make `VeratuneConfig` known to PEFT. A second call does nothing more.
+
+    Args:
+        replace_vera: let PEFT's own `VeraConfig` use veratune's layers as well, so that a script that knows nothing of
+            veratune runs on them. Files stay PEFT's, with the same outputs.
+    """
     if getattr(PeftType, PEFT_TYPE, None) is None:
         _add_member()
         register_peft_method(
             name=_METHOD, config_cls=VeratuneConfig, model_cls=VeratuneTuner, prefix=VeratuneTuner.prefix
         )
+    if replace_vera:
+        PEFT_TYPE_TO_TUNER_MAPPING[PeftType.VERA] = PeftVeraTuner
 
 
 def _add_member() -> None:
@@ -242,7 +251,7 @@ class VeratuneTuner(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         base = _base(target)
-        config: VeratuneConfig = peft_config
+        config = self._own_config(peft_config)
         reason = why_not_adaptable(base)
         if reason is not None:
             raise ValueError(f"{current_key} cannot be adapted by VeRA, because {reason}: exclude it")
@@ -267,6 +276,10 @@ class VeratuneTuner(BaseTuner):
         )
         load_calibration(weight.device)
         layer.activate(self.active_adapters)
+
+    def _own_config(self, config: Any) -> Any:
+        """Return a configuration with veratune's fields."""
+        return config
 
     def _input_group(
         self,
@@ -316,6 +329,82 @@ class VeratuneTuner(BaseTuner):
                 f" projection={config.projection!r} with projection_prng_key={key} gives {source.fingerprint()} here"
             )
         return source
+
+
+class PeftVeraTuner(VeratuneTuner):
+    """What PEFT makes of a model for its own `VeraConfig` after `install(replace_vera=True)`."""
+
+    def _own_config(self, config: Any) -> Any:
+        settings = ("r", "d_initial", "vera_dropout", "init_weights", "projection_prng_key", "target_modules")
+        return VeratuneConfig(projection="peft", **{name: getattr(config, name) for name in settings})
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: Any,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = super()._get_adapter_state_dict(
+            model, config, adapter_name, state_dict, unwanted_adapter_names
+        )
+        if config.save_projection:
+            source = _slots(model, adapter_name)[0].a.projection.source
+            a, b = (source.draw(s, range(config.r), _width(source, s), torch.device("cpu")) for s in _SIDES)
+            found[f"base_model.vera_A.{adapter_name}"] = a
+            found[f"base_model.vera_B.{adapter_name}"] = b.t().contiguous()
+        return found
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        vectors = {name: tensor for name, tensor in state_dict.items() if name not in _PROJECTION_KEYS}
+        stored = [state_dict[name] for name in _PROJECTION_KEYS if name in state_dict]
+        if config.save_projection and len(stored) != len(_PROJECTION_KEYS):
+            raise ValueError("save_projection is true, but the file has no projections")
+        if stored:
+            _use_projections(model, adapter_name, *stored)
+        remapped: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, vectors)
+        return remapped
+
+
+_SIDES: tuple[Side, Side] = ("A", "B")
+_PROJECTION_KEYS = ("base_model.vera_A", "base_model.vera_B")
+
+
+def _slots(model: nn.Module, adapter_name: str) -> list[Slot]:
+    layers: list[Any] = [module for module in model.modules() if isinstance(module, TunedLayer)]
+    return [layer.slots[adapter_name] for layer in layers if adapter_name in layer.slots]
+
+
+def _width(source: Any, side: Side) -> int:
+    """Return the width of one side of PEFT's projections, drawn or read from a file."""
+    if isinstance(source, Stored):
+        return int((source.a if side == "A" else source.b).shape[1])
+    return int(source.max_in if side == "A" else source.max_out)
+
+
+def _use_projections(model: nn.Module, adapter_name: str, a: Tensor, b: Tensor) -> None:
+    """Let an adapter use projections from a file where they are not those that its key gives here."""
+    slots = _slots(model, adapter_name)
+    source = slots[0].a.projection.source
+    stored = Stored.from_tensors(a, b)
+    cpu = torch.device("cpu")
+    drawn = [source.draw(side, range(a.shape[0]), _width(source, side), cpu) for side in _SIDES]
+    if torch.equal(drawn[0], stored.a) and torch.equal(drawn[1], stored.b):
+        return
+    groups: dict[int, InputGroup] = {}
+    layers: list[Any] = [module for module in model.modules() if isinstance(module, TunedLayer)]
+    for layer in layers:
+        slot = layer.slots.get(adapter_name)
+        if slot is not None:
+            corner = projection_pool.corner(stored, "A", slot.rank, layer.in_features)
+            group = groups.setdefault(id(slot.group), InputGroup(corner, SharedDown(), slot.group.size))
+            own = projection_pool.corner(stored, "B", slot.rank, layer.out_features)
+            layer.slots[adapter_name] = replace(slot, group=group, b=(own,), gain=stored.gain(slot.rank))
 
 
 def _base(module: nn.Module) -> nn.Module:
