@@ -231,3 +231,70 @@ def test_wrong_calls_are_told_before_any_work(
         shown = capsys.readouterr()
         assert code == 1 and message in shown.err.splitlines()[-1], (arguments, shown.err)
     assert not out.exists() and [path.name for path in full.iterdir()] == ["precious"]
+
+
+def test_what_was_trained_is_merged_with_its_head_and_the_names_of_its_classes(
+    encoder: Path, table: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The base has no classification head, and says nothing of the labels."""
+    output = tmp_path / "out"
+    assert train("--model", encoder, "--data", table, "--output", output, *COMMON) == 0
+    assert json.loads((output / "rows.json").read_text())["labels"] == ["neg", "pos"]
+    assert main(["merge", str(output / "adapter"), str(tmp_path / "merged")]) == 0
+    merged = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
+    assert merged.config.id2label == {0: "neg", 1: "pos"}
+    base = transformers.AutoModelForSequenceClassification.from_pretrained(encoder, num_labels=2)
+    model = VeraModel.from_pretrained(base, output / "adapter")
+    ids = torch.tensor([[4, 5, 6]])
+    with torch.no_grad():
+        torch.testing.assert_close(merged(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-5)
+    assert main(["export", str(output / "adapter"), str(tmp_path / "peft"), "--format", "peft"]) == 0
+    assert main(["convert", str(tmp_path / "peft"), str(tmp_path / "back")]) in (0, 1)
+    capsys.readouterr()
+    assert main(["merge", str(output), str(tmp_path / "no")]) == 1
+    assert f"its adapter is {output / 'adapter'}" in capsys.readouterr().err
+
+
+def test_going_on_with_other_rows_or_a_finished_run(
+    encoder: Path, table: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "out"
+    assert train("--model", encoder, "--data", table, "--output", output, *COMMON) == 0
+    before = (output / "adapter" / "adapter_model.safetensors").read_bytes()
+    assert train("--resume", output) == 0
+    assert "is finished: its adapter is" in capsys.readouterr().out
+    (output / "results.json").unlink()
+    table.write_text(table.read_text().replace("pos", "other"), encoding="utf-8")
+    assert train("--resume", output) == 1
+    assert "the rows are not those that" in capsys.readouterr().err
+    assert (output / "adapter" / "adapter_model.safetensors").read_bytes() == before
+
+
+def test_rows_are_taken_as_they_are_written(tmp_path: Path) -> None:
+    from veratune.cli.data import read_rows
+
+    table = tmp_path / "odd.csv"
+    table.write_text('text,label,date\n007,01,2020-01-01\n"None",1,x\n12345678901234567890123,NA,\n', encoding="utf-8")
+    assert [tuple(row.values()) for row in read_rows(str(table))] == [
+        ("007", "01", "2020-01-01"),
+        ("None", "1", "x"),
+        ("12345678901234567890123", "NA", ""),
+    ]
+    table.write_text("text,label\nhello, world,x\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="cannot be read"):
+        read_rows(str(table))
+    lines = write_lines(tmp_path / "odd.jsonl", [{"text": "007", "label": "01"}])
+    assert read_rows(str(lines)) == [{"text": "007", "label": "01"}]
+    lines.write_text("[1]\n")
+    with pytest.raises(ValueError, match="line 1 holds no JSON object"):
+        read_rows(str(lines))
+
+
+@pytest.mark.parametrize("label", ["x", "inf", "nan"])
+def test_regression_wants_numbers(
+    label: str, encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = tmp_path / "rows.csv"
+    table.write_text("text,label\ngood,1\nbad," + label + "\n" * 2, encoding="utf-8")
+    assert train("--model", encoder, "--data", table, "--task", "regression", "--output", tmp_path / "out") == 1
+    assert "row 2 has no number in 'label'" in capsys.readouterr().err and not (tmp_path / "out").exists()

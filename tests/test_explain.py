@@ -60,3 +60,15 @@ def test_bad_calls():
         model(r=4).explain_routes(10, "nobody")
     with pytest.raises(ValueError, match="tokens=0"):
         model(r=4).explain_routes(0)
+
+
+def test_layers_without_a_choice_are_left_out_and_quantised_ones_counted_in_numbers():
+    net = nn.Sequential(nn.Linear(8, 12), nn.Linear(12, 4))
+    parts = get_peft_model(net, VeraConfig(r=2, target_modules=["0", "1"], fused_parts={"0": 3}))
+    assert [routes.layer for routes in parts.explain_routes(16)] == ["1"]
+    whole = get_peft_model(nn.Sequential(nn.Linear(256, 512)), VeraConfig(r=64, target_modules=["0"]))
+    packed = get_peft_model(nn.Sequential(nn.Linear(256, 512)), VeraConfig(r=64, target_modules=["0"]))
+    packed.base_model[0].base_layer.weight = nn.Parameter(torch.zeros(1, 2, dtype=torch.uint8), requires_grad=False)
+    expected = {str(e.plan): e.saved_bytes for e in whole.explain_routes(128)[0].alternatives}
+    for found in packed.explain_routes(128)[0].alternatives:
+        assert found.plan.output != "dense" and found.saved_bytes == expected[str(found.plan)]

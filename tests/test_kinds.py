@@ -668,3 +668,116 @@ def test_moving_and_casting_carries_parameters_along() -> None:
         assert torch.isfinite(logits(model)).all()
     meta = get_peft_model(mixtral().to("meta"), VeraConfig(r=3, target_modules="all-linear"))
     assert all(vector.is_meta for layer in meta.vera_layers().values() for vector in layer.vectors("default"))
+
+
+# What a review found
+
+
+def test_what_experts_keep_for_the_backward_pass_is_the_product_with_a() -> None:
+    layer = adapted(wide_mixtral).vera_layers()["model.layers.0.mlp.experts.gate_up_proj"]
+    x = torch.randn(40, 16, requires_grad=True)
+    offsets = torch.tensor([10, 10, 25, 40], dtype=torch.int32)
+    base = layer.base_weight.detach().mT
+
+    def saved(weight: Tensor) -> int:
+        sizes: dict[int, int] = {}
+
+        def note(tensor: Tensor) -> Tensor:
+            sizes[tensor.data_ptr()] = tensor.nbytes
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            torch._grouped_mm(x, weight, offs=offsets)
+        return sum(sizes.values())
+
+    slot = layer.slots["default"]
+    constants = sum(t.nbytes for t in layer.vectors("default"))
+    constants += sum(c.tensor(x.device, x.dtype).nbytes for c in slot.corners)
+    assert saved(layer.weight.transpose(1, 2)) - saved(base) <= constants + 40 * (
+        3 * 4 + 8 + 1
+    )  # x A^T, the groups, a mask
+
+
+class NamedExperts(nn.Module):
+    def __init__(self, up: str, down: str, turned: bool, width: int) -> None:
+        super().__init__()
+        shapes = {up: (4, width, 16), down: (4, 16, 8)}
+        for name, shape in shapes.items():
+            own = (shape[0], shape[2], shape[1]) if turned else shape
+            self.register_parameter(name, nn.Parameter(torch.randn(own)))
+        if width == 8:  # up and down alone could be either; gate and up together could not
+            self.hidden_size = 16
+
+
+@pytest.mark.parametrize("turned", [True, False])
+@pytest.mark.parametrize(("up", "down", "width"), [("w1", "w2", 8), ("wi", "wo", 8), ("gate_up_proj", "down_proj", 16)])
+def test_layouts_are_recognised_under_other_names(up: str, down: str, width: int, turned: bool) -> None:
+    module = nn.ModuleDict({"experts": NamedExperts(up, down, turned, width)})
+    layers = get_peft_model(module, VeraConfig(r=2, target_modules="all-linear")).vera_layers()
+    assert {n.rpartition(".")[2]: (layer.in_features, layer.out_features) for n, layer in layers.items()} == {
+        up: (16, width),
+        down: (8, 16),
+    }
+
+
+def test_an_embedding_compiles() -> None:
+    model = adapted(seeded(Table), target_modules=["table"])
+    ids = torch.tensor([[3, 0, 3], [29, 7, 1]])
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(ids), model(ids), rtol=1e-5, atol=1e-6)
+
+
+class Counting(nn.Linear):
+    calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return super().forward(x)
+
+
+def test_what_a_module_notes_about_itself_is_kept() -> None:
+    model = adapted(lambda: nn.Sequential(Counting(3, 4)), target_modules=["0"])
+    model(torch.ones(1, 3))
+    model(torch.ones(1, 3))
+    assert model.base_model[0].base_layer.calls == 2
+
+
+def test_what_is_no_matrix_is_refused_and_what_is_left_out_is_told() -> None:
+    for module in (nn.ConvTranspose1d(4, 4, 3), nn.EmbeddingBag(5, 4), nn.LayerNorm((3, 6))):
+        with pytest.raises(TargetError, match="does not multiply by it as by a matrix"):
+            adapted(lambda module=module: nn.Sequential(module), target_modules=None, target_parameters=["weight"])
+    with pytest.raises(TargetError, match="its max_norm scales rows"):
+        adapted(lambda: nn.Sequential(nn.Embedding(5, 4, max_norm=1.0)), target_modules=["0"])
+    odd = nn.ModuleDict({"x": nn.Linear(3, 3), "fc": nn.LSTM(3, 3)})
+    with pytest.warns(UserWarning, match="fc is left as it is, because LSTM"):
+        get_peft_model(odd, VeraConfig(r=2, target_modules="x|fc"))
+
+
+class Encoding(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.proj = nn.Parameter(torch.randn(4, 3))
+
+    def encode(self, x: Tensor) -> Tensor:
+        return x @ self.proj.t()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.encode(x)
+
+
+def test_other_methods_see_adapted_parameters_and_writing_to_them_is_refused() -> None:
+    model = adapted(lambda: nn.Sequential(Encoding()), target_modules=None, target_parameters=["proj"])
+    x = torch.randn(2, 3)
+    assert torch.equal(model(x), model.base_model[0].encode(x))
+    weight = model.vera_layers()["0.proj"].weight
+    with torch.no_grad(), pytest.raises(RuntimeError, match="mul_ would write to a weight that has adapters"):
+        weight.mul_(2)
+
+
+def test_hooks_of_a_convolution_with_dropout_run_once() -> None:
+    model = adapted(seeded(lambda: nn.Sequential(nn.Conv1d(2, 2, 1))), target_modules=["0"], vera_dropout=0.5).train()
+    seen: list[int] = []
+    model.base_model[0].base_layer.register_forward_hook(lambda *_: seen.append(1))
+    model(torch.randn(1, 2, 4))
+    assert seen == [1]

@@ -297,11 +297,10 @@ def test_a_class_with_a_forward_of_its_own_reads_the_adapted_weight():
     assert other == "something else"
 
 
-def test_a_base_layer_that_is_no_linear_map_is_refused_when_something_has_to_be_added_to_it():
+def test_dropout_is_refused_where_a_class_has_a_forward_of_its_own():
     config = VeraConfig(r=4, target_modules="all-linear", vera_dropout=0.1)
-    model = get_peft_model(nn.Sequential(Pooled(IN, OUT)), config)
-    with pytest.raises(RuntimeError, match="exclude_modules"):
-        model.train()(torch.randn(3, IN))
+    with pytest.raises(ValueError, match=r"vera_dropout=0\.1 cannot be had for 0"):
+        get_peft_model(nn.Sequential(Pooled(IN, OUT)), config)
 
 
 def test_dropout_is_exact_in_expectation_and_off_in_eval():
@@ -375,3 +374,62 @@ def test_training_on_the_meta_device_runs():
     model = get_peft_model(net, VeraConfig(r=4, target_modules="all-linear"))
     model(torch.randn(2, IN, device="meta")).sum().backward()
     assert model.first.vectors("default")[0].grad.is_meta
+
+
+def test_two_adapters_with_many_tokens_are_one_product(monkeypatch):
+    """Where each alone would be added to the weight, so are both: nothing goes through the rank for every token."""
+    from veratune.layers import products
+
+    torch.manual_seed(0)
+    model = get_peft_model(nn.Sequential(nn.Linear(48, 40)).double(), VeraConfig(r=64, target_modules="all-linear"))
+    model.add_adapter("other", VeraConfig(r=64, target_modules="all-linear", projection_prng_key=3))
+    model.set_adapter(["default", "other"])
+    randomise(model)
+    x = torch.randn(4096, 48, dtype=torch.float64, requires_grad=True)
+    w, bias = weights(model.base_model[0], {"default": 0, "other": 3})
+    monkeypatch.setattr(products, "vera_add", lambda *_, **__: pytest.fail("a product for every token"))
+    output = model(x)
+    torch.testing.assert_close(output, x @ w.t() + bias, rtol=1e-6, atol=1e-6)
+    (gradient,) = torch.autograd.grad(output.sum(), x)
+    torch.testing.assert_close(gradient, w.sum(0).expand_as(x), rtol=1e-6, atol=1e-6)
+
+
+def test_layers_of_one_input_drop_each_for_itself():
+    """Sharing x A^T must not share a mask."""
+
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q, self.k = nn.Linear(64, 64, bias=False), nn.Linear(64, 64, bias=False)
+
+        def forward(self, x):
+            return self.q(x), self.k(x)
+
+    model = get_peft_model(Two(), VeraConfig(r=8, target_modules="all-linear", vera_dropout=0.5))
+    with torch.no_grad():
+        model.k.base_layer.weight.copy_(model.q.base_layer.weight)
+        for layer in (model.q, model.k):
+            b, d = layer.vectors("default")
+            b.fill_(1.0)
+            d.fill_(1.0)
+    x = torch.randn(5, 64)
+    with torch.no_grad():
+        q, k = model.eval()(x)
+        torch.testing.assert_close(q, k)
+        q, k = model.train()(x)
+        assert not torch.allclose(q, k, atol=1e-2)
+
+
+def test_gradients_of_half_precision_layers_are_summed_in_float32():
+    """Ten thousand equal terms: half precision would stop counting at 256 of them (bfloat16)."""
+    model = get_peft_model(nn.Sequential(nn.Linear(4, 4, bias=False)).bfloat16(), VeraConfig(r=4, target_modules=["0"]))
+    randomise(model)
+    layer = model.base_model[0]
+    x = torch.ones(10_000, 4, dtype=torch.bfloat16)
+    for rows in (x, x[:100]):
+        gradients = torch.autograd.grad(model(rows).float().sum(), layer.vectors("default"))
+        one = torch.autograd.grad(model(rows[:1]).float().sum(), layer.vectors("default"))
+        for many, single in zip(gradients, one, strict=True):
+            torch.testing.assert_close(
+                many, single * len(rows), rtol=2e-2, atol=2e-2 * len(rows) * float(single.abs().max())
+            )

@@ -40,7 +40,7 @@ def logits(model: nn.Module, kind: str) -> torch.Tensor:
 def test_a_new_adapter_is_a_no_op_and_a_trained_one_the_dense_result(kind: str) -> None:
     base = tiny_model(kind)
     fresh = peft.get_peft_model(tiny_model(kind), VeratuneConfig(r=4, target_modules=TARGETS[kind]))
-    assert isinstance(fresh, peft.PeftModel) and fresh.peft_type.value == "VERATUNE"
+    assert isinstance(fresh, peft.PeftModel) and fresh.peft_type.value == "VERATUNE_PEFT"
     assert torch.equal(logits(fresh, kind), logits(base, kind))
     model = model_for(kind)
     dense = tiny_model(kind)

@@ -120,3 +120,10 @@ def test_tables_say_what_the_choice_says(shape, training):
         assert look_up(table, count) == expected, count
     assert look_up(table, 0) == table[0][1]
     assert look_up(table, 1 << 40) == table[-1][1]
+
+
+def test_a_frozen_adapter_between_trained_ones_is_planned_with_its_input_s_gradient():
+    shape = LayerShape(384, 384, 1024, 4096)
+    only_forward = choose_plan("auto", "balanced", shape, PROFILE, training=False)
+    through = choose_plan("auto", "balanced", shape, PROFILE, training=False, backward=True)
+    assert only_forward == Plan("dense", None) and through == Plan("dense", None, keep=True)

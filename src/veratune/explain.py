@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from veratune.layers import VeraLayer
+from veratune.layers import VeraLayer, VeraLinear
 from veratune.profiles import device_profile
 from veratune.routing import Estimate, LayerShape, choose_plan, estimate, possible_plans
 
@@ -82,10 +82,12 @@ def explain_routes(
     table = RouteTable()
     for name, layer in layers:
         slot = layer.slots.get(adapter_name)
-        if slot is None or layer.kind not in ("linear", "parameter"):
-            continue  # there is one way only to compute it
+        if slot is None or slot.parts or not isinstance(layer, VeraLinear):
+            continue  # there is one way only to compute it, or its module decides
         shape = LayerShape(layer.in_features, layer.out_features, slot.rank, tokens, slot.group.size)
-        profile = device_profile(device or layer.base_weight.device, dtype or layer.base_weight.dtype)
+        own = layer.base_weight.dtype
+        number = own if own.is_floating_point and own.itemsize > 1 else layer.vectors(adapter_name)[0].dtype
+        profile = device_profile(device or layer.base_weight.device, dtype or number)
         route, memory = slot.settings.route, slot.settings.memory
         at_hand = layer.weight_at_hand(adapter_name)
         plans = possible_plans(route, memory, shape, training=training, weight_at_hand=at_hand)

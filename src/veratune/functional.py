@@ -365,23 +365,79 @@ def add_delta(weight: Tensor, a_projection: Tensor, b_projection: Tensor, b: Ten
     return added
 
 
-def select_and_add(
-    start: Tensor, x: Tensor, a_projection: Tensor, b_projection: Tensor, b: Tensor, d: Tensor, gain: float
-) -> Tensor:
-    """Return start + x delta W^T where each row, or each batch of rows, of x has vectors of its own.
+class _SelectAndAdd(torch.autograd.Function):
+    """start + x delta W_e^T, where each row of x has the vectors of one e of a stack."""
 
-    All share A and B, so this takes two products, whatever the number of different vectors.
+    @staticmethod
+    def forward(
+        ctx: Any,
+        start: Tensor,
+        x: Tensor,
+        a_projection: Tensor,
+        b_projection: Tensor,
+        b: Tensor,
+        d: Tensor,
+        groups: Tensor,
+        gain: float,
+    ) -> Tensor:
+        ctx.gain = gain
+        with without_autocast(x.device):  # x has been cast already
+            down = x @ a_projection.t()
+            ctx.save_for_backward(a_projection, b_projection, b, d, groups, down)
+            return start + (_up(down, b_projection, d[groups], gain) * b[groups]).to(start.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        a_projection, b_projection, b, d, groups, down = ctx.saved_tensors
+        need_start, need_x, _, _, need_b, need_d = ctx.needs_input_grad[:6]
+        grad_x = grad_b = grad_d = None
+        wide = _wide(b.dtype, g.dtype)
+        with without_autocast(g.device):
+            chosen = d[groups]
+            through = (g * b[groups]).to(g.dtype) @ b_projection.t()
+            if need_b:
+                up = _up(down, b_projection, chosen, ctx.gain)
+                grad_b = torch.zeros_like(b, dtype=wide).index_add_(0, groups, g.to(wide) * up).to(b.dtype)
+            if need_d:
+                products = down.to(wide) * through * ctx.gain
+                grad_d = torch.zeros_like(d, dtype=wide).index_add_(0, groups, products).to(d.dtype)
+            if need_x:
+                grad_x = (through * (chosen.to(wide) * ctx.gain)).to(g.dtype) @ a_projection
+        return g if need_start else None, grad_x, None, None, grad_b, grad_d, None, None
+
+
+def select_and_add(
+    start: Tensor,
+    x: Tensor,
+    a_projection: Tensor,
+    b_projection: Tensor,
+    b: Tensor,
+    d: Tensor,
+    groups: Tensor,
+    gain: float,
+) -> Tensor:
+    """Return start + x delta W^T, (T, out), where each row of x has vectors of its own.
+
+    All share A and B, so this takes two products, whatever the number of different vectors. What is kept for the
+    backward pass is x A^T, (T, r).
 
     Args:
-        start: (..., out), in the compute dtype.
-        x: (..., in).
+        start: (T, out), in the compute dtype.
+        x: (T, in).
         a_projection: A (r, in).
         b_projection: B rank-major, (r, out).
-        b: (..., out), broadcast with the rows of x.
-        d: (..., r), likewise.
+        b: the vectors b of a stack, (count, out).
+        d: the vectors d of the stack, (count, r).
+        groups: int64 (T,), which of the stack's vectors each row has.
         gain: factor that belongs into B.
     """
-    return start + (_up(x @ a_projection.t(), b_projection, d, gain) * b).to(start.dtype)
+    if transformations_active() or torch.compiler.is_compiling():
+        down = x @ a_projection.t()
+        return start + (_up(down, b_projection, d[groups], gain) * b[groups]).to(start.dtype)
+    arguments = (start, x, a_projection, b_projection, b, d, groups, gain)
+    added: Tensor = _SelectAndAdd.apply(*arguments)  # type: ignore[no-untyped-call]
+    return added
 
 
 def _apply(*arguments: Any) -> Tensor:

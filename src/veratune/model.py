@@ -291,6 +291,11 @@ def _read(model: nn.Module, directory: Path) -> ReadyAdapter:
         return told_apart(model, ready_native(model, directory))
     if peft_type == PEFT_VERA:
         return told_apart(model, ready_peft(model, directory))
+    if peft_type == "VERATUNE_PEFT":
+        raise CheckpointError(
+            f"{directory} was written by the peft package through veratune.integrations.peft: load it with"
+            " peft.PeftModel.from_pretrained, after install() from there"
+        )
     raise CheckpointError(
         f"{config_path} is of an adapter of the type {peft_type!r}; veratune loads {PEFT_TYPE!r} and PEFT's"
         f" {PEFT_VERA!r}"

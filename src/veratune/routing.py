@@ -175,7 +175,13 @@ def estimate(plan: Plan, shape: LayerShape, profile: DeviceProfile, *, backward:
 
 
 def possible_plans(
-    route: RouteName, memory: MemoryName, shape: LayerShape, *, training: bool, weight_at_hand: bool
+    route: RouteName,
+    memory: MemoryName,
+    shape: LayerShape,
+    *,
+    training: bool,
+    weight_at_hand: bool,
+    backward: bool | None = None,
 ) -> list[Plan]:
     """Return the plans that a configuration allows for a call.
 
@@ -187,7 +193,10 @@ def possible_plans(
         shape: the call's dimensions.
         training: whether the vectors' gradients will be wanted.
         weight_at_hand: whether W0 can be read, which a dense output needs.
+        backward: whether any gradient will be wanted, such as the input's through a frozen adapter; as `training` by
+            default.
     """
+    backward = training if backward is None else backward
     ways = _ALLOWED[route]
     outputs = [way for way in ways if way != "dense" or weight_at_hand] or ["folded"]
     gradients: list[Way | None] = [None]
@@ -200,7 +209,7 @@ def possible_plans(
         shape.in_features + shape.out_features
     )
     activations_are_small = 8 * shape.tokens <= shape.in_features
-    keep_weight = training and (memory == "fast" or (memory == "balanced" and weight_is_small))
+    keep_weight = backward and (memory == "fast" or (memory == "balanced" and weight_is_small))
     keep_product = training and (memory == "fast" or (memory == "balanced" and activations_are_small))
 
     def keep(output: Way, way: Way | None) -> bool:
@@ -217,12 +226,14 @@ def choose_plan(
     *,
     training: bool,
     weight_at_hand: bool = True,
+    backward: bool | None = None,
 ) -> Plan:
     """Return the allowed plan with the smallest estimate."""
-    plans = possible_plans(route, memory, shape, training=training, weight_at_hand=weight_at_hand)
+    backward = training if backward is None else backward
+    plans = possible_plans(route, memory, shape, training=training, weight_at_hand=weight_at_hand, backward=backward)
     best, least = plans[0], float("inf")
     for plan in plans:
-        seconds = estimate(plan, shape, profile, backward=training).seconds
+        seconds = estimate(plan, shape, profile, backward=backward).seconds
         if seconds < least:
             best, least = plan, seconds
     return best
@@ -240,6 +251,7 @@ def plan_table(
     profile: DeviceProfile,
     training: bool,
     weight_at_hand: bool,
+    backward: bool | None = None,
 ) -> tuple[tuple[int, Plan], ...]:
     """Return the choices for every number of tokens, as (largest number of tokens, plan) in ascending order.
 
@@ -248,12 +260,14 @@ def plan_table(
 
     Args:
         shape: the layer's; its number of tokens does not count.
-        route, memory, profile, training, weight_at_hand: as for `choose_plan`.
+        route, memory, profile, training, weight_at_hand, backward: as for `choose_plan`.
     """
 
     def choice(tokens: int) -> Plan:
         here = replace(shape, tokens=tokens)
-        return choose_plan(route, memory, here, profile, training=training, weight_at_hand=weight_at_hand)
+        return choose_plan(
+            route, memory, here, profile, training=training, weight_at_hand=weight_at_hand, backward=backward
+        )
 
     table: list[tuple[int, Plan]] = []
     low = 1

@@ -102,7 +102,7 @@ def _reached(model: nn.Module) -> set[str]:
 
 def _info(name: str, module: nn.Module, own: str, parameter: nn.Parameter, reached: set[str]) -> WeightInfo:
     full, kind_of_module = joined(name, own), type(module).__name__
-    shape = tuple(parameter.shape)
+    shape = () if nn.parameter.is_lazy(parameter) else tuple(parameter.shape)
     if own == "weight" and why_not_adaptable(module) is None:
         by: By = "all-linear" if name in reached else "target_modules"
         if isinstance(module, CONVOLUTIONS):
@@ -114,6 +114,8 @@ def _info(name: str, module: nn.Module, own: str, parameter: nn.Parameter, reach
         return WeightInfo(
             full, "linear", kind_of_module, (size.out_features, size.in_features) if quantised else shape, by
         )
+    if nn.parameter.is_lazy(parameter):
+        return WeightInfo(full, "parameter", kind_of_module, (), "", "it is lazy and has no shape yet")
     if parameter.ndim < 2:
         trained: By = "bias" if own == "bias" else ""
         return WeightInfo(full, "vector", kind_of_module, shape, trained, "" if trained else "it is no matrix")

@@ -13,6 +13,7 @@ from veratune.layers import Geometry, SavedModule, VeraLayer, VeraModule
 from veratune.layers.kinds import (
     adaptable_parameters,
     geometry,
+    has_own_forward,
     is_linear,
     is_out_proj,
     parameter_layout,
@@ -224,7 +225,9 @@ def find_targets(model: nn.Module, config: VeraConfig, notify: Callable[[str], N
     if config.target_modules != "all-linear":
         for name in considered:
             reason = _reason(modules[name])
-            if reason is not None and unwrapped(modules[name])._parameters.get("weight") is not None:
+            own = unwrapped(modules[name])
+            has_weights = bool(own._parameters) or "parametrizations" in own._modules
+            if reason is not None and has_weights and not adaptable_parameters(own):
                 notify(f"{name} is left as it is, because {reason}")
     _check_rank_pattern(config, [place.name for place in places])
     order = {name: position for position, name in enumerate(modules)}
@@ -353,9 +356,10 @@ def parts_of(name: str, size: Geometry, config: VeraConfig) -> tuple[int, ...]:
     Raises:
         TargetError: the parts do not add up to the layer's outputs.
     """
-    key = next((key for key in config.fused_parts if _ends_in(name, key)), None)
-    if key is None:
+    keys = [key for key in config.fused_parts if _ends_in(name, key)]
+    if not keys:
         return ()
+    key = max(keys, key=len)  # the one that says most
     parts = config.fused_parts[key]
     sizes = [size.out_features // parts] * parts if isinstance(parts, int) else parts
     if sum(sizes) != size.out_features or 0 in sizes:
@@ -378,7 +382,7 @@ def _check_settings(config: VeraConfig, targets: list[Target]) -> None:
         module = unwrapped(target.module)
         if target.parts and not is_linear(module):
             raise TargetError(f"fused_parts: {target.name} is no linear layer, and is not made of parts")
-        read = target.parameter is not None or is_out_proj(module)
+        read = target.parameter is not None or is_out_proj(module) or has_own_forward(module)
         if config.vera_dropout > 0.0 and (read or isinstance(module, nn.Embedding)):
             raise TargetError(
                 f"vera_dropout={config.vera_dropout!r} cannot be had for {target.name}: there is no input of the"

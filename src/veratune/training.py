@@ -3,13 +3,11 @@
 import math
 from typing import Any
 
-from torch import Tensor
-
-from veratune.adapters import AdaptedModel
+from torch import nn
 
 
 def parameter_groups(
-    model: AdaptedModel, lr: float = 1e-2, head_lr: float = 1e-3, weight_decay: float = 0.0
+    model: nn.Module, lr: float = 1e-2, head_lr: float = 1e-3, weight_decay: float = 0.0
 ) -> list[dict[str, Any]]:
     """Return the trainable parameters in two groups for an optimizer: the vectors, and all else (heads, biases).
 
@@ -17,7 +15,7 @@ def parameter_groups(
     are 3e-3 to 3e-2, with a smaller one for the classification head, and no weight decay.
 
     Args:
-        model: the adapted model.
+        model: the adapted model, or a `peft.PeftModel` with veratune's layers.
         lr: learning rate of the vectors b and d.
         head_lr: learning rate of everything else that is trainable.
         weight_decay: of both groups.
@@ -26,22 +24,21 @@ def parameter_groups(
         Groups for `torch.optim`, without those that would be empty.
 
     Raises:
-        TypeError: the model is not what `get_peft_model` or `VeraModel.from_pretrained` returns.
+        TypeError: the model has no VeRA adapter.
         ValueError: a rate that is negative or not finite, or the model has no trainable parameter.
     """
-    if not isinstance(model, AdaptedModel):
+    named = dict(model.named_parameters())
+    own_names = {name for name in named if any(part.startswith("vera_lambda_") for part in name.split("."))}
+    if not own_names:
         raise TypeError(f"this {type(model).__name__} has no adapter to train: make one with get_peft_model first")
     for name, value in (("lr", lr), ("head_lr", head_lr), ("weight_decay", weight_decay)):
         if not (math.isfinite(value) and value >= 0):
             raise ValueError(f"{name}={value!r} is not allowed: it must be a finite number that is not negative")
-    vectors: list[Tensor] = []
-    for layer in model.vera_layers().values():
-        for name in layer.slots:
-            vectors += [vector for vector in layer.vectors(name) if vector.requires_grad]
-    own = {id(vector) for vector in vectors}
-    rest = [parameter for parameter in model.parameters() if parameter.requires_grad and id(parameter) not in own]
+    vectors = [named[name] for name in named if name in own_names and named[name].requires_grad]
+    rest = [named[name] for name in named if name not in own_names and named[name].requires_grad]
     if not vectors and not rest:
-        frozen = [name for name, config in model.peft_config.items() if config.inference_mode]
+        configs: dict[str, Any] = getattr(model, "peft_config", {})
+        frozen = [name for name, config in configs.items() if config.inference_mode]
         raise ValueError(
             "the model has no trainable parameter: "
             + (

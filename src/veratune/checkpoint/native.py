@@ -67,11 +67,29 @@ def save_native(host: AdaptedModel, adapter_name: str, directory: Path, *, write
         "format_version": FORMAT_VERSION,
         "config": saved_config.to_dict(),
         "fingerprint": source.fingerprint(),
+        "base": describe_base(host.base_model),
+        "inputs": {
+            name: layer.in_features
+            for name, layer in host.vera_layers().items()
+            if adapter_name in layer.slots and not isinstance(layer, VeraEmbedding)
+        },
     }
     header["sha256"] = _digest(header, tensors)
     metadata = {"format": "pt", _METADATA_KEY: json.dumps(header)}
     write_tensors(directory / WEIGHTS_NAME, tensors, metadata)
-    write_json(directory / CONFIG_NAME, {**saved_config.to_dict(), "fingerprint": source.fingerprint()})
+    shown = {"fingerprint": source.fingerprint(), "base": header["base"]}
+    write_json(directory / CONFIG_NAME, {**saved_config.to_dict(), **shown})
+
+
+def describe_base(model: nn.Module) -> dict[str, Any]:
+    """Return what has to be known of a base model to make it again: its class, and the names of its classes."""
+    config: Any = getattr(model, "config", None)
+    labels = getattr(config, "id2label", None)
+    described: dict[str, Any] = {"class": type(model).__name__}
+    if isinstance(labels, dict):
+        described["id2label"] = {str(number): str(name) for number, name in labels.items()}
+        described["problem_type"] = getattr(config, "problem_type", None)
+    return described
 
 
 def ready_native(model: nn.Module, directory: Path) -> ReadyAdapter:
@@ -83,6 +101,13 @@ def ready_native(model: nn.Module, directory: Path) -> ReadyAdapter:
     loaded, header, projections = read_native(directory)
     targets = targets_of(model, loaded)
     _check_ranks(loaded, targets)
+    inputs = header.get("inputs", {})
+    for target in targets:
+        if inputs.get(target.name, target.in_features) != target.in_features:
+            raise CheckpointError(
+                f"{loaded.origin}: {target.name} had {inputs[target.name]} inputs where the adapter was trained, but"
+                f" {target.in_features} here: the adapter is for a model of other dimensions"
+            )
     return make_ready(model, loaded, targets, _source(loaded, targets, header, projections))
 
 

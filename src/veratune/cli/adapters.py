@@ -7,8 +7,8 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from veratune.checkpoint.files import CheckpointError
-from veratune.checkpoint.native import read_native
+from veratune.checkpoint.files import WEIGHTS_NAME, CheckpointError
+from veratune.checkpoint.native import is_native, read_native
 from veratune.cli.models import base_of, load_model
 from veratune.cli.output import print_json, print_table, print_text
 from veratune.model import VeraModel
@@ -36,7 +36,9 @@ def merge(
     """Merge an adapter into its base model and save a plain model."""
     _check_new(output)
     place = base_of(adapter, base)
-    model: Any = VeraModel.from_pretrained(load_model(place, weights=True), adapter).merge_and_unload(safe_merge=safe)
+    model: Any = VeraModel.from_pretrained(load_model(place, weights=True, adapter=adapter), adapter).merge_and_unload(
+        safe_merge=safe
+    )
     model.save_pretrained(output)
     _copy_tokenizer(place, output)
     print_text(f"{output}: {place} with {adapter} merged in")
@@ -54,7 +56,7 @@ def export(
     numbers = getattr(torch, dtype, None)
     if not isinstance(numbers, torch.dtype) or not numbers.is_floating_point:
         raise ValueError(f"--dtype {dtype}: not a floating-point dtype of torch; try float32 or bfloat16")
-    model = VeraModel.from_pretrained(load_model(base_of(adapter, base), weights=True), adapter)
+    model = VeraModel.from_pretrained(load_model(base_of(adapter, base), weights=True, adapter=adapter), adapter)
     if to is Format.PEFT:
         model.export_peft(output)
     else:
@@ -69,7 +71,9 @@ def convert(
 ) -> None:
     """Turn PEFT's VeRA adapter into one in veratune's own format."""
     _check_new(output)
-    model = VeraModel.from_pretrained(load_model(base_of(adapter, base), weights=True), adapter)
+    if is_native(adapter / WEIGHTS_NAME):
+        raise CheckpointError(f"{adapter} is in veratune's format already")
+    model = VeraModel.from_pretrained(load_model(base_of(adapter, base), weights=True, adapter=adapter), adapter)
     model.save_pretrained(output)
     print_text(f"{output}: {adapter} in veratune's format")
 

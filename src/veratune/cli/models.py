@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from veratune.checkpoint.files import CONFIG_NAME, WEIGHTS_NAME, CheckpointError, read_json
+from veratune.checkpoint.files import CONFIG_NAME, WEIGHTS_NAME, CheckpointError, read_json, read_tensors
+from veratune.checkpoint.native import is_native, read_native
 
 
 def is_adapter(path: str) -> bool:
@@ -18,6 +19,8 @@ def base_of(adapter: Path, given: str | None) -> str:
     """Return the base model's place: what the user gave, or what the adapter's configuration names."""
     if given is not None:
         return given
+    if not (adapter / CONFIG_NAME).exists() and is_adapter(str(adapter / "adapter")):
+        raise CheckpointError(f"{adapter} is the output of a training run: its adapter is {adapter / 'adapter'}")
     named = read_json(adapter / CONFIG_NAME).get("base_model_name_or_path")
     if not isinstance(named, str) or not named:
         raise CheckpointError(f"{adapter} does not say what its base model is: name it with --base")
@@ -39,33 +42,69 @@ def load_tokenizer(place: str) -> Any:
         raise ValueError(f"{place} has no tokenizer that can be read: {error}") from None
 
 
-def load_model(place: str, *, weights: bool) -> nn.Module:
-    """Return a transformers model of the class that its configuration names.
+def load_model(place: str, *, weights: bool, adapter: Path | None = None) -> nn.Module:
+    """Return a transformers model of the class that an adapter was trained on, or that its configuration names.
 
     Args:
         place: a directory or a name on the hub.
         weights: whether to load them; without them the model is on the meta device.
+        adapter: an adapter that is for this model.
 
     Raises:
         ImportError: transformers is missing.
-        ValueError: the configuration names no class that transformers has.
+        ValueError: neither names a class that transformers has.
     """
     try:
         import transformers
     except ImportError as error:
         raise ImportError(f"reading a model needs transformers: pip install 'veratune[hf]' ({error})") from None
     _check_place(place)
-    config: Any = transformers.AutoConfig.from_pretrained(place)
-    names = config.architectures or []
+    wanted = {} if adapter is None else _base_of_adapter(adapter)
+    settings: dict[str, Any] = {}
+    if wanted.get("id2label"):
+        labels = {int(number): name for number, name in wanted["id2label"].items()}
+        settings = {"id2label": labels, "label2id": {name: number for number, name in labels.items()}}
+    if wanted.get("problem_type"):
+        settings["problem_type"] = wanted["problem_type"]
+    try:
+        config: Any = transformers.AutoConfig.from_pretrained(place, **settings)
+    except OSError as error:
+        raise ValueError(f"{place} is no model that can be read: {error}") from None
+    names = [wanted["class"]] if wanted.get("class") else config.architectures or []
     model_class: Any = next((getattr(transformers, name) for name in names if hasattr(transformers, name)), None)
     if model_class is None:
-        raise ValueError(f"{place}: its configuration names no class that transformers has (architectures={names})")
+        raise ValueError(f"{place}: there is no class {' or '.join(names) or 'named'} in transformers to make it of")
     if weights:
-        model: nn.Module = model_class.from_pretrained(place, dtype="auto")
+        model: nn.Module = model_class.from_pretrained(place, config=config, dtype="auto")
         return model.eval()
     with torch.device("meta"):
         shape: nn.Module = model_class(config)
     return shape.eval()
+
+
+# PEFT notes the task rather than the class, and the number of labels only in the head's shape.
+_HEADS = ("classifier.weight", "score.weight", "out_proj.weight", "qa_outputs.weight")
+_TASKS = {
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+}
+
+
+def _base_of_adapter(adapter: Path) -> dict[str, Any]:
+    """Return the class of the model that an adapter is for, and its labels, as far as its files tell."""
+    if is_native(adapter / WEIGHTS_NAME):
+        known: dict[str, Any] = read_native(adapter)[1].get("base", {})
+        return known
+    task = read_json(adapter / CONFIG_NAME).get("task_type")
+    if task not in _TASKS:
+        return {}
+    tensors, _ = read_tensors(adapter / WEIGHTS_NAME)
+    rows = [tensor.shape[0] for name, tensor in tensors.items() if name.endswith(_HEADS) and tensor.ndim == 2]
+    labels = {str(number): f"LABEL_{number}" for number in range(rows[-1])} if rows else {}
+    return {"class": _TASKS[task], "id2label": labels}
 
 
 def _check_place(place: str) -> None:

@@ -11,6 +11,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback
 
+_QUIET_SECONDS = 15.0
+
 
 class Report(TrainerCallback):
     """A bar with loss, tokens per second and time left on a terminal, and a line for each evaluation everywhere."""
@@ -20,6 +22,8 @@ class Report(TrainerCallback):
         self._bar: Progress | None = None
         self._task: Any = None
         self._started = (0.0, 0)
+        self._told = -1
+        self._last_sign = 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._started = (time.monotonic(), int(state.num_input_tokens_seen or 0))
@@ -35,6 +39,9 @@ class Report(TrainerCallback):
             self._task = self._bar.add_task("training", total=state.max_steps, completed=state.global_step)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+        if self._bar is None and logs and "loss" in logs and time.monotonic() - self._last_sign > _QUIET_SECONDS:
+            self._last_sign = time.monotonic()
+            self._console.print(f"step {state.global_step} of {state.max_steps}: loss {logs['loss']:.4f}")
         if self._bar is not None and logs and "loss" in logs:
             seconds = time.monotonic() - self._started[0]
             tokens = int(state.num_input_tokens_seen or 0) - self._started[1]
@@ -52,6 +59,9 @@ class Report(TrainerCallback):
             for name, value in (metrics or {}).items()
             if name.startswith("eval_") and not name.endswith(("runtime", "per_second", "_time"))
         ]
+        if state.global_step == self._told:
+            return
+        self._told = state.global_step
         self._console.print(f"step {state.global_step} of {state.max_steps}: {', '.join(numbers)}")
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:

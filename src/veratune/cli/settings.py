@@ -55,8 +55,8 @@ class TrainSettings:
     d_initial: float = 0.1
     vera_dropout: float = 0.0
     projection_prng_key: int = 0
-    learning_rate: float = 1e-2
-    head_learning_rate: float = 1e-3
+    learning_rate: float = 2e-2
+    head_learning_rate: float = 4e-3
     weight_decay: float = 0.0
     warmup: float = 0.06
     epochs: float = 3.0

@@ -67,7 +67,9 @@ def _sequence(settings: TrainSettings, tokenizer: Any, labels: list[str]) -> Tas
 
     def model() -> Any:
         kind = {"problem_type": "regression", "num_labels": 1} if regression else _names(labels)
-        loaded = transformers.AutoModelForSequenceClassification.from_pretrained(settings.model, **kind)
+        loaded = transformers.AutoModelForSequenceClassification.from_pretrained(
+            settings.model, ignore_mismatched_sizes=True, **kind
+        )
         if loaded.config.pad_token_id is None:
             loaded.config.pad_token_id = tokenizer.pad_token_id
         return loaded
@@ -115,7 +117,9 @@ def _token_classification(settings: TrainSettings, tokenizer: Any, labels: list[
         return _classes(np.argmax(output.predictions, -1)[known], output.label_ids[known], len(labels))
 
     return Task(
-        lambda: transformers.AutoModelForTokenClassification.from_pretrained(settings.model, **_names(labels)),
+        lambda: transformers.AutoModelForTokenClassification.from_pretrained(
+            settings.model, ignore_mismatched_sizes=True, **_names(labels)
+        ),
         encode,
         transformers.DataCollatorForTokenClassification(tokenizer),
         metrics,
@@ -127,6 +131,13 @@ def _token_classification(settings: TrainSettings, tokenizer: Any, labels: list[
 
 def _causal_lm(settings: TrainSettings, tokenizer: Any) -> Task:
     import transformers
+
+    architectures = transformers.AutoConfig.from_pretrained(settings.model).architectures or []
+    if architectures and not any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in architectures):
+        raise ValueError(
+            f"{settings.model} is a {' or '.join(architectures)}, which is no language model from left to right, as"
+            " causal-lm needs"
+        )
 
     def encode(row: Row) -> Row:
         text = row[settings.text_column]

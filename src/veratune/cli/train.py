@@ -9,8 +9,8 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from veratune.checkpoint.files import write_json
-from veratune.cli.data import Examples, Row, check_columns, label_names, read_rows, split
+from veratune.checkpoint.files import read_json, write_json
+from veratune.cli.data import Examples, Row, check_columns, digest, label_names, read_rows, split
 from veratune.cli.models import load_tokenizer
 from veratune.cli.output import bytes_text, print_table, print_text, warning_line
 from veratune.cli.settings import SETTINGS_NAME, TrainSettings, read_settings
@@ -19,7 +19,8 @@ from veratune.config import VeraConfig
 from veratune.model import get_peft_model
 from veratune.training import parameter_groups
 
-RESULTS_NAME, CURVES_NAME, ADAPTER_NAME, CHECKPOINTS_NAME = "results.json", "curves.png", "adapter", "checkpoints"
+RESULTS_NAME, CURVES_NAME, ROWS_NAME = "results.json", "curves.png", "rows.json"
+ADAPTER_NAME, CHECKPOINTS_NAME = "adapter", "checkpoints"
 
 
 def train(
@@ -89,6 +90,13 @@ def run(settings: TrainSettings, *, resuming: bool) -> None:
     labels = []
     if settings.task in ("sequence-classification", "token-classification"):
         labels = label_names(train_rows, eval_rows, settings)
+    rows_digest = digest(train_rows, eval_rows)
+    if resuming:
+        if (output / RESULTS_NAME).exists():
+            print_text(f"{output} is finished: its adapter is {output / ADAPTER_NAME}")
+            return
+        if read_json(output / ROWS_NAME).get("sha256") != rows_digest:
+            raise ValueError(f"the rows are not those that {output} began with: start the run anew, elsewhere")
     tokenizer = load_tokenizer(settings.model)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -105,14 +113,20 @@ def run(settings: TrainSettings, *, resuming: bool) -> None:
             task_type=task.task_type,
         ),
     )
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if isinstance(positions, int) and 0 < positions < settings.max_length:
+        warning_line(f"texts are cut after {positions} tokens: {settings.model} has no more positions")
+        settings.max_length = positions
     _warn_of_what_would_fail(settings)
+    examples = Examples(train_rows, task.encode), Examples(eval_rows, task.encode)
     settings.write(output)
+    write_json(output / ROWS_NAME, {"sha256": rows_digest, "labels": labels})
     trainable, total = model.get_nb_trainable_parameters()
     print_text(
         f"{settings.model}: {total:,} parameters, {trainable:,} of them trained in {len(model.vera_layers())} layers;"
         f" {len(train_rows):,} rows to train with, {len(eval_rows):,} to evaluate with"
     )
-    trainer, signal_stop = _trainer(settings, task, model, train_rows, eval_rows, output)
+    trainer, signal_stop = _trainer(settings, task, model, examples, output)
     start = time.monotonic()
     with signal_stop.listening():
         trainer.train(resume_from_checkpoint=True if resuming else None)
@@ -126,6 +140,10 @@ def run(settings: TrainSettings, *, resuming: bool) -> None:
     }
     if settings.task == "causal-lm":
         metrics["perplexity"] = math.exp(min(metrics["loss"], 700.0))
+    if not math.isfinite(metrics["loss"]):
+        raise ValueError(
+            f"the loss is {metrics['loss']}: nothing was saved but the checkpoints. A lower learning_rate may help"
+        )
     model.save_pretrained(output / ADAPTER_NAME)
     tokenizer.save_pretrained(output / ADAPTER_NAME)
     size = (output / ADAPTER_NAME / "adapter_model.safetensors").stat().st_size
@@ -134,6 +152,7 @@ def run(settings: TrainSettings, *, resuming: bool) -> None:
         output / RESULTS_NAME,
         {
             "metrics": metrics,
+            "labels": labels,
             "best_checkpoint": trainer.state.best_model_checkpoint,
             "steps": trainer.state.global_step,
             "seconds": time.monotonic() - start,
@@ -175,14 +194,14 @@ def _warn_of_what_would_fail(settings: TrainSettings) -> None:
 
 
 def _trainer(
-    settings: TrainSettings, task: Task, model: Any, train_rows: list[Row], eval_rows: list[Row], output: Path
+    settings: TrainSettings, task: Task, model: Any, examples: tuple[Examples, Examples], output: Path
 ) -> tuple[Any, Any]:
     from transformers import EarlyStoppingCallback, TrainingArguments
 
     from veratune.cli.progress import Report, StopOnSignal
     from veratune.integrations.trainer import VeraTrainer
 
-    steps = math.ceil(len(train_rows) / (settings.batch_size * settings.gradient_accumulation))
+    steps = math.ceil(len(examples[0]) / (settings.batch_size * settings.gradient_accumulation))
     arguments = TrainingArguments(
         output_dir=str(output / CHECKPOINTS_NAME),
         per_device_train_batch_size=settings.batch_size,
@@ -216,8 +235,8 @@ def _trainer(
         model,
         arguments,
         data_collator=task.collator,
-        train_dataset=Examples(train_rows, task.encode),
-        eval_dataset=Examples(eval_rows, task.encode),
+        train_dataset=examples[0],
+        eval_dataset=examples[1],
         compute_metrics=task.metrics,
         callbacks=callbacks,
         optimizers=(optimizer, None),

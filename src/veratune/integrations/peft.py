@@ -27,7 +27,7 @@ except ImportError as error:
 import torch
 from torch import Tensor, nn
 
-from veratune.config import PEFT_TYPE, VeraConfig
+from veratune.config import VeraConfig
 from veratune.layers import (
     ComputeSettings,
     InputGroup,
@@ -39,13 +39,15 @@ from veratune.layers import (
     VeraLayer,
     VeraLinear,
 )
-from veratune.layers.kinds import adapt, geometry, why_not_adaptable
+from veratune.layers.kinds import adapt, geometry, is_out_proj, why_not_adaptable
 from veratune.layers.shared import SharedDown
 from veratune.profiles import load_calibration
 from veratune.projection import projection_pool
 from veratune.routing import MemoryName, RouteName
 from veratune.sources import PeftShared, PerDimension, Side, Source, Stored
 
+# Not that of veratune's own files, which PEFT cannot read.
+PEFT_TYPE = "VERATUNE_PEFT"
 _METHOD = PEFT_TYPE.lower()
 
 
@@ -103,6 +105,7 @@ class VeratuneConfig(peft.PeftConfig):
         super().__post_init__()  # type: ignore[no-untyped-call]
         install()
         self.peft_type = PeftType[PEFT_TYPE]
+        self._expected = self.fingerprint  # what a file says, where this comes from one
         self.checked()
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
@@ -171,7 +174,8 @@ class TunedLayer(BaseTunerLayer):
         if reason is not None:
             raise ValueError(f"cannot merge into {layer.base_layer}: {reason}")
         before = list(layer.merged_adapters)
-        VeraLayer.unmerge(layer)
+        if before:
+            self._vera_class().unmerge(layer)
         if safe_merge and not torch.isfinite(layer.merged_weight([*before, *names])).all():
             if before:
                 self._vera_class().merge(layer, before)
@@ -255,6 +259,10 @@ class VeratuneTuner(BaseTuner):
         reason = why_not_adaptable(base)
         if reason is not None:
             raise ValueError(f"{current_key} cannot be adapted by VeRA, because {reason}: exclude it")
+        if config.vera_dropout > 0.0 and (isinstance(base, nn.Embedding) or is_out_proj(base)):
+            raise ValueError(f"vera_dropout={config.vera_dropout} cannot be had for {current_key}: exclude it")
+        if config.projection == "peft" and isinstance(base, nn.Embedding):
+            raise ValueError(f"projection='peft' cannot be had for {current_key}, an embedding: exclude it")
         layer: Any = target
         if not isinstance(target, TunedLayer):
             layer = _TUNED[type(adapt(base))](base, geometry(base))
@@ -276,6 +284,30 @@ class VeratuneTuner(BaseTuner):
         )
         load_calibration(weight.device)
         layer.activate(self.active_adapters)
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Merge, after all layers have been checked where that is asked for."""
+        if safe_merge:
+            self._check_finite(adapter_names)
+        super().merge_adapter(adapter_names, safe_merge)
+
+    def merge_and_unload(
+        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
+    ) -> nn.Module:
+        """Merge for good, after all layers have been checked where that is asked for."""
+        if safe_merge:
+            self._check_finite(adapter_names)
+        merged: nn.Module = super().merge_and_unload(progressbar, safe_merge, adapter_names)
+        return merged
+
+    def _check_finite(self, adapter_names: list[str] | None) -> None:
+        """Raise ValueError if merging would give a weight that is not finite; nothing has been changed then."""
+        wanted = self.active_adapters if adapter_names is None else adapter_names
+        layers: list[Any] = [module for module in self.model.modules() if isinstance(module, TunedLayer)]
+        for layer in layers:
+            names = [name for name in wanted if name in layer.slots and name not in layer.merged_adapters]
+            if names and not torch.isfinite(layer.merged_weight(names)).all():
+                raise ValueError(f"merging {names} into {layer.base_layer} gives weights that are not finite")
 
     def _own_config(self, config: Any) -> Any:
         """Return a configuration with veratune's fields."""
@@ -321,11 +353,10 @@ class VeratuneTuner(BaseTuner):
             source = PeftShared(key, config.r, *widest)
         else:
             source = PerDimension(key % (1 << 64))
-        if config.fingerprint is None:
-            config.fingerprint = source.fingerprint()
-        elif config.fingerprint != source.fingerprint():
+        config.fingerprint = source.fingerprint()
+        if config._expected not in (None, config.fingerprint):
             raise ValueError(
-                f"this adapter was trained with other projections: its fingerprint is {config.fingerprint}, and"
+                f"this adapter was trained with other projections: its fingerprint is {config._expected}, and"
                 f" projection={config.projection!r} with projection_prng_key={key} gives {source.fingerprint()} here"
             )
         return source

@@ -13,7 +13,11 @@ except ImportError as error:
 
 from torch import nn
 
+from veratune.adapters import notify
 from veratune.model import VeraModel
+from veratune.training import parameter_groups
+
+_LOW_RATE = 1e-3
 
 
 class VeraTrainer(transformers.Trainer):
@@ -23,6 +27,16 @@ class VeraTrainer(transformers.Trainer):
     of the optimizer. `train(resume_from_checkpoint=...)` and `load_best_model_at_end` put their values into the
     adapters that the model has.
     """
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """Make the optimizer where none was given; it says what VeRA wants."""
+        parameter_groups(self._vera_model())  # tells of a model without anything to train
+        if self.optimizer is None and self.args.learning_rate < _LOW_RATE:
+            notify(
+                f"learning_rate={self.args.learning_rate} is low for VeRA, whose vectors want about 1e-2: give it in"
+                " the arguments, or an optimizer made with parameter_groups"
+            )
+        return super().create_optimizer(*args, **kwargs)
 
     def _vera_model(self) -> VeraModel:
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)

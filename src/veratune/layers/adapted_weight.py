@@ -81,6 +81,12 @@ class AdaptedWeight(Tensor):
         if func in _ABOUT:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
+        name = getattr(func, "__name__", "")
+        if args and isinstance(args[0], AdaptedWeight) and name.endswith("_") and not name.endswith("__"):
+            weight_name = args[0]._view.layer.weight_name
+            raise RuntimeError(
+                f"{name} would write to a weight that has adapters, and be lost: exclude {weight_name}, or merge first"
+            )
         cheap = _CHEAP.get(func)
         if cheap is not None:
             result = cheap(func, *args, **kwargs)

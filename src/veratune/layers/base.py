@@ -238,10 +238,13 @@ class VeraLayer(nn.Module):
                 output = add(self, name, output, flat, index=index)
             return output.view(*x.shape[:-1], self.out_features)
         output = torch.matmul(x, self._outputs_first(base).to(dtype).mT)
-        for name in self.added_adapters:
-            b, d = (vector if index is None else vector[index] for vector in self.vectors(name))
-            output = self._add_selected(name, output, x, b.unsqueeze(-2), d.unsqueeze(-2))
-        return output
+        if x.ndim < 3 or len(x) != len(base):
+            x = x.expand(*output.shape[:-1], self.in_features)
+        chosen = torch.arange(len(base), device=x.device) if index is None else index.to(torch.int64)
+        # One matrix for each of the next to last but one dimension: its rows belong together.
+        groups = chosen.repeat_interleave(output.shape[-2]).repeat(math.prod(output.shape[:-3]))
+        rows = output.reshape(-1, self.out_features)
+        return self.add_rows(rows, x.reshape(-1, self.in_features), groups).view(output.shape)
 
     def add_rows(self, start: Tensor, x: Tensor, groups: Tensor) -> Tensor:
         """Return start + x delta W^T, where each row of x belongs to one matrix of the stack.
@@ -252,15 +255,11 @@ class VeraLayer(nn.Module):
             groups: int64 (T,), the matrices.
         """
         for name in self.added_adapters:
-            b, d = self.vectors(name)
-            start = self._add_selected(name, start, x, b[groups], d[groups])
+            slot = self.slots[name]
+            a_projection = slot.a.tensor(x.device, x.dtype)
+            b_projection = slot.b[0].tensor(x.device, x.dtype)
+            start = select_and_add(start, x, a_projection, b_projection, *self.vectors(name), groups, slot.gain)
         return start
-
-    def _add_selected(self, name: str, start: Tensor, x: Tensor, b: Tensor, d: Tensor) -> Tensor:
-        slot = self.slots[name]
-        a_projection = slot.a.tensor(x.device, x.dtype)
-        b_projection = slot.b[0].tensor(x.device, x.dtype)
-        return select_and_add(start, x, a_projection, b_projection, b, d, slot.gain)
 
     def _with_delta(self, weight: Tensor, a_projection: Tensor, piece: Piece, name: str, index: Any) -> Tensor:
         b, d = (piece.b, piece.d) if index is None else (piece.b[index], piece.d[index])
@@ -469,6 +468,14 @@ def plain_tensor(weight: Tensor) -> bool:
     return type(weight) in (Tensor, nn.Parameter)
 
 
+def stand_in_for(module: nn.Module, weights: Mapping[str, Tensor | None]) -> nn.Module:
+    """Return what shares all with a module but some parameters, in whose places other tensors are."""
+    stand_in = object.__new__(type(module))
+    stand_in.__dict__.update(module.__dict__)
+    stand_in.__dict__["_parameters"] = {**module._parameters, **weights}
+    return stand_in
+
+
 def call_with(
     module: nn.Module, weights: Mapping[str, Tensor | None], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
@@ -480,7 +487,9 @@ def call_with(
     """
     if torch.compiler.is_compiling() or "forward" in module.__dict__:
         return torch.func.functional_call(module, dict(weights), args, kwargs)  # type: ignore[arg-type]
-    stand_in = object.__new__(type(module))
-    stand_in.__dict__.update(module.__dict__)
-    stand_in.__dict__["_parameters"] = {**module._parameters, **weights}
-    return stand_in(*args, **kwargs)
+    stand_in = stand_in_for(module, weights)
+    result = stand_in(*args, **kwargs)
+    for name, value in stand_in.__dict__.items():
+        if name != "_parameters" and module.__dict__.get(name, stand_in) is not value:
+            module.__dict__[name] = value  # what its forward has noted about itself
+    return result

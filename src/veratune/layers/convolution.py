@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from veratune.layers.base import TransparentLayer, call_with
+from veratune.layers.base import TransparentLayer, call_with, stand_in_for
 
 
 class VeraConv(TransparentLayer):
@@ -42,7 +42,8 @@ class VeraConv(TransparentLayer):
         a_projection = self.slots[name].a.tensor(weight.device, weight.dtype)
         (piece,) = self.pieces(name, weight.device, weight.dtype)
         delta = self._with_delta(weight.new_zeros(weight.shape), a_projection, piece, name, None)
-        alone: Tensor = call_with(self.base_layer, {"weight": self.like_weight(delta), "bias": None}, (x,), {})
+        stand_in = stand_in_for(self.base_layer, {"weight": self.like_weight(delta), "bias": None})
+        alone: Tensor = stand_in.forward(x)  # without hooks, which have been called with the base layer's output
         return alone
 
 

@@ -51,7 +51,10 @@ class VeraEmbedding(TransparentLayer):
         output: Tensor = self.base_layer(input, *args, **kwargs)
         if not self.added_adapters:
             return output
-        tokens, places = torch.unique(input, return_inverse=True)
+        if torch.compiler.is_compiling():  # how many different tokens there are is not known then
+            tokens, places = input.flatten(), torch.arange(input.numel(), device=input.device).view(input.shape)
+        else:
+            tokens, places = torch.unique(input, return_inverse=True)
         padding: int | None = getattr(self.base_layer, "padding_idx", None)
         scale = getattr(self.base_layer, "embed_scale", 1.0)
         for name in self.added_adapters:

@@ -12,8 +12,11 @@ from veratune.layers.embedding import VeraEmbedding
 from veratune.layers.geometry import Geometry
 from veratune.layers.linear import VeraConv1D, VeraLinear
 from veratune.layers.parameter import VeraParameter
+from veratune.layers.quantised import is_quantised
 
 _EXPERTS = re.compile(r"expert", re.IGNORECASE)
+_UP, _DOWN = ("gate_up_proj", "up_proj", "gate_proj", "w1", "w3", "wi", "fc1"), ("down_proj", "w2", "wo", "fc2")
+_HIDDEN = ("hidden_size", "hidden_dim", "d_model", "embed_dim")
 _ATTENTION_WEIGHTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 
 
@@ -48,6 +51,8 @@ def why_not_adaptable(module: nn.Module) -> str | None:
             return "its weight is computed from other parameters"
         return _why_not_its_weight(module)
     if isinstance(module, nn.Embedding):
+        if module.max_norm is not None:
+            return "its max_norm scales rows of the table itself when they are looked up"
         own = type(module).forward is not nn.Embedding.forward
         if own and not hasattr(module, "embed_scale"):
             return f"it is a {type(module).__name__}, which does more than look up rows"
@@ -139,6 +144,8 @@ def why_not_parameter(module: nn.Module, name: str) -> str | None:
         return f"it stands in a {type(module).__name__}, whose owner reads it"
     if name == "weight" and why_not_adaptable(module) is None:
         return "its module is a layer of its own: name the module in target_modules"
+    if type(module).__module__.startswith("torch.nn.") and name not in adaptable_parameters(module):
+        return f"{type(module).__name__} does not multiply by it as by a matrix"
     if parameter.ndim not in (2, 3) or not parameter.numel():
         return f"its shape is {tuple(parameter.shape)}, neither a matrix nor a stack of matrices"
     if not parameter.is_floating_point() or parameter.dtype.itemsize < 2:
@@ -164,18 +171,29 @@ def _stored_transposed(module: nn.Module) -> bool:
     said = getattr(module, "is_transposed", None)
     if isinstance(said, bool):
         return said
-    up, down = (module._parameters.get(name) for name in ("gate_up_proj", "down_proj"))
-    if up is None or down is None or up.ndim != 3 or down.ndim != 3:
-        return False
-    # What goes into the first goes out of the second, and gate and up have twice what goes into the second.
-    straight = up.shape[2] == down.shape[1] and up.shape[1] == 2 * down.shape[2]
-    return not straight and up.shape[1] == down.shape[2] and up.shape[2] == 2 * down.shape[1]
+    hidden = next((size for name in _HIDDEN if isinstance(size := getattr(module, name, None), int)), None)
+    stacks = {name: p.shape for name, p in module._parameters.items() if p is not None and p.ndim == 3}
+    pairs = [(stacks[up], stacks[down]) for up in _UP for down in _DOWN if up in stacks and down in stacks]
+    if hidden is not None and pairs and all((up[1] == hidden) != (up[2] == hidden) for up, _ in pairs):
+        return all(up[1] == hidden for up, _ in pairs)
+    # What goes into the first goes out of the second; what comes out of the first, gate and up together or one of
+    # them, goes into the second.
+    straight = [up[2] == down[1] and up[1] in (down[2], 2 * down[2]) for up, down in pairs]
+    turned = [up[1] == down[2] and up[2] in (down[1], 2 * down[1]) for up, down in pairs]
+    return bool(pairs) and not any(straight) and all(turned)
 
 
 def adapt_parameter(module: nn.Module, name: str) -> VeraParameter:
     """Return an adapted parameter, without adapters yet."""
     size, transposed = parameter_layout(module, name)
     return VeraParameter(module, name, size, transposed=transposed)
+
+
+def has_own_forward(module: nn.Module) -> bool:
+    """Return whether a linear layer or a convolution is of a class that computes more than one, with a plain weight."""
+    if not isinstance(module, (nn.Linear, *CONVOLUTIONS)) or is_quantised(module):
+        return False
+    return not type(module).forward.__module__.startswith("torch.nn.")
 
 
 def is_out_proj(module: nn.Module) -> bool:

@@ -46,18 +46,14 @@ class VeraLinear(VeraLayer):
             output: Tensor = self.base_layer(x, *args, **kwargs)
             return output
         first = active[0]
-        special = not self._plain_class or bool(self.slots[first].parts)
+        special = not self._plain_class or bool(self.slots[first].parts) or len(active) > 1
         if special and self._reads_weight(active, x):
-            read: Tensor = call_with(self.base_layer, {"weight": self.weight}, (x, *args), kwargs)
+            weight = self.adapted_weight() if self._plain_class else self.weight
+            read: Tensor = call_with(self.base_layer, {"weight": weight}, (x, *args), kwargs)
             return read
         dtype = None
-        if (
-            not special
-            and not args
-            and not kwargs
-            and x.shape[-1:] == (self.in_features,)
-            and self.weight_at_hand(first)
-        ):
+        alone = not self.slots[first].parts and not args and not kwargs and x.shape[-1:] == (self.in_features,)
+        if alone and self.weight_at_hand(first):
             dtype = compute_dtype(x, self.base_weight.dtype)
         if dtype is not None:
             output = self._fused(x, first, dtype)
@@ -76,16 +72,13 @@ class VeraLinear(VeraLayer):
             return False
         if "forward" in self.base_layer.__dict__ or any(self._drops(name) for name in names):
             return False
-        return not self._plain_class or (len(names) == 1 and self._dense_parts(names[0], x))
+        # Several adapters, or parts, are the cheapest in one added-up weight where each of them is.
+        return not self._plain_class or all(self._is_dense(name, x) for name in names)
 
-    def _dense_parts(self, name: str, x: Tensor) -> bool:
-        """Return whether an adapter has parts which are the cheapest in one added-up weight."""
-        sizes = self.slots[name].parts
-        if not sizes:
-            return False
-        training = wanted(*self.vectors(name))
-        part = sizes.index(max(sizes))
-        plan = plan_for(self.slots[name], part, x, training=training, weight_at_hand=self._is_plain())
+    def _is_dense(self, name: str, x: Tensor) -> bool:
+        slot = self.slots[name]
+        part = slot.parts.index(max(slot.parts)) if slot.parts else 0
+        plan = plan_for(slot, part, x, training=wanted(*self.vectors(name)), weight_at_hand=self._is_plain())
         return plan.output == "dense"
 
     def _checked_base_output(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -138,6 +131,7 @@ class VeraLinear(VeraLayer):
             and not base._backward_hooks
             and not base._backward_pre_hooks
             and plain_tensor(self.base_weight)
+            and self.base_weight.is_floating_point()
         )
 
     def _drops(self, name: str) -> bool:

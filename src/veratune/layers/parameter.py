@@ -1,10 +1,11 @@
 """VeRA on parameters that their module's forward reads itself: expert tensors, packed attention weights."""
 
+import inspect
 from typing import Any
 
 from torch import Tensor, nn
 
-from veratune.layers.base import VeraLayer, call_with
+from veratune.layers.base import VeraLayer, call_with, stand_in_for
 from veratune.layers.geometry import Geometry
 
 
@@ -70,14 +71,17 @@ class VeraModule(nn.Module):
                 del self.adapted[own]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        weights = {
+        weights = self._weights()
+        if not weights:
+            return self.base_layer(*args, **kwargs)
+        return call_with(self.base_layer, weights, args, kwargs)
+
+    def _weights(self) -> dict[str, Tensor]:
+        return {
             name: layer.weight_over(getattr(self.base_layer, name))
             for name, layer in self.parameter_layers().items()
             if layer.added_adapters
         }
-        if not weights:
-            return self.base_layer(*args, **kwargs)
-        return call_with(self.base_layer, weights, args, kwargs)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -88,4 +92,9 @@ class VeraModule(nn.Module):
                 raise
             if name in modules["adapted"]:
                 return modules["adapted"][name].weight
-            return getattr(modules["base_layer"], name)
+            base: Any = modules["base_layer"]
+            value = getattr(base, name)
+            if inspect.ismethod(value) and id(value.__self__) == id(base) and not hasattr(nn.Module, name):
+                # The model's other methods see the adapted parameters as its forward does.
+                return getattr(stand_in_for(base, self._weights()), name)
+            return value

@@ -30,7 +30,8 @@ def compute_dtype(x: Tensor, weight_dtype: torch.dtype) -> torch.dtype | None:
 
 def plan_for(slot: "Slot", part: int, x: Tensor, *, training: bool, weight_at_hand: bool) -> Plan:
     """Return the plan of one adapter, or of one of its parts, for an input (..., in) in the compute dtype."""
-    table = _plan_table(slot, part, x.device, x.dtype, training, weight_at_hand)
+    backward = training or (torch.is_grad_enabled() and x.requires_grad)
+    table = _plan_table(slot, part, x.device, x.dtype, training, weight_at_hand, backward)
     tokens = math.prod(x.shape[:-1])
     return look_up(table, representative_tokens(tokens) if torch.compiler.is_compiling() else tokens)
 
@@ -42,11 +43,18 @@ def wanted(*vectors: Tensor) -> bool:
 
 @constant_while_compiling
 def _plan_table(
-    slot: "Slot", part: int, device: torch.device, dtype: torch.dtype, training: bool, weight_at_hand: bool
+    slot: "Slot",
+    part: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    training: bool,
+    weight_at_hand: bool,
+    backward: bool,
 ) -> tuple[tuple[int, Plan], ...]:
     # A compiler need not trace the search for what depends on constants alone.
     profile = device_profile(device, dtype)
-    return plan_table(slot.settings.route, slot.settings.memory, slot.shapes[part], profile, training, weight_at_hand)
+    route, memory = slot.settings.route, slot.settings.memory
+    return plan_table(route, memory, slot.shapes[part], profile, training, weight_at_hand, backward)
 
 
 def multiply(
