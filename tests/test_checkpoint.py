@@ -4,6 +4,7 @@ import random
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -495,3 +496,25 @@ def test_from_pretrained_asks_the_hub_for_the_adapters_files_only(monkeypatch, t
     assert asked["revision"] == "v1"
     assert asked["allow_patterns"] == [f"sub/{CONFIG}", f"sub/{WEIGHTS}"]
     assert hub.find_directory(tmp_path / "snapshot", subfolder="sub") == tmp_path / "snapshot" / "sub"
+
+
+def test_an_adapter_of_another_input_width_is_refused(tmp_path):
+    """b tells the outputs alone; A of another width would be another map."""
+    model = get_peft_model(nn.Sequential(nn.Linear(4, 6)), VeraConfig(r=2, target_modules=["0"]))
+    model.save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match="0 had 4 inputs where the adapter was trained, but 9 here"):
+        VeraModel.from_pretrained(nn.Sequential(nn.Linear(9, 6)), tmp_path)
+    other = get_peft_model(nn.Sequential(nn.Linear(9, 6)), VeraConfig(r=2, target_modules=["0"]))
+    with pytest.raises(CheckpointError, match="had 4 inputs"):
+        other.restore(tmp_path)
+
+
+def test_the_file_says_what_model_it_is_for(tmp_path):
+    class Named(nn.Sequential):
+        config = SimpleNamespace(id2label={0: "no", 1: "yes"}, problem_type=None)
+
+    get_peft_model(Named(nn.Linear(4, 2)), VeraConfig(r=2, target_modules=["0"])).save_pretrained(tmp_path)
+    shown = json.loads((tmp_path / CONFIG).read_text())["base"]
+    assert shown == {"class": "Named", "id2label": {"0": "no", "1": "yes"}, "problem_type": None}
+    _, header, _ = native.read_native(tmp_path)
+    assert header["base"] == shown

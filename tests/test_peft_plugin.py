@@ -245,3 +245,59 @@ def test_projections_in_pefts_file_count(replaced: Any, tmp_path: Path) -> None:
     ours = peft.PeftModel.from_pretrained(tiny_model("bert"), tmp_path)
     assert any(isinstance(module, TunedLayer) for module in ours.modules())
     torch.testing.assert_close(logits(ours, "bert"), logits(theirs, "bert"), rtol=1e-4, atol=1e-5)
+
+
+def test_a_configuration_can_be_used_again_and_files_are_told_apart(tmp_path: Path) -> None:
+    from veratune import CheckpointError, VeraConfig, VeraModel
+    from veratune import get_peft_model as own_get_peft_model
+
+    config = VeratuneConfig(r=4, target_modules=["0"], projection="peft")
+    peft.get_peft_model(nn.Sequential(nn.Linear(3, 4)), config)
+    peft.get_peft_model(nn.Sequential(nn.Linear(5, 6)), config)
+    model_for("bert").save_pretrained(tmp_path / "plug-in")
+    with pytest.raises(CheckpointError, match=r"through veratune\.integrations\.peft: load it with"):
+        VeraModel.from_pretrained(tiny_model("bert"), tmp_path / "plug-in")
+    own = own_get_peft_model(tiny_model("bert"), VeraConfig(r=4, target_modules="all-linear"))
+    own.save_pretrained(tmp_path / "own")
+    with pytest.raises(KeyError, match="VERATUNE"):
+        peft.PeftModel.from_pretrained(tiny_model("bert"), tmp_path / "own")
+
+
+def test_a_safe_merge_that_fails_leaves_all_layers_as_they_were() -> None:
+    model = model_for("bert")
+    layers = [module for module in model.modules() if isinstance(module, TunedLayer)]
+    with torch.no_grad():
+        layers[-1].vectors("default")[0].fill_(float("nan"))
+    for merge in (lambda: model.merge_adapter(safe_merge=True), lambda: model.merge_and_unload(safe_merge=True)):
+        with pytest.raises(ValueError, match="not finite"):
+            merge()
+        assert not any(layer.merged for layer in layers)
+        assert sum(isinstance(module, TunedLayer) for module in model.modules()) == len(layers)
+
+
+def test_merging_a_second_adapter_into_eight_bits_adds_each_once() -> None:
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    from veratune.layers import quantised
+
+    plain = nn.Sequential(nn.Linear(64, 64))
+    layer = bitsandbytes.nn.Linear8bitLt(64, 64, has_fp16_weights=False, threshold=0.0)
+    layer.load_state_dict(plain[0].state_dict())
+    model = peft.get_peft_model(nn.Sequential(layer.to("cpu")), VeratuneConfig(r=4, target_modules=["0"]))
+    model.add_adapter("other", VeratuneConfig(r=4, target_modules=["0"], projection_prng_key=5))
+    tuned = model.base_model.model[0]
+    x = torch.randn(3, 64)
+    with torch.no_grad():
+        for name in ("default", "other"):
+            for vector in tuned.vectors(name):
+                vector.normal_(std=0.3)
+        model(x)
+        before = quantised.dequantised(tuned.base_layer)
+        expected = before + tuned.get_delta_weight("default") + tuned.get_delta_weight("other")
+        for name in ("default", "other"):
+            model.merge_adapter([name])
+            model(x)
+        scale = float(expected.abs().max())
+        assert float((quantised.dequantised(tuned.base_layer) - expected).abs().max()) < 0.02 * scale
+        model.unmerge_adapter()
+        model(x)
+        assert torch.equal(quantised.dequantised(tuned.base_layer), before)
