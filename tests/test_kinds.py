@@ -773,6 +773,7 @@ def test_other_methods_see_adapted_parameters_and_writing_to_them_is_refused() -
     weight = model.vera_layers()["0.proj"].weight
     with torch.no_grad(), pytest.raises(RuntimeError, match="mul_ would write to a weight that has adapters"):
         weight.mul_(2)
+    assert weight.div_(1) is weight
 
 
 def test_hooks_of_a_convolution_with_dropout_run_once() -> None:

@@ -83,6 +83,8 @@ class AdaptedWeight(Tensor):
                 return func(*args, **kwargs)
         name = getattr(func, "__name__", "")
         if args and isinstance(args[0], AdaptedWeight) and name.endswith("_") and not name.endswith("__"):
+            if name in ("mul_", "div_") and len(args) > 1 and isinstance(args[1], int | float) and args[1] == 1:
+                return args[0]  # RWKV rescales its first layers by one
             weight_name = args[0]._view.layer.weight_name
             raise RuntimeError(
                 f"{name} would write to a weight that has adapters, and be lost: exclude {weight_name}, or merge first"
