@@ -121,7 +121,7 @@ def held_bytes(model: nn.Module) -> int:
         view.untyped_storage().data_ptr(): view.untyped_storage().nbytes()
         for layer in (model.vera_layers().values() if isinstance(model, veratune.VeraModel) else ())
         for slot in layer.slots.values()
-        for corner in (slot.a, slot.b)
+        for corner in slot.corners
         for view in corner.views.values()
     }
     return sum((storages | projections).values())

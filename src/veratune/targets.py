@@ -228,7 +228,7 @@ def find_targets(model: nn.Module, config: VeraConfig, notify: Callable[[str], N
             own = unwrapped(modules[name])
             has_weights = bool(own._parameters) or "parametrizations" in own._modules
             if reason is not None and has_weights and not adaptable_parameters(own):
-                notify(f"{name} is left as it is, because {reason}")
+                notify(f"{name} is left as it is, because {reason}. exclude_modules=[{name!r}] says so without a word")
     _check_rank_pattern(config, [place.name for place in places])
     order = {name: position for position, name in enumerate(modules)}
     places.sort(key=lambda place: order[place.module_name])
@@ -524,7 +524,7 @@ def _check_each_pattern(
         if len(wanted) > 1 and not any(_usable(modules[name]) for name in outside):
             raise TargetError(
                 f"target_modules={wanted!r}: {suffix!r} matches only modules that cannot be adapted, such as"
-                f" {outside[0]}: {_reason(modules[outside[0]])}" + _adaptable_names(modules)
+                f" {outside[0]}: {_reason(modules[outside[0]])}. Leave {suffix!r} out" + _adaptable_names(modules)
             )
 
 
@@ -548,7 +548,10 @@ def _nothing_to_adapt(
     if considered:
         shown = "".join(f"\n  {name}: {_reason(modules[name])}" for name in considered[:10])
         rest = f"\n  and {len(considered) - 10} more" if len(considered) > 10 else ""
-        return f"{start} matches only modules that cannot be adapted:{shown}{rest}" + _adaptable_names(modules)
+        return (
+            f"{start} matches only modules that cannot be adapted:{shown}{rest}\nLeave them out, or name them in"
+            " exclude_modules." + _adaptable_names(modules)
+        )
     if matched and all(name in inside_saved for name in matched):
         return (
             f"{start} matches only modules that are trained in full (modules_to_save={config.modules_to_save!r}): "
