@@ -74,15 +74,17 @@ def supported(model: nn.Module) -> SupportTable:
     reached = _reached(model)
     table = SupportTable()
     seen: set[int] = set()
+    computed: list[str] = []
     for name, module in base_modules(model).items():
         own = unwrapped(module)
-        if "parametrizations" in name.split("."):  # told of with the weight that is computed from it
-            continue
+        if any(name.startswith(f"{layer}.parametrizations") for layer in computed):
+            continue  # told of with the weight that is computed from it
         if why_not_adaptable(own) is None and own._parameters.get("weight") is None and id(own) not in seen:
             size = geometry(own)
             by: By = "all-linear" if name in reached else "target_modules"
             shape = (size.out_features, size.in_features)
             table.append(WeightInfo(name, "linear", type(own).__name__, shape, by))
+            computed.append(name)
         seen.add(id(own))
         for parameter_name, parameter in own._parameters.items():
             if parameter is not None and id(parameter) not in seen:

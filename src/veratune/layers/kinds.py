@@ -144,7 +144,7 @@ def why_not_parameter(module: nn.Module, name: str) -> str | None:
         return f"it stands in a {type(module).__name__}, whose owner reads it"
     if name == "weight" and why_not_adaptable(module) is None:
         return "its module is a layer of its own: name the module in target_modules"
-    if type(module).__module__.startswith("torch.nn.") and name not in adaptable_parameters(module):
+    if type(module).__module__.startswith("torch.nn.modules.") and name not in adaptable_parameters(module):
         return f"{type(module).__name__} does not multiply by it as by a matrix"
     if parameter.ndim not in (2, 3) or not parameter.numel():
         return f"its shape is {tuple(parameter.shape)}, neither a matrix nor a stack of matrices"
