@@ -36,9 +36,7 @@ def merge(
     """Merge an adapter into its base model and save a plain model."""
     _check_new(output)
     place = base_of(adapter, base)
-    model: Any = VeraModel.from_pretrained(load_model(place, weights=True, adapter=adapter), adapter).merge_and_unload(
-        safe_merge=safe
-    )
+    model: Any = _adapted(place, adapter).merge_and_unload(safe_merge=safe)
     model.save_pretrained(output)
     _copy_tokenizer(place, output)
     print_text(f"{output}: {place} with {adapter} merged in")
@@ -56,7 +54,7 @@ def export(
     numbers = getattr(torch, dtype, None)
     if not isinstance(numbers, torch.dtype) or not numbers.is_floating_point:
         raise ValueError(f"--dtype {dtype}: not a floating-point dtype of torch; try float32 or bfloat16")
-    model = VeraModel.from_pretrained(load_model(base_of(adapter, base), weights=True, adapter=adapter), adapter)
+    model = _adapted(base_of(adapter, base), adapter)
     if to is Format.PEFT:
         model.export_peft(output)
     else:
@@ -73,7 +71,7 @@ def convert(
     _check_new(output)
     if is_native(adapter / WEIGHTS_NAME):
         raise CheckpointError(f"{adapter} is in veratune's format already")
-    model = VeraModel.from_pretrained(load_model(base_of(adapter, base), weights=True, adapter=adapter), adapter)
+    model = _adapted(base_of(adapter, base), adapter)
     model.save_pretrained(output)
     print_text(f"{output}: {adapter} in veratune's format")
 
@@ -114,6 +112,10 @@ def diff(
         _print_differences(settings, only, moved, saved, different=different)
     if different:
         raise typer.Exit(1)
+
+
+def _adapted(place: str, adapter: Path) -> VeraModel:
+    return VeraModel.from_pretrained(load_model(place, weights=True, adapter=adapter), adapter)
 
 
 def _print_differences(

@@ -137,7 +137,6 @@ class VeraLayer(nn.Module):
     # The weight's axis of output features, as `matrix` sees it: 0 for (..., out, in), 1 for (..., in, out).
     out_axis: Literal[0, 1] = 0
     weight_name: str = "weight"
-    supports_dropout: ClassVar[bool] = True
 
     def __init__(self, base_layer: nn.Module, geometry: Geometry) -> None:
         super().__init__()

@@ -21,7 +21,6 @@ class VeraEmbedding(TransparentLayer):
     """
 
     kind = "embedding"
-    supports_dropout = False
 
     def matrix(self, weight: Tensor) -> Tensor:
         return weight.t()

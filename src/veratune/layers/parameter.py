@@ -16,7 +16,6 @@ class VeraParameter(VeraLayer):
     """
 
     kind = "parameter"
-    supports_dropout = False
 
     def __init__(self, owner: nn.Module, name: str, geometry: Geometry, *, transposed: bool = False) -> None:
         self.weight_name = name
