@@ -16,12 +16,12 @@ from veratune.explain import RouteTable, explain_routes
 from veratune.forwarding import ForwardOfBase
 from veratune.layers import ComputeSettings, InputGroup, SavedModule, VectorInit, VeraLayer, VeraModule, VeraParameter
 from veratune.layers.biases import AdapterBiases, bias_owners
-from veratune.layers.fastpath import choose_paths
 from veratune.layers.kinds import adapt, adapt_parameter
 from veratune.layers.shared import SharedDown
 from veratune.profiles import load_calibration
 from veratune.projection import projection_pool
 from veratune.sources import PeftShared, PerDimension, Source
+from veratune.surgery import replace_modules
 from veratune.targets import (
     Target,
     adapted_layers,
@@ -341,7 +341,7 @@ class AdaptedModel(nn.Module):
                 groups[target.name],
                 target.parts,
             )
-        self._replace(replacements)
+        replace_modules(self, replacements)
         for device in {layer.base_weight.device for layer in self._layers()}:
             load_calibration(device)
         self._sources[adapter_name] = plan.source
@@ -417,7 +417,7 @@ class AdaptedModel(nn.Module):
                 module.delete_adapter(adapter_name)
                 if not module.modules_to_save:
                     replacements[id(module)] = module.original_module
-        self._replace(replacements)
+        replace_modules(self, replacements)
         self._biases.pop(adapter_name, None)
         del self.peft_config[adapter_name], self._sources[adapter_name]
         projection_pool.trim()
@@ -539,7 +539,7 @@ class AdaptedModel(nn.Module):
                 replacements[id(module)] = module.base_layer
             elif isinstance(module, SavedModule):
                 replacements[id(module)] = module.current()
-        self._replace(replacements)
+        replace_modules(self, replacements)
         trainable = {id(parameter) for parameter in self._trainable_before}
         for parameter in self.base_model.parameters():
             parameter.requires_grad_(id(parameter) in trainable)
@@ -641,17 +641,6 @@ class AdaptedModel(nn.Module):
     def _release_projections(self) -> None:
         for layer in self._layers():
             layer.release_projections()
-
-    def _replace(self, replacements: dict[int, nn.Module]) -> None:
-        """Put modules in the places of others, by id, wherever those stand."""
-        if not replacements:
-            return
-        for parent in list(self.modules()):
-            for name, child in parent._modules.items():
-                # A wrapper just made holds what it wraps, and is not to be put into itself.
-                if id(child) in replacements and replacements[id(child)] is not parent:
-                    parent._modules[name] = replacements[id(child)]
-        choose_paths(self)
 
     def _check_known(self, names: Sequence[str]) -> None:
         for name in names:

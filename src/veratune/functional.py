@@ -440,6 +440,23 @@ def select_and_add(
     return added
 
 
+def add_for_rows(start: Tensor, down: Tensor, b_projection: Tensor, b: Tensor, d: Tensor) -> Tensor:
+    """Return start + b * (B (d * u)), (rows, n, out), where each row has vectors of its own: for inference.
+
+    Args:
+        start: (rows, n, out), the base layer's output.
+        down: u = x A^T, (rows, n, r), of the same dtype.
+        b_projection: B rank-major, (r, out), of the same dtype.
+        b: the vectors b, (rows, out), of any floating dtype.
+        d: the vectors d with the projections' gain, (rows, r), of any floating dtype.
+    """
+    scaled = (down * d.unsqueeze(1)).to(down.dtype)
+    up = (scaled.flatten(0, 1) @ b_projection).view(start.shape)
+    if torch.promote_types(b.dtype, start.dtype) == start.dtype:
+        return torch.addcmul(start, up, b.to(start.dtype).unsqueeze(1))
+    return start + (up * b.unsqueeze(1)).to(start.dtype)
+
+
 def _apply(*arguments: Any) -> Tensor:
     if transformations_active():
         return _composed(*arguments)

@@ -11,13 +11,13 @@ from torch import nn
 
 from veratune.adapters import AdaptedModel, as_names, check_adapter_name, plan_adapter
 from veratune.checkpoint.card import write_card
-from veratune.checkpoint.files import CONFIG_NAME, WEIGHTS_NAME, CheckpointError, read_json
 from veratune.checkpoint.hub import find_directory, upload_directory
 from veratune.checkpoint.lora import export_lora
-from veratune.checkpoint.native import is_native, ready_native, save_native
-from veratune.checkpoint.peft_format import PEFT_VERA, export_peft, ready_peft
+from veratune.checkpoint.native import save_native
+from veratune.checkpoint.peft_format import export_peft
+from veratune.checkpoint.reading import read_adapter
 from veratune.checkpoint.transfer import ReadyAdapter, told_apart
-from veratune.config import PEFT_TYPE, VeraConfig
+from veratune.config import VeraConfig
 from veratune.layers import SavedModule, VeraLayer
 
 DEFAULT_ADAPTER = "default"
@@ -50,7 +50,7 @@ class VeraModel(AdaptedModel):
         Raises:
             CheckpointError: the files are missing or damaged, or for another model, which is unchanged then.
         """
-        _check_bare(model)
+        check_bare(model)
         check_adapter_name(adapter_name)
         directory = _find(model_id, location)
         ready = _read(model, directory)
@@ -232,7 +232,7 @@ def get_peft_model(
         TargetError: the configuration matches nothing in this model, which is unchanged then.
         ValueError: the model has adapters already, or the name is not allowed.
     """
-    _check_bare(model)
+    check_bare(model)
     check_adapter_name(adapter_name)
     plan = plan_adapter(model, peft_config)
     adapted = VeraModel(model, autocast_adapter_dtype=autocast_adapter_dtype)
@@ -245,7 +245,8 @@ def get_peft_model(
     return adapted
 
 
-def _check_bare(model: nn.Module) -> None:
+def check_bare(model: nn.Module) -> None:
+    """Raise unless this is a model without adapters, whose layers have shapes."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"the model must be a torch.nn.Module, not {type(model).__name__}")
     if any(nn.parameter.is_lazy(parameter) for parameter in model.parameters()):
@@ -256,15 +257,6 @@ def _check_bare(model: nn.Module) -> None:
                 "this model has VeRA adapters already: use add_adapter or load_adapter of the VeraModel for another, or"
                 " unload() to take them off first"
             )
-
-
-def _instead(directory: Path) -> str:
-    """Return what a directory without an adapter has that explains the mistake."""
-    whole = next((name for name in ("model.safetensors", "pytorch_model.bin") if (directory / name).exists()), None)
-    if whole is not None:
-        return f". It holds a whole model ({whole}); an adapter is what save_pretrained of a VeraModel writes"
-    folders = sorted(path.parent.name for path in directory.glob(f"*/{WEIGHTS_NAME}"))
-    return f", but in its folders {folders}: name one of them with subfolder=" if folders else ""
 
 
 _LOCATION = ("subfolder", "revision", "token", "cache_dir", "local_files_only")
@@ -278,25 +270,4 @@ def _find(model_id: str | os.PathLike[str], location: dict[str, Any]) -> Path:
 
 
 def _read(model: nn.Module, directory: Path) -> ReadyAdapter:
-    """Read an adapter of either format and check it against a model, which is not changed."""
-    config_path = directory / CONFIG_NAME
-    if not (directory / WEIGHTS_NAME).is_file():
-        missing = f"{directory} holds no adapter: {WEIGHTS_NAME} does not exist there"
-        raise CheckpointError(missing + _instead(directory))
-    # veratune's own tensors file is whole without its JSON copy, PEFT's is not.
-    if is_native(directory / WEIGHTS_NAME) or not config_path.exists():
-        return told_apart(model, ready_native(model, directory))
-    peft_type = read_json(config_path).get("peft_type")
-    if peft_type == PEFT_TYPE:
-        return told_apart(model, ready_native(model, directory))
-    if peft_type == PEFT_VERA:
-        return told_apart(model, ready_peft(model, directory))
-    if peft_type == "VERATUNE_PEFT":
-        raise CheckpointError(
-            f"{directory} was written by the peft package through veratune.integrations.peft: load it with"
-            " peft.PeftModel.from_pretrained, after install() from there"
-        )
-    raise CheckpointError(
-        f"{config_path} is of an adapter of the type {peft_type!r}; veratune loads {PEFT_TYPE!r} and PEFT's"
-        f" {PEFT_VERA!r}"
-    )
+    return told_apart(model, read_adapter(model, directory))

@@ -1,0 +1,478 @@
+"""`AdapterBank`: many adapters of one base model, resident as rows of one tensor, each row of a batch with its own."""
+
+import difflib
+import itertools
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from veratune.adapters import AdaptedModel, plan_adapter
+from veratune.bank.file import BankFile
+from veratune.bank.layout import (
+    AdapterRow,
+    BankError,
+    Layout,
+    head_row,
+    largest_rank,
+    make_layout,
+    make_row,
+    source_from_json,
+)
+from veratune.bank.model import AdapterNames, BankModel
+from veratune.bank.slots import Lease, Slots, Version
+from veratune.checkpoint.hub import find_directory
+from veratune.checkpoint.reading import read_adapter
+from veratune.checkpoint.transfer import LoadedAdapter, ReadyAdapter, make_ready, targets_of
+from veratune.config import VeraConfig
+from veratune.layers import InputGroup
+from veratune.layers.banked import BankCall, BankedHead, RowGroup, SharedProjections, banked, part_slices, serving
+from veratune.layers.kinds import is_conv1d
+from veratune.layers.shared import SharedDown
+from veratune.model import check_bare
+from veratune.profiles import load_calibration
+from veratune.projection import projection_pool
+from veratune.sources import PerDimension, Source
+from veratune.surgery import replace_modules
+from veratune.targets import base_modules
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+# Models whose layers are given time before rows, or that mix them, so that the first dimension is not the batch.
+_TIME_FIRST = {"fsmt", "xlnet", "transfo-xl"}
+
+
+@dataclass(frozen=True)
+class AdapterInfo:
+    """What a bank knows of an adapter.
+
+    Attributes:
+        name: its name.
+        digest: 32 hexadecimal digits; equal for equal values.
+        rank: its largest rank.
+        fingerprint: of its projections.
+        resident: whether its vectors are on the device at the moment.
+    """
+
+    name: str
+    digest: str
+    rank: int
+    fingerprint: str
+    resident: bool
+
+
+class AdapterBank:
+    """Many adapters of one base model, of which each row of a batch has its own: for inference.
+
+    All layers that the configuration names are put in place once; adding an adapter is a copy of its vectors. Adapters
+    of smaller ranks, and of fewer layers, are held exactly. Methods may be called by several threads at once, while
+    others compute.
+
+    Attributes:
+        model: what to call: `bank.model(**batch, adapters=["anna", None])`.
+        layout: the order of an adapter's numbers.
+        dtype: the dtype in which vectors are held.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        peft_config: VeraConfig,
+        *,
+        capacity: int = 64,
+        dtype: torch.dtype = torch.float32,
+        file: str | os.PathLike[str] | None = None,
+    ) -> None:
+        """Put the bank's layers into a model.
+
+        Args:
+            model: the base model, without adapters; it is changed in place until `unload`, and put in eval mode.
+            peft_config: what may be adapted: `target_modules` and what belongs to them, `modules_to_save`, and `r`, the
+                largest rank. Projections are each adapter's own; initial values and dropout do not matter.
+            capacity: how many adapters to have room for on the model's device. In memory, a bank that is full grows, by
+                copying what it holds; with a file, the adapter that has not been used for longest makes room.
+            dtype: how to hold the vectors: float32, bfloat16 or float16.
+            file: a file that holds all adapters (see `veratune.bank.file`): made if it does not exist.
+
+        Raises:
+            BankError: a layer or head that cannot be given vectors for each row, or a file for another layout.
+            TargetError: the configuration matches nothing in this model, which is unchanged then.
+        """
+        if capacity < 1:
+            raise BankError(f"capacity={capacity} is not allowed: it must be at least 1")
+        if dtype not in DTYPES:
+            raise BankError(f"dtype={dtype} is not allowed: vectors are held as {', '.join(map(str, DTYPES))}")
+        check_bare(model)
+        _check_order(model)
+        plan = plan_adapter(model, peft_config)
+        if plan.bias_owners:
+            raise BankError(f"bias={peft_config.bias!r}: a bank does not hold biases for each adapter; use bias='none'")
+        modules = base_modules(model)
+        rank = max(target.rank for target in plan.targets)
+        heads = {name: modules[name] for name in plan.config.modules_to_save or []}
+        self.layout: Layout = make_layout(plan.targets, rank, heads)
+        self.dtype = dtype
+        base_heads = head_row(self.layout, modules)
+        self._base_heads = None if base_heads is None else base_heads.cpu()
+        self._file = None if file is None else self._open(Path(file))
+        device = _device_of(plan.targets[0].module)
+        self._slots = Slots.empty(capacity, self.layout.numbers, dtype, device, base_heads, grows=file is None)
+        self._versions: dict[str, Version] = {}
+        self._names: dict[str, Version] = {}
+        self._sources: list[Source] = []
+        self._compiled = False
+        replacements: dict[int, nn.Module] = {}
+        self._layers = {}
+        for target in plan.targets:
+            place = self.layout.layers[target.name]
+            layer = banked(target.module, target.geometry, target.name, place.columns, conv1d=is_conv1d(target.module))
+            layer.requires_grad_(False)
+            self._layers[target.name] = replacements[id(target.module)] = layer
+        for name, head in self.layout.heads.items():
+            replacements[id(modules[name])] = BankedHead(modules[name], name, head.parameters)
+        self._was_training = model.training
+        replace_modules(model, replacements)
+        load_calibration(device)
+        self.model = BankModel(model, self).eval()
+        if self._file is not None:
+            self.refresh()
+
+    # Looking at adapters
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+    def names(self) -> list[str]:
+        """Return the names of all adapters, in the order in which they were added."""
+        with self._slots.lock:
+            return list(self._names)
+
+    def info(self, name: str) -> AdapterInfo:
+        """Return what the bank knows of an adapter.
+
+        Raises:
+            BankError: an unknown name.
+        """
+        with self._slots.lock:
+            version = self._version(name)
+            source = self._sources[version.source]
+            return AdapterInfo(name, version.digest, version.rank, source.fingerprint(), version.slot is not None)
+
+    # Adding, replacing and removing
+
+    def load(
+        self, name: str, model_id: str | os.PathLike[str], *, replace: bool = False, **location: Any
+    ) -> AdapterInfo:
+        """Read a saved adapter into the bank.
+
+        Args:
+            name: its name here: any text of 1 to 256 printable characters.
+            model_id: directory of the adapter, in veratune's or PEFT's format, or its repository on the hub.
+            replace: whether the name is to get another meaning; calls that have begun go on with the former.
+            location: `subfolder`, `revision`, `token`, `cache_dir`, `local_files_only`.
+
+        Raises:
+            BankError: the name is taken (or, with `replace`, unknown), or the adapter does not fit this bank.
+            CheckpointError: the files are missing or damaged, or for another model.
+        """
+        self._check_name(name, replace)
+        ready = read_adapter(self.model.base_model, find_directory(model_id, **location))
+        return self._put(name, self._row(ready), replace)
+
+    def add(
+        self, name: str, model: AdaptedModel, adapter_name: str | None = None, *, replace: bool = False
+    ) -> AdapterInfo:
+        """Copy an adapter of another model, which is of the same kind as this one, into the bank.
+
+        Args:
+            name: as for `load`.
+            model: the model that has the adapter, such as `get_peft_model` returns.
+            adapter_name: which of its adapters; the active one by default.
+            replace: as for `load`.
+
+        Raises:
+            BankError: as for `load`.
+            CheckpointError: the adapter is for a model of other layers.
+        """
+        self._check_name(name, replace)
+        own = model.active_adapter if adapter_name is None else adapter_name
+        state = model.adapter_state(own)
+        loaded = LoadedAdapter(
+            f"adapter {own!r}",
+            model.peft_config[own],
+            {layer: (b.detach(), d.detach()) for layer, (b, d) in state.vectors.items()},
+            {module: dict(head.state_dict()) for module, head in state.saved.items()},
+            {bias: tensor.detach() for bias, tensor in state.biases.items()},
+        )
+        base = self.model.base_model
+        ready = make_ready(base, loaded, targets_of(base, loaded), model.projection_source(own))
+        return self._put(name, self._row(ready), replace)
+
+    def remove(self, name: str) -> None:
+        """Let a name mean nothing any more. Calls that have begun are not disturbed.
+
+        Raises:
+            BankError: an unknown name.
+        """
+        with self._slots.lock:
+            version = self._version(name)
+            if self._file is not None:
+                self._file.remove(name, version.digest)
+            self._bind(name, None)
+
+    def refresh(self) -> None:
+        """Take in what other processes have written to the bank's file since.
+
+        Raises:
+            BankError: the file is damaged.
+        """
+        if self._file is None:
+            return
+        with self._slots.lock:
+            self._file.refresh()
+            for name in [name for name in self._names if name not in self._file.names]:
+                self._bind(name, None)
+            for name, digest in self._file.names.items():
+                if name not in self._names or self._names[name].digest != digest:
+                    stored = self._file.adapters[digest]
+                    self._bind(name, self._known(digest, source_from_json(stored.source), stored.rank))
+
+    def _row(self, ready: ReadyAdapter) -> AdapterRow:
+        return make_row(self.layout, ready, self.dtype, self._base_heads)
+
+    def _put(self, name: str, row: AdapterRow, replace: bool) -> AdapterInfo:
+        with self._slots.lock:
+            self._check_name(name, replace)
+            before = self._names.get(name)
+            if self._file is not None:
+                self._file.add(name, row, replacing=None if before is None else before.digest)
+            version = self._known(row.digest, row.source, row.rank)
+            version.names += 1  # so that its row is kept
+            try:
+                if version.slot is None and (self._file is None or self._slots.free):
+                    self._slots.put(version, row)
+            finally:
+                version.names -= 1
+            self._bind(name, version)
+        return self.info(name)
+
+    def _known(self, digest: str, source: Source, rank: int) -> Version:
+        """Return the version of a digest, which may be new."""
+        if digest not in self._versions:
+            self._versions[digest] = Version(digest, self._source_number(source), rank)
+        return self._versions[digest]
+
+    def _bind(self, name: str, version: Version | None) -> None:
+        before = self._names.pop(name, None)
+        if version is not None:
+            self._names[name] = version
+            self._slots.named(version, 1)
+        if before is not None:
+            self._slots.named(before, -1)
+            self._forget(before)
+
+    def _forget(self, version: Version) -> None:
+        if not version.names and not version.leases:
+            self._versions.pop(version.digest, None)
+
+    def _check_name(self, name: str, replace: bool) -> None:
+        if not isinstance(name, str) or not 1 <= len(name) <= 256 or not name.isprintable():
+            raise BankError(f"name={name!r} is not allowed: it must be a text of 1 to 256 printable characters")
+        if replace:
+            self._version(name)
+        elif name in self._names:
+            raise BankError(f"{name!r} is in the bank already: give replace=True, or remove it first")
+
+    def _version(self, name: str) -> Version:
+        version = self._names.get(name)
+        if version is None:
+            close = difflib.get_close_matches(str(name), self._names, n=3) if len(self._names) <= 10_000 else []
+            hint = f"; close to it: {', '.join(map(repr, close))}" if close else ""
+            raise BankError(f"there is no adapter {name!r} in this bank of {len(self._names)}{hint}")
+        return version
+
+    # Projections
+
+    def _source_number(self, source: Source) -> int:
+        """Return a source's number, after giving the layers its projections if it is new."""
+        if source in self._sources:
+            return self._sources.index(source)
+        number = len(self._sources)
+        rank = largest_rank(source, self.layout.rank)
+        sizes = Counter(_group_key(name, place.in_features) for name, place in self.layout.layers.items())
+        groups: dict[tuple[str, int], InputGroup] = {}
+        for name, place in self.layout.layers.items():
+            key = _group_key(name, place.in_features)
+            if key not in groups:
+                a = projection_pool.corner(source, "A", rank, place.in_features)
+                groups[key] = InputGroup(a, SharedDown(), sizes[key])
+            widths = [part.stop - part.start for part in part_slices(place.parts, place.out_features)]
+            corners = tuple(projection_pool.corner(source, "B", rank, width) for width in widths)
+            self._layers[name].projections[number] = SharedProjections(groups[key], corners)
+        self._sources.append(source)
+        return number
+
+    # Serving
+
+    def lease(self, names: AdapterNames) -> Lease:
+        """Keep adapters as they are for a request, in a `with` statement or until `release`.
+
+        Args:
+            names: a name for each row, or None for the base model.
+
+        Raises:
+            BankError: an unknown name, or more different adapters at once than there is room for.
+        """
+        if isinstance(names, str) or not isinstance(names, Sequence):
+            raise BankError(f"adapters={names!r} is not allowed: give a list with a name, or None, for each row")
+        with self._slots.lock:
+            versions = [None if name is None else self._version(name) for name in names]
+            leased: list[Version] = []
+            try:
+                for version in {id(v): v for v in versions if v is not None}.values():
+                    self._slots.lease(version, self._read)
+                    leased.append(version)
+            except BaseException:
+                for version in leased:
+                    self._slots.release(version)
+                raise
+            return Lease(self._slots, versions, self._forget)
+
+    def _read(self, digest: str) -> AdapterRow:
+        assert self._file is not None  # without a file, every version is resident
+        return self._file.row(digest)
+
+    def call_of(self, lease: Lease, lengths: Sequence[int] | None = None) -> BankCall:
+        """Return what the layers have to know of a call.
+
+        Args:
+            lease: the adapters of the rows.
+            lengths: for packed sequences, the number of tokens of each.
+
+        Raises:
+            BankError: no rows, or lengths that are not one for each row.
+        """
+        slots, sources = lease.slots, [-1 if v is None else v.source for v in lease.versions]
+        if lengths is not None:
+            if len(lengths) != len(slots) or any(length < 0 for length in lengths):
+                raise BankError(f"adapter_lengths={list(lengths)} must have a length for each of {len(slots)} adapters")
+            slots = [slot for slot, length in zip(slots, lengths, strict=True) for _ in range(length)]
+            sources = [source for source, length in zip(sources, lengths, strict=True) for _ in range(length)]
+        if not slots:
+            raise BankError("adapters is empty: give a name, or None, for each row")
+        device = lease.slab.device
+        rows = torch.tensor(slots, device=device)
+        occurring = list(range(len(self._sources))) if self._compiled else sorted(set(sources) - {-1})
+        kinds = torch.tensor(sources, device=device)
+        by_source = tuple((number, torch.where(kinds == number, rows, 0)) for number in occurring)
+        members: dict[tuple[int, int], list[int]] = {}
+        for row, (slot, source) in enumerate(zip(slots, sources, strict=True)):
+            if slot:
+                members.setdefault((slot, source), []).append(row)
+        groups = tuple(
+            RowGroup(slot, source, torch.tensor(own, device=device)) for (slot, source), own in members.items()
+        )
+        largest = max((len(own) for own in members.values()), default=0)
+        plain = not groups and not self._compiled
+        return BankCall(lease.slab, lease.heads, rows, by_source, lengths is not None, plain, groups, largest)
+
+    def check_rows(self, **inputs: Any) -> None:
+        """Find out whether each row of this model's outputs depends on its own adapter and on no other row's.
+
+        A layer does not know what the model has done to its input. What could not be told apart by its shape (an input
+        with time before rows, tokens that were sorted) shows here: a made-up adapter in one row must change that row
+        and no other, to the bit. Run it once for a model of an unusual architecture.
+
+        Args:
+            inputs: the model's arguments, a batch of at least two rows.
+
+        Raises:
+            BankError: the model does not keep rows apart.
+        """
+        rows = next(value.shape[0] for value in inputs.values() if isinstance(value, Tensor))
+        if rows < 2:
+            raise BankError("check_rows needs a batch of at least two rows")
+        with self._slots.lock:
+            number = self._source_number(self._sources[0] if self._sources else PerDimension(0))
+        slab = torch.zeros(2, self.layout.numbers, dtype=self.dtype, device=self._slots.slab.device)
+        slab[1] = 0.5 * torch.randn(self.layout.numbers, generator=torch.Generator().manual_seed(0))
+        heads = self._slots.heads
+        heads = None if heads is None else torch.stack([heads[0], heads[0]])
+
+        def outputs(slots: list[int]) -> list[Tensor]:
+            chosen = torch.tensor(slots, device=slab.device)
+            group = RowGroup(1, number, chosen.nonzero().flatten())
+            call = BankCall(slab, heads, chosen, ((number, chosen),), False, False, (group,), 0)
+            with torch.no_grad(), serving(call):
+                found = self.model.base_model(**inputs)
+            leaves = torch.utils._pytree.tree_leaves(dict(found) if isinstance(found, Mapping) else found)
+            return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim and leaf.shape[0] == rows]
+
+        plain = outputs([0] * rows)
+        if not plain:
+            raise BankError(f"none of the model's outputs has the {rows} rows of its inputs")
+        for row in (0, rows - 1):
+            for before, after in zip(plain, outputs([int(i == row) for i in range(rows)]), strict=True):
+                changed = [not torch.equal(before[i], after[i]) for i in range(rows)]
+                if changed != [i == row for i in range(rows)]:
+                    wrong = [i for i in range(rows) if changed[i] != (i == row)]
+                    raise BankError(
+                        f"an adapter for row {row} of the batch changed the wrong rows ({wrong}): this model does not"
+                        " keep rows apart as a bank needs it. Leave out layers (exclude_modules) until it does"
+                    )
+
+    def compile(self, **settings: Any) -> None:
+        """Compile the model with `torch.compile`; other adapters in a call do not make it compile again."""
+        self._compiled = True
+        self.model.base_model.compile(**settings)
+
+    def follow_model(self) -> None:
+        """Bring the vectors to the device on which the model is; called when it moves."""
+        with self._slots.lock:
+            self._slots.move(next(iter(self._layers.values())).base_weight.device)
+
+    def unload(self) -> nn.Module:
+        """Take the bank's layers out again and return the model as it was."""
+        model = self.model.base_model
+        replacements: dict[int, nn.Module] = {id(layer): layer.base_layer for layer in self._layers.values()}
+        for module in model.modules():
+            if isinstance(module, BankedHead):
+                replacements[id(module)] = module.original_module
+        replace_modules(model, replacements)
+        return model.train(self._was_training)
+
+    def _open(self, path: Path) -> BankFile:
+        head_dtype = None if self._base_heads is None else self._base_heads.dtype
+        if not path.exists():
+            return BankFile.create(path, self.layout, self.dtype, head_dtype)
+        file = BankFile(path)
+        file.check_layout(self.layout)
+        file.check_dtypes(self.dtype, head_dtype)
+        return file
+
+
+def _group_key(name: str, in_features: int) -> tuple[str, int]:
+    """Return what layers that may read the same input have in common."""
+    return name.rpartition(".")[0], in_features
+
+
+def _device_of(module: nn.Module) -> torch.device:
+    return next(itertools.chain(module.parameters(), module.buffers())).device
+
+
+def _check_order(model: nn.Module) -> None:
+    """Refuse models whose layers' first dimension is known not to be the rows of the batch."""
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    if model_type in _TIME_FIRST:
+        raise BankError(
+            f"a bank cannot serve {model_type}: its layers are given time before rows, so that the rows of a batch"
+            " cannot be told apart there"
+        )

@@ -1,0 +1,299 @@
+"""What an adapter of a bank is: one row of numbers, in the same order for every adapter of the same bank."""
+
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from veratune.checkpoint.transfer import ReadyAdapter
+from veratune.layers.banked import Columns, part_slices
+from veratune.layers.kinds import is_conv1d, is_linear
+from veratune.sources import PeftShared, PerDimension, Source, Stored
+from veratune.targets import Target, unwrapped
+
+
+class BankError(ValueError):
+    """What a bank cannot do, with the reason. The bank and its file are as they were."""
+
+
+@dataclass(frozen=True)
+class LayerPlace:
+    """One layer of a bank and where its vectors stand in a row.
+
+    Attributes:
+        name: the layer's name in the model.
+        in_features, out_features: its dimensions.
+        parts: the outputs of each part; empty where it is one layer.
+        columns: where the vectors of each part stand.
+    """
+
+    name: str
+    in_features: int
+    out_features: int
+    parts: tuple[int, ...]
+    columns: tuple[Columns, ...]
+
+
+@dataclass(frozen=True)
+class HeadPlace:
+    """A module that adapters train in full, and where its parameters stand in a row of heads.
+
+    Attributes:
+        name: the module's name in the model.
+        parameters: parameter name to (first column, shape).
+    """
+
+    name: str
+    parameters: dict[str, tuple[int, tuple[int, ...]]]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The order of a row.
+
+    Attributes:
+        rank: the largest rank that fits; d of a smaller one is followed by zeros.
+        layers: the layers, by name.
+        heads: the modules trained in full, by name.
+        numbers: the length of a row.
+        head_numbers: the length of a row of heads.
+    """
+
+    rank: int
+    layers: dict[str, LayerPlace]
+    heads: dict[str, HeadPlace]
+    numbers: int
+    head_numbers: int
+
+    def describe(self) -> dict[str, Any]:
+        """Return the layout as JSON values; two layouts are the same if and only if these are equal."""
+        return {
+            "rank": self.rank,
+            "layers": {
+                name: [place.in_features, place.out_features, list(place.parts)] for name, place in self.layers.items()
+            },
+            "heads": {
+                name: {key: list(shape) for key, (_, shape) in place.parameters.items()}
+                for name, place in self.heads.items()
+            },
+        }
+
+
+def make_layout(targets: Sequence[Target], rank: int, heads: dict[str, nn.Module]) -> Layout:
+    """Lay out the vectors of these layers and the parameters of these modules.
+
+    Raises:
+        BankError: a layer or module of a kind whose rows cannot have adapters of their own.
+    """
+    layers: dict[str, LayerPlace] = {}
+    position = 0
+    for target in targets:
+        _check_kind(target)
+        columns = []
+        for outputs in part_slices(target.parts, target.out_features):
+            width = outputs.stop - outputs.start
+            columns.append(Columns(position, position + rank, outputs))
+            position += rank + width
+        layers[target.name] = LayerPlace(
+            target.name, target.in_features, target.out_features, target.parts, tuple(columns)
+        )
+    head_places: dict[str, HeadPlace] = {}
+    head_position = 0
+    for name, module in heads.items():
+        _check_head(name, module)
+        places = {}
+        for key, parameter in module.named_parameters():
+            places[key] = head_position, tuple(parameter.shape)
+            head_position += parameter.numel()
+        head_places[name] = HeadPlace(name, places)
+    return Layout(rank, layers, head_places, position, head_position)
+
+
+def _check_kind(target: Target) -> None:
+    module = unwrapped(target.module)
+    if target.parameter is not None:
+        reason = f"its module {type(module).__name__} reads the parameter itself"
+    elif not is_linear(module) and not is_conv1d(module):
+        reason = f"it is a {type(module).__name__}"
+    elif "experts" in target.name.split("."):
+        reason = "an expert is given chosen tokens, which do not say which row they are of"
+    else:
+        return
+    raise BankError(
+        f"{target.name} cannot be in a bank: {reason}, and only linear layers and Conv1D can be given other vectors for"
+        " each row. Name it in exclude_modules"
+    )
+
+
+def _check_head(name: str, module: nn.Module) -> None:
+    if any(True for _ in module.buffers()):
+        raise BankError(f"modules_to_save: {name} has buffers, which a bank cannot hold for each adapter")
+    if len({parameter.dtype for parameter in module.parameters()}) > 1:
+        raise BankError(f"modules_to_save: the parameters of {name} are of several dtypes")
+    for inner in module.modules():
+        if inner is not module and isinstance(inner, nn.Embedding):
+            raise BankError(
+                f"modules_to_save: {name} has an embedding in it, which a bank cannot hold for each adapter"
+            )
+
+
+@dataclass(frozen=True)
+class AdapterRow:
+    """One adapter as a bank holds it.
+
+    Attributes:
+        digest: 32 hexadecimal digits that differ if anything of this would.
+        source: its projections.
+        rank: its largest rank.
+        vectors: (numbers,), on the CPU, in the bank's dtype.
+        heads: (head_numbers,), in the heads' dtype, or None where the bank has no heads.
+    """
+
+    digest: str
+    source: Source
+    rank: int
+    vectors: Tensor
+    heads: Tensor | None
+
+
+def make_row(layout: Layout, ready: ReadyAdapter, dtype: torch.dtype, base_heads: Tensor | None) -> AdapterRow:
+    """Return an adapter's row.
+
+    Args:
+        layout: the bank's.
+        ready: the adapter, checked against the model.
+        dtype: the bank's dtype of vectors.
+        base_heads: the row of heads of the base model; its values stay where an adapter has no head of its own.
+
+    Raises:
+        BankError: it does not fit this bank, with the reason.
+    """
+    loaded, source = ready.loaded, ready.plan.source
+    _check_fits(layout, ready)
+    row = torch.zeros(layout.numbers, dtype=torch.float32)
+    rank = 0
+    for target in ready.plan.targets:
+        place = layout.layers[target.name]
+        b, d = (vector.detach().to("cpu", torch.float32) for vector in loaded.vectors[target.name])
+        gain = source.gain(target.rank)
+        rank = max(rank, target.rank)
+        for columns, own_d in zip(place.columns, d.reshape(-1, target.rank), strict=True):
+            row[columns.d : columns.d + target.rank] = own_d * gain
+            row[columns.b : columns.b + columns.outputs.stop - columns.outputs.start] = b[columns.outputs]
+    heads = None
+    if base_heads is not None:
+        heads = base_heads.detach().cpu().clone()
+        for name, state in loaded.saved.items():
+            for key, (start, shape) in layout.heads[name].parameters.items():
+                heads[start : start + math.prod(shape)] = state[key].reshape(-1).to(heads.dtype)
+    vectors = row.to(dtype)
+    for what, tensor in (("vectors", vectors), ("heads", heads)):
+        if tensor is not None and not torch.isfinite(tensor).all():
+            raise BankError(f"{loaded.origin}: its {what} are not finite in the bank's dtype {tensor.dtype}")
+    return AdapterRow(digest_of(source, vectors, heads), source, rank, vectors, heads)
+
+
+def digest_of(source: Source, vectors: Tensor, heads: Tensor | None) -> str:
+    """Return the digest of a row."""
+    sha = hashlib.sha256(json.dumps([source.fingerprint(), str(vectors.dtype)]).encode())
+    for tensor in (vectors, heads):
+        if tensor is not None:
+            sha.update(bytes_of(tensor))
+    return sha.hexdigest()[:32]
+
+
+def bytes_of(tensor: Tensor) -> bytes:
+    """Return a tensor's values as they are in memory."""
+    return tensor.contiguous().view(torch.uint8).numpy().tobytes()
+
+
+def head_row(layout: Layout, modules: dict[str, nn.Module]) -> Tensor | None:
+    """Return the base model's own row of heads; None without heads."""
+    parameters = [p.detach().reshape(-1) for name in layout.heads for p in modules[name].parameters()]
+    if not parameters:
+        return None
+    if len({parameter.dtype for parameter in parameters}) > 1:
+        raise BankError("modules_to_save: the modules are of several dtypes")
+    return torch.cat(parameters)
+
+
+def _check_fits(layout: Layout, ready: ReadyAdapter) -> None:
+    origin = ready.loaded.origin
+    if ready.loaded.biases:
+        raise BankError(
+            f"{origin} trains biases (bias={ready.plan.config.bias!r}), which a bank does not hold for each adapter"
+        )
+    for target in ready.plan.targets:
+        place = layout.layers.get(target.name)
+        if place is None:
+            raise BankError(
+                f"{origin} adapts {target.name}, which is none of the {len(layout.layers)} layers of this bank: make"
+                " the bank with target_modules that include it"
+            )
+        if target.rank > layout.rank:
+            raise BankError(
+                f"{origin} has the rank {target.rank} on {target.name}; this bank holds up to {layout.rank}"
+            )
+        if target.parts != place.parts:
+            raise BankError(
+                f"{origin} has {len(target.parts) or 1} parts on {target.name}, this bank {len(place.parts) or 1}"
+            )
+    missing = sorted(ready.loaded.saved.keys() - layout.heads.keys())
+    if missing:
+        raise BankError(
+            f"{origin} trains {missing} in full, which this bank does not hold for each adapter: make it with"
+            f" modules_to_save={missing}"
+        )
+
+
+def largest_rank(source: Source, rank: int) -> int:
+    """Return how many rows of a source's projections a bank of this rank can use."""
+    if isinstance(source, PerDimension):
+        return rank
+    return min(rank, source.r if isinstance(source, PeftShared) else _stored(source).a.shape[0])
+
+
+def _stored(source: Source) -> Stored:
+    assert isinstance(source, Stored)
+    return source
+
+
+def source_to_json(source: Source) -> dict[str, Any]:
+    """Return what `source_from_json` makes the same source of.
+
+    Raises:
+        BankError: projections that are known by their values alone.
+    """
+    if isinstance(source, PerDimension):
+        return {"scheme": "per_dimension", "key": source.key, "fingerprint": source.fingerprint()}
+    if isinstance(source, PeftShared):
+        sizes = {"key": source.key, "r": source.r, "max_in": source.max_in, "max_out": source.max_out}
+        return {"scheme": "peft", **sizes, "fingerprint": source.fingerprint()}
+    raise BankError(
+        "an adapter whose projections were read from a file cannot be in a bank's file: they would have to be in it"
+        " as well. A bank in memory takes it"
+    )
+
+
+def source_from_json(values: dict[str, Any]) -> Source:
+    """Undo `source_to_json`.
+
+    Raises:
+        BankError: this version draws other values.
+    """
+    source: Source
+    if values["scheme"] == "per_dimension":
+        source = PerDimension(int(values["key"]))
+    else:
+        source = PeftShared(*(int(values[name]) for name in ("key", "r", "max_in", "max_out")))
+    if source.fingerprint() != values["fingerprint"]:
+        raise BankError(
+            f"the projections {values} are drawn otherwise here (fingerprint {source.fingerprint()}): the file's"
+            " adapters would compute something else than they learned"
+        )
+    return source

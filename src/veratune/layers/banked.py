@@ -1,0 +1,368 @@
+"""Layers of a model that serves many adapters at once: each row of a batch has vectors of its own.
+
+What a call serves is found in a `BankCall` of the calling thread, as a model hands its layers nothing but their inputs.
+A layer that finds none refuses to compute, rather than let some other adapter, or none, stand in for the one wanted.
+"""
+
+import math
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from veratune.functional import add_delta, add_for_rows, project_down
+from veratune.layers.base import InputGroup
+from veratune.layers.geometry import Geometry, slices
+from veratune.layers.linear import VeraConv1D, VeraLinear
+from veratune.layers.saved import SavedModule
+from veratune.profiles import device_profile
+from veratune.projection import Corner
+from veratune.routing import LayerShape, look_up, plan_table
+
+
+@dataclass(frozen=True)
+class RowGroup:
+    """The rows of a call that have the same adapter.
+
+    Attributes:
+        slot: the adapter's row in the slab.
+        source: which projections it has.
+        rows: int64 (n,), the rows.
+    """
+
+    slot: int
+    source: int
+    rows: Tensor
+
+
+@dataclass(frozen=True)
+class BankCall:
+    """What the layers have to know of one call of the model.
+
+    Attributes:
+        slab: (slots, numbers), the vectors of all resident adapters; row 0 is zero, which is the base model.
+        heads: (slots, numbers), what adapters train in full; row 0 is the base model's own. None without heads.
+        rows: int64 (n,), the slot of each row of the batch or, if `packed`, of each token.
+        by_source: for each kind of projections that occurs the same, with 0 in rows of other kinds; for all kinds that
+            the bank has if the model is compiled, so that it need not be compiled anew for other combinations.
+        packed: whether `rows` are tokens.
+        plain: whether all rows are the base model's.
+        groups: the rows by adapter, the base model left out.
+        largest: the number of rows that the commonest adapter has.
+    """
+
+    slab: Tensor
+    heads: Tensor | None
+    rows: Tensor
+    by_source: tuple[tuple[int, Tensor], ...]
+    packed: bool
+    plain: bool
+    groups: tuple[RowGroup, ...]
+    largest: int
+
+
+class _Calls(threading.local):
+    current: BankCall | None = None
+
+
+_calls = _Calls()
+
+
+@contextmanager
+def serving(call: BankCall) -> Iterator[None]:
+    """Let the layers that this thread calls serve this call."""
+    before = _calls.current
+    _calls.current = call
+    try:
+        yield
+    finally:
+        _calls.current = before
+
+
+def current_call() -> BankCall:
+    """Return what this thread's call serves.
+
+    Raises:
+        RuntimeError: the model was not called through its bank.
+    """
+    call = _calls.current
+    if call is None:
+        raise RuntimeError(
+            "this model serves the adapters of a bank and was called without any: call bank.model(..., adapters=[...])"
+            " or bank.model.generate(..., adapters=[...]), with None for rows of the base model; bank.unload() gives"
+            " the model back"
+        )
+    return call
+
+
+def by_rows(x: Tensor, call: BankCall, what: str) -> Tensor:
+    """Return an input (..., in) as (rows, n, in), where the n vectors of each row belong to one adapter.
+
+    Raises:
+        RuntimeError: the input's leading dimension is no multiple of the number of rows, so that nothing tells what
+            belongs to which adapter.
+    """
+    rows = call.rows.shape[0]
+    tokens = math.prod(x.shape[:-1])
+    if call.packed:
+        if tokens != rows:
+            raise RuntimeError(
+                f"{what} was given an input of shape {tuple(x.shape)}, {tokens} tokens, while adapter_lengths add up to"
+                f" {rows}"
+            )
+    elif x.ndim < 2 or x.shape[0] % rows or not x.shape[0]:
+        raise RuntimeError(
+            f"{what} was given an input of shape {tuple(x.shape)}, whose first dimension is no multiple of the {rows}"
+            " rows of this batch: it cannot be told which adapter belongs to what. Leave that layer out of the bank"
+        )
+    return x.reshape(rows, tokens // rows, x.shape[-1])
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Where a layer's vectors stand in the slab, for each of its parts, or for the one that it is.
+
+    Attributes:
+        d: the first column of d.
+        b: the first column of b.
+        outputs: the outputs of the part.
+    """
+
+    d: int
+    b: int
+    outputs: slice
+
+
+@dataclass(frozen=True)
+class SharedProjections:
+    """A layer's corners of one kind of projections: A's, what it shares with its neighbours, and B's of each part."""
+
+    group: InputGroup
+    b: tuple[Corner, ...]
+
+
+class _Banked(VeraLinear):
+    """What the two kinds have in common; `projections` is filled by the bank, as kinds of projections turn up."""
+
+    def __init__(self, base_layer: nn.Module, geometry: Geometry, name: str, columns: Sequence[Columns]) -> None:
+        super().__init__(base_layer, geometry)
+        self.name = name
+        self.columns = tuple(columns)
+        self.projections: dict[int, SharedProjections] = {}
+
+    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        call = current_call()
+        if call.by_source and not torch.compiler.is_compiling() and not args and not kwargs:
+            folded = self._worth_folding(input, call)
+            if folded:
+                return self._forward_folding(input, call, folded)
+        output = self._checked_base_output(input, *args, **kwargs)
+        for source, slots in call.by_source:
+            output = self._add_rows(output, input, call, source, slots)
+        return output
+
+    def _add_rows(self, output: Tensor, x: Tensor, call: BankCall, source: int, slots: Tensor) -> Tensor:
+        """Return the output with what the adapters of one kind of projections add to their rows."""
+        own = self.projections[source]
+        grouped = by_rows(x, call, self.name)
+        rows, n, _ = grouped.shape
+        flat = grouped.reshape(rows * n, self.in_features).to(output.dtype)
+        a_projection = own.group.a.tensor(flat.device, flat.dtype)
+        down = own.group.down.get(self.name, x, a_projection, lambda: project_down(flat, a_projection))
+        start = output.reshape(rows, n, self.out_features)
+        added = self._add(start, down.reshape(rows, n, -1), call.slab, own, slots)
+        return added.view(output.shape)
+
+    def _add(self, start: Tensor, down: Tensor, slab: Tensor, own: SharedProjections, slots: Tensor) -> Tensor:  # type: ignore[override]
+        parts = []
+        rank = down.shape[-1]
+        for columns, corner in zip(self.columns, own.b, strict=True):
+            d = slab[:, columns.d : columns.d + rank].index_select(0, slots)
+            b = slab[:, columns.b : columns.b + corner.features].index_select(0, slots)
+            b_projection = corner.tensor(down.device, down.dtype)
+            part = start if len(self.columns) == 1 else start[..., columns.outputs]
+            parts.append(add_for_rows(part, down, b_projection, b, d))
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+    # Few adapters in a batch: each one's weight is added up and multiplied by once.
+
+    def _worth_folding(self, x: Tensor, call: BankCall) -> list[RowGroup]:
+        """Return the groups whose adapted weight costs less than going through the rank with all their tokens."""
+        tokens = math.prod(x.shape[:-1])
+        rows = call.rows.shape[0]
+        if tokens * call.largest < 32 * rows or x.dtype != self.base_weight.dtype or not self._is_plain():
+            return []
+        per_row = by_rows(x, call, self.name).shape[1]
+        profile = device_profile(x.device, x.dtype)
+        kept = []
+        for group in call.groups:
+            own = self.projections[group.source]
+            shape = LayerShape(self.in_features, self.out_features, own.group.a.rank, 0, own.group.size)
+            table = plan_table("auto", "balanced", shape, profile, False, True, False)
+            if look_up(table, per_row * group.rows.numel()).output == "dense":
+                kept.append(group)
+        return kept
+
+    def _forward_folding(self, x: Tensor, call: BankCall, folded: list[RowGroup]) -> Tensor:
+        grouped = by_rows(x, call, self.name)
+        rows, n, _ = grouped.shape
+        bias = self.bias
+        if len(folded) == 1 and folded[0].rows.numel() == rows:
+            return F.linear(x, self._folded_weight(call.slab, folded[0]), bias)
+        output = x.new_empty(rows, n, self.out_features)
+        rest = torch.ones(rows, dtype=torch.bool, device=x.device)
+        for group in folded:
+            product = F.linear(grouped[group.rows], self._folded_weight(call.slab, group), bias)
+            output[group.rows] = product
+            rest[group.rows] = False
+        others = rest.nonzero().flatten()
+        if others.numel():
+            some = grouped[others]
+            base = F.linear(some, self._outputs_first(self.base_weight), bias)
+            flat = some.reshape(-1, self.in_features)
+            for source, slots in call.by_source:
+                own = self.projections[source]
+                down = project_down(flat, own.group.a.tensor(flat.device, flat.dtype))
+                base = self._add(base, down.view(len(others), n, -1), call.slab, own, slots[others])
+            output[others] = base
+        return output.view(*x.shape[:-1], self.out_features)
+
+    def _folded_weight(self, slab: Tensor, group: RowGroup) -> Tensor:
+        own = self.projections[group.source]
+        weight = self._outputs_first(self.base_weight)
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        a_projection = own.group.a.tensor(weight.device, dtype)
+        row = slab[group.slot].to(dtype)
+        parts = []
+        for columns, corner in zip(self.columns, own.b, strict=True):
+            b = row[columns.b : columns.b + corner.features]
+            d = row[columns.d : columns.d + own.group.a.rank]
+            b_projection = corner.tensor(weight.device, dtype)
+            parts.append(add_delta(weight[columns.outputs], a_projection, b_projection, b, d, 1.0))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    # Models that read the weight rather than call the layer cannot be given a weight for each row.
+
+    def weight_over(self, base: Tensor) -> Tensor:
+        call = _calls.current
+        if call is None or call.plain:
+            return base
+        self.added_adapters = ["a bank's"]
+        try:
+            return super().weight_over(base)
+        finally:
+            self.added_adapters = []
+
+    def adapted_part(self, base: Tensor, index: Any) -> Tensor:
+        raise RuntimeError(
+            f"the model computes with the weight of {self.name} itself instead of calling the layer, so that rows"
+            " cannot have adapters of their own there: leave that layer out of the bank"
+        )
+
+    def product(self, x: Tensor, base: Tensor, index: Any, bias: Tensor | None = None) -> Any:
+        return self.adapted_part(base, index)
+
+
+class BankedLinear(_Banked):
+    """A linear layer, plain or quantised, whose rows have adapters of their own."""
+
+
+class BankedConv1D(_Banked):
+    """The same on transformers' `Conv1D`."""
+
+    out_axis = VeraConv1D.out_axis
+    plain_forwards = VeraConv1D.plain_forwards
+
+    # The name that Conv1D gives its argument.
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
+        return super().forward(x, *args, **kwargs)
+
+
+def banked(module: nn.Module, geometry: Geometry, name: str, columns: Sequence[Columns], *, conv1d: bool) -> _Banked:
+    """Return a layer with rows of their own around a linear layer or Conv1D."""
+    return (BankedConv1D if conv1d else BankedLinear)(module, geometry, name, columns)
+
+
+def part_slices(parts: tuple[int, ...], out_features: int) -> list[slice]:
+    """Return the outputs of each part, or of the one that a layer without parts is."""
+    return slices(parts or (out_features,))
+
+
+class BankedHead(SavedModule):
+    """A module that adapters train in full, such as a classification head: each row computes with its own copy.
+
+    Attributes:
+        name: the module's name in the model.
+        places: parameter name to (first column in the slab of heads, shape).
+    """
+
+    def __init__(self, original_module: nn.Module, name: str, places: dict[str, tuple[int, tuple[int, ...]]]) -> None:
+        super().__init__(original_module)
+        self.name = name
+        self.places = places
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        call = current_call()
+        if call.plain:
+            return self.original_module(*args, **kwargs)
+        assert call.heads is not None
+        parameters = {
+            name: call.heads[:, start : start + math.prod(shape)]
+            .index_select(0, call.rows)
+            .view(call.rows.shape[0], *shape)
+            for name, (start, shape) in self.places.items()
+        }
+        if type(self.original_module) is nn.Linear and len(args) == 1 and not kwargs:
+            return self._linear(args[0], call, parameters)
+        return self._each(call, parameters, args, kwargs)
+
+    def _linear(self, x: Tensor, call: BankCall, parameters: dict[str, Tensor]) -> Tensor:
+        grouped = by_rows(x, call, self.name)
+        weight, bias = parameters["weight"].mT.to(x.dtype), parameters.get("bias")
+        product = torch.bmm(grouped, weight)
+        if bias is not None:
+            product = product + bias.to(x.dtype).unsqueeze(1)
+        return product.reshape(*x.shape[:-1], weight.shape[-1])
+
+    def _each(
+        self, call: BankCall, parameters: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        if call.packed:
+            raise RuntimeError(
+                f"{self.name} is a {type(self.original_module).__name__} of each adapter's own, which cannot be served"
+                " to packed sequences: give a batch with a row for each sequence"
+            )
+        rows = call.rows.shape[0]
+
+        def split(value: Any) -> Any:
+            if not isinstance(value, Tensor):
+                return value
+            if value.ndim < 2 or value.shape[0] % rows or not value.shape[0]:
+                raise RuntimeError(
+                    f"{self.name} was given a tensor of shape {tuple(value.shape)}, whose first dimension is no"
+                    f" multiple of the {rows} rows of this batch"
+                )
+            return value.reshape(rows, value.shape[0] // rows, *value.shape[1:])
+
+        def one(own: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            return torch.func.functional_call(self.original_module, own, args, kwargs)
+
+        args, kwargs = tuple(split(value) for value in args), {name: split(value) for name, value in kwargs.items()}
+        places = tuple(0 if isinstance(value, Tensor) else None for value in args)
+        named = {name: 0 if isinstance(value, Tensor) else None for name, value in kwargs.items()}
+        output = torch.vmap(one, in_dims=(0, places, named))(parameters, args, kwargs)
+        return torch.utils._pytree.tree_map_only(Tensor, lambda value: value.flatten(0, 1), output)
+
+    def __getattr__(self, name: str) -> Any:
+        call = _calls.current
+        if call is not None and not call.plain and name in self.__dict__.get("places", {}):
+            raise RuntimeError(
+                f"the model reads {name} of {self.name} itself instead of calling the module, so that rows cannot have"
+                " heads of their own: leave it out of modules_to_save"
+            )
+        return super().__getattr__(name)
