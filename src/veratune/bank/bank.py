@@ -23,6 +23,7 @@ from veratune.bank.layout import (
     make_layout,
     make_row,
     source_from_json,
+    widths_of,
 )
 from veratune.bank.model import AdapterNames, BankModel
 from veratune.bank.slots import Lease, Slots, Version
@@ -93,7 +94,9 @@ class AdapterBank:
         Args:
             model: the base model, without adapters; it is changed in place until `unload`, and put in eval mode.
             peft_config: what may be adapted: `target_modules` and what belongs to them, `modules_to_save`, and `r`, the
-                largest rank. Projections are each adapter's own; initial values and dropout do not matter.
+                largest rank. `route` as in training: "auto" adds up the weights of adapters that have many tokens in a
+                batch, "factored" never does, so that the time does not depend on how many adapters there are. Projections
+                are each adapter's own; initial values and dropout do not matter.
             capacity: how many adapters to have room for on the model's device. In memory, a bank that is full grows, by
                 copying what it holds; with a file, the adapter that has not been used for longest makes room.
             dtype: how to hold the vectors: float32, bfloat16 or float16.
@@ -128,9 +131,12 @@ class AdapterBank:
         self._compiled = False
         replacements: dict[int, nn.Module] = {}
         self._layers = {}
+        route = plan.config.route
         for target in plan.targets:
             place = self.layout.layers[target.name]
-            layer = banked(target.module, target.geometry, target.name, place.columns, conv1d=is_conv1d(target.module))
+            layer = banked(
+                target.module, target.geometry, target.name, place.columns, route, conv1d=is_conv1d(target.module)
+            )
             layer.requires_grad_(False)
             self._layers[target.name] = replacements[id(target.module)] = layer
         for name, head in self.layout.heads.items():
@@ -311,10 +317,13 @@ class AdapterBank:
         groups: dict[tuple[str, int], InputGroup] = {}
         for name, place in self.layout.layers.items():
             key = _group_key(name, place.in_features)
+            widest_in, widest_out = widths_of(source)
+            widths = [part.stop - part.start for part in part_slices(place.parts, place.out_features)]
+            if place.in_features > widest_in or max(widths) > widest_out:
+                continue
             if key not in groups:
                 a = projection_pool.corner(source, "A", rank, place.in_features)
                 groups[key] = InputGroup(a, SharedDown(), sizes[key])
-            widths = [part.stop - part.start for part in part_slices(place.parts, place.out_features)]
             corners = tuple(projection_pool.corner(source, "B", rank, width) for width in widths)
             self._layers[name].projections[number] = SharedProjections(groups[key], corners)
         self._sources.append(source)

@@ -24,6 +24,7 @@ import os
 import struct
 import sys
 import threading
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -90,6 +91,7 @@ class BankFile:
             self._file: BinaryIO = path.open("rb")
         except OSError as error:
             raise BankError(f"{path} cannot be opened: {error.strerror}") from None
+        weakref.finalize(self, self._file.close)
         try:
             self._map: mmap.mmap | None = None
             self._remap()

@@ -253,14 +253,16 @@ def _check_fits(layout: Layout, ready: ReadyAdapter) -> None:
 
 def largest_rank(source: Source, rank: int) -> int:
     """Return how many rows of a source's projections a bank of this rank can use."""
-    if isinstance(source, PerDimension):
-        return rank
-    return min(rank, source.r if isinstance(source, PeftShared) else _stored(source).a.shape[0])
+    if isinstance(source, PeftShared):
+        return min(rank, source.r)
+    return min(rank, source.a.shape[0]) if isinstance(source, Stored) else rank
 
 
-def _stored(source: Source) -> Stored:
-    assert isinstance(source, Stored)
-    return source
+def widths_of(source: Source) -> tuple[float, float]:
+    """Return the most inputs and outputs that a layer can have which takes its corners of a source."""
+    if isinstance(source, PeftShared):
+        return source.max_in, source.max_out
+    return (source.a.shape[1], source.b.shape[1]) if isinstance(source, Stored) else (math.inf, math.inf)
 
 
 def source_to_json(source: Source) -> dict[str, Any]:

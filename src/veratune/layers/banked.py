@@ -22,7 +22,7 @@ from veratune.layers.linear import VeraConv1D, VeraLinear
 from veratune.layers.saved import SavedModule
 from veratune.profiles import device_profile
 from veratune.projection import Corner
-from veratune.routing import LayerShape, look_up, plan_table
+from veratune.routing import LayerShape, RouteName, look_up, plan_table
 
 
 @dataclass(frozen=True)
@@ -147,11 +147,22 @@ class SharedProjections:
 
 
 class _Banked(VeraLinear):
-    """What the two kinds have in common; `projections` is filled by the bank, as kinds of projections turn up."""
+    """What the two kinds have in common.
 
-    def __init__(self, base_layer: nn.Module, geometry: Geometry, name: str, columns: Sequence[Columns]) -> None:
+    Attributes:
+        name: the layer's name in the model.
+        route: which ways of computing are allowed.
+        columns: where its vectors stand, for each part.
+        projections: a number for each kind of projections to what the layer has of them, filled by the bank as kinds
+            turn up. A kind that is too narrow for this layer has no adapters on it.
+    """
+
+    def __init__(
+        self, base_layer: nn.Module, geometry: Geometry, name: str, columns: Sequence[Columns], route: RouteName
+    ) -> None:
         super().__init__(base_layer, geometry)
         self.name = name
+        self.route = route
         self.columns = tuple(columns)
         self.projections: dict[int, SharedProjections] = {}
 
@@ -163,7 +174,8 @@ class _Banked(VeraLinear):
                 return self._forward_folding(input, call, folded)
         output = self._checked_base_output(input, *args, **kwargs)
         for source, slots in call.by_source:
-            output = self._add_rows(output, input, call, source, slots)
+            if source in self.projections:
+                output = self._add_rows(output, input, call, source, slots)
         return output
 
     def _add_rows(self, output: Tensor, x: Tensor, call: BankCall, source: int, slots: Tensor) -> Tensor:
@@ -195,15 +207,18 @@ class _Banked(VeraLinear):
         """Return the groups whose adapted weight costs less than going through the rank with all their tokens."""
         tokens = math.prod(x.shape[:-1])
         rows = call.rows.shape[0]
-        if tokens * call.largest < 32 * rows or x.dtype != self.base_weight.dtype or not self._is_plain():
+        few = self.route == "factored" or (self.route == "auto" and tokens * call.largest < 32 * rows)
+        if few or x.dtype != self.base_weight.dtype or not self._is_plain():
             return []
         per_row = by_rows(x, call, self.name).shape[1]
         profile = device_profile(x.device, x.dtype)
         kept = []
         for group in call.groups:
+            if group.source not in self.projections:
+                continue
             own = self.projections[group.source]
             shape = LayerShape(self.in_features, self.out_features, own.group.a.rank, 0, own.group.size)
-            table = plan_table("auto", "balanced", shape, profile, False, True, False)
+            table = plan_table(self.route, "balanced", shape, profile, False, True, False)
             if look_up(table, per_row * group.rows.numel()).output == "dense":
                 kept.append(group)
         return kept
@@ -226,7 +241,9 @@ class _Banked(VeraLinear):
             base = F.linear(some, self._outputs_first(self.base_weight), bias)
             flat = some.reshape(-1, self.in_features)
             for source, slots in call.by_source:
-                own = self.projections[source]
+                own = self.projections.get(source)
+                if own is None:
+                    continue
                 down = project_down(flat, own.group.a.tensor(flat.device, flat.dtype))
                 base = self._add(base, down.view(len(others), n, -1), call.slab, own, slots[others])
             output[others] = base
@@ -283,9 +300,17 @@ class BankedConv1D(_Banked):
         return super().forward(x, *args, **kwargs)
 
 
-def banked(module: nn.Module, geometry: Geometry, name: str, columns: Sequence[Columns], *, conv1d: bool) -> _Banked:
+def banked(
+    module: nn.Module,
+    geometry: Geometry,
+    name: str,
+    columns: Sequence[Columns],
+    route: RouteName,
+    *,
+    conv1d: bool,
+) -> _Banked:
     """Return a layer with rows of their own around a linear layer or Conv1D."""
-    return (BankedConv1D if conv1d else BankedLinear)(module, geometry, name, columns)
+    return (BankedConv1D if conv1d else BankedLinear)(module, geometry, name, columns, route)
 
 
 def part_slices(parts: tuple[int, ...], out_features: int) -> list[slice]:
