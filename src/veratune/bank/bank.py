@@ -95,8 +95,8 @@ class AdapterBank:
             model: the base model, without adapters; it is changed in place until `unload`, and put in eval mode.
             peft_config: what may be adapted: `target_modules` and what belongs to them, `modules_to_save`, and `r`, the
                 largest rank. `route` as in training: "auto" adds up the weights of adapters that have many tokens in a
-                batch, "factored" never does, so that the time does not depend on how many adapters there are. Projections
-                are each adapter's own; initial values and dropout do not matter.
+                batch, "factored" never does, so that the time does not depend on how many adapters there are.
+                Projections are each adapter's own; initial values and dropout do not matter.
             capacity: how many adapters to have room for on the model's device. In memory, a bank that is full grows, by
                 copying what it holds; with a file, the adapter that has not been used for longest makes room.
             dtype: how to hold the vectors: float32, bfloat16 or float16.

@@ -1,0 +1,232 @@
+"""10,000 adapters that come and go while requests run: every answer compared with that of its adapter alone.
+
+    python benchmarks/bank_churn.py --minutes 3
+
+A small encoder, so that there are many requests. Two threads send batches of mixed rows, with uniformly chosen
+customers and with a Zipf law, while a third one adds, replaces and removes. Every version of an adapter is known by a
+seed, and a request notes which versions it was served by; afterwards each row is computed again, alone, by a model with
+nothing but that version on it, from vectors made anew of the seed. A wrong answer is one that differs by more than
+rounding; a lost one an error. The process's memory is noted on the way.
+"""
+
+import random
+import threading
+import time
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import BertConfig, BertModel
+
+import veratune
+from bank_memory import resident_bytes
+from common import Benchmark, Case, Table, Target, new_case, progress
+from veratune.bank import AdapterBank
+from veratune.layers.banked import serving
+
+CONFIG = veratune.VeraConfig(r=32, target_modules="all-linear")
+ROWS, TOKENS = 8, 8
+LAWS = ("uniform", "Zipf")
+
+
+def encoder() -> nn.Module:
+    """Return a small BERT with random weights."""
+    torch.manual_seed(0)
+    config = BertConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, vocab_size=99
+    )
+    return BertModel(config, add_pooling_layer=False).eval().requires_grad_(False)
+
+
+class Author:
+    """Writes the vectors of a seed into an adapter."""
+
+    def __init__(self) -> None:
+        self.model = veratune.get_peft_model(encoder(), CONFIG).eval()
+        self.vectors = list(self.model.adapter_state("default").parameters())
+
+    def write(self, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        flat = 0.3 * torch.randn(sum(vector.numel() for vector in self.vectors), generator=generator)
+        with torch.no_grad():
+            for vector, values in zip(self.vectors, flat.split([v.numel() for v in self.vectors]), strict=True):
+                vector.copy_(values)
+
+
+class Churn:
+    """The bank, its customers, and everything that was asked and answered."""
+
+    def __init__(self, customers: int) -> None:
+        self.bank = AdapterBank(encoder(), CONFIG, capacity=customers + 256)
+        self.author = Author()
+        self.seeds: dict[str, int] = {}  # digest to seed
+        self.names = [f"customer {number}" for number in range(customers)]
+        self.answers: list[tuple[str, Tensor, Tensor]] = []  # digest, input, output
+        self.errors: list[str] = []
+        self.counts = dict.fromkeys(("requests", "added", "replaced", "removed", "unknown"), 0)
+        self.lock = threading.Lock()
+        self.stop = threading.Event()
+        self.next_seed = 0
+        for name in self.names:
+            self.put(name, replace=False)
+
+    def put(self, name: str, *, replace: bool) -> None:
+        """Add an adapter of a new seed, or replace one by it."""
+        self.next_seed += 1
+        self.author.write(self.next_seed)
+        info = self.bank.add(name, self.author.model, replace=replace)
+        with self.lock:
+            self.seeds[info.digest] = self.next_seed
+
+    def change(self) -> None:
+        """Replace, remove and add until told to stop."""
+        choose = random.Random(1)
+        while not self.stop.is_set():
+            name = choose.choice(self.names)
+            try:
+                if name not in self.bank:
+                    self.put(name, replace=False)
+                    self.counts["added"] += 1
+                elif choose.random() < 0.7:
+                    self.put(name, replace=True)
+                    self.counts["replaced"] += 1
+                else:
+                    self.bank.remove(name)
+                    self.counts["removed"] += 1
+            except Exception as error:
+                self.errors.append(repr(error))
+
+    def ask(self, law: str, seed: int, kept: float) -> None:
+        """Send batches until told to stop, and keep a share of the answers."""
+        choose, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+        weights = None if law == "uniform" else [1 / (rank + 1) for rank in range(len(self.names))]
+        chosen = iter([])
+        while not self.stop.is_set():
+            names = list(_take(chosen, ROWS))
+            if len(names) < ROWS:
+                chosen = iter(choose.choices(self.names, weights, k=1000 * ROWS))
+                continue
+            ids = torch.randint(0, 99, (ROWS, TOKENS), generator=generator)
+            try:
+                lease = self.bank.lease(names)
+            except veratune.bank.BankError:
+                self.counts["unknown"] += 1  # one of them is removed at the moment
+                continue
+            try:
+                with lease, torch.no_grad(), serving(self.bank.call_of(lease)):
+                    output = self.bank.model.base_model(input_ids=ids).last_hidden_state
+            except Exception as error:
+                self.errors.append(repr(error))
+                continue
+            with self.lock:
+                self.counts["requests"] += 1
+                if choose.random() < kept:
+                    self.answers += zip(lease.digests, ids, output, strict=True)
+
+    def wrong(self) -> int:
+        """Return how many kept answers differ from their adapter's alone."""
+        found = 0
+        self.answers.sort(key=lambda answer: answer[0])
+        with torch.no_grad():
+            before = None
+            for digest, ids, output in self.answers:
+                if digest != before:
+                    self.author.write(self.seeds[digest])
+                    before = digest
+                alone = self.author.model(input_ids=ids[None]).last_hidden_state[0]
+                found += not torch.allclose(output, alone, rtol=1e-4, atol=1e-4)
+        return found
+
+
+def _take(values: Any, count: int) -> list[Any]:
+    return [value for value, _ in zip(values, range(count), strict=False)]
+
+
+def measure(customers: int, seconds: float, kept: float) -> Case:
+    """Run it all."""
+    case = new_case(f"{customers} adapters", customers=customers, seconds=seconds)
+    progress(f"bank_churn: adding {customers} adapters")
+    churn = Churn(customers)
+    asking = [threading.Thread(target=churn.ask, args=(law, number, kept)) for number, law in enumerate(LAWS)]
+    threads = [*asking, threading.Thread(target=churn.change)]
+    for thread in threads:
+        thread.start()
+    progress("bank_churn: running")
+    memory, start = [], time.monotonic()
+    while time.monotonic() - start < seconds:
+        time.sleep(seconds / 20)
+        with churn.lock:
+            kept_bytes = len(churn.answers) * (TOKENS * 64 * 4 + TOKENS * 8)
+        memory.append(resident_bytes() - kept_bytes)
+    churn.stop.set()
+    for thread in threads:
+        thread.join()
+    progress(f"bank_churn: comparing {len(churn.answers)} answers")
+    still_leased = sum(version.leases for version in churn.bank._versions.values())
+    return case | {
+        **churn.counts,
+        "compared": len(churn.answers),
+        "versions": churn.next_seed,
+        "wrong": churn.wrong(),
+        "lost": len(churn.errors),
+        "errors": churn.errors[:5],
+        "leases_left": still_leased,
+        "resident": memory,
+    }
+
+
+def growth(case: Case) -> float:
+    """Return how much the resident memory grew from the second tenth of the time to the last, in MB."""
+    memory = case["resident"]
+    return (sum(memory[-4:]) / 4 - sum(memory[2:6]) / 4) / 1e6
+
+
+def tables(cases: list[Case]) -> list[Table]:
+    """Return one table."""
+    names = ("requests", "compared", "versions", "added", "replaced", "removed", "wrong", "lost", "leases_left")
+    rows = [
+        (case["key"], f"{case['seconds']:.0f}", *(str(case[name]) for name in names), f"{growth(case):.1f}")
+        for case in cases
+    ]
+    header = (
+        "",
+        "s",
+        "requests of 8 rows",
+        "rows compared",
+        "versions",
+        "added",
+        "replaced",
+        "removed",
+        "wrong",
+        "lost",
+        "leases left",
+        "memory grown, MB",
+    )
+    return [Table("Adapters that come and go", header, rows)]
+
+
+def targets(cases: list[Case]) -> list[Target]:
+    """Return the targets: nothing wrong, nothing lost, no growth."""
+    found = []
+    for case in cases:
+        found += [Target(f"{case['key']}: {name}", case[name], 0) for name in ("wrong", "lost", "leases_left")]
+        found.append(Target(f"{case['key']}: memory grown", growth(case), 10, unit=" MB"))
+    return found
+
+
+BENCHMARK = Benchmark("bank_churn", tables, targets)
+
+
+def main() -> None:
+    parser = BENCHMARK.parser(__doc__)
+    parser.add_argument("--customers", type=int, help="default: 10000; quick: 500")
+    parser.add_argument("--minutes", type=float, help="default: 3; quick: 0.25")
+    options = BENCHMARK.parse(parser)
+    torch.set_num_threads(1)
+    customers = options.customers or (500 if options.quick else 10_000)
+    seconds = 60 * (options.minutes or (0.25 if options.quick else 3))
+    BENCHMARK.finish([measure(customers, seconds, kept=0.2)], options.output)
+
+
+if __name__ == "__main__":
+    main()
