@@ -1,7 +1,7 @@
 """GGUF files with a LoRA, read back with the gguf package and compared with float64 dense deltas.
 
 How llama.cpp lays a weight out is taken from the other direction: transformers' reader of GGUF files, which turns
-queries and keys of Llama back, and transposes GPT-2's.
+queries and keys of Llama and what is fused in BLOOM back, and transposes GPT-2's.
 """
 
 import sys
@@ -49,6 +49,11 @@ def tied_llama() -> nn.Module:
     return transformers.LlamaForCausalLM(config)
 
 
+@seeded
+def bloom() -> nn.Module:
+    return transformers.BloomForCausalLM(transformers.BloomConfig(vocab_size=50, hidden_size=16, n_layer=2, n_head=4))
+
+
 _ATTENTION = {f"self_attn.{x}_proj": f"attn_{x}" for x in "qkv"} | {"self_attn.o_proj": "attn_output"}
 _MLP = {f"mlp.{x}_proj": f"ffn_{x}" for x in ("gate", "up", "down")}
 _EXPERTS = {"mlp.experts.gate_up_proj": "ffn_gate_exps ffn_up_exps", "mlp.experts.down_proj": "ffn_down_exps"}
@@ -58,6 +63,12 @@ _PHI3 = {
     "self_attn.o_proj": "attn_output",
     "mlp.gate_up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
+}
+_BLOOM = {
+    "self_attention.query_key_value": "attn_qkv",
+    "self_attention.dense": "attn_output",
+    "mlp.dense_h_to_4h": "ffn_up",
+    "mlp.dense_4h_to_h": "ffn_down",
 }
 _HEAD = {"model.embed_tokens": "token_embd", "lm_head": "output"}
 
@@ -81,6 +92,7 @@ _MODELS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], str, dict[str,
     "qwen2": (qwen2, {}, "qwen2", _ATTENTION | _MLP),
     "qwen3_moe": (qwen_moe, {}, "qwen3moe", _ATTENTION | _EXPERTS),
     "gpt2": (lambda: tiny_model("gpt2"), {}, "gpt2", _GPT2),
+    "bloom": (bloom, {}, "bloom", _BLOOM),
     "phi3": (phi3, {}, "phi3", _PHI3),
     "fused parts": (
         phi3,

@@ -30,6 +30,7 @@ _SIZES = {
 _EXPERTS = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 # What an architecture needs beside the sizes above.
 _SPECIAL: dict[str, dict[str, Any]] = {
+    "BloomForCausalLM": {"tie_word_embeddings": True, "n_layer": 2, "n_head": 4},
     "Cohere2ForCausalLM": {"tie_word_embeddings": True},
     "CohereForCausalLM": {"tie_word_embeddings": True, "num_key_value_heads": 4},
     "GPT2LMHeadModel": {"tie_word_embeddings": True, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64},
@@ -39,10 +40,18 @@ _SPECIAL: dict[str, dict[str, Any]] = {
     "Glm4ForCausalLM": {"head_dim": 16},
     "MixtralForCausalLM": _EXPERTS,
     "Phi3ForCausalLM": {"num_key_value_heads": 4},
-    "PhiForCausalLM": {"num_key_value_heads": 4},
+    "PhiForCausalLM": {"num_key_value_heads": 4, "intermediate_size": 256},
     "Qwen2MoeForCausalLM": {**_EXPERTS, "shared_expert_intermediate_size": 48},
     "Qwen3ForCausalLM": {"head_dim": 16},
     "Qwen3MoeForCausalLM": {**_EXPERTS, "head_dim": 16},
+}
+
+
+# What the converter reads in config.json and transformers 5 does not write any more.
+_FORMER: dict[str, dict[str, Any]] = {
+    "Cohere2ForCausalLM": {"rotary_pct": 1.0},
+    "GPT2LMHeadModel": {"n_ctx": 64},
+    "GPTNeoXForCausalLM": {"rotary_pct": 0.25},
 }
 
 
@@ -76,6 +85,11 @@ def _make_one(kind: str, directory: Path) -> None:
             if parameter.ndim == 1:
                 parameter.add_(torch.randn_like(parameter), alpha=0.1)
     model.save_pretrained(directory / "base")
+    # Gemma's converter counts the tokens in this file.
+    tokenizer = {"model": {"vocab": {str(i): i for i in range(_SIZES["vocab_size"])}}, "added_tokens": []}
+    (directory / "base" / "tokenizer.json").write_text(json.dumps(tokenizer))
+    config_file = directory / "base" / "config.json"
+    config_file.write_text(json.dumps(json.loads(config_file.read_text()) | _FORMER.get(kind, {})))
     ids = torch.tensor([TOKENS])
     with torch.no_grad():
         base = model(ids).logits[0]
@@ -152,8 +166,12 @@ def run(directory: Path) -> None:
         found[file.parent.name] = {"error": file.read_text()}
     for place in _made(directory):
         expected = np.load(place / "logits.npz")
-        base = _logits(llama_cpp, place / "base.gguf", None)
-        adapted = _logits(llama_cpp, place / "base.gguf", place / "ours" / "adapter_model.gguf")
+        try:
+            base = _logits(llama_cpp, place / "base.gguf", None)
+            adapted = _logits(llama_cpp, place / "base.gguf", place / "ours" / "adapter_model.gguf")
+        except RuntimeError as error:
+            found[place.name] = {"error": str(error)}
+            continue
         found[place.name] = {
             "base_off": _off(base, expected["base"]),
             "adapted_off": _off(adapted, expected["adapted"]),
@@ -172,13 +190,15 @@ def _logits(llama_cpp: Any, model: Path, lora: Path | None) -> np.ndarray:
     """Return the logits of all tokens (tokens, vocabulary)."""
     settings = llama_cpp.llama_model_default_params()
     loaded = llama_cpp.llama_model_load_from_file(str(model).encode(), settings)
-    assert loaded, f"llama.cpp does not load {model}"
+    if not loaded:
+        raise RuntimeError(f"llama.cpp does not load {model.name}")
     context_settings = llama_cpp.llama_context_default_params()
     context_settings.n_ctx = 64
     context = llama_cpp.llama_init_from_model(loaded, context_settings)
     if lora is not None:
         adapter = llama_cpp.llama_adapter_lora_init(loaded, str(lora).encode())
-        assert adapter, f"llama.cpp does not load {lora}"
+        if not adapter:
+            raise RuntimeError(f"llama.cpp does not load {lora.name}")
         _use(llama_cpp, context, adapter)
     size = len(TOKENS)
     batch = llama_cpp.llama_batch_init(size, 0, 1)

@@ -7,8 +7,9 @@ are tensors of their own. Only architectures are written for which all of this h
 
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,33 +21,36 @@ from veratune.layers import VeraEmbedding, VeraLayer, VeraLinear, VeraParameter
 
 GGUF_NAME = "adapter_model.gguf"
 
-# The model's class in transformers, its architecture in llama.cpp, and whether the conversion of the base model brings
-# the rows of queries and keys from "first halves, second halves" of each head into "pairs".
-_ARCHITECTURES = {
-    "ArceeForCausalLM": ("arcee", True),
-    "Cohere2ForCausalLM": ("cohere2", False),
-    "CohereForCausalLM": ("command-r", False),
-    "GPT2LMHeadModel": ("gpt2", False),
-    "Gemma2ForCausalLM": ("gemma2", False),
-    "Gemma3ForCausalLM": ("gemma3", False),
-    "GemmaForCausalLM": ("gemma", False),
-    "Glm4ForCausalLM": ("glm4", False),
-    "GraniteForCausalLM": ("granite", True),
-    "LlamaForCausalLM": ("llama", True),
-    "MistralForCausalLM": ("llama", True),
-    "MixtralForCausalLM": ("llama", True),
-    "Olmo2ForCausalLM": ("olmo2", False),
-    "Olmo3ForCausalLM": ("olmo2", False),
-    "OlmoForCausalLM": ("olmo", True),
-    "Phi3ForCausalLM": ("phi3", False),
-    "PhiForCausalLM": ("phi2", False),
-    "Qwen2ForCausalLM": ("qwen2", False),
-    "Qwen2MoeForCausalLM": ("qwen2moe", False),
-    "Qwen3ForCausalLM": ("qwen3", False),
-    "Qwen3MoeForCausalLM": ("qwen3moe", False),
-    "SmolLM3ForCausalLM": ("smollm3", True),
-    "StableLmForCausalLM": ("stablelm", False),
-    "Starcoder2ForCausalLM": ("starcoder2", False),
+# The model's class in transformers, its architecture in llama.cpp, and how the conversion of the base model reorders
+# rows: "pairs" brings queries and keys from the halves of each head, which are rotated together, into pairs; "parts" a
+# fused layer from query, key and value of each head into all queries, all keys and all values.
+_ARCHITECTURES: dict[str, tuple[str, Literal["pairs", "parts"] | None]] = {
+    "ArceeForCausalLM": ("arcee", "pairs"),
+    "BloomForCausalLM": ("bloom", "parts"),
+    "Cohere2ForCausalLM": ("cohere2", None),
+    "CohereForCausalLM": ("command-r", None),
+    "GPT2LMHeadModel": ("gpt2", None),
+    "GPTNeoXForCausalLM": ("gptneox", "parts"),
+    "Gemma2ForCausalLM": ("gemma2", None),
+    "Gemma3ForCausalLM": ("gemma3", None),
+    "GemmaForCausalLM": ("gemma", None),
+    "Glm4ForCausalLM": ("glm4", None),
+    "GraniteForCausalLM": ("granite", "pairs"),
+    "LlamaForCausalLM": ("llama", "pairs"),
+    "MistralForCausalLM": ("llama", "pairs"),
+    "MixtralForCausalLM": ("llama", "pairs"),
+    "Olmo2ForCausalLM": ("olmo2", None),
+    "Olmo3ForCausalLM": ("olmo2", None),
+    "OlmoForCausalLM": ("olmo", "pairs"),
+    "Phi3ForCausalLM": ("phi3", None),
+    "PhiForCausalLM": ("phi2", None),
+    "Qwen2ForCausalLM": ("qwen2", None),
+    "Qwen2MoeForCausalLM": ("qwen2moe", None),
+    "Qwen3ForCausalLM": ("qwen3", None),
+    "Qwen3MoeForCausalLM": ("qwen3moe", None),
+    "SmolLM3ForCausalLM": ("smollm3", "pairs"),
+    "StableLmForCausalLM": ("stablelm", None),
+    "Starcoder2ForCausalLM": ("starcoder2", None),
 }
 _GGML_TYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
@@ -63,6 +67,13 @@ class _Pair(NamedTuple):
     name: str
     a: Tensor
     b: Tensor
+
+
+class _Order(NamedTuple):
+    """Another order of rows: they are seen as (*outer, rest), and two of these axes swapped."""
+
+    outer: tuple[int, int]
+    swapped: tuple[int, int]
 
 
 def export_gguf(host: AdaptedModel, adapter_name: str, directory: Path, *, dtype: torch.dtype = torch.float32) -> Path:
@@ -88,35 +99,33 @@ def export_gguf(host: AdaptedModel, adapter_name: str, directory: Path, *, dtype
     check_dtype(dtype)
     if dtype not in _GGML_TYPES:
         raise ValueError(f"dtype={dtype} is not allowed in a GGUF file here: use one of {list(map(str, _GGML_TYPES))}")
-    architecture, pairs_of_rows = _architecture(host.base_model)
+    architecture, order = _architecture(host.base_model)
     _check_in_full(host, adapter_name)
     layers = {name: layer for name, layer in host.vera_layers().items() if adapter_name in layer.slots}
     config: Any = host.base_model.config
     architectures = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
     names = gguf.get_tensor_name_map(architectures[architecture], config.num_hidden_layers)
-    tied = bool(getattr(config, "tie_word_embeddings", False))
+    tied = bool(getattr(config, "tie_word_embeddings", None))
     placed = {name: _places(name, layer, names, tied=tied) for name, layer in layers.items()}
-    heads = _heads(config) if pairs_of_rows else {}
+    orders = _orders(config, order)
     alpha = Counter(layer.slots[adapter_name].rank for layer in layers.values()).most_common(1)[0][0]
     kind = getattr(gguf.GGMLQuantizationType, _GGML_TYPES[dtype])
-    with replacing(directory / GGUF_NAME) as path:
-        writer = gguf.GGUFWriter(path, architecture)
+    with replacing(directory / GGUF_NAME) as path, closing(gguf.GGUFWriter(path, architecture)) as writer:
         writer.add_type(gguf.GGUFType.ADAPTER)
         writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
         writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(alpha))
         for name, layer in layers.items():
-            for pair in _pairs(layer, adapter_name, placed[name], alpha, heads.get(name.rpartition(".")[2])):
+            for pair in _pairs(layer, adapter_name, placed[name], alpha, orders.get(name.rpartition(".")[2])):
                 for side, matrix in (("lora_a", pair.a), ("lora_b", pair.b)):
                     data = gguf.quants.quantize(matrix.contiguous().numpy(), kind)
                     writer.add_tensor(f"{pair.name}.{side}", data, raw_dtype=kind)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
-        writer.close()
     return directory / GGUF_NAME
 
 
-def _architecture(model: nn.Module) -> tuple[str, bool]:
+def _architecture(model: nn.Module) -> tuple[str, Literal["pairs", "parts"] | None]:
     kind = type(model).__name__
     if kind not in _ARCHITECTURES:
         raise ValueError(
@@ -168,13 +177,18 @@ def _places(name: str, layer: VeraLayer, names: Any, *, tied: bool) -> list[str]
     return [f"{place}.weight" for place in found]
 
 
-def _heads(config: Any) -> dict[str, int]:
-    """Return the number of heads of the layers whose rows the conversion reorders, by the last part of their names."""
+def _orders(config: Any, order: str | None) -> dict[str, _Order]:
+    """Return how the rows of layers are reordered, by the last part of their names."""
     heads = int(config.num_attention_heads)
-    return {"q_proj": heads, "k_proj": int(getattr(config, "num_key_value_heads", None) or heads)}
+    if order == "parts":
+        return {"query_key_value": _Order((heads, 3), (0, 1))}
+    if order == "pairs":
+        key_heads = int(getattr(config, "num_key_value_heads", None) or heads)
+        return {"q_proj": _Order((heads, 2), (1, 2)), "k_proj": _Order((key_heads, 2), (1, 2))}
+    return {}
 
 
-def _pairs(layer: VeraLayer, adapter_name: str, places: list[str], alpha: int, heads: int | None) -> Iterator[_Pair]:
+def _pairs(layer: VeraLayer, adapter_name: str, places: list[str], alpha: int, order: _Order | None) -> Iterator[_Pair]:
     """Yield the matrices of one weight for its tensors, float32, such that llama.cpp's scale alpha / r is one."""
     a, b = lora_matrices(layer, adapter_name)
     rank, count = layer.slots[adapter_name].rank, layer.geometry.count
@@ -184,7 +198,7 @@ def _pairs(layer: VeraLayer, adapter_name: str, places: list[str], alpha: int, h
         a = a.t()
     if count is not None:
         a, b = a.view(count, rank, -1), b.view(-1, rank, count).permute(2, 0, 1)
-    if heads is not None:
-        b = b.view(heads, 2, -1, rank).transpose(1, 2).reshape(b.shape)
+    if order is not None:
+        b = b.view(*order.outer, -1, rank).transpose(*order.swapped).reshape(b.shape)
     for place, rows in zip(places, b.chunk(len(places), -2), strict=True):
         yield _Pair(place, a, rows)

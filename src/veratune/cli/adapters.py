@@ -77,7 +77,7 @@ def export(
     elif to is Format.GGUF:
         model.export_gguf(output, dtype=numbers)
     else:
-        model.export_lora(output, dtype=numbers, rank=rank, engine=None if engine is None else engine.value)
+        model.export_lora(output, dtype=numbers, rank=rank, engine="vllm" if engine is Engine.VLLM else None)
     print_text(f"{output}: {adapter} as {to.value}")
     if engine is Engine.VLLM:
         largest = max(slot.rank for layer in model.vera_layers().values() for slot in layer.slots.values())
