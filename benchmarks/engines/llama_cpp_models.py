@@ -43,11 +43,11 @@ _SPECIAL: dict[str, dict[str, Any]] = {
     "PhiForCausalLM": {"num_key_value_heads": 4, "intermediate_size": 256},
     "Qwen2MoeForCausalLM": {**_EXPERTS, "shared_expert_intermediate_size": 48},
     "Qwen3ForCausalLM": {"head_dim": 16},
-    "Qwen3MoeForCausalLM": {**_EXPERTS, "head_dim": 16},
+    "Qwen3MoeForCausalLM": {**_EXPERTS, "head_dim": 16, "norm_topk_prob": True},
 }
 
 
-# What the converter reads in config.json and transformers 5 does not write any more.
+# What the converter reads in the configuration and transformers 5 does not have there any more.
 _FORMER: dict[str, dict[str, Any]] = {
     "Cohere2ForCausalLM": {"rotary_pct": 1.0},
     "GPT2LMHeadModel": {"n_ctx": 64},
@@ -88,8 +88,6 @@ def _make_one(kind: str, directory: Path) -> None:
     # Gemma's converter counts the tokens in this file.
     tokenizer = {"model": {"vocab": {str(i): i for i in range(_SIZES["vocab_size"])}}, "added_tokens": []}
     (directory / "base" / "tokenizer.json").write_text(json.dumps(tokenizer))
-    config_file = directory / "base" / "config.json"
-    config_file.write_text(json.dumps(json.loads(config_file.read_text()) | _FORMER.get(kind, {})))
     ids = torch.tensor([TOKENS])
     with torch.no_grad():
         base = model(ids).logits[0]
@@ -127,7 +125,9 @@ def _convert_base(model: Path, file: Path) -> None:
     import gguf
 
     hparams = conversion.ModelBase.load_hparams(model, False)
-    model_class: Any = conversion.get_model_class(hparams["architectures"][0])
+    kind = hparams["architectures"][0]
+    hparams |= _FORMER.get(kind, {})
+    model_class: Any = conversion.get_model_class(kind)
 
     class WithoutVocabulary(model_class):
         model_arch = model_class.model_arch
@@ -194,6 +194,8 @@ def _logits(llama_cpp: Any, model: Path, lora: Path | None) -> np.ndarray:
         raise RuntimeError(f"llama.cpp does not load {model.name}")
     context_settings = llama_cpp.llama_context_default_params()
     context_settings.n_ctx = 64
+    # By default keys and values are kept in half precision.
+    context_settings.type_k = context_settings.type_v = llama_cpp.GGML_TYPE_F32
     context = llama_cpp.llama_init_from_model(loaded, context_settings)
     if lora is not None:
         adapter = llama_cpp.llama_adapter_lora_init(loaded, str(lora).encode())
