@@ -1,12 +1,15 @@
 """Real engines against veratune: exported adapters on SmolLM2-135M, and tiny models of llama.cpp's architectures.
 
 `make engines` makes the environments and runs this. Each engine runs in its own environment, one after the other. The
-record is `benchmarks/results/engines.json`; the exit code is 1 if an engine does not give what veratune gives.
+record is `benchmarks/results/engines.json`, its tables are in `docs/engines.md`; the exit code is 1 if an engine does
+not give what veratune gives.
 """
 
 import argparse
 import json
 import platform
+import re
+import shutil
 import subprocess
 import sys
 from datetime import date
@@ -14,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
+PAGE = HERE.parents[1] / "docs" / "engines.md"
 RESULTS = HERE.parent / "results" / "engines.json"
 # Bounds of the largest difference of a log-probability, and of a logit relative to the largest. All is float32: what
 # the engines differ by is the order of sums, over 30 layers. A wrong row or scale changes them by units.
@@ -37,6 +41,7 @@ def main() -> int:
     pythons |= {"vllm": options.vllm, "llama_cpp": options.llama_cpp}
     smollm2, tiny = options.work / "smollm2", options.work / "tiny"
     smollm2.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(tiny, ignore_errors=True)
     _run(pythons["here"], "prepare.py", smollm2)
     for engine in ("peft", "vllm", "llama_cpp"):
         _run(pythons[engine], f"serve_{engine}.py", smollm2)
@@ -53,7 +58,7 @@ def main() -> int:
     }
     RESULTS.write_text(json.dumps(record, indent=1) + "\n")
     failed = _failures(record)
-    _print(record)
+    write_tables(record)
     print("\n".join(failed) or "all engines give what veratune gives")
     return 1 if failed else 0
 
@@ -117,26 +122,36 @@ def _failures(record: dict[str, Any]) -> list[str]:
     return failed
 
 
-def _print(record: dict[str, Any]) -> None:
-    """Print the tables of docs/engines.md."""
-    print("\n| engine | adapter | equal tokens | texts other than the base's | log-probability off by |")
-    print("|---|---|---|---|---|")
+def write_tables(record: dict[str, Any]) -> None:
+    """Write the tables of docs/engines.md between their markers, and the versions."""
+    named = [f"{package} {number}" for engine in record["versions"].values() for package, number in engine.items()]
+    smollm2 = [
+        f"Python {record['python']}; {', '.join(dict.fromkeys(named))}; {record['date']}.\n",
+        "| engine | adapter | equal tokens | texts other than the base's | log-probability off by |",
+        "|---|---|---:|---:|---:|",
+    ]
     for engine, adapters in record["smollm2"].items():
         for name, found in adapters.items():
             others = "" if name == "base" else f"{found['other_than_base']} of {found['prompts']}"
-            print(
-                f"| {engine} | {name} | {found['equal']} of {found['tokens']} | {others} | {found['logprob_off']:.1e} |"
-            )
-    print(
-        "\n| architecture | base off by | adapter off by | tensors equal to llama.cpp's converter |\n|---|---|---|---|"
-    )
+            equal, off = f"{found['equal']} of {found['tokens']}", f"{found['logprob_off']:.0e}"
+            smollm2.append(f"| {engine.replace('_', '.')} | {name} | {equal} | {others} | {off} |")
+    architectures = [
+        "| class | without adapter | with it | changed by the adapter | tensors as the converter's |",
+        "|---|---:|---:|---:|---:|",
+    ]
     for name, found in record["llama_cpp_architectures"].items():
         if "error" in found:
-            print(f"| {name} | {found['error']} | | |")
+            architectures.append(f"| {name} | {found['error']} | | | |")
             continue
         theirs = found["converter"]
-        equal = f"{theirs['equal']} of {theirs['tensors']}" if "equal" in theirs else "it cannot convert these"
-        print(f"| {name} | {found['base_off']:.0e} | {found['adapted_off']:.0e} | {equal} |")
+        equal = f"{theirs['equal']} of {theirs['tensors']}" if "equal" in theirs else "it cannot write these"
+        numbers = (found[key] for key in ("base_off", "adapted_off", "adapter_changes"))
+        architectures.append(f"| {name} | {' | '.join(f'{number:.0e}' for number in numbers)} | {equal} |")
+    text = PAGE.read_text(encoding="utf-8")
+    for marker, lines in (("smollm2", smollm2), ("architectures", architectures)):
+        pattern = re.compile(rf"(<!-- results: {marker} -->\n).*?(<!-- /results -->)", re.DOTALL)
+        text = pattern.sub(lambda found, lines=lines: f"{found[1]}\n" + "\n".join(lines) + f"\n\n{found[2]}", text)
+    PAGE.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":
