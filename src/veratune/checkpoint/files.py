@@ -3,6 +3,8 @@
 import json
 import os
 import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +27,20 @@ def write_atomically(path: Path, data: bytes) -> None:
     A process that is killed leaves the old file or the new one. A new file that was not finished stays beside it
     under a name that starts with a dot and ends in `.tmp`.
     """
+    with replacing(path) as temporary:
+        temporary.write_bytes(data)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Give the place of a new file beside `path`, and put it in the place of `path` in one step if nothing is raised.
+
+    What writes there must have closed the file.
+    """
     temporary = _temporary(path)
     try:
-        _write_through(temporary, data)
+        yield temporary
+        _sync(temporary)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -63,16 +76,17 @@ def _temporary(path: Path) -> Path:
 
 
 def _write_through(path: Path, data: bytes) -> None:
-    with path.open("xb") as handle:
-        handle.write(data)
-        handle.flush()
-        os.fsync(handle.fileno())
+    path.write_bytes(data)
+    _sync(path)
 
 
 def _sync_directory(directory: Path) -> None:
-    if os.name != "posix":  # elsewhere a directory cannot be opened
-        return
-    descriptor = os.open(directory, os.O_RDONLY)
+    if os.name == "posix":  # elsewhere a directory cannot be opened
+        _sync(directory)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
         os.fsync(descriptor)
     finally:

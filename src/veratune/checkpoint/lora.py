@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from veratune.adapters import AdaptedModel
 from veratune.checkpoint.files import write_pair
 from veratune.checkpoint.peft_format import PREFIX, common_values, other_tensors
+from veratune.checkpoint.ranks import with_rank
 from veratune.layers import VeraConv, VeraEmbedding, VeraLayer, VeraParameter
 from veratune.sources import PerDimension
 
@@ -22,7 +23,14 @@ _LARGEST_TABLE = 1 << 20
 _BIASES = {"none": "none", "all": "all", "vera_only": "lora_only"}
 
 
-def export_lora(host: AdaptedModel, adapter_name: str, directory: Path, *, dtype: torch.dtype = torch.float32) -> None:
+def export_lora(
+    host: AdaptedModel,
+    adapter_name: str,
+    directory: Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    rank: int | None = None,
+) -> None:
     """Write an adapter as a LoRA adapter in PEFT's format.
 
     Args:
@@ -30,31 +38,35 @@ def export_lora(host: AdaptedModel, adapter_name: str, directory: Path, *, dtype
         adapter_name: which adapter.
         directory: where to; files there are replaced.
         dtype: dtype of the two matrices of each layer.
+        rank: the LoRA's rank on all layers; None for the adapter's own.
 
     Raises:
-        ValueError: dtype is not a floating-point one, or PEFT's LoRA has no place for an adapter on one of the layers.
+        ValueError: dtype is not a floating-point one, PEFT's LoRA has no place for an adapter on one of the layers, or
+            a delta does not fit into the rank without an approximation.
     """
-    if not dtype.is_floating_point:
-        raise ValueError(f"dtype={dtype} is not allowed: it must be a floating-point dtype")
+    check_dtype(dtype)
     config = host.peft_config[adapter_name]
     layers = {name: layer for name, layer in host.vera_layers().items() if adapter_name in layer.slots}
     for name, layer in layers.items():
         reason = why_not_lora(layer)
         if reason is not None:
             raise ValueError(f"PEFT's LoRA cannot hold the adapter on {name}: {reason}. Merge it instead")
-    ranks = {name: layer.slots[adapter_name].rank for name, layer in layers.items()}
+    ranks = {name: rank or layer.slots[adapter_name].rank for name, layer in layers.items()}
     tensors: dict[str, Tensor] = {}
     for name, layer in layers.items():
-        for key, matrix in zip(_keys(name, layer, layers), lora_matrices(layer, adapter_name), strict=True):
+        pair = lora_matrices(layer, adapter_name)
+        if rank is not None:
+            pair = with_rank(name, *pair, layer.geometry.count or 1, rank)
+        for key, matrix in zip(_keys(name, layer, layers), pair, strict=True):
             tensors[PREFIX + key] = matrix.to(dtype)
     tensors |= other_tensors(host, adapter_name)
-    rank = Counter(ranks.values()).most_common(1)[0][0]
+    usual = Counter(ranks.values()).most_common(1)[0][0]
     # PEFT compares a pattern with the end of a name; the anchor makes it the whole name.
-    other_ranks = {f"^{re.escape(name)}": other for name, other in ranks.items() if other != rank}
+    other_ranks = {f"^{re.escape(name)}": other for name, other in ranks.items() if other != usual}
     values = common_values(host, adapter_name) | {
         "peft_type": "LORA",
-        "r": rank,
-        "lora_alpha": rank,
+        "r": usual,
+        "lora_alpha": usual,
         "rank_pattern": other_ranks,
         "alpha_pattern": other_ranks,
         "lora_dropout": config.vera_dropout,
@@ -67,6 +79,12 @@ def export_lora(host: AdaptedModel, adapter_name: str, directory: Path, *, dtype
     if parameters:
         values["target_parameters"] = parameters
     write_pair(directory, tensors, values)
+
+
+def check_dtype(dtype: torch.dtype) -> None:
+    """Raise ValueError if matrices cannot be written in this dtype."""
+    if not dtype.is_floating_point:
+        raise ValueError(f"dtype={dtype} is not allowed: it must be a floating-point dtype")
 
 
 def why_not_lora(layer: VeraLayer) -> str | None:

@@ -9,6 +9,7 @@ import typer
 
 from veratune.checkpoint.files import WEIGHTS_NAME, CheckpointError
 from veratune.checkpoint.native import is_native, read_native
+from veratune.checkpoint.vllm import max_lora_rank
 from veratune.cli.models import base_of, load_model
 from veratune.cli.output import print_json, print_table, print_text
 from veratune.model import VeraModel
@@ -25,6 +26,13 @@ class Format(StrEnum):
 
     PEFT = "peft"
     LORA = "lora"
+    GGUF = "gguf"
+
+
+class Engine(StrEnum):
+    """What a LoRA can be checked for."""
+
+    VLLM = "vllm"
 
 
 def merge(
@@ -45,21 +53,37 @@ def merge(
 def export(
     adapter: AdapterArgument,
     output: OutputArgument,
-    to: Annotated[Format, typer.Option("--format", help="peft: VeRA as PEFT has it. lora: a LoRA of the same rank.")],
+    to: Annotated[
+        Format,
+        typer.Option("--format", help="peft: VeRA as PEFT has it. lora: a LoRA. gguf: a LoRA for llama.cpp."),
+    ],
     base: BaseOption = None,
     dtype: Annotated[str, typer.Option(help="dtype of the matrices of a LoRA.")] = "float32",
+    rank: Annotated[
+        int | None, typer.Option(help="lora: another rank than the adapter's, where it holds the deltas exactly.")
+    ] = None,
+    engine: Annotated[Engine | None, typer.Option(help="lora: check that this engine can load it.")] = None,
 ) -> None:
     """Write an adapter in another format, with the same outputs."""
     _check_new(output)
+    if to is not Format.LORA and (rank is not None or engine is not None):
+        raise typer.BadParameter(f"--rank and --engine are for --format lora, not {to.value}")
     numbers = getattr(torch, dtype, None)
     if not isinstance(numbers, torch.dtype) or not numbers.is_floating_point:
         raise ValueError(f"--dtype {dtype}: not a floating-point dtype of torch; try float32 or bfloat16")
     model = _adapted(base_of(adapter, base), adapter)
     if to is Format.PEFT:
         model.export_peft(output)
+    elif to is Format.GGUF:
+        model.export_gguf(output, dtype=numbers)
     else:
-        model.export_lora(output, dtype=numbers)
+        model.export_lora(output, dtype=numbers, rank=rank, engine="vllm" if engine is Engine.VLLM else None)
     print_text(f"{output}: {adapter} as {to.value}")
+    if engine is Engine.VLLM:
+        largest = max(slot.rank for layer in model.vera_layers().values() for slot in layer.slots.values())
+        print_text(
+            f"vLLM takes it when it is started with --enable-lora --max-lora-rank {max_lora_rank(rank or largest)}"
+        )
 
 
 def convert(

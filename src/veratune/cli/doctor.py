@@ -16,6 +16,7 @@ _FEATURES = {
     "safetensors": "files",
     "huggingface_hub": "the hub",
     "peft": "only to compare with, or to use what is exported",
+    "gguf": "export for llama.cpp: pip install 'veratune[gguf]'",
     "bitsandbytes": "4-bit and 8-bit base models",
     "torchao": "quantised base models",
     "matplotlib": "pictures: pip install 'veratune[cli]'",
