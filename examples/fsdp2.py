@@ -47,7 +47,7 @@ def main() -> None:
         check(whole == wanted, "each process holds whole projections")
         saved = VeraModel.from_pretrained(classifier(), "runs/examples/fsdp2")
         check(
-            len(saved.adapter_state("default").vectors) == 36, "the adapter was saved whole, and loads in one process"
+            len(saved.adapter_state("default").vectors) == 37, "the adapter was saved whole, and loads in one process"
         )
     dist.barrier()
     dist.destroy_process_group()

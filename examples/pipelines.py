@@ -28,12 +28,12 @@ def adapted(model: Any) -> VeraModel:
 
 
 def both(task: str, model: VeraModel, tokenizer: Any, text: str, **settings: Any) -> tuple[Any, Any, Any]:
-    """Return what a pipeline says with an adapter, without it, and with it merged."""
+    """Return what a pipeline says with an adapter, without it, and with it merged, for a list of one text."""
     run = pipeline(task, model=model, tokenizer=tokenizer, device="cpu", **settings)
-    ours = run(text)
+    ours = run([text])
     with model.disable_adapter():
-        without = run(text)
-    merged = pipeline(task, model=model.merge_and_unload(), tokenizer=tokenizer, device="cpu", **settings)(text)
+        without = run([text])
+    merged = pipeline(task, model=model.merge_and_unload(), tokenizer=tokenizer, device="cpu", **settings)([text])
     return ours, without, merged
 
 
@@ -41,7 +41,7 @@ def main() -> None:
     quiet()
     bert = AutoTokenizer.from_pretrained(minilm())
     ours, without, merged = both("text-classification", adapted(classifier()), bert, "Who wrote Hamlet?", top_k=None)
-    scores = [{part["label"]: part["score"] for part in result} for result in (ours, without, merged)]
+    scores = [{part["label"]: part["score"] for part in result[0]} for result in (ours, without, merged)]
     close = all(abs(scores[0][label] - scores[2][label]) < 1e-4 for label in scores[0])
     check(close and scores[0] != scores[1], "text-classification: the adapter's scores, merged or not")
 
@@ -62,7 +62,7 @@ def main() -> None:
     base, tokenizer = load()
     settings = {"max_new_tokens": 12, "do_sample": False, "return_full_text": False}
     ours, without, merged = both("text-generation", adapted(base), tokenizer, "The capital of France is", **settings)
-    check(ours == merged, f"text-generation: the same text, merged or not: {ours[0]['generated_text']!r}")
+    check(ours == merged, f"text-generation: the same text, merged or not: {ours[0][0]['generated_text']!r}")
     check(ours != without, "and another one than without the adapter")
 
 

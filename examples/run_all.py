@@ -13,14 +13,12 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 LOGS = Path("runs/examples")
-TWO = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
-TWO += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 EXAMPLES: dict[str, list[str]] = {
     "trainer": [],
     "peft_plugin": [],
     "sentence_embeddings": [],
-    "ddp": TWO,
+    "ddp": TORCHRUN,
     "fsdp2": TORCHRUN,
     "pipelines": [],
     "causal_lm_trl": [],

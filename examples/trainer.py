@@ -72,7 +72,7 @@ def main() -> None:
     check("model.safetensors" not in files and files["adapter_model.safetensors"] < 300_000, "checkpoints are adapters")
 
     cut, _ = make_trainer(output / "parts")
-    cut.add_callback(StopAt(len(losses(trainer)) // 2))
+    cut.add_callback(StopAt(len(losses(trainer)) * 2 // EPOCHS))  # with the second of three epochs
     cut.train()
     resumed, again = make_trainer(output / "parts")
     resumed.train(resume_from_checkpoint=True)

@@ -33,7 +33,15 @@ class _VeraTrlTrainer(VeraTrainer):
                 f"{type(self).__name__} trains a VeraModel, not a {type(model).__name__}: make one with get_peft_model"
             )
         self._adapted = model
-        super().__init__(model.get_base_model(), *args, **kwargs)
+        base: Any = model.get_base_model()
+        trained = [(parameter, parameter.data) for parameter in model.parameters() if parameter.requires_grad]
+        base._hf_peft_config_loaded = True  # a quantised model has something to train
+        try:
+            super().__init__(base, *args, **kwargs)
+        finally:
+            del base._hf_peft_config_loaded
+            for parameter, values in trained:
+                parameter.data = values  # TRL rounds what is trained on a quantised model to bfloat16
         if self.args.gradient_checkpointing:
             model._let_inputs_require_grad()
 
