@@ -38,12 +38,14 @@ def pairs(rows: list[Question]) -> Dataset:
 
 
 def told(model: SentenceTransformer, rows: list[Question]) -> float:
-    """Return how often the nearest other question is on the same topic."""
+    """Return how often two questions on one topic are more alike than two on different ones (ROC area)."""
     embeddings = model.encode([question for _, question, _ in rows])
-    scores = embeddings @ embeddings.T
-    np.fill_diagonal(scores, -1.0)
-    nearest = scores.argmax(1)
-    return float(np.mean([rows[i][0] == rows[j][0] for i, j in enumerate(nearest)]))
+    topics = np.array([topic for topic, _, _ in rows])
+    one, other = np.triu_indices(len(rows), 1)
+    same = topics[one] == topics[other]
+    ranks = (embeddings @ embeddings.T)[one, other].argsort().argsort() + 1
+    count = int(same.sum())
+    return float((ranks[same].sum() - count * (count + 1) / 2) / (count * (len(same) - count)))
 
 
 def main() -> None:
@@ -71,8 +73,8 @@ def main() -> None:
     )
     trainer.train()
     after = told(model, held_out)
-    print(f"  the nearest question is on the same topic: {before:.3f} -> {after:.3f}")
-    check(after > before + 0.02, "topics of questions never seen are told better")
+    print(f"  questions on one topic are the more alike ones: {before:.3f} -> {after:.3f}")
+    check(after > before + 0.1, "topics of questions never seen are told better")
 
     model[0].model.save_pretrained(output / "adapter")
     texts = [question for _, question, _ in held_out]

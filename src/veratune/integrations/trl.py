@@ -41,7 +41,8 @@ class _VeraTrlTrainer(VeraTrainer):
         finally:
             del base._hf_peft_config_loaded
             for parameter, values in trained:
-                parameter.data = values  # TRL rounds what is trained on a quantised model to bfloat16
+                if parameter.dtype != values.dtype:  # TRL rounds what is trained on a quantised model to bfloat16
+                    parameter.data = values.to(parameter.device)
         if self.args.gradient_checkpointing:
             model._let_inputs_require_grad()
 
@@ -58,6 +59,10 @@ class VeraDPOTrainer(_VeraTrlTrainer, DPOTrainer):  # type: ignore[misc]
 
     Without a `ref_model` the reference is the model as it is when the trainer is made: without its adapter where that
     is new, and otherwise with a frozen copy of it, an adapter called "ref". No second model is loaded.
+
+    Raises:
+        TypeError: the model is no `VeraModel`.
+        ValueError: a copy is needed, and several adapters are active, or one is called "ref".
     """
 
     def __init__(self, model: VeraModel, ref_model: Any = None, *args: Any, **kwargs: Any) -> None:
@@ -109,11 +114,11 @@ def _is_new(model: VeraModel) -> bool:
 
 
 def _frozen_copy(model: VeraModel) -> str:
-    """Add a frozen copy of the active adapter, or put its values into the one that is there, and return its name."""
+    """Add a frozen copy of the active adapter and return its name."""
     name = model.active_adapter
-    if REFERENCE_ADAPTER not in model.peft_config:
-        plan = plan_adapter(model.base_model, model.peft_config[name], model.projection_source(name))
-        model.install_adapter(REFERENCE_ADAPTER, plan)
+    model.check_new_name(REFERENCE_ADAPTER)
+    plan = plan_adapter(model.base_model, model.peft_config[name], model.projection_source(name))
+    model.install_adapter(REFERENCE_ADAPTER, plan)
     own, copied = model.adapter_state(name), model.adapter_state(REFERENCE_ADAPTER)
     with torch.no_grad():
         for source, copy in zip(own.parameters(), copied.parameters(), strict=True):
