@@ -70,9 +70,10 @@ def check_result(model: Any, tokenizer: Any, adapter: Path, before: float, held_
     size = (adapter / "adapter_model.safetensors").stat().st_size
     print(f"  held-out loss {before:.3f} -> {after:.3f}; the adapter is {size / 1000:.0f} KB")
     check(after < before - 0.3, "the loss of answers never seen fell by more than 0.3")
-    plain = [generate(model, tokenizer, question) for question in SHOWN]
+    asked = [*SHOWN, *(chat[0]["content"] for chat in held_out[:6])]
+    plain = [generate(model, tokenizer, question) for question in asked]
     model.merge_adapter()
-    merged = [generate(model, tokenizer, question) for question in SHOWN]
+    merged = [generate(model, tokenizer, question) for question in asked]
     model.unmerge_adapter()
     same = all(torch.equal(ours, theirs) for ours, theirs in zip(plain, merged, strict=True))
     check(same, f"merged and unmerged generation agree in all {sum(map(len, plain))} tokens")

@@ -19,5 +19,5 @@ except ImportError as error:
 from veratune.integrations.trainer import VeraTrainer
 
 
-class VeraSentenceTransformerTrainer(VeraTrainer, SentenceTransformerTrainer):  # type: ignore[misc]
+class VeraSentenceTransformerTrainer(VeraTrainer, SentenceTransformerTrainer):
     """`SentenceTransformerTrainer` for a `SentenceTransformer` whose transformer is a `VeraModel`."""

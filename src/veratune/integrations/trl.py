@@ -7,7 +7,7 @@ Checkpoints hold adapters alone and are resumed from, as those of `VeraTrainer`.
 from typing import Any
 
 try:
-    from trl import DPOTrainer, SFTTrainer
+    from trl import DPOTrainer, SFTTrainer  # type: ignore[attr-defined]
 except ImportError as error:
     raise ImportError(f"veratune.integrations.trl needs TRL: pip install 'veratune[trl]' ({error})") from error
 
@@ -50,11 +50,11 @@ class _VeraTrlTrainer(VeraTrainer):
         return self._adapted
 
 
-class VeraSFTTrainer(_VeraTrlTrainer, SFTTrainer):  # type: ignore[misc]
+class VeraSFTTrainer(_VeraTrlTrainer, SFTTrainer):
     """`trl.SFTTrainer` for a `VeraModel`; all other arguments are the same."""
 
 
-class VeraDPOTrainer(_VeraTrlTrainer, DPOTrainer):  # type: ignore[misc]
+class VeraDPOTrainer(_VeraTrlTrainer, DPOTrainer):
     """`trl.DPOTrainer` for a `VeraModel`; all other arguments are the same.
 
     Without a `ref_model` the reference is the model as it is when the trainer is made: without its adapter where that
