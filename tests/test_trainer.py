@@ -1,15 +1,19 @@
 """transformers' Trainer on a VeraModel: as it is, and with checkpoints that hold adapters alone."""
 
 import inspect
+import re
+import struct
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from huggingface_hub.utils import filter_repo_objects
 from transformers import TrainingArguments
 
-from tiny_models import tiny_inputs, tiny_model
+from tiny_models import randomise_trainable, tiny_inputs, tiny_model
 from veratune import CheckpointError, VeraConfig, VeraModel, get_peft_model, parameter_groups
 from veratune.integrations.trainer import VeraTrainer
 
@@ -145,6 +149,143 @@ def test_a_checkpoint_of_another_adapter_is_refused_and_changes_nothing(tmp_path
         with pytest.raises(CheckpointError, match=message):
             model.restore(tmp_path / name)
     assert all(torch.equal(a, b) for a, b in zip(before, state(model), strict=True))
+
+
+def _inside(path: Path, data: bytes) -> int:
+    """Return the place of a byte that counts: not one of a header or of what fills the space between the parts."""
+    if path.suffix == ".safetensors":
+        return len(data) - 5
+    with zipfile.ZipFile(path) as archive:
+        largest = max(archive.infolist(), key=lambda entry: entry.file_size)
+    header = largest.header_offset
+    name, extra = struct.unpack_from("<HH", data, header + 26)
+    return int(header + 30 + name + extra + largest.file_size // 2)
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"])
+@pytest.mark.parametrize("damage", ["cut", "flipped", "emptied"])
+def test_a_damaged_checkpoint_names_the_file_and_changes_nothing(name: str, damage: str, tmp_path: Path) -> None:
+    VeraTrainer(model_of(), arguments(tmp_path, max_steps=4), train_dataset=Rows()).train()
+    path = tmp_path / "checkpoint-4" / name
+    data = bytearray(path.read_bytes())
+    if damage == "flipped":
+        data[_inside(path, data)] ^= 0xFF
+    path.write_bytes(data if damage == "flipped" else data[: len(data) // 2 if damage == "cut" else 0])
+    model = model_of()
+    before = state(model)
+    trainer = VeraTrainer(model, arguments(tmp_path, max_steps=8), train_dataset=Rows())
+    with pytest.raises(CheckpointError, match=re.escape(str(path))):
+        trainer.train(resume_from_checkpoint=True)
+    assert all(torch.equal(a, b) for a, b in zip(before, state(model), strict=True))
+
+
+def test_a_checkpoint_without_its_state_or_adapter_is_refused(tmp_path: Path) -> None:
+    VeraTrainer(model_of(), arguments(tmp_path, max_steps=4), train_dataset=Rows()).train()
+    trainer = VeraTrainer(model_of(), arguments(tmp_path, max_steps=8), train_dataset=Rows())
+    with pytest.raises(CheckpointError, match="nowhere is not a directory"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "nowhere"))
+    checkpoint = tmp_path / "checkpoint-4"
+    state_file = checkpoint / "trainer_state.json"
+    text = state_file.read_text()
+    state_file.write_text(text[: len(text) // 2])
+    with pytest.raises(CheckpointError, match=r"trainer_state\.json is not a JSON file"):
+        trainer.train(resume_from_checkpoint=True)
+    state_file.unlink()
+    with pytest.raises(CheckpointError, match=r"trainer_state\.json does not exist"):
+        trainer.train(resume_from_checkpoint=True)
+    state_file.write_text(text)
+    (checkpoint / "adapter_model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="holds no adapter"):
+        trainer.train(resume_from_checkpoint=True)
+
+
+def test_merged_adapters_are_not_trained(tmp_path: Path) -> None:
+    model = model_of()
+    model.merge_adapter()
+    trainer = VeraTrainer(model, arguments(tmp_path, max_steps=1), train_dataset=Rows())
+    with pytest.raises(ValueError, match=r"\['default'\] are merged and would not learn: call unmerge_adapter"):
+        trainer.train()
+    model.unmerge_adapter()
+    before = state(model)
+    trainer.train()
+    assert any(not torch.equal(a, b) for a, b in zip(before, state(model), strict=True))
+
+
+@pytest.mark.parametrize("trainer_class", [transformers.Trainer, VeraTrainer])
+def test_labels_and_predictions_are_those_of_the_plain_model(trainer_class: Any, tmp_path: Path) -> None:
+    model = randomise_trainable(model_of(), std=0.2).eval()
+    trainer = trainer_class(model, arguments(tmp_path))
+    assert trainer.label_names == ["labels"]
+    ours = trainer.predict(Rows(5))
+    plain = transformers.Trainer(model.merge_and_unload(), arguments(tmp_path)).predict(Rows(5))
+    assert ours.predictions.shape == (5, 3)
+    torch.testing.assert_close(torch.tensor(ours.predictions), torch.tensor(plain.predictions), rtol=1e-3, atol=1e-4)
+    assert (ours.label_ids == plain.label_ids).all()
+    assert ours.metrics["test_loss"] == pytest.approx(plain.metrics["test_loss"], rel=1e-4)
+
+
+class NoHub:
+    """Notes what would be uploaded, as (repository, files). There is no network in tests."""
+
+    repo_id = "someone/adapter"
+    commit_url = "https://huggingface.co/someone/adapter/commit/1"
+
+    def __init__(self) -> None:
+        self.uploads: list[tuple[str, set[str]]] = []
+
+    def done(self) -> bool:
+        return True  # an upload in the background
+
+    def create_repo(self, *_: Any, **__: Any) -> "NoHub":
+        return self
+
+    def upload_folder(
+        self, *, repo_id: str, folder_path: str, ignore_patterns: Any = None, allow_patterns: Any = None, **_: Any
+    ) -> "NoHub":
+        files = (str(path.relative_to(folder_path)) for path in Path(folder_path).rglob("*") if path.is_file())
+        kept = filter_repo_objects(files, ignore_patterns=ignore_patterns, allow_patterns=allow_patterns)
+        self.uploads.append((repo_id, set(kept)))
+        return self
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> NoHub:
+    stand_in = NoHub()
+    monkeypatch.setattr("transformers.trainer.hf_api", lambda: stand_in)
+    monkeypatch.setattr("huggingface_hub.HfApi", lambda **_: stand_in)
+    return stand_in
+
+
+@pytest.mark.parametrize("through", ["trainer", "model"])
+def test_push_to_hub_uploads_the_adapter_and_not_the_model(through: str, hub: NoHub, tmp_path: Path) -> None:
+    settings = arguments(tmp_path / "adapter", max_steps=4, hub_model_id="someone/adapter")
+    trainer = VeraTrainer(model_of(), settings, train_dataset=Rows())
+    trainer.train()
+    if through == "trainer":
+        trainer.push_to_hub(commit_message="an adapter")
+    else:
+        assert trainer.model.push_to_hub("someone/adapter") == hub.commit_url
+    ((repository, files),) = hub.uploads
+    assert repository == "someone/adapter"
+    assert {"adapter_model.safetensors", "adapter_config.json", "README.md"} <= files
+    assert not any("checkpoint" in name or name.startswith("model") for name in files)
+    if through == "trainer":
+        loaded = VeraModel.from_pretrained(tiny_model("bert"), tmp_path / "adapter")
+        assert all(torch.equal(a, b) for a, b in zip(state(loaded), state(trainer.model), strict=True))
+
+
+@pytest.mark.parametrize("strategy", ["every_save", "end"])
+def test_pushing_while_training(strategy: str, hub: NoHub, tmp_path: Path) -> None:
+    settings = arguments(
+        tmp_path, max_steps=4, save_steps=2, push_to_hub=True, hub_model_id="someone/adapter", hub_strategy=strategy
+    )
+    trainer = VeraTrainer(model_of(), settings, train_dataset=Rows())
+    trainer.train()
+    trainer.push_to_hub()
+    _, files = hub.uploads[-1]
+    assert "adapter_model.safetensors" in files and not any(name.startswith("model") for name in files)
+    loaded = VeraModel.from_pretrained(tiny_model("bert"), tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(state(loaded), state(trainer.model), strict=True))
 
 
 def test_another_model_is_refused(tmp_path: Path) -> None:

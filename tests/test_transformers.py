@@ -97,18 +97,38 @@ def test_generate(kind):
     }
     if kind == "t5":
         prompt["decoder_start_token_id"] = 0
-    tokens = model.generate(**prompt)
+    ways = {
+        "greedy": {},
+        "sampling": {"do_sample": True, "num_return_sequences": 3, "temperature": 0.8},
+        "beams": {"num_beams": 3, "num_return_sequences": 2},
+        "sampled beams": {"num_beams": 3, "do_sample": True},
+    }
+
+    def tokens_of(net):
+        found = {}
+        for name, settings in ways.items():
+            torch.manual_seed(4)
+            found[name] = net.generate(**prompt | settings)
+        return found
+
+    tokens = tokens_of(model)
+    assert {name: len(rows) for name, rows in tokens.items()} == {
+        "greedy": 1,
+        "sampling": 3,
+        "beams": 2,
+        "sampled beams": 1,
+    }
     model.merge_adapter()
-    assert torch.equal(model.generate(**prompt), tokens)
+    merged = tokens_of(model)
     model.unmerge_adapter()
     with model.disable_adapter():
-        base = model.generate(**prompt)
-    assert not torch.equal(base, tokens)
-    assert torch.equal(base, tiny_model(kind).generate(**prompt))
-    sampled = model.generate(**prompt | {"do_sample": True, "num_return_sequences": 3})
-    beams = model.generate(**prompt | {"num_beams": 3})
-    assert sampled.shape[0] == 3
-    assert beams.shape == tokens.shape
+        without = tokens_of(model)
+    plain = tokens_of(tiny_model(kind))
+    unloaded = tokens_of(model.merge_and_unload())
+    for name, rows in tokens.items():
+        assert torch.equal(merged[name], rows) and torch.equal(unloaded[name], rows), name
+        assert torch.equal(without[name], plain[name]), name
+        assert not torch.equal(without[name], rows), name
 
 
 @pytest.mark.parametrize("kind", ["bert", "gpt2", "llama"])

@@ -425,10 +425,24 @@ class AdaptedModel(nn.Module):
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
         """Within this context the model is the base model exactly; merged adapters are taken out and put back."""
+        with self.only([]):
+            yield
+
+    @contextmanager
+    def only(self, adapter_names: Sequence[str]) -> Iterator[None]:
+        """Let none but these adapters compute within this context, without a change to what is trainable.
+
+        Merged adapters are taken out and put back.
+
+        Raises:
+            ValueError: an unknown name, or adapters that cannot be active together.
+        """
+        self._check_known(adapter_names)
+        self._check_together(adapter_names)
         active, merged = self._active, self.merged_adapters
         if merged:
             self.unmerge_adapter()
-        self._activate([])
+        self._activate(adapter_names)
         self._disabled += 1
         try:
             yield

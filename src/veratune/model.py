@@ -28,6 +28,9 @@ DEFAULT_ADAPTER = "default"
 class VeraModel(AdaptedModel):
     """A model with VeRA adapters, as `get_peft_model` and `VeraModel.from_pretrained` return it."""
 
+    # By this transformers' Trainer knows that a quantised model has something to train.
+    _hf_peft_config_loaded = True
+
     @classmethod
     def from_pretrained(
         cls,

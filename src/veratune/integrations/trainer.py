@@ -3,6 +3,7 @@
 The plain `Trainer` trains a `VeraModel` too, and resumes it, but writes the whole model into each checkpoint.
 """
 
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ except ImportError as error:
     raise ImportError("veratune.integrations.trainer needs transformers: pip install 'veratune[hf]'") from error
 
 from torch import nn
+from transformers.trainer import TRAINER_STATE_NAME
 
 from veratune.adapters import notify
+from veratune.checkpoint.files import CheckpointError, read_json
 from veratune.model import VeraModel
 from veratune.training import parameter_groups
 
@@ -28,6 +31,18 @@ class VeraTrainer(transformers.Trainer):
     adapters that the model has.
     """
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train, as `transformers.Trainer.train`.
+
+        Raises:
+            ValueError: adapters are merged, and would not learn.
+            CheckpointError: a file of the checkpoint to go on from is missing or damaged; nothing is changed then.
+        """
+        merged = self._vera_model().merged_adapters
+        if merged:
+            raise ValueError(f"the adapters {merged} are merged and would not learn: call unmerge_adapter() first")
+        return super().train(*args, **kwargs)
+
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """Make the optimizer where none was given; it says what VeRA wants."""
         parameter_groups(self._vera_model())  # tells of a model without anything to train
@@ -39,10 +54,13 @@ class VeraTrainer(transformers.Trainer):
         return super().create_optimizer(*args, **kwargs)
 
     def _vera_model(self) -> VeraModel:
+        """Return the model that is trained, or the one inside it that has the adapters."""
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        if not isinstance(model, VeraModel):
-            raise TypeError(f"VeraTrainer trains a VeraModel, not a {type(model).__name__}: use transformers.Trainer")
-        return model
+        found = [module for module in model.modules() if isinstance(module, VeraModel)]
+        if len(found) != 1:
+            remedy = "use transformers.Trainer" if not found else f"it holds {len(found)} of them"
+            raise TypeError(f"{type(self).__name__} trains a VeraModel, not a {type(model).__name__}: {remedy}")
+        return found[0]
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         directory = Path(output_dir or self.args.output_dir or ".")
@@ -54,9 +72,26 @@ class VeraTrainer(transformers.Trainer):
             tokenizer.save_pretrained(directory)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        _check_files(Path(resume_from_checkpoint))
         self._vera_model().restore(resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
         best = self.state.best_model_checkpoint
         assert best is not None
         self._vera_model().restore(best)
+
+
+def _check_files(checkpoint: Path) -> None:
+    """Raise CheckpointError for a file beside the adapters that cannot be read."""
+    if not checkpoint.is_dir():
+        raise CheckpointError(f"{checkpoint} is not a directory, so there is no checkpoint to go on from")
+    read_json(checkpoint / TRAINER_STATE_NAME)
+    # torch writes zip archives with checksums, which tell of damage without anything being unpickled.
+    for path in sorted({*checkpoint.glob("*.pt"), *checkpoint.glob("*.pth")}):
+        try:
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()
+        except (OSError, zipfile.BadZipFile) as error:
+            raise CheckpointError(f"{path} is damaged: {error}: go on from an older checkpoint") from None
+        if damaged is not None:
+            raise CheckpointError(f"{path} is damaged in {damaged}: go on from an older checkpoint")

@@ -1,0 +1,23 @@
+"""sentence-transformers' trainer for a model with a `VeraModel` in it.
+
+    model = SentenceTransformer("all-MiniLM-L6-v2")
+    model[0].model = get_peft_model(model[0].model, VeRAConfig(target_modules="all-linear"))
+    VeraSentenceTransformerTrainer(model, ...).train()
+    model[0].model.save_pretrained("my-adapter")
+
+Checkpoints hold the adapters alone and are resumed from, as those of `VeraTrainer`.
+"""
+
+try:
+    from sentence_transformers import SentenceTransformerTrainer
+except ImportError as error:
+    raise ImportError(
+        "veratune.integrations.sentence_transformers needs sentence-transformers:"
+        f" pip install 'veratune[sentence-transformers]' ({error})"
+    ) from error
+
+from veratune.integrations.trainer import VeraTrainer
+
+
+class VeraSentenceTransformerTrainer(VeraTrainer, SentenceTransformerTrainer):
+    """`SentenceTransformerTrainer` for a `SentenceTransformer` whose transformer is a `VeraModel`."""

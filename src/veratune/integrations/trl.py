@@ -1,0 +1,127 @@
+"""TRL's trainers for a `VeraModel`: supervised fine-tuning, and DPO without a second model.
+
+Checkpoints hold adapters alone and are resumed from, as those of `VeraTrainer`. For TRL's own trainers there is
+`peft_config=VeratuneConfig(...)` of `veratune.integrations.peft`.
+"""
+
+from typing import Any
+
+try:
+    from trl import DPOTrainer, SFTTrainer  # type: ignore[attr-defined]
+except ImportError as error:
+    raise ImportError(f"veratune.integrations.trl needs TRL: pip install 'veratune[trl]' ({error})") from error
+
+import torch
+from torch import nn
+
+from veratune.adapters import plan_adapter
+from veratune.integrations.trainer import VeraTrainer
+from veratune.model import VeraModel
+
+REFERENCE_ADAPTER = "ref"
+
+
+class _VeraTrlTrainer(VeraTrainer):
+    """Hands TRL the model inside a `VeraModel`.
+
+    TRL replaces the `forward` of what it trains, and that has to be the language model. The adapters are in there.
+    """
+
+    def __init__(self, model: VeraModel, *args: Any, **kwargs: Any) -> None:
+        if not isinstance(model, VeraModel):
+            raise TypeError(
+                f"{type(self).__name__} trains a VeraModel, not a {type(model).__name__}: make one with get_peft_model"
+            )
+        self._adapted = model
+        base: Any = model.get_base_model()
+        trained = [(parameter, parameter.data) for parameter in model.parameters() if parameter.requires_grad]
+        base._hf_peft_config_loaded = True  # a quantised model has something to train
+        try:
+            super().__init__(base, *args, **kwargs)
+        finally:
+            del base._hf_peft_config_loaded
+            for parameter, values in trained:
+                if parameter.dtype != values.dtype:  # TRL rounds what is trained on a quantised model to bfloat16
+                    parameter.data = values.to(parameter.device)
+        if self.args.gradient_checkpointing:
+            model._let_inputs_require_grad()
+
+    def _vera_model(self) -> VeraModel:
+        return self._adapted
+
+
+class VeraSFTTrainer(_VeraTrlTrainer, SFTTrainer):
+    """`trl.SFTTrainer` for a `VeraModel`; all other arguments are the same."""
+
+
+class VeraDPOTrainer(_VeraTrlTrainer, DPOTrainer):
+    """`trl.DPOTrainer` for a `VeraModel`; all other arguments are the same.
+
+    Without a `ref_model` the reference is the model as it is when the trainer is made: without its adapter where that
+    is new, and otherwise with a frozen copy of it, an adapter called "ref". No second model is loaded.
+
+    Raises:
+        TypeError: the model is no `VeraModel`.
+        ValueError: a copy is needed, and several adapters are active, or one is called "ref".
+    """
+
+    def __init__(self, model: VeraModel, ref_model: Any = None, *args: Any, **kwargs: Any) -> None:
+        if ref_model is None and isinstance(model, VeraModel):
+            ref_model = _Reference(model)
+        super().__init__(model, ref_model, *args, **kwargs)
+
+
+class _Reference(nn.Module):
+    """What DPO compares with: the model that is trained, with other adapters. It has no parameters of its own."""
+
+    def __init__(self, model: VeraModel) -> None:
+        super().__init__()
+        # In a tuple, so that the model is not a module of this one: nothing may train, move or wrap it twice.
+        self._model = (model,)
+        self._adapters = [] if _is_new(model) else [_frozen_copy(model)]
+
+    @property
+    def config(self) -> Any:
+        return self._model[0].config
+
+    @property
+    def base_model(self) -> Any:
+        """The part before the head, which TRL calls by itself."""
+        return self._model[0].base_model.base_model
+
+    def get_output_embeddings(self) -> Any:
+        return self._model[0].get_output_embeddings()
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the model's, by which TRL tells whether it has computed this reference before."""
+        return self._model[0].state_dict(*args, **kwargs)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self._model[0].base_model(*args, **kwargs)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        # Here rather than in `forward`, since TRL replaces that.
+        with self._model[0].only(self._adapters):
+            return super().__call__(*args, **kwargs)
+
+
+def _is_new(model: VeraModel) -> bool:
+    """Return whether the active adapters compute nothing yet, and train nothing else."""
+    states = [model.adapter_state(name) for name in model.active_adapters]
+    return not any(
+        state.saved or state.biases or any(bool(b.any()) for b, _ in state.vectors.values()) for state in states
+    )
+
+
+def _frozen_copy(model: VeraModel) -> str:
+    """Add a frozen copy of the active adapter and return its name."""
+    name = model.active_adapter
+    model.check_new_name(REFERENCE_ADAPTER)
+    plan = plan_adapter(model.base_model, model.peft_config[name], model.projection_source(name))
+    model.install_adapter(REFERENCE_ADAPTER, plan)
+    own, copied = model.adapter_state(name), model.adapter_state(REFERENCE_ADAPTER)
+    with torch.no_grad():
+        for source, copy in zip(own.parameters(), copied.parameters(), strict=True):
+            copy.copy_(source)
+            copy.requires_grad_(False)
+    return REFERENCE_ADAPTER

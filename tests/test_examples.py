@@ -1,0 +1,37 @@
+"""The examples, the runner and the page that lists them belong together. `make examples` runs the examples."""
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+SCRIPTS = {path.stem for path in (ROOT / "examples").glob("*.py") if not path.stem.startswith("_")}
+
+
+def test_each_example_is_run_and_listed() -> None:
+    runner = (ROOT / "examples" / "run_all.py").read_text(encoding="utf-8")
+    run = set(re.findall(r'^    "(\w+)": ', runner, re.MULTILINE))
+    assert run | {"run_all", "demo"} == SCRIPTS
+    page = (ROOT / "docs" / "integrations.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"`examples/(\w+)\.py`", page)) == run | {"demo"}
+    for name in re.findall(r"`(tests/\w+\.py)`", page):
+        assert (ROOT / name).is_file(), name
+
+
+def test_the_runner_fails_where_an_example_fails(tmp_path: Path) -> None:
+    shutil.copy(ROOT / "examples" / "run_all.py", tmp_path)
+    for name, text in {"trainer": "print('fine')", "ddp": "raise SystemExit('broken')"}.items():
+        (tmp_path / f"{name}.py").write_text(text)
+    runner = tmp_path / "run_all.py"
+    runner.write_text(runner.read_text().replace('"ddp": TORCHRUN', '"ddp": []'))
+
+    def run(*names: str) -> "subprocess.CompletedProcess[str]":
+        command = [sys.executable, str(runner), *names]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+
+    good, bad, unknown = run("trainer"), run("trainer", "ddp"), run("nothing")
+    assert good.returncode == 0 and "1 of 1" in good.stdout
+    assert bad.returncode == 1 and "failed (1)" in bad.stdout and "broken" in bad.stdout
+    assert unknown.returncode != 0 and "no examples ['nothing']" in unknown.stderr
