@@ -19,34 +19,34 @@ from typing import Any, Self
 
 try:
     import transformers
+    from transformers import ContinuousBatchingConfig, GenerationConfig
+    from transformers.generation.continuous_batching.cache import PagedAttentionCache
+    from transformers.generation.continuous_batching.continuous_api import (
+        ContinuousBatchingManager,
+        ContinuousBatchProcessor,
+        OutputRouter,
+    )
+    from transformers.generation.continuous_batching.requests import GenerationOutput
+    from transformers.generation.continuous_batching.utils import WorkloadHints, stream_context
 except ImportError as error:
     raise ImportError(
-        "veratune.integrations.continuous_batching needs transformers: pip install 'veratune[hf]'"
+        "veratune.integrations.continuous_batching needs transformers 5.23: pip install 'veratune[hf]'"
+        f" 'transformers==5.23.*' ({error})"
     ) from error
 
-# What is built on here is no public interface of transformers, so other versions are refused rather than hoped for.
-SUPPORTED_TRANSFORMERS = ("5.23",)
-if ".".join(transformers.__version__.split(".")[:2]) not in SUPPORTED_TRANSFORMERS:
-    raise ImportError(
-        f"veratune.integrations.continuous_batching works with transformers {', '.join(SUPPORTED_TRANSFORMERS)}, and"
-        f" this is {transformers.__version__}: pip install 'veratune[hf]' 'transformers=={SUPPORTED_TRANSFORMERS[-1]}.*'"
-    )
-
 from torch import nn
-from transformers import ContinuousBatchingConfig, GenerationConfig
-from transformers.generation.continuous_batching.cache import PagedAttentionCache
-from transformers.generation.continuous_batching.continuous_api import (
-    ContinuousBatchingManager,
-    ContinuousBatchProcessor,
-    OutputRouter,
-)
-from transformers.generation.continuous_batching.requests import GenerationOutput
-from transformers.generation.continuous_batching.utils import WorkloadHints, stream_context
 
 from veratune.bank import AdapterBank, BankError
 from veratune.bank.model import AdapterNames
 from veratune.bank.slots import Lease, Version
 from veratune.layers.banked import BankCall, BankedConv1D, BankedHead, BankedLinear, current_call, serving
+
+# What is built on here is no public interface of transformers, so other versions are refused rather than hoped for.
+if not transformers.__version__.startswith("5.23."):
+    raise ImportError(
+        f"veratune.integrations.continuous_batching needs transformers 5.23, and this is {transformers.__version__}: pip"
+        " install 'veratune[hf]' 'transformers==5.23.*'"
+    )
 
 
 class BankManager(ContinuousBatchingManager):
@@ -79,7 +79,9 @@ class BankManager(ContinuousBatchingManager):
         """
         model: Any = bank.model.base_model
         if not callable(getattr(model, "init_continuous_batching", None)):
-            raise BankError(f"{type(model).__name__} has no continuous batching: it takes a generating transformers model")
+            raise BankError(
+                f"{type(model).__name__} has no continuous batching: it takes a generating transformers model"
+            )
         generation_config = copy.deepcopy(generation_config or model.generation_config)
         config = copy.deepcopy(continuous_batching_config or ContinuousBatchingConfig())
         _check_generation(generation_config)
@@ -163,9 +165,7 @@ class BankManager(ContinuousBatchingManager):
             self._add(inputs[i], lease.versions[i], ids[i], **settings)
         return ids
 
-    def _add(
-        self, input_ids: Sequence[int], version: Version | None, request_id: str | None, **settings: Any
-    ) -> str:
+    def _add(self, input_ids: Sequence[int], version: Version | None, request_id: str | None, **settings: Any) -> str:
         _check_prompt(input_ids)
         request_id = self._new_id() if request_id is None else request_id
         # Sequences that the request forks into outlive it.
