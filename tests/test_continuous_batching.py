@@ -1,6 +1,7 @@
 """transformers' continuous batching with a bank: every request token for token what its adapter generates alone."""
 
 import importlib.util
+import re
 import sys
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -235,6 +236,22 @@ def test_direct_calls_at_the_same_time() -> None:
             calls = [bank.model(batch, adapters=["b", None]).logits for _ in range(20)]
             assert _wait_for(manager, "long") == _alone(models["a"], prompts[0], 60)
     assert all(torch.equal(call, expected) for call in calls)
+
+
+def test_the_examples_of_the_document() -> None:
+    document = Path(__file__).parents[1] / "docs" / "continuous-batching.md"
+    several, coming = re.findall(r"```python\n(.*?)```", document.read_text(encoding="utf-8"), re.DOTALL)
+    models = _models(QKV)
+    bank = _bank(QKV, [])
+    bank.add("anna", models["a"])
+    bank.add("bert", models["b"])
+    names: dict[str, Any] = {"bank": bank, "prompts": _prompts(3)}
+    exec(several, names)
+    for output, name, prompt in zip(names["outputs"].values(), ("a", "b", None), names["prompts"], strict=True):
+        assert output.generated_tokens == _alone(models[name], prompt, 32)
+    exec(coming, names)
+    assert names["finished"] == {"first", "second"}
+    assert _in_use(bank) == 0
 
 
 # Sharing of blocks

@@ -44,8 +44,8 @@ from veratune.layers.banked import BankCall, BankedConv1D, BankedHead, BankedLin
 # What is built on here is no public interface of transformers, so other versions are refused rather than hoped for.
 if not transformers.__version__.startswith("5.23."):
     raise ImportError(
-        f"veratune.integrations.continuous_batching needs transformers 5.23, and this is {transformers.__version__}: pip"
-        " install 'veratune[hf]' 'transformers==5.23.*'"
+        f"veratune.integrations.continuous_batching needs transformers 5.23, and this is {transformers.__version__}:"
+        " pip install 'veratune[hf]' 'transformers==5.23.*'"
     )
 
 
