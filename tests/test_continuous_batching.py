@@ -104,9 +104,9 @@ def _alone(model: nn.Module, prompt: Sequence[int], tokens: int) -> list[int]:
     return output[0, len(prompt) :].tolist()
 
 
-def _prompts(number: int, longest: int = 40, seed: int = 5) -> list[list[int]]:
-    generator = torch.Generator().manual_seed(seed)
-    lengths = torch.randint(1, longest, (number,), generator=generator).tolist()
+def _prompts(number: int, longest: int = 40, shortest: int = 1) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(5)
+    lengths = torch.randint(shortest, longest, (number,), generator=generator).tolist()
     return [torch.randint(3, 50, (length,), generator=generator).tolist() for length in lengths]
 
 
@@ -207,7 +207,7 @@ def test_several_sequences_of_a_request(num_blocks: int) -> None:
     models = _models(ALL_LINEAR)
     bank = _bank(ALL_LINEAR)
     names = ["a", None, "b", "small"]
-    prompts = _prompts(4, longest=20)
+    prompts = _prompts(4, longest=20, shortest=2)
     # Of the one likeliest token, sampling draws that.
     generation = GenerationConfig(do_sample=True, top_k=1, num_return_sequences=3, max_new_tokens=20)
     outputs = generate_batch(
@@ -381,7 +381,7 @@ def test_a_cancelled_request_lets_go_of_its_adapter() -> None:
 def test_cancelling_before_and_after_a_request_has_forked() -> None:
     models = _models(ALL_LINEAR)
     bank = _bank(ALL_LINEAR, ["a", "b"])
-    prompts = _prompts(3)
+    prompts = _prompts(3, shortest=2)
     generation = GenerationConfig(do_sample=True, top_k=1, num_return_sequences=2, max_new_tokens=30)
     manager = BankManager(bank, generation, ContinuousBatchingConfig(**SMALL))
     manager.add_request(prompts[0], "a", adapter="a")
@@ -465,6 +465,18 @@ def test_requests_at_fault_are_refused_and_hold_nothing() -> None:
 def test_settings_that_are_not_supported(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(BankError, match=message):
         BankManager(_bank(QKV, ["a"]), continuous_batching_config=ContinuousBatchingConfig(**SMALL, **settings))
+
+
+def test_a_prompt_that_transformers_cannot_fork_is_refused() -> None:
+    bank = _bank(QKV, ["a"])
+    generation = GenerationConfig(do_sample=True, num_return_sequences=2, max_new_tokens=2)
+    with pytest.raises(BankError, match="num_return_sequences=2"):
+        generate_batch(bank, [[3, 4], [3]], adapters=["a", "a"], generation_config=generation)
+    # Its own loop ends by it, with all requests.
+    outputs = _llama().generate_batch(
+        [[3]], generation_config=generation, continuous_batching_config=ContinuousBatchingConfig(**SMALL)
+    )
+    assert not [output for output in outputs.values() if output.error is None]
 
 
 def test_beams_and_other_models_are_refused() -> None:

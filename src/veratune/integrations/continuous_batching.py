@@ -154,7 +154,7 @@ class BankManager(ContinuousBatchingManager):
             BankError, RuntimeError: as for `add_request`; nothing is added if an adapter or a prompt is at fault.
         """
         with self.bank.lease(adapters) as lease:
-            _check_inputs(inputs, lease)
+            _check_inputs(inputs, lease, self.num_return_sequences)
             return self._add_all(inputs, lease, settings)
 
     def _add_all(self, inputs: Sequence[Sequence[int]], lease: Lease, settings: dict[str, Any]) -> list[str]:
@@ -166,7 +166,7 @@ class BankManager(ContinuousBatchingManager):
         return ids
 
     def _add(self, input_ids: Sequence[int], version: Version | None, request_id: str | None, **settings: Any) -> str:
-        _check_prompt(input_ids)
+        _check_prompt(input_ids, self.num_return_sequences)
         request_id = self._new_id() if request_id is None else request_id
         # Sequences that the request forks into outlive it.
         ids = [request_id, *_children(request_id, self.num_return_sequences - 1)]
@@ -402,13 +402,13 @@ def generate_batch(
         BankError: an unknown adapter, or as for `BankManager`; nothing was generated.
         RuntimeError: generation failed for all.
     """
+    generation_config = generation_config or bank.model.generation_config
+    sequences = generation_config.num_return_sequences or 1
     with bank.lease(adapters) as lease:
-        _check_inputs(inputs, lease)
+        _check_inputs(inputs, lease, sequences)
         if not inputs:
             return {}
-        generation_config = generation_config or bank.model.generation_config
         longest = generation_config.max_new_tokens if max_new_tokens is None else max_new_tokens
-        sequences = generation_config.num_return_sequences or 1
         hints = WorkloadHints(
             max_prompt_length=max(len(input_ids) for input_ids in inputs),
             max_generated_length=longest or 0,
@@ -436,16 +436,22 @@ def _children(request_id: str, number: int) -> list[str]:
     return [f"{request_id}__child#{i}" for i in range(number)]
 
 
-def _check_prompt(input_ids: Sequence[int]) -> None:
+def _check_prompt(input_ids: Sequence[int], sequences: int) -> None:
     if not len(input_ids):
         raise BankError("input_ids is empty: a prompt has at least one token")
+    if len(input_ids) == 1 and sequences > 1:
+        # It forks a request before the prompt's last token, and its batch may be left without any.
+        raise BankError(
+            f"a prompt of one token cannot have num_return_sequences={sequences}: transformers cannot fork it. Add a"
+            " first token (bos_token_id), or add the request several times"
+        )
 
 
-def _check_inputs(inputs: Sequence[Sequence[int]], lease: Lease) -> None:
+def _check_inputs(inputs: Sequence[Sequence[int]], lease: Lease, sequences: int) -> None:
     if len(lease.versions) != len(inputs):
         raise BankError(f"{len(lease.versions)} adapters for {len(inputs)} inputs: give one, or None, for each")
     for input_ids in inputs:
-        _check_prompt(input_ids)
+        _check_prompt(input_ids, sequences)
 
 
 def _check_generation(config: GenerationConfig) -> None:
