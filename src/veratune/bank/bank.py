@@ -343,7 +343,18 @@ class AdapterBank:
         if isinstance(names, str) or not isinstance(names, Sequence):
             raise BankError(f"adapters={names!r} is not allowed: give a list with a name, or None, for each row")
         with self._slots.lock:
-            versions = [None if name is None else self._version(name) for name in names]
+            return self.lease_versions([None if name is None else self._version(name) for name in names])
+
+    def lease_versions(self, versions: Sequence[Version | None]) -> Lease:
+        """Return one more lease of versions that are leased already, whatever their names mean by now.
+
+        Args:
+            versions: the version of each row, from other leases that are held meanwhile; None for the base model.
+
+        Raises:
+            BankError: more different adapters at once than there is room for.
+        """
+        with self._slots.lock:
             leased: list[Version] = []
             try:
                 for version in {id(v): v for v in versions if v is not None}.values():

@@ -13,6 +13,9 @@ if TYPE_CHECKING:
 
 AdapterNames = Sequence[str | None]
 
+# transformers' own would give the model's layers no adapters.
+_BATCHING = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
+
 
 class BankModel(nn.Module):
     """A base model whose rows are computed with adapters of their own.
@@ -71,6 +74,11 @@ class BankModel(nn.Module):
         except AttributeError:
             if name.startswith("__") or "base_model" not in self.__dict__.get("_modules", {}):
                 raise
+            if name in _BATCHING:
+                raise AttributeError(
+                    f"{name} knows nothing of a bank's adapters: use generate_batch or BankManager of"
+                    " veratune.integrations.continuous_batching"
+                ) from None
             return getattr(self.base_model, name)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "BankModel":

@@ -1,0 +1,472 @@
+"""transformers' continuous batching, in which each request has an adapter of a bank.
+
+    from veratune.integrations.continuous_batching import BankManager, generate_batch
+
+    outputs = generate_batch(bank, prompts, adapters=["anna", None, "bert"], max_new_tokens=64)
+    with BankManager(bank) as manager:
+        manager.add_request(prompt, adapter="anna", streaming=True)
+
+Requests come and go while others are computed; each batch is a mixture of their tokens, packed into one row.
+"""
+
+import copy
+import struct
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from types import TracebackType
+from typing import Any, Self
+
+try:
+    import transformers
+    from transformers import ContinuousBatchingConfig, GenerationConfig
+    from transformers.generation.continuous_batching.cache import PagedAttentionCache
+    from transformers.generation.continuous_batching.continuous_api import (
+        ContinuousBatchingManager,
+        ContinuousBatchProcessor,
+        OutputRouter,
+    )
+    from transformers.generation.continuous_batching.requests import GenerationOutput
+    from transformers.generation.continuous_batching.utils import WorkloadHints, stream_context
+except ImportError as error:
+    raise ImportError(
+        "veratune.integrations.continuous_batching needs transformers 5.23: pip install 'veratune[hf]'"
+        f" 'transformers==5.23.*' ({error})"
+    ) from error
+
+from torch import nn
+
+from veratune.bank import AdapterBank, BankError
+from veratune.bank.model import AdapterNames
+from veratune.bank.slots import Lease, Version
+from veratune.layers.banked import BankCall, BankedConv1D, BankedHead, BankedLinear, current_call, serving
+
+# What is built on here is no public interface of transformers, so other versions are refused rather than hoped for.
+if not transformers.__version__.startswith("5.23."):
+    raise ImportError(
+        f"veratune.integrations.continuous_batching needs transformers 5.23, and this is {transformers.__version__}:"
+        " pip install 'veratune[hf]' 'transformers==5.23.*'"
+    )
+
+
+class BankManager(ContinuousBatchingManager):
+    """A `ContinuousBatchingManager` of transformers whose requests have adapters of a bank.
+
+    Use it in a `with` statement, which starts it and, at the end, waits for what was asked for and lets go of
+    everything. A request keeps the version of its adapter that it was added with until it is finished, has failed or
+    was cancelled; of an adapter that is replaced or removed meanwhile, it sees nothing. Where transformers shares
+    memory between requests whose prompts begin the same, it does so among those of the same adapter only.
+    """
+
+    def __init__(
+        self,
+        bank: AdapterBank,
+        generation_config: GenerationConfig | None = None,
+        continuous_batching_config: ContinuousBatchingConfig | None = None,
+        workload_hints: WorkloadHints | None = None,
+    ) -> None:
+        """Make a manager; nothing is computed yet.
+
+        Args:
+            bank: a bank on a causal language model of transformers.
+            generation_config: how all requests are generated; the model's own by default.
+            continuous_batching_config: sizes and the like. On a CPU, give at least `num_blocks` and
+                `max_batch_tokens`: by default most of the memory is taken.
+            workload_hints: what is to come, for sizes that were left open.
+
+        Raises:
+            BankError: a model that has no continuous batching, or a setting that is not supported with a bank.
+        """
+        model: Any = bank.model.base_model
+        if not callable(getattr(model, "init_continuous_batching", None)):
+            raise BankError(
+                f"{type(model).__name__} has no continuous batching: it takes a generating transformers model"
+            )
+        generation_config = copy.deepcopy(generation_config or model.generation_config)
+        config = copy.deepcopy(continuous_batching_config or ContinuousBatchingConfig())
+        _check_generation(generation_config)
+        _check_settings(config, model)
+        config.use_cuda_graph, config.use_async_batching = (False, False), False
+        super().__init__(model, generation_config, config, workload_hints)
+        self.bank = bank
+        self.output_router = _Router(self)
+        self._leases: dict[str, Lease] = {}
+        self._leases_lock = threading.Lock()
+        self._head = _Head(model)
+
+    # Requests
+
+    def add_request(  # type: ignore[override]
+        self,
+        input_ids: Sequence[int],
+        request_id: str | None = None,
+        max_new_tokens: int | None = None,
+        streaming: bool = False,
+        record_timestamps: bool = False,
+        eos_token_id: int | list[int] | None = None,
+        *,
+        adapter: str | None,
+        **logit_processor_kwargs: Any,
+    ) -> str:
+        """Add a request.
+
+        Args:
+            input_ids: the prompt.
+            request_id: a name for it, which no request at work has; made up by default.
+            max_new_tokens, streaming, record_timestamps, eos_token_id, logit_processor_kwargs: as transformers has
+                them.
+            adapter: the adapter's name, or None for the base model.
+
+        Returns:
+            the request's id; with `num_return_sequences`, further outputs have `<id>__child#<number>`.
+
+        Raises:
+            BankError: an unknown adapter, more different adapters at work than the bank has room for, an empty prompt,
+                or an id that is in use.
+            RuntimeError: the manager is stopping or has failed.
+        """
+        with self.bank.lease([adapter]) as lease:
+            return self._add(
+                input_ids,
+                lease.versions[0],
+                request_id,
+                max_new_tokens=max_new_tokens,
+                streaming=streaming,
+                record_timestamps=record_timestamps,
+                eos_token_id=eos_token_id,
+                **logit_processor_kwargs,
+            )
+
+    def add_requests(  # type: ignore[override]
+        self, inputs: Sequence[Sequence[int]], *, adapters: AdapterNames, **settings: Any
+    ) -> list[str]:
+        """Add several requests, which see the versions that their adapters have at one moment.
+
+        Args:
+            inputs: the prompts.
+            adapters: an adapter's name for each, or None for the base model.
+            settings: as for `add_request`, the same for all.
+
+        Returns:
+            their ids, in the order of `inputs`.
+
+        Raises:
+            BankError, RuntimeError: as for `add_request`; nothing is added if an adapter or a prompt is at fault.
+        """
+        with self.bank.lease(adapters) as lease:
+            _check_inputs(inputs, lease, self.num_return_sequences)
+            return self._add_all(inputs, lease, settings)
+
+    def _add_all(self, inputs: Sequence[Sequence[int]], lease: Lease, settings: dict[str, Any]) -> list[str]:
+        # Prompts that begin the same follow each other, so that the first one's memory is there for the next.
+        order = sorted(range(len(inputs)), key=lambda i: (lease.digests[i], list(inputs[i])), reverse=True)
+        ids = [self._new_id() for _ in inputs]
+        for i in order:
+            self._add(inputs[i], lease.versions[i], ids[i], **settings)
+        return ids
+
+    def _add(self, input_ids: Sequence[int], version: Version | None, request_id: str | None, **settings: Any) -> str:
+        _check_prompt(input_ids, self.num_return_sequences)
+        request_id = self._new_id() if request_id is None else request_id
+        # Sequences that the request forks into outlive it.
+        ids = [request_id, *_children(request_id, self.num_return_sequences - 1)]
+        with self._leases_lock:
+            taken = [one for one in ids if one in self._leases]
+            if taken:
+                raise BankError(f"request_id={taken[0]!r} is that of a request at work: give another one, or none")
+            self._leases.update({one: self.bank.lease_versions([version]) for one in ids})
+        try:
+            added: str | None = super().add_request(list(input_ids), request_id, **settings)
+        except BaseException:
+            self._release(ids)
+            raise
+        if added is None:
+            self._release(ids)
+            reason = self.background_thread_status.can_accept_new_requests()
+            raise RuntimeError(f"the request was not added: {reason}") from self.background_thread_status.fatal_error
+        return added
+
+    def _new_id(self) -> str:
+        with self._request_lock:
+            self._request_counter += 1
+            return f"req_{self._request_counter - 1}"
+
+    def _release(self, ids: Sequence[str]) -> None:
+        """Let go of the adapters of requests that are over; a second time does nothing."""
+        for one in ids:
+            with self._leases_lock:
+                lease = self._leases.pop(one, None)
+            if lease is not None:
+                lease.release()
+
+    # Beginning and end
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.stop(block=True, hard_stop=kind is not None)
+        self.destroy()
+
+    def stop(self, *args: Any, **kwargs: Any) -> None:
+        """Stop, as transformers does; what came too late for the last batch has failed after that."""
+        super().stop(*args, **kwargs)
+        if not self.is_running():
+            self._fail_all_remaining_requests(RuntimeError("the manager was stopped before this request began"), None)
+
+    def destroy(self) -> None:
+        """Let go of everything. The manager cannot be used any more."""
+        super().destroy()
+        self._head.remove()
+
+    # Computing
+
+    def _create_batch_processor(self) -> ContinuousBatchProcessor:
+        kept = self.batch_processor
+        processor = super()._create_batch_processor()
+        if processor is not kept:
+            self._attach(processor)
+        return processor
+
+    def _attach(self, processor: ContinuousBatchProcessor) -> None:
+        """Let a new processor's batches be computed with adapters, and its memory be kept apart by adapter."""
+        compute, clear = processor.model_runner.compute_batch, processor.scheduler.clear_cancelled_requests
+
+        def compute_batch(model: nn.Module, batch_data: dict[str, Any]) -> None:
+            with self._serving(processor, batch_data):
+                compute(model, batch_data)
+
+        def clear_cancelled_requests() -> list[Any]:
+            cancelled: list[Any] = clear()
+            for state in cancelled:
+                # It has children still to come if it was not forked yet.
+                self._release([state.request_id, *_children(state.request_id, state.num_children)])
+            return cancelled
+
+        processor.model_runner.compute_batch = compute_batch
+        processor.scheduler.clear_cancelled_requests = clear_cancelled_requests
+        self._keep_apart(processor.cache)
+
+    @contextmanager
+    def _serving(self, processor: ContinuousBatchProcessor, batch_data: dict[str, Any]) -> Iterator[None]:
+        """Let the layers know which adapter each token of the batch belongs to."""
+        io = processor.inputs_and_outputs
+        requests = io.requests_in_batch
+        versions = [self._leases[one.state.request_id].versions[0] for one in requests]
+        # The model's output head may be given only the tokens whose successors are wanted. transformers fills up their
+        # number to that of the requests, with the first token.
+        last = [version for version, one in zip(versions, requests, strict=True) if one.has_new_token]
+        last += [versions[0]] * (batch_data["logits_indices"].shape[0] - len(last))
+        # Leased once more, as the bank may have moved to a larger tensor since the requests were added.
+        with (
+            self.bank.lease_versions(versions) as lease,
+            self.bank.lease_versions(last) as last_lease,
+            stream_context(io.compute_stream),
+        ):
+            call = self.bank.call_of(lease, [one.query_length for one in requests])
+            if self._head.needs_own and processor.model_runner.supports_logits_to_keep(self.model):
+                self._head.prepare(call, self.bank.call_of(last_lease, [1] * len(last)))
+            with serving(call):
+                yield
+
+    def _keep_apart(self, cache: PagedAttentionCache) -> None:
+        """Let blocks of keys and values be shared among requests of the same adapter only.
+
+        transformers knows a block by a hash of its tokens and of the block before. Here the first block's tokens have
+        the adapter's digest before them, so that all that follow differ as well.
+        """
+        search = cache.search_prefix_match
+
+        def search_prefix_match(request_id: str, prompt_ids: list[int]) -> int:
+            found: int = search(request_id, self._marked(request_id, prompt_ids))
+            return found
+
+        cache.search_prefix_match = search_prefix_match
+        for allocator in cache.cache_allocators.values():
+            mark = allocator.mark_complete_blocks
+
+            def mark_complete_blocks(request_id: str, token_ids: list[int], blocks: int, mark: Any = mark) -> None:
+                mark(request_id, self._marked(request_id, token_ids), blocks)
+
+            allocator.mark_complete_blocks = mark_complete_blocks
+
+    def _marked(self, request_id: str, tokens: list[int]) -> "_MarkedTokens":
+        return _MarkedTokens(tokens, self._leases[request_id].digests[0])
+
+
+class _MarkedTokens(list[int]):
+    """Tokens whose first block also has a digest in it.
+
+    A block is what is cut out from the beginning in full; a shorter piece is no block and stays as it is.
+    """
+
+    def __init__(self, tokens: Sequence[int], digest: str) -> None:
+        super().__init__(tokens)
+        raw = bytes.fromhex(digest)
+        self._mark = list(struct.unpack(f"<{len(raw) // 4}i", raw))
+
+    def __getitem__(self, index: Any) -> Any:
+        found = super().__getitem__(index)
+        if isinstance(index, slice) and index.start == 0 and len(found) == index.stop:
+            return self._mark + found
+        return found
+
+
+class _Router(OutputRouter):
+    """Lets go of a request's adapter before its last output is delivered."""
+
+    def __init__(self, manager: BankManager) -> None:
+        super().__init__()
+        self._manager = manager
+
+    def deliver(self, output: GenerationOutput) -> None:
+        self._note([output])
+        super().deliver(output)
+
+    def deliver_batch(self, outputs: list[GenerationOutput]) -> None:
+        self._note(outputs)
+        super().deliver_batch(outputs)
+
+    def _note(self, outputs: Sequence[GenerationOutput]) -> None:
+        self._manager._release([output.request_id for output in outputs if output.is_finished()])
+
+
+class _Head:
+    """The model's output head, which may be given other tokens than the layers before it.
+
+    Attributes:
+        needs_own: whether the bank has it at all.
+    """
+
+    def __init__(self, model: Any) -> None:
+        head = model.get_output_embeddings()
+        self.needs_own = isinstance(head, BankedLinear | BankedConv1D | BankedHead)
+        self._tokens: BankCall | None = None
+        self._last: BankCall | None = None
+        self._open = ExitStack()
+        self._hooks: list[Any] = []
+        if self.needs_own:
+            self._hooks = [
+                head.register_forward_pre_hook(self._enter),
+                head.register_forward_hook(self._leave, always_call=True),
+            ]
+
+    def prepare(self, tokens: BankCall, last: BankCall) -> None:
+        """Let the head have `last` where the other layers have `tokens`."""
+        self._tokens, self._last = tokens, last
+
+    def remove(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    # Other threads may call the model at the same time, with calls of their own.
+
+    def _enter(self, *_: Any) -> None:
+        if self._last is not None and current_call() is self._tokens:
+            self._open.enter_context(serving(self._last))
+
+    def _leave(self, *_: Any) -> None:
+        if self._last is not None and current_call() is self._last:
+            self._open.close()
+
+
+def generate_batch(
+    bank: AdapterBank,
+    inputs: Sequence[Sequence[int]],
+    *,
+    adapters: AdapterNames,
+    generation_config: GenerationConfig | None = None,
+    continuous_batching_config: ContinuousBatchingConfig | None = None,
+    max_new_tokens: int | None = None,
+    record_timestamps: bool = False,
+) -> dict[str, GenerationOutput]:
+    """Generate for prompts of any lengths and number, each with its adapter, and wait for all.
+
+    All of it is computed with the versions that the adapters have at the start.
+
+    Args:
+        bank, generation_config, continuous_batching_config: as for `BankManager`.
+        inputs: the prompts.
+        adapters: an adapter's name for each, or None for the base model.
+        max_new_tokens: how many tokens to generate at most; the generation config's number by default.
+        record_timestamps: whether outputs have the time of each token.
+
+    Returns:
+        request id to output, in the order of `inputs`; with `num_return_sequences`, a request's children before it, as
+        in transformers. An output of a request that failed has its `error`.
+
+    Raises:
+        BankError: an unknown adapter, or as for `BankManager`; nothing was generated.
+        RuntimeError: generation failed for all.
+    """
+    generation_config = generation_config or bank.model.generation_config
+    sequences = generation_config.num_return_sequences or 1
+    with bank.lease(adapters) as lease:
+        _check_inputs(inputs, lease, sequences)
+        if not inputs:
+            return {}
+        longest = generation_config.max_new_tokens if max_new_tokens is None else max_new_tokens
+        hints = WorkloadHints(
+            max_prompt_length=max(len(input_ids) for input_ids in inputs),
+            max_generated_length=longest or 0,
+            num_requests=len(inputs) * sequences,
+        )
+        results: dict[str, GenerationOutput] = {}
+        with BankManager(bank, generation_config, continuous_batching_config, hints) as manager:
+            settings = {"max_new_tokens": max_new_tokens, "record_timestamps": record_timestamps}
+            ids = manager._add_all(inputs, lease, settings)
+            wanted = [one for request_id in ids for one in (*_children(request_id, sequences - 1), request_id)]
+            while len(results) < len(wanted):
+                output = manager.get_result(timeout=1)
+                if output is not None:
+                    results[output.request_id] = output
+                elif not manager.is_running():
+                    break
+        fatal = manager.background_thread_status.fatal_error
+        if fatal is not None or len(results) < len(wanted):
+            raise RuntimeError(f"continuous batching failed: {fatal}") from fatal
+    return {one: results[one] for one in wanted}
+
+
+def _children(request_id: str, number: int) -> list[str]:
+    """Return the ids that transformers gives the sequences that a request forks into."""
+    return [f"{request_id}__child#{i}" for i in range(number)]
+
+
+def _check_prompt(input_ids: Sequence[int], sequences: int) -> None:
+    if not len(input_ids):
+        raise BankError("input_ids is empty: a prompt has at least one token")
+    if len(input_ids) == 1 and sequences > 1:
+        # It forks a request before the prompt's last token, and its batch may be left without any.
+        raise BankError(
+            f"a prompt of one token cannot have num_return_sequences={sequences}: transformers cannot fork it. Add a"
+            " first token (bos_token_id), or add the request several times"
+        )
+
+
+def _check_inputs(inputs: Sequence[Sequence[int]], lease: Lease, sequences: int) -> None:
+    if len(lease.versions) != len(inputs):
+        raise BankError(f"{len(lease.versions)} adapters for {len(inputs)} inputs: give one, or None, for each")
+    for input_ids in inputs:
+        _check_prompt(input_ids, sequences)
+
+
+def _check_generation(config: GenerationConfig) -> None:
+    if (config.num_beams or 1) > 1:
+        raise BankError(f"num_beams={config.num_beams}: continuous batching has no beams; use bank.model.generate")
+
+
+def _check_settings(config: ContinuousBatchingConfig, model: Any) -> None:
+    graphs = config.use_cuda_graph
+    if graphs is not None and any((graphs,) if isinstance(graphs, bool) else graphs):
+        raise BankError(f"use_cuda_graph={graphs}: a graph would replay the adapters it was captured with")
+    if config.use_async_batching:
+        raise BankError("use_async_batching=True is not supported with a bank")
+    compiled = (config.varlen_compile_config, config.decode_compile_config)
+    if any(compiled) or config.default_compile_level or getattr(model.config, "compile_config", None) is not None:
+        raise BankError("compiling is not supported here with a bank: give no compile config")
+    if getattr(model, "_device_mesh", None) is not None:
+        raise BankError("tensor parallelism is not supported with a bank")
