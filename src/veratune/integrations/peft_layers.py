@@ -134,10 +134,7 @@ class TunedParameter(TunedLayer, VeraParameter):  # type: ignore[misc]
 
 
 class TunedModule(VeraModule):
-    """A module that reads some adapted parameters itself, for PEFT.
-
-    PEFT sees the parameters' layers inside, and takes this wrapper off with them.
-    """
+    """A module that reads some adapted parameters itself, for PEFT, which sees the parameters' layers inside."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         for layer in self.parameter_layers().values():
@@ -146,18 +143,11 @@ class TunedModule(VeraModule):
                 tuned.unmerge()
         return super().forward(*args, **kwargs)
 
-    def get_base_layer(self) -> nn.Module:
-        return self.base_layer
-
-    def unload_and_optionally_merge_module(
-        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
-    ) -> nn.Module:
-        """Return the module itself, after merging where that is asked for."""
-        if merge:
-            for layer in self.parameter_layers().values():
-                tuned: Any = layer
-                tuned.merge(safe_merge=safe_merge, adapter_names=adapter_names)
-        return self.base_layer
+    def merge(self, adapter_names: list[str] | None) -> None:
+        """Merge adapters into the parameters."""
+        for layer in self.parameter_layers().values():
+            tuned: Any = layer
+            tuned.merge(adapter_names=adapter_names)
 
 
 _TUNED: dict[type[VeraLayer], Any] = {
