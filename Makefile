@@ -13,7 +13,7 @@ export TOKENIZERS_PARALLELISM := false
 ENGINES := .venv-engines
 LLAMA_CPP := llama_cpp_python-0.3.36
 
-.PHONY: test lint demo demo-full examples docs bench engines clean
+.PHONY: test lint demo demo-full examples docs bench engines peft-versions clean
 
 test: lint
 	$(BIN)/python -m pytest
@@ -66,6 +66,16 @@ $(ENGINES)/llama.done:
 	tar --extract --gzip --directory $(ENGINES) --file $(ENGINES)/$(LLAMA_CPP).tar.gz
 	$(ENGINES)/llama/bin/python -m pip install --quiet $(ENGINES)/$(LLAMA_CPP).tar.gz
 	touch $@
+
+# The oldest and the newest PEFT that the plug-in works in, each before the environment's own.
+PEFT_VERSIONS := 0.18.0 0.21.2
+PEFT_TESTS := tests/test_peft_plugin.py tests/test_peft_suite_*.py tests/test_peft_parameters.py tests/test_peft_versions.py
+
+peft-versions: $(VENV)/dev.done
+	for version in $(PEFT_VERSIONS); do \
+		$(BIN)/python -m pip install --quiet --no-deps --upgrade --target runs/peft-$$version peft==$$version && \
+		PYTHONPATH=runs/peft-$$version $(BIN)/python -m pytest $(PEFT_TESTS) || exit 1; \
+	done
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

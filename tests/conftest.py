@@ -1,4 +1,6 @@
 import os
+from collections.abc import Callable, Iterator
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -16,3 +18,29 @@ def _seeded() -> None:
 def _one_thread() -> None:
     # The tests' products are so small that a second thread costs more than it brings.
     torch.set_num_threads(1)
+
+
+@pytest.fixture(params=["VeratuneConfig", "VeraConfig"])
+def peft_config(request: pytest.FixtureRequest) -> Iterator[Callable[..., Any]]:
+    """Makes configurations for PEFT by a kind of model: veratune's own, and PEFT's own on veratune's layers."""
+    import peft
+    from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+
+    from peft_suite import TARGETS
+    from veratune.integrations.peft import VeratuneConfig, install
+    from veratune.integrations.peft_method import peft_version
+
+    own = request.param == "VeratuneConfig"
+    config_class = VeratuneConfig if own else peft.VeraConfig
+
+    def make(kind: str = "mlp", **settings: Any) -> Any:
+        return config_class(**{"r": 4, "target_modules": TARGETS[kind], **settings})
+
+    install()
+    before = dict(PEFT_TYPE_TO_TUNER_MAPPING)
+    if not own:
+        if peft_version() < (0, 21):
+            pytest.skip("replace_vera needs peft 0.21")
+        install(replace_vera=True)
+    yield make
+    PEFT_TYPE_TO_TUNER_MAPPING.update(before)

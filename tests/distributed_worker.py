@@ -11,8 +11,9 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from tiny_models import tiny_model
+from tiny_models import tiny_inputs, tiny_model
 from veratune import VeraConfig, VeraModel, get_peft_model, projection_pool
+from veratune.checkpoint import native
 
 STEPS, ROWS = 4, 4
 
@@ -59,6 +60,18 @@ def main(way: str, output: Path, adapter: Path | None) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     rank, count = dist.get_rank(), dist.get_world_size()
+    if way.startswith("tensor-parallel"):
+        assert adapter is not None
+        tensor_parallel(adapter, output, through_peft=way.endswith("peft"))
+        return
+    written: list[Path] = []
+    write = native.write_tensors
+
+    def counting(path: Path, *args: Any) -> None:
+        written.append(path)
+        write(path, *args)
+
+    native.write_tensors = counting
     model = model_for("bert", adapter)
     trained = shared(model, way)
     rows = ROWS // count
@@ -70,10 +83,45 @@ def main(way: str, output: Path, adapter: Path | None) -> None:
     held = [(info.side, info.rank, info.width) for info in projection_pool.summary()]
     widths = {(layer.in_features, layer.out_features) for layer in model.vera_layers().values()}
     model.save_pretrained(output / "adapter", is_main_process=rank == 0)
+    writers: list[Any] = [None] * count
+    dist.all_gather_object(writers, len(written))
     if rank == 0:
         means = [sum(each) / count for each in zip(*gathered, strict=True)]
         whole = sorted({("A", 4, n) for n, _ in widths} | {("B", 4, m) for _, m in widths}) == sorted(held)
-        result = {"losses": means, "fingerprints": fingerprints, "whole_projections": whole}
+        result = {"losses": means, "fingerprints": fingerprints, "whole_projections": whole, "written": writers}
+        (output / "result.json").write_text(json.dumps(result))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def tensor_parallel(base: Path, output: Path, *, through_peft: bool) -> None:
+    """Try to adapt a model whose weights are spread over the processes, and note what is said and what is changed."""
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(base, tp_plan="auto").eval()
+    inputs = {**tiny_inputs("llama"), "use_cache": False}
+    with torch.no_grad():
+        before = model(**inputs).logits
+    names = {name: type(module) for name, module in model.named_modules()}
+    try:
+        if through_peft:
+            import peft
+
+            from veratune.integrations.peft import VeratuneConfig
+
+            peft.get_peft_model(model, VeratuneConfig(r=4, target_modules=["q_proj", "o_proj"]))
+        else:
+            get_peft_model(model, VeraConfig(r=4, target_modules="all-linear"))
+        message = "nothing was said"
+    except ValueError as error:
+        message = str(error)
+    with torch.no_grad():
+        same = torch.equal(model(**inputs).logits, before)
+    unchanged = same and names == {name: type(module) for name, module in model.named_modules()}
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, (message, unchanged))
+    if dist.get_rank() == 0:
+        result = {"messages": [said for said, _ in found], "unchanged": all(same for _, same in found)}
         (output / "result.json").write_text(json.dumps(result))
     dist.barrier()
     dist.destroy_process_group()

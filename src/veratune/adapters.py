@@ -27,6 +27,7 @@ from veratune.targets import (
     adapted_layers,
     base_modules,
     check_conflicts,
+    check_whole,
     find_targets,
     resolve_config,
     unwrapped,
@@ -95,6 +96,16 @@ def check_adapter_name(name: str) -> None:
         )
     if hasattr(nn.ModuleDict(), name) or hasattr(nn.ParameterDict(), name):
         raise ValueError(f"adapter_name={name!r} is not allowed: torch.nn.Module uses the name itself; choose another")
+
+
+def vector_dtype(weight_dtype: torch.dtype, *, autocast: bool) -> torch.dtype:
+    """Return the dtype of vectors on a weight: the weight's own, float32 where that is quantised.
+
+    With `autocast`, it is float32 on a half-precision weight as well.
+    """
+    half = weight_dtype in (torch.float16, torch.bfloat16)
+    wide = not weight_dtype.is_floating_point or weight_dtype.itemsize < 2 or (half and autocast)
+    return torch.float32 if wide else weight_dtype
 
 
 def plan_adapter(model: nn.Module, config: VeraConfig, source: Source | None = None) -> AdapterPlan:
@@ -312,6 +323,7 @@ class AdaptedModel(nn.Module):
 
     def install_adapter(self, adapter_name: str, plan: AdapterPlan) -> None:
         """Carry out a plan that `plan_adapter` made for this model as it is now."""
+        check_whole(plan.targets)
         replacements: dict[int, nn.Module] = {}
         self._swap_biases([])  # the new adapter starts from the model's own
         try:
@@ -328,7 +340,7 @@ class AdaptedModel(nn.Module):
             self._swap_biases(self._active)
         if plan.bias_owners:
             self._biases[adapter_name] = biases
-        groups = _input_groups(plan)
+        groups = input_groups(plan.targets, plan.source)
         settings = ComputeSettings(plan.config.vera_dropout, plan.config.route, plan.config.memory)
         for target in plan.targets:
             layer = _layer_for(target, replacements)
@@ -348,9 +360,7 @@ class AdaptedModel(nn.Module):
         self.peft_config[adapter_name] = plan.config
 
     def _vector_init(self, config: VeraConfig, rank: int, weight_dtype: torch.dtype) -> VectorInit:
-        half = weight_dtype in (torch.float16, torch.bfloat16)
-        wide = not weight_dtype.is_floating_point or weight_dtype.itemsize < 2 or (half and self.autocast_adapter_dtype)
-        dtype = torch.float32 if wide else weight_dtype
+        dtype = vector_dtype(weight_dtype, autocast=self.autocast_adapter_dtype)
         return VectorInit(rank, config.d_initial, config.init_weights, dtype)
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
@@ -700,7 +710,7 @@ def _layer_for(target: Target, replacements: dict[int, nn.Module]) -> VeraLayer:
     return holder.parameter_layers()[target.parameter]
 
 
-def _input_groups(plan: AdapterPlan) -> dict[str, InputGroup]:
+def input_groups(targets: Sequence[Target], source: Source) -> dict[str, InputGroup]:
     """Return for each target what it shares with those beside it of the same width and rank.
 
     Layers of one parent module often read the same input (query, key, value). That they do is not relied on: what they
@@ -710,13 +720,13 @@ def _input_groups(plan: AdapterPlan) -> dict[str, InputGroup]:
     def key(target: Target) -> tuple[str, int, int]:
         return target.name.rpartition(".")[0], target.in_features, target.rank
 
-    sizes = Counter(key(target) for target in plan.targets)
+    sizes = Counter(key(target) for target in targets)
     groups: dict[tuple[str, int, int], InputGroup] = {}
-    for target in plan.targets:
+    for target in targets:
         if key(target) not in groups:
-            corner = projection_pool.corner(plan.source, "A", target.rank, target.in_features)
+            corner = projection_pool.corner(source, "A", target.rank, target.in_features)
             groups[key(target)] = InputGroup(corner, SharedDown(), sizes[key(target)])
-    return {target.name: groups[key(target)] for target in plan.targets}
+    return {target.name: groups[key(target)] for target in targets}
 
 
 def _first_names(modules: dict[str, nn.Module], kind: type[_Kind]) -> dict[str, _Kind]:

@@ -158,6 +158,10 @@ class VeraConfig:
         """The name under which files of this configuration are told from PEFT's own."""
         return PEFT_TYPE
 
+    def rank_of(self, name: str) -> int:
+        """Return the rank on the layer of this dotted name: that of the first fitting `rank_pattern`, or `r`."""
+        return next((rank for key, rank in self.rank_pattern.items() if ends_in_match(name, key)), self.r)
+
     def replace(self, **changes: Any) -> "VeraConfig":
         """Return a copy with these fields changed, validated anew."""
         return dataclasses.replace(self, **changes)
@@ -187,6 +191,11 @@ class VeraConfig:
 
 
 VeRAConfig = VeraConfig
+
+
+def ends_in_match(name: str, pattern: str) -> bool:
+    """Return whether a dotted name, or its end behind some dot, matches a regular expression."""
+    return re.fullmatch(rf"(?:.*\.)?(?:{pattern})", name) is not None
 
 
 def _bad(field: str, value: object, allowed: str, error: type[Exception] = ValueError) -> Exception:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from veratune.config import VeraConfig
+from veratune.config import VeraConfig, ends_in_match
 from veratune.layers import Geometry, SavedModule, VeraLayer, VeraModule
 from veratune.layers.kinds import (
     adaptable_parameters,
@@ -239,9 +239,19 @@ def find_targets(model: nn.Module, config: VeraConfig, notify: Callable[[str], N
     targets = [
         _target(place, config) for place in places if first_names[(id(place.module), place.parameter)] == place.name
     ]
-    _check_settings(config, targets)
+    check_settings(config, targets)
     _tell_of_ties(model, targets, notify)
     return targets
+
+
+def parameter_targets(model: nn.Module, config: VeraConfig) -> list[Target]:
+    """Return the parameters that `target_parameters` means, but for excluded ones.
+
+    Raises:
+        TargetError: a name that is no parameter's, or only those of parameters that cannot be adapted.
+    """
+    places = _matched_parameters(base_modules(model), config)
+    return [_target(places[name], config) for name in _narrowed(list(places), config)]
 
 
 class _Place(NamedTuple):
@@ -342,7 +352,7 @@ def _check_narrowing(
 
 
 def _target(place: _Place, config: VeraConfig) -> Target:
-    module, rank = place.module, _rank(config, place.name)
+    module, rank = place.module, config.rank_of(place.name)
     if place.parameter is not None:
         size, _ = parameter_layout(unwrapped(module), place.parameter)
         return Target(place.name, module, place.parameter, rank, size)
@@ -370,8 +380,8 @@ def parts_of(name: str, size: Geometry, config: VeraConfig) -> tuple[int, ...]:
     return tuple(sizes)
 
 
-def _check_settings(config: VeraConfig, targets: list[Target]) -> None:
-    """Refuse what some of the targets cannot have."""
+def check_settings(config: VeraConfig, targets: list[Target]) -> None:
+    """Raise TargetError for a setting that some of the targets cannot have."""
     for key in config.fused_parts:
         if not any(_ends_in(target.name, key) for target in targets):
             raise TargetError(
@@ -392,6 +402,19 @@ def _check_settings(config: VeraConfig, targets: list[Target]) -> None:
             raise TargetError(
                 f"projection='peft' cannot be had for {target.name}, which PEFT's VeRA does not adapt: use"
                 " projection='per_dimension', or name it in exclude_modules"
+            )
+
+
+def check_whole(targets: list[Target]) -> None:
+    """Raise TargetError if a target's weight is spread over processes, where each has some of its rows or columns."""
+    for target in targets:
+        base = unwrapped(target.module)
+        weight = base._parameters.get(target.parameter or "weight")
+        if hasattr(weight, "device_mesh"):
+            raise TargetError(
+                f"{target.name} cannot be adapted, because its weight is spread over processes"
+                f" ({tuple(weight.placements)}): load the base model without tensor parallelism (tp_plan), and for"  # type: ignore[union-attr]
+                " FSDP2 put adapters on before fully_shard"
             )
 
 
@@ -619,19 +642,9 @@ def _layer_index(name: str, config: VeraConfig) -> int | None:
     return None
 
 
-def _rank_key(config: VeraConfig, name: str) -> str | None:
-    return next((key for key in config.rank_pattern if re.fullmatch(rf"(?:.*\.)?(?:{key})", name)), None)
-
-
-def _rank(config: VeraConfig, name: str) -> int:
-    key = _rank_key(config, name)
-    return config.r if key is None else config.rank_pattern[key]
-
-
 def _check_rank_pattern(config: VeraConfig, names: list[str]) -> None:
-    unused = set(config.rank_pattern) - {_rank_key(config, name) for name in names}
     for key in config.rank_pattern:
-        if key in unused and not any(re.fullmatch(rf"(?:.*\.)?(?:{key})", name) for name in names):
+        if not any(ends_in_match(name, key) for name in names):
             raise TargetError(
                 f"rank_pattern={config.rank_pattern!r}: {key!r} matches the end of no adapted layer's name."
                 + _closest([key], dict.fromkeys(names, "adapted"))

@@ -9,46 +9,41 @@
 writes the files: the vectors, and modules trained in full; no projections.
 """
 
-import re
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 try:
     import peft
-    from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
-    from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
-    from peft.utils import TRANSFORMERS_MODELS_TO_VERA_TARGET_MODULES_MAPPING, PeftType, register_peft_method
-except ImportError as error:
-    raise ImportError(f"veratune.integrations.peft needs peft 0.18 or newer: pip install peft ({error})") from error
+    from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers
+    from peft.utils import TRANSFORMERS_MODELS_TO_VERA_TARGET_MODULES_MAPPING, AuxiliaryTrainingWrapper, PeftType
+    from peft.utils.integrations import init_empty_weights
+except ImportError:
+    from veratune.integrations.peft_method import check_version
+
+    check_version()  # says which versions there may be, which is the likely reason
+    raise
 
 import torch
 from torch import Tensor, nn
 
+from veratune.adapters import input_groups, make_source, vector_dtype
 from veratune.config import VeraConfig
-from veratune.layers import (
-    ComputeSettings,
-    InputGroup,
-    Slot,
-    VectorInit,
-    VeraConv,
-    VeraConv1D,
-    VeraEmbedding,
-    VeraLayer,
-    VeraLinear,
-)
-from veratune.layers.kinds import adapt, geometry, is_out_proj, why_not_adaptable
+from veratune.integrations import peft_method
+from veratune.integrations.peft_layers import TunedLayer, TunedModule, tuned_layer, tuned_parameter
+from veratune.layers import ComputeSettings, InputGroup, Slot, VectorInit, VeraLinear
+from veratune.layers.fastpath import choose_paths
+from veratune.layers.kinds import adaptable_parameters, geometry, layer_class, why_not_adaptable
 from veratune.layers.shared import SharedDown
 from veratune.profiles import load_calibration
 from veratune.projection import projection_pool
 from veratune.routing import MemoryName, RouteName
-from veratune.sources import PeftShared, PerDimension, Side, Source, Stored
+from veratune.sources import Side, Source, Stored
+from veratune.targets import Target, check_settings, check_whole, parameter_targets, parts_of, unwrapped
 
 # Not that of veratune's own files, which PEFT cannot read.
 PEFT_TYPE = "VERATUNE_PEFT"
-_METHOD = PEFT_TYPE.lower()
 
 
 def install(*, replace_vera: bool = False) -> None:
@@ -57,24 +52,14 @@ def install(*, replace_vera: bool = False) -> None:
     Args:
         replace_vera: let PEFT's own `VeraConfig` use veratune's layers as well, so that a script that knows nothing of
             veratune runs on them. Files stay PEFT's, with the same outputs.
+
+    Raises:
+        ImportError: PEFT is of a version in which this does not work.
     """
-    if getattr(PeftType, PEFT_TYPE, None) is None:
-        _add_member()
-        register_peft_method(
-            name=_METHOD, config_cls=VeratuneConfig, model_cls=VeratuneTuner, prefix=VeratuneTuner.prefix
-        )
+    peft_method.check_version()
+    peft_method.add_method(PEFT_TYPE, VeratuneConfig, VeratuneTuner)
     if replace_vera:
-        PEFT_TYPE_TO_TUNER_MAPPING[PeftType.VERA] = PeftVeraTuner
-
-
-def _add_member() -> None:
-    """Add our name to PEFT's enumeration of methods, which `register_peft_method` insists on and does not do itself."""
-    member = str.__new__(PeftType, PEFT_TYPE)
-    member._name_, member._value_ = PEFT_TYPE, PEFT_TYPE
-    PeftType._member_map_[PEFT_TYPE] = member
-    PeftType._member_names_.append(PEFT_TYPE)
-    PeftType._value2member_map_[PEFT_TYPE] = member
-    type.__setattr__(PeftType, PEFT_TYPE, member)
+        peft_method.replace_vera(PeftVeraTuner)
 
 
 @dataclass
@@ -86,6 +71,8 @@ class VeratuneConfig(peft.PeftConfig):
 
     r: int = 256
     target_modules: list[str] | str | None = None
+    target_parameters: list[str] | None = None
+    fused_parts: dict[str, int | list[int]] = field(default_factory=dict)
     exclude_modules: list[str] | str | None = None
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
@@ -115,119 +102,30 @@ class VeratuneConfig(peft.PeftConfig):
         """Return the same as a `veratune.VeraConfig`, which refuses what cannot be."""
         own = (
             "r d_initial vera_dropout bias init_weights projection_prng_key projection rank_pattern route memory"
-            " target_modules exclude_modules layers_to_transform layers_pattern modules_to_save"
+            " target_parameters fused_parts exclude_modules layers_to_transform layers_pattern modules_to_save"
         )
-        return VeraConfig(**{name: getattr(self, name) for name in own.split()})
+        # An empty list says beside target_parameters that there is no layer to adapt.
+        wanted = None if self.target_parameters and not self.target_modules else self.target_modules
+        return VeraConfig(target_modules=wanted, **{name: getattr(self, name) for name in own.split()})
 
 
-class TunedLayer(BaseTunerLayer):
-    """What PEFT wants of a layer, on top of a `VeraLayer`."""
+@dataclass(frozen=True)
+class _Plan:
+    """All that is needed to add one adapter, found before the model is changed.
 
-    adapter_layer_names = ("vera_lambda_b", "vera_lambda_d")
-    other_param_names = ("vera_dropout", "slots")
+    Attributes:
+        config: its settings.
+        source: its projections.
+        layers: the layers to adapt, by the id of the module or of the tuned layer that another adapter made of it.
+        parameters: the parameters to adapt that their modules read themselves.
+        groups: what layers of one input have in common, by the target's name.
+    """
 
-    # PEFT's own do not know adapted weights.
-    weight = VeraLayer.weight
-    bias = VeraLayer.bias  # type: ignore[assignment]
-
-    @property
-    def active_adapters(self) -> list[str]:
-        """The names of the active adapters, whether this layer has them or not."""
-        active = self._active_adapter
-        return [active] if isinstance(active, str) else list(active)
-
-    @active_adapters.setter
-    def active_adapters(self, names: Sequence[str]) -> None:
-        self._active_adapter = list(names)
-
-    def activate(self, names: Sequence[str]) -> None:
-        self.active_adapters = list(names)
-        self._choose_added()
-
-    def _choose_added(self) -> None:
-        layer: Any = self
-        active = [] if self.disable_adapters else self.active_adapters
-        layer.added_adapters = [n for n in active if n in layer.slots and n not in layer.merged_adapters]
-
-    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
-        """Choose the active adapters, trainable unless for inference."""
-        super().set_adapter(adapter_names, inference_mode=inference_mode)
-        self._choose_added()
-
-    def enable_adapters(self, enabled: bool) -> None:
-        """Turn all adapters on or off."""
-        super().enable_adapters(enabled)
-        self._choose_added()
-
-    def delete_adapter(self, adapter_name: str) -> None:
-        """Remove an adapter; PEFT chooses another one if it was active."""
-        super().delete_adapter(adapter_name)
-        self._choose_added()
-
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Let a weight with these adapters' deltas stand in for the layer's."""
-        layer: Any = self
-        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in layer.slots]
-        if not names:
-            return
-        reason = layer.why_not_mergeable()
-        if reason is not None:
-            raise ValueError(f"cannot merge into {layer.base_layer}: {reason}")
-        before = list(layer.merged_adapters)
-        if before:
-            self._vera_class().unmerge(layer)
-        if safe_merge and not torch.isfinite(layer.merged_weight([*before, *names])).all():
-            if before:
-                self._vera_class().merge(layer, before)
-            raise ValueError(f"merging {names} gives weights that are not finite; nothing was merged here")
-        self._vera_class().merge(layer, [*before, *names])
-
-    def unmerge(self) -> None:
-        """Put the layer's own weight back, to the bit."""
-        layer: Any = self
-        if not layer.merged_adapters:
-            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
-            return
-        self._vera_class().unmerge(layer)
-
-    def _vera_class(self) -> type[VeraLayer]:
-        kinds = (kind for kind in type(self).__mro__ if not issubclass(kind, TunedLayer))
-        return next(kind for kind in kinds if issubclass(kind, VeraLayer))
-
-    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        layer: Any = self
-        if self.disable_adapters and layer.merged_adapters:
-            self.unmerge()
-        output: Tensor = self._vera_class().forward(layer, input, *args, **kwargs)
-        return output
-
-    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Whether PEFT can turn an adapter here into a LoRA: yes, its delta is added to the weight."""
-        return True
-
-
-class TunedLinear(TunedLayer, VeraLinear):  # type: ignore[misc]
-    """VeRA on a linear layer, for PEFT."""
-
-
-class TunedConv1D(TunedLayer, VeraConv1D):  # type: ignore[misc]
-    """VeRA on transformers' Conv1D, for PEFT."""
-
-
-class TunedConv(TunedLayer, VeraConv):  # type: ignore[misc]
-    """VeRA on a convolution, for PEFT."""
-
-
-class TunedEmbedding(TunedLayer, VeraEmbedding):  # type: ignore[misc]
-    """VeRA on an embedding, for PEFT."""
-
-
-_TUNED: dict[type[VeraLayer], type[nn.Module]] = {
-    VeraLinear: TunedLinear,
-    VeraConv1D: TunedConv1D,
-    VeraConv: TunedConv,
-    VeraEmbedding: TunedEmbedding,
-}
+    config: VeraConfig
+    source: Source
+    layers: dict[int, Target]
+    parameters: list[Target]
+    groups: dict[str, InputGroup]
 
 
 class VeratuneTuner(BaseTuner):
@@ -236,6 +134,8 @@ class VeratuneTuner(BaseTuner):
     prefix = "vera_lambda_"
     tuner_layer_cls = TunedLayer
     target_module_mapping: Any = TRANSFORMERS_MODELS_TO_VERA_TARGET_MODULES_MAPPING
+    _plan: _Plan | None = None
+    _named: set[str] | None = None
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *_: Any, **kwargs: Any) -> Iterator[None]:
@@ -243,6 +143,89 @@ class VeratuneTuner(BaseTuner):
         if kwargs.get("adapter_names") is not None:
             raise ValueError("veratune's layers in PEFT cannot take adapter_names: choose one adapter with set_adapter")
         yield
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Add an adapter; whatever is wrong with it is found before the model is changed."""
+        # What a file holds says which layers it is for, where PEFT is given it.
+        state = kwargs.get("state_dict")
+        self._named = None if state is None else {key.rsplit(f".{self.prefix}", 1)[0] for key in state}
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        finally:
+            self._plan = self._named = None
+        choose_paths(model)
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        # First the wrappers that hold tuned layers themselves, which PEFT would take off with what is in them.
+        for wrapper in [module for module in self.model.modules() if isinstance(module, TunedModule)]:
+            if merge:
+                wrapper.merge(adapter_names)
+            _put_in_place_of(self.model, wrapper, wrapper.base_layer)
+        model: nn.Module = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        choose_paths(model)
+        return model
+
+    def _prepare_adapter_config(self, peft_config: Any, model_config: Any) -> Any:
+        if peft_config.target_modules is None and getattr(peft_config, "target_parameters", None):
+            peft_config.target_modules = set()
+        return super()._prepare_adapter_config(peft_config, model_config)
+
+    def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
+        # PEFT calls this for every adapter, after it has filled the configuration in and before it looks for layers.
+        _maybe_include_all_linear_layers(peft_config, model)
+        config = self._settings(peft_config)
+        layers = self._matched_layers(peft_config, config, model)
+        parameters = self._matched_parameters(config, model)
+        targets = [*layers.values(), *parameters]
+        if not targets:
+            return  # PEFT says so
+        check_settings(config, targets)
+        check_whole(targets)
+        source = make_source(config, targets)
+        self._check_projections(peft_config, source)
+        self._plan = _Plan(config, source, layers, parameters, input_groups(targets, source))
+
+    def _matched_layers(self, peft_config: Any, config: VeraConfig, model: nn.Module) -> dict[int, Target]:
+        """Return the layers that PEFT is about to hand over, having checked that they can be adapted."""
+        found: dict[int, Target] = {}
+        inside: tuple[str, ...] = ()
+        for name, module in model.named_modules():
+            if not name or (inside and name.startswith(inside)):
+                continue
+            if isinstance(module, TunedLayer):
+                inside = (*inside, f"{name}.")
+            if self._named is None:
+                wanted = self._check_target_module_exists(peft_config, name)
+            else:
+                wanted = name.removeprefix("_orig_mod.") in self._named
+            if not wanted:
+                continue
+            base = unwrapped(module)
+            reason = why_not_adaptable(base)
+            if reason is not None:
+                instead = ", and name its weights in target_parameters" if adaptable_parameters(base) else ""
+                raise ValueError(f"{name} cannot be adapted by VeRA, because {reason}: exclude it{instead}")
+            size = geometry(base)
+            found[id(module)] = Target(name, module, None, config.rank_of(name), size, parts_of(name, size, config))
+        return found
+
+    def _matched_parameters(self, config: VeraConfig, model: nn.Module) -> list[Target]:
+        """Return the parameters that target_parameters names."""
+        wrappers = [module for module in model.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
+        trained = {id(module) for wrapper in wrappers for module in wrapper.modules()}
+        found = parameter_targets(model, config) if config.target_parameters else []
+        if any(target.module is model for target in found):
+            raise ValueError(
+                f"target_parameters={config.target_parameters!r}: parameters of the outermost module cannot be adapted"
+                " in PEFT, which replaces modules: put the model into another module, or use veratune.get_peft_model"
+            )
+        return [target for target in found if id(target.module) not in trained]
 
     def _create_and_replace(
         self,
@@ -254,120 +237,127 @@ class VeratuneTuner(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        base = _base(target)
-        config = self._own_config(peft_config)
-        reason = why_not_adaptable(base)
-        if reason is not None:
-            raise ValueError(f"{current_key} cannot be adapted by VeRA, because {reason}: exclude it")
-        if config.vera_dropout > 0.0 and (isinstance(base, nn.Embedding) or is_out_proj(base)):
-            raise ValueError(f"vera_dropout={config.vera_dropout} cannot be had for {current_key}: exclude it")
-        if config.projection == "peft" and isinstance(base, nn.Embedding):
-            raise ValueError(f"projection='peft' cannot be had for {current_key}, an embedding: exclude it")
+        plan = self._plan
+        assert plan is not None and id(target) in plan.layers
         layer: Any = target
         if not isinstance(target, TunedLayer):
-            layer = _TUNED[type(adapt(base))](base, geometry(base))
+            layer = tuned_layer(target)
             self._replace_module(parent, target_name, layer, target)
-        rank = next(
-            (r for pattern, r in config.rank_pattern.items() if re.fullmatch(rf"(?:.*\.)?(?:{pattern})", current_key)),
-            config.r,
-        )
-        source = self._source(config)
-        weight = layer.base_weight
-        dtype = weight.dtype if weight.is_floating_point() and weight.dtype.itemsize > 1 else torch.float32
+        self._add(plan, adapter_name, layer, plan.layers[id(target)])
+
+    def _inject_parameters(
+        self, peft_config: Any, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
+    ) -> list[str]:
+        plan = self._plan
+        if plan is None:  # nothing to adapt, which PEFT will say
+            return []
+        made: dict[int, TunedModule] = {}
+        with init_empty_weights() if low_cpu_mem_usage else nullcontext():
+            for target in plan.parameters:
+                assert target.parameter is not None
+                holder: Any = made.get(id(target.module), target.module)
+                if not isinstance(holder, TunedModule):
+                    holder = made[id(target.module)] = TunedModule(target.module)
+                    _put_in_place_of(model, target.module, holder)
+                if target.parameter not in holder.adapted:
+                    holder.adapted[target.parameter] = tuned_parameter(holder.base_layer, target.parameter)
+                self._add(plan, adapter_name, holder.adapted[target.parameter], target)
+        names = [target.name for target in plan.parameters]
+        # Older versions of PEFT look here, newer ones take what is returned.
+        self.targeted_parameter_names += [name for name in names if name not in self.targeted_parameter_names]
+        return names
+
+    def _add(self, plan: _Plan, adapter_name: str, layer: Any, target: Target) -> None:
+        config, weight = plan.config, layer.base_weight
         layer.add_adapter(
             adapter_name,
-            current_key,
-            source,
-            VectorInit(rank, config.d_initial, config.init_weights, dtype),
+            target.name,
+            plan.source,
+            # PEFT widens half-precision vectors itself, after this.
+            VectorInit(target.rank, config.d_initial, config.init_weights, vector_dtype(weight.dtype, autocast=False)),
             ComputeSettings(config.vera_dropout, config.route, config.memory),
-            self._input_group(config, adapter_name, source, rank, layer.in_features, parent, current_key),
+            plan.groups[target.name],
+            target.parts,
         )
         load_calibration(weight.device)
         layer.activate(self.active_adapters)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """Merge, after all layers have been checked where that is asked for."""
-        if safe_merge:
-            self._check_finite(adapter_names)
-        super().merge_adapter(adapter_names, safe_merge)
+        """Merge, after all layers have been checked."""
+        self._check_mergeable(adapter_names, safe_merge)
+        super().merge_adapter(adapter_names, safe_merge=False)
 
     def merge_and_unload(
         self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
     ) -> nn.Module:
-        """Merge for good, after all layers have been checked where that is asked for."""
-        if safe_merge:
-            self._check_finite(adapter_names)
-        merged: nn.Module = super().merge_and_unload(progressbar, safe_merge, adapter_names)
+        """Merge for good, after all layers have been checked."""
+        self._check_mergeable(adapter_names, safe_merge)
+        merged: nn.Module = super().merge_and_unload(progressbar, safe_merge=False, adapter_names=adapter_names)
         return merged
 
-    def _check_finite(self, adapter_names: list[str] | None) -> None:
-        """Raise ValueError if merging would give a weight that is not finite; nothing has been changed then."""
-        wanted = self.active_adapters if adapter_names is None else adapter_names
-        layers: list[Any] = [module for module in self.model.modules() if isinstance(module, TunedLayer)]
-        for layer in layers:
-            names = [name for name in wanted if name in layer.slots and name not in layer.merged_adapters]
-            if names and not torch.isfinite(layer.merged_weight(names)).all():
-                raise ValueError(f"merging {names} into {layer.base_layer} gives weights that are not finite")
+    def _check_mergeable(self, adapter_names: list[str] | None, safe: bool) -> None:
+        """Raise ValueError if adapters cannot be merged into some layer; nothing has been changed then."""
+        names = self.active_adapters if adapter_names is None else adapter_names
+        for module in self.model.modules():
+            if isinstance(module, TunedLayer):
+                module.check_mergeable(names, safe=safe)
 
-    def _own_config(self, config: Any) -> Any:
-        """Return a configuration with veratune's fields."""
-        return config
-
-    def _input_group(
-        self,
-        config: VeratuneConfig,
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: Any,
         adapter_name: str,
-        source: Source,
-        rank: int,
-        in_features: int,
-        parent: nn.Module,
-        current_key: str,
-    ) -> InputGroup:
-        """Return what an adapter has in common on the layers beside this one that may read the same input."""
-        groups: dict[Any, InputGroup] = self.__dict__.setdefault("_input_groups", {})
-        above = current_key.rpartition(".")[0]
-        key = (adapter_name, above, in_features, rank)
-        if key not in groups:
-            beside = [
-                _base(module)
-                for name, module in parent.named_children()
-                if self._check_target_module_exists(config, f"{above}.{name}" if above else name)
-            ]
-            same = [m for m in beside if why_not_adaptable(m) is None and geometry(m).in_features == in_features]
-            corner = projection_pool.corner(source, "A", rank, in_features)
-            groups[key] = InputGroup(corner, SharedDown(), max(1, len(same)))
-        return groups[key]
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        # PEFT has taken away every key with another adapter's name in it, which may be that of a layer.
+        dropped = {
+            key: vector.detach()
+            for name, module in model.named_modules()
+            if isinstance(module, TunedLayer) and any(f".{other}." in f".{name}." for other in unwanted_adapter_names)
+            for key, vector in _vectors(module, name, adapter_name).items()
+        }
+        found: dict[str, Tensor] = super()._get_adapter_state_dict(
+            model, config, adapter_name, {**dropped, **state_dict}, unwanted_adapter_names
+        )
+        return found
 
-    def _source(self, config: VeratuneConfig) -> Source:
-        """Return a configuration's projections, after making sure that they are the ones it was trained with."""
-        key = config.projection_prng_key
-        source: Source
-        if config.projection == "peft":
-            targets = [
-                _base(module)
-                for name, module in self.model.named_modules()
-                if self._check_target_module_exists(config, name)
-            ]
-            sizes = [geometry(module) for module in targets if why_not_adaptable(module) is None]
-            widest = max(size.in_features for size in sizes), max(size.out_features for size in sizes)
-            source = PeftShared(key, config.r, *widest)
-        else:
-            source = PerDimension(key % (1 << 64))
-        config.fingerprint = source.fingerprint()
-        if config._expected not in (None, config.fingerprint):
+    def _settings(self, peft_config: Any) -> VeraConfig:
+        """Return a configuration's settings as veratune has them."""
+        settings: VeraConfig = peft_config.checked()
+        return settings
+
+    def _check_projections(self, peft_config: Any, source: Source) -> None:
+        """Note the projections' fingerprint, after making sure that they are those it was trained with."""
+        peft_config.fingerprint = source.fingerprint()
+        if peft_config._expected not in (None, peft_config.fingerprint):
             raise ValueError(
-                f"this adapter was trained with other projections: its fingerprint is {config._expected}, and"
-                f" projection={config.projection!r} with projection_prng_key={key} gives {source.fingerprint()} here"
+                f"this adapter was trained with other projections: its fingerprint is {peft_config._expected}, and"
+                f" projection={peft_config.projection!r} with projection_prng_key={peft_config.projection_prng_key}"
+                f" gives {peft_config.fingerprint} here"
             )
-        return source
 
 
 class PeftVeraTuner(VeratuneTuner):
     """What PEFT makes of a model for its own `VeraConfig` after `install(replace_vera=True)`."""
 
-    def _own_config(self, config: Any) -> Any:
-        settings = ("r", "d_initial", "vera_dropout", "init_weights", "projection_prng_key", "target_modules")
-        return VeratuneConfig(projection="peft", **{name: getattr(config, name) for name in settings})
+    def _settings(self, peft_config: Any) -> VeraConfig:
+        same = ("r", "d_initial", "vera_dropout", "init_weights", "projection_prng_key")
+        return VeraConfig(projection="peft", **{name: getattr(peft_config, name) for name in same})
+
+    def _matched_layers(self, peft_config: Any, config: VeraConfig, model: nn.Module) -> dict[int, Target]:
+        found = super()._matched_layers(peft_config, config, model)
+        for target in found.values():
+            if not issubclass(layer_class(unwrapped(target.module)), VeraLinear):
+                raise ValueError(
+                    f"{target.name} cannot be adapted with PEFT's own VeraConfig, whose files are for linear layers"
+                    " alone: exclude it, or use VeratuneConfig"
+                )
+        return found
+
+    def _check_projections(self, peft_config: Any, source: Source) -> None:
+        pass  # PEFT's files have no fingerprint, but may have the projections
 
     @classmethod
     def _get_adapter_state_dict(
@@ -438,7 +428,17 @@ def _use_projections(model: nn.Module, adapter_name: str, a: Tensor, b: Tensor) 
             layer.slots[adapter_name] = replace(slot, group=group, b=(own,), gain=stored.gain(slot.rank))
 
 
-def _base(module: nn.Module) -> nn.Module:
-    """Return the module that a tuned layer stands for, or the module itself."""
-    base: nn.Module = getattr(module, "base_layer", module) if isinstance(module, TunedLayer) else module
-    return base
+def _vectors(layer: Any, name: str, adapter_name: str) -> dict[str, Tensor]:
+    """Return an adapter's vectors on one layer by their keys in the model's state."""
+    if adapter_name not in layer.slots:
+        return {}
+    b, d = layer.vectors(adapter_name)
+    return {f"{name}.vera_lambda_b.{adapter_name}": b, f"{name}.vera_lambda_d.{adapter_name}": d}
+
+
+def _put_in_place_of(model: nn.Module, module: nn.Module, other: nn.Module) -> None:
+    """Put another module wherever a module stands, but into the other one itself."""
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if child is module and parent is not other:
+                parent._modules[name] = other

@@ -62,14 +62,16 @@ class VeraTrainer(transformers.Trainer):
             raise TypeError(f"{type(self).__name__} trains a VeraModel, not a {type(model).__name__}: {remedy}")
         return found[0]
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the adapters, once; all processes have to call this, as their parts are gathered (FSDP2)."""
         directory = Path(output_dir or self.args.output_dir or ".")
-        if not self.args.should_save:
-            return
-        self._vera_model().save_pretrained(directory)
+        self._vera_model().save_pretrained(directory, is_main_process=self.args.should_save)
         tokenizer: Any = self.processing_class or getattr(self.data_collator, "tokenizer", None)
-        if tokenizer is not None:
+        if tokenizer is not None and self.args.should_save:
             tokenizer.save_pretrained(directory)
+        self.accelerator.wait_for_everyone()  # none may read it before it is there
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         _check_files(Path(resume_from_checkpoint))

@@ -103,14 +103,18 @@ def geometry(module: nn.Module) -> Geometry:
     return Geometry(in_features, out_features)
 
 
+def layer_class(module: nn.Module) -> type[VeraLayer]:
+    """Return the class of the adapted layer around an adaptable module."""
+    if isinstance(module, CONVOLUTIONS):
+        return VeraConv
+    if isinstance(module, nn.Embedding):
+        return VeraEmbedding
+    return VeraConv1D if is_conv1d(module) else VeraLinear
+
+
 def adapt(module: nn.Module) -> VeraLayer:
     """Return an adapted layer, without adapters yet, around an adaptable module."""
-    size = geometry(module)
-    if isinstance(module, CONVOLUTIONS):
-        return VeraConv(module, size)
-    if isinstance(module, nn.Embedding):
-        return VeraEmbedding(module, size)
-    return (VeraConv1D if is_conv1d(module) else VeraLinear)(module, size)
+    return layer_class(module)(module, geometry(module))
 
 
 # Weights that a module reads itself

@@ -1,0 +1,169 @@
+"""veratune's layers with what the `peft` package wants of a layer."""
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import Tensor, nn
+
+from veratune.layers import VeraConv, VeraConv1D, VeraEmbedding, VeraLayer, VeraLinear, VeraModule, VeraParameter
+from veratune.layers.kinds import geometry, layer_class, parameter_layout
+
+
+class TunedLayer(BaseTunerLayer):
+    """What PEFT wants of a layer, on top of a `VeraLayer`."""
+
+    adapter_layer_names = ("vera_lambda_b", "vera_lambda_d")
+    other_param_names = ("vera_dropout", "slots")
+
+    # PEFT's own do not know adapted weights.
+    weight = VeraLayer.weight
+    bias = VeraLayer.bias  # type: ignore[assignment]
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """The names of the active adapters, whether this layer has them or not."""
+        active = self._active_adapter
+        return [active] if isinstance(active, str) else list(active)
+
+    @active_adapters.setter
+    def active_adapters(self, names: Sequence[str]) -> None:
+        self._active_adapter = list(names)
+
+    def activate(self, names: Sequence[str]) -> None:
+        self.active_adapters = list(names)
+        self._choose_added()
+
+    def _choose_added(self) -> None:
+        layer: Any = self
+        active = [] if self.disable_adapters else self.active_adapters
+        layer.added_adapters = [n for n in active if n in layer.slots and n not in layer.merged_adapters]
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """Choose the active adapters, trainable unless for inference."""
+        super().set_adapter(adapter_names, inference_mode=inference_mode)
+        self._choose_added()
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Turn all adapters on or off."""
+        super().enable_adapters(enabled)
+        self._choose_added()
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter; PEFT chooses another one if it was active."""
+        super().delete_adapter(adapter_name)
+        self._choose_added()
+
+    def check_mergeable(self, names: Sequence[str], *, safe: bool) -> None:
+        """Raise ValueError if adapters cannot be merged here, or, to be safe, if the result would not be finite."""
+        layer: Any = self
+        names = [name for name in names if name in layer.slots and name not in layer.merged_adapters]
+        if not names:
+            return
+        reason = layer.why_not_mergeable()
+        if reason is not None:
+            raise ValueError(f"cannot merge into {layer.base_layer}: {reason}")
+        if safe and not torch.isfinite(layer.merged_weight(names)).all():
+            raise ValueError(
+                f"NaNs or infinities: merging {names} into {layer.base_layer} gives weights that are not finite;"
+                " nothing was merged"
+            )
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Let a weight with these adapters' deltas stand in for the layer's."""
+        layer: Any = self
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in layer.slots]
+        if not names:
+            return
+        self.check_mergeable(names, safe=safe_merge)
+        # All of them anew on the weight itself, which rounds once.
+        before = list(layer.merged_adapters)
+        self._vera_class().unmerge(layer)
+        self._vera_class().merge(layer, [*before, *names])
+
+    def unmerge(self) -> None:
+        """Put the layer's own weight back, to the bit."""
+        layer: Any = self
+        if not layer.merged_adapters:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        self._vera_class().unmerge(layer)
+
+    def _vera_class(self) -> type[VeraLayer]:
+        kinds = (kind for kind in type(self).__mro__ if not issubclass(kind, TunedLayer))
+        return next(kind for kind in kinds if issubclass(kind, VeraLayer))
+
+    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        layer: Any = self
+        if self.disable_adapters and layer.merged_adapters:
+            self.unmerge()
+        output: Tensor = self._vera_class().forward(layer, input, *args, **kwargs)
+        return output
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether PEFT can turn an adapter here into a LoRA: yes, its delta is added to the weight."""
+        return True
+
+
+class TunedLinear(TunedLayer, VeraLinear):  # type: ignore[misc]
+    """VeRA on a linear layer, for PEFT."""
+
+
+class TunedConv1D(TunedLayer, VeraConv1D):  # type: ignore[misc]
+    """VeRA on transformers' Conv1D, for PEFT."""
+
+
+class TunedConv(TunedLayer, VeraConv):  # type: ignore[misc]
+    """VeRA on a convolution, for PEFT."""
+
+
+class TunedEmbedding(TunedLayer, VeraEmbedding):  # type: ignore[misc]
+    """VeRA on an embedding, for PEFT."""
+
+
+class TunedParameter(TunedLayer, VeraParameter):  # type: ignore[misc]
+    """VeRA on a parameter that its module reads itself, for PEFT."""
+
+    bias = VeraParameter.bias
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether PEFT can turn an adapter here into a LoRA: it cannot do that with parameters."""
+        return False
+
+
+class TunedModule(VeraModule):
+    """A module that reads some adapted parameters itself, for PEFT, which sees the parameters' layers inside."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        for layer in self.parameter_layers().values():
+            tuned: Any = layer
+            if tuned.disable_adapters and tuned.merged_adapters:
+                tuned.unmerge()
+        return super().forward(*args, **kwargs)
+
+    def merge(self, adapter_names: list[str] | None) -> None:
+        """Merge adapters into the parameters."""
+        for layer in self.parameter_layers().values():
+            tuned: Any = layer
+            tuned.merge(adapter_names=adapter_names)
+
+
+_TUNED: dict[type[VeraLayer], Any] = {
+    VeraLinear: TunedLinear,
+    VeraConv1D: TunedConv1D,
+    VeraConv: TunedConv,
+    VeraEmbedding: TunedEmbedding,
+}
+
+
+def tuned_layer(module: nn.Module) -> Any:
+    """Return a layer for PEFT, without adapters yet, around an adaptable module."""
+    return _TUNED[layer_class(module)](module, geometry(module))
+
+
+def tuned_parameter(module: nn.Module, name: str) -> Any:
+    """Return a layer for PEFT, without adapters yet, for a parameter that its module reads itself."""
+    size, transposed = parameter_layout(module, name)
+    return TunedParameter(module, name, size, transposed=transposed)

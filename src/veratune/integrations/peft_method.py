@@ -1,0 +1,71 @@
+"""Adding a method to the `peft` package, which has no public way for names of others.
+
+Everything that reaches into PEFT's tables is here, with the versions that it was tried with.
+"""
+
+from importlib.metadata import version
+from typing import Any
+
+# The oldest imports transformers 5; the newest is the last minor version that the tests were run with.
+OLDEST, NEWEST = (0, 18), (0, 21)
+# From here on, PEFT asks a method's own class what its files hold, instead of knowing its own methods by name.
+_ASKS_METHODS = (0, 21)
+
+
+def peft_version() -> tuple[int, int]:
+    """Return the major and minor version of the installed PEFT.
+
+    Raises:
+        ImportError: it is not installed.
+    """
+    try:
+        installed = version("peft")
+    except ImportError as error:
+        raise ImportError("veratune.integrations.peft needs the peft package: pip install 'veratune[peft]'") from error
+    major, minor = installed.split(".")[:2]
+    return int(major), int(minor)
+
+
+def check_version() -> None:
+    """Raise ImportError unless PEFT is of a version that veratune's layers were tried in."""
+    installed = peft_version()
+    if not OLDEST <= installed <= NEWEST:
+        oldest, newest = (".".join(map(str, v)) for v in (OLDEST, NEWEST))
+        raise ImportError(
+            f"veratune.integrations.peft works with peft {oldest} to {newest}, and {'.'.join(map(str, installed))} is"
+            f" installed: pip install 'veratune[peft]' gets one that does, or use veratune.get_peft_model, which needs"
+            " no peft"
+        )
+
+
+def add_method(name: str, config_class: type, tuner_class: Any) -> None:
+    """Make a method known to PEFT under a name of its enumeration's style, once."""
+    from peft.utils import PeftType, register_peft_method
+
+    if getattr(PeftType, name, None) is not None:
+        return
+    # `register_peft_method` insists on a member of the enumeration, and does not add it.
+    member = str.__new__(PeftType, name)
+    member._name_, member._value_ = name, name
+    PeftType._member_map_[name] = member
+    PeftType._member_names_.append(name)
+    PeftType._value2member_map_[name] = member
+    type.__setattr__(PeftType, name, member)
+    register_peft_method(name=name.lower(), config_cls=config_class, model_cls=tuner_class, prefix=tuner_class.prefix)
+
+
+def replace_vera(tuner_class: type) -> None:
+    """Let PEFT's own `VeraConfig` make a tuner of this class.
+
+    Raises:
+        ImportError: this PEFT writes its own VeRA's files without asking the tuner.
+    """
+    from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+    from peft.utils import PeftType
+
+    if peft_version() < _ASKS_METHODS:
+        raise ImportError(
+            "install(replace_vera=True) needs peft 0.21 or newer, which lets a method write its own files; with"
+            f" {'.'.join(map(str, peft_version()))} use VeratuneConfig, or update peft"
+        )
+    PEFT_TYPE_TO_TUNER_MAPPING[PeftType.VERA] = tuner_class
