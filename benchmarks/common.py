@@ -1,4 +1,4 @@
-"""What the benchmarks have in common: interleaved timing, peak memory, tables, targets, and results as JSON.
+"""What the benchmarks have in common: interleaved timing, tables, targets, and results as JSON.
 
 Timings are only compared within one process and one run: every variant runs once to warm up, then each round runs every
 variant in turn, and a variant's figure is the median over the rounds of its ratio to the baseline of the same round.
@@ -154,27 +154,6 @@ def ratios(times: Times, name: str, baseline: str) -> list[float]:
 def median_ratio(times: Times, name: str, baseline: str) -> float:
     """Return the median over the rounds of a variant's time relative to the baseline's."""
     return statistics.median(ratios(times, name, baseline))
-
-
-# Memory
-
-
-def peak_bytes(work: Work) -> int:
-    """Return by how much the bytes of all living tensors rose at most during a call.
-
-    Every allocation and every release of torch's CPU allocator counts, also those within one operation, as the
-    profiler records them. What lived before the call counts nothing, unless it is freed during the call.
-    """
-    gc.collect()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        work()
-    results = profile.profiler.kineto_results  # type: ignore[union-attr]
-    events = sorted((e for e in results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns())
-    living = peak = 0
-    for event in events:
-        living += event.nbytes()
-        peak = max(peak, living)
-    return peak
 
 
 # Reporting

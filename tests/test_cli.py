@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 import transformers
 
+import veratune
 from tiny_models import main_output, randomise_trainable, tiny_inputs, tiny_model
 from veratune import VeraConfig, VeraModel, get_peft_model, supported
 from veratune.cli import main
@@ -53,6 +55,11 @@ def test_inspecting_a_model(base: Path, capsys: pytest.CaptureFixture[str]) -> N
     values = json.loads(out)
     expected = get_peft_model(tiny_model("bert"), VeraConfig(r=8, target_modules="all-linear", modules_to_save=[]))
     assert values["trained_parameters"] == expected.get_nb_trainable_parameters()[0]
+    layers = expected.vera_layers()
+    uses = Counter(("A", layer.in_features) for layer in layers.values())
+    uses += Counter(("B", layer.out_features) for layer in layers.values())
+    assert {(p["side"], p["width"]): p["layers"] for p in values["projections"]} == uses
+    assert values["projection_bytes_float32"] == sum(4 * 8 * width for _, width in uses)
     assert values["adapted_layers"] == len(expected.vera_layers()) == len(values["routes"])
     assert values["parameters"] == sum(p.numel() for p in tiny_model("bert").parameters())
     assert {weight["name"] for weight in values["weights"]} == {info.name for info in supported(tiny_model("bert"))}
@@ -72,6 +79,9 @@ def test_inspecting_an_adapter(adapter: Path, tmp_path: Path, capsys: pytest.Cap
         assert layers[name]["b_norm"] == pytest.approx(float(b.detach().norm()), rel=1e-5)
         assert layers[name]["d_mean"] == pytest.approx(float(d.detach().mean()), rel=1e-4)
     assert values["config"]["r"] == 4
+    assert values["base_model"].endswith("base") and values["base"]["class"] == "BertForSequenceClassification"
+    for same in (adapter / "adapter_model.safetensors", adapter.parent):  # the file, and a training run's output
+        assert json.loads(run(capsys, "inspect", same, "--json")[1])["layers"] == values["layers"]
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -176,27 +186,100 @@ def test_errors_are_one_line_and_nothing_is_overwritten(
     (full / "precious").write_text("kept")
     for arguments, code, message in (
         (("merge", adapter, full), 1, "nothing is overwritten"),
+        (("merge", adapter, full / "precious" / "x"), 1, "cannot be written (Not a directory)"),
         (("inspect", tmp_path / "nowhere"), 1, "is not a directory"),
         (("inspect", full), 1, "neither a model"),
         (("export", adapter, tmp_path / "x", "--format", "lora", "--dtype", "int8"), 1, "--dtype int8"),
         (("inspect", base, "--plot", tmp_path / "p.png"), 1, "is no adapter"),
         (("export", adapter, tmp_path / "x"), 2, "--format"),
         (("frobnicate",), 2, "frobnicate"),
-        (("inspect",), 2, "Usage: veratune inspect"),
+        (("inspect",), 2, "see veratune inspect --help"),
+        (("inspect", base, "--rank", "many"), 2, "--rank"),
+        (("bench", base, "--r", 0), 2, "--r 0"),
+        (("bench", base, "--dtype", "int8"), 2, "--dtype int8"),
+        (("bench", base, "--device", "toaster"), 2, "--device toaster"),
+        (("bench", base, "--length", 1000), 1, "32 positions"),
     ):
         found, out, err = run(capsys, *arguments)
         assert (found, out) == (code, ""), arguments
-        assert message in err
-        assert code == 2 or (err.count("\n") == 1 and err.startswith("veratune: "))
+        lines = [line for line in err.splitlines() if "warning" not in line]
+        assert len(lines) == 1 and lines[0].startswith("veratune: ") and message in lines[0], err
     assert [path.name for path in full.iterdir()] == ["precious"]
-    with pytest.raises(FileNotFoundError):
-        main(["--traceback", "inspect", str(tmp_path / "nowhere")])
+    for arguments in (["--traceback", "inspect", "no/where/at/all"], ["inspect", "no/where/at/all", "--traceback"]):
+        with pytest.raises(FileNotFoundError):
+            main(arguments)
 
 
-def test_doctor_and_version(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_fault_of_ours_is_named_with_its_kind(
+    base: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from veratune.cli import inspecting
+
+    def broken(*_: object, **__: object) -> None:
+        raise ZeroDivisionError("by nothing\nat all")
+
+    monkeypatch.setattr(inspecting, "load_model", broken)
+    code, _, err = run(capsys, "inspect", base)
+    assert (
+        code == 1 and err == "veratune: ZeroDivisionError: by nothing (veratune --traceback shows where it came from)\n"
+    )
+
+
+@pytest.mark.filterwarnings("default::UserWarning")
+def test_warnings_are_one_line(base: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As where an adapter's two copies of its configuration are not the same."""
+    config = adapter / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"d_initial": 0.5}))
+    code, _, err = run(capsys, "merge", adapter, tmp_path / "merged", "--base", base)
+    assert code == 0 and err.startswith("veratune: warning: ") and err.count("\n") == 1 and "d_initial" in err
+
+
+def test_damaged_adapters_and_those_of_other_models(
+    base: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny_model("llama").save_pretrained(tmp_path / "other")
+    code, _, err = run(capsys, "merge", adapter, tmp_path / "merged", "--base", tmp_path / "other")
+    assert code == 1 and err.count("\n") == 1 and err.startswith("veratune: ")
+    weights = adapter / "adapter_model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[: len(whole) // 2])
+    for arguments in (("inspect", adapter), ("diff", adapter, adapter), ("merge", adapter, tmp_path / "merged")):
+        code, _, err = run(capsys, *arguments)
+        assert code == 1 and err.count("\n") == 1 and "adapter_model.safetensors" in err, err
+    assert not (tmp_path / "merged").exists()
+
+
+def test_what_reads_the_output_may_go_away(base: Path) -> None:
+    command = [sys.executable, "-m", "veratune", "inspect", str(base), "--all"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == ""
+        assert process.wait() == 1
+
+
+@pytest.mark.parametrize("command", ["train", "inspect", "merge", "export", "convert", "diff", "bench", "doctor"])
+def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, command, "--help")
+    assert code == 0 and out.startswith(f"Usage: veratune {command} ") and "─" not in out
+    if command != "doctor":
+        assert f"\n  veratune {command} " in out.partition("Example")[2]
+    assert f"\n  {command} " in run(capsys, "--help")[1]
+
+
+def test_doctor_and_version(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    from veratune.cli import doctor
+
     values = json.loads(run(capsys, "doctor", "--json")[1])
     assert values["packages"]["torch"] == torch.__version__ and "cpu" in values["devices"]
-    assert "pip install 'veratune[hf]'" in run(capsys, "doctor")[1]
+    assert values["missing"] == []
+    monkeypatch.setattr(doctor, "_version", lambda name: None if name == "peft" else "1.0")
+    values = json.loads(run(capsys, "doctor", "--json")[1])
+    assert [lack["package"] for lack in values["missing"]] == ["peft"]
+    assert "peft is missing, for veratune.integrations.peft" in run(capsys, "doctor")[1]
+    code, out, _ = run(capsys)
+    assert code == 2 and out == run(capsys, "--help")[1] != ""
+    assert run(capsys, "--version") == (0, f"{veratune.__version__}\n", "")
 
 
 def test_the_program_itself(adapter: Path) -> None:

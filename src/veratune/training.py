@@ -5,6 +5,14 @@ from typing import Any
 
 from torch import nn
 
+# Of the vectors. The paper's are from 3e-3 to 3e-2.
+_LOW_RATE = 1e-3
+
+
+def why_rate_is_low(lr: float) -> str | None:
+    """Return what there is to say of a learning rate that is too low for VeRA's vectors; None for others."""
+    return f"learning_rate={lr} is low for VeRA, whose vectors want about 1e-2" if lr < _LOW_RATE else None
+
 
 def parameter_groups(
     model: nn.Module, lr: float = 1e-2, head_lr: float = 1e-3, weight_decay: float = 0.0

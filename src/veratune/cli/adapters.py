@@ -10,9 +10,31 @@ import typer
 from veratune.checkpoint.files import WEIGHTS_NAME, CheckpointError
 from veratune.checkpoint.native import is_native, read_native
 from veratune.checkpoint.vllm import max_lora_rank
+from veratune.cli.directories import check_new
 from veratune.cli.models import base_of, load_model
 from veratune.cli.output import print_json, print_table, print_text
 from veratune.model import VeraModel
+
+MERGE_EXAMPLES = """Examples:
+
+veratune merge run/adapter merged
+
+veratune merge run/adapter merged --base MODEL
+"""
+EXPORT_EXAMPLES = """Examples:
+
+veratune export run/adapter for-peft --format peft
+
+veratune export run/adapter for-engines --format lora --dtype bfloat16
+"""
+CONVERT_EXAMPLES = """Example:
+
+veratune convert peft-adapter adapter --base MODEL
+"""
+DIFF_EXAMPLES = """Example:
+
+veratune diff run/adapter other/adapter --json
+"""
 
 AdapterArgument = Annotated[Path, typer.Argument(help="Directory of an adapter.")]
 OutputArgument = Annotated[Path, typer.Argument(help="Directory to write; it must be new or empty.")]
@@ -42,7 +64,7 @@ def merge(
     safe: Annotated[bool, typer.Option(help="Check that all merged weights are finite.")] = True,
 ) -> None:
     """Merge an adapter into its base model and save a plain model."""
-    _check_new(output)
+    check_new(output)
     place = base_of(adapter, base)
     model: Any = _adapted(place, adapter).merge_and_unload(safe_merge=safe)
     model.save_pretrained(output)
@@ -65,9 +87,9 @@ def export(
     engine: Annotated[Engine | None, typer.Option(help="lora: check that this engine can load it.")] = None,
 ) -> None:
     """Write an adapter in another format, with the same outputs."""
-    _check_new(output)
     if to is not Format.LORA and (rank is not None or engine is not None):
         raise typer.BadParameter(f"--rank and --engine are for --format lora, not {to.value}")
+    check_new(output)
     numbers = getattr(torch, dtype, None)
     if not isinstance(numbers, torch.dtype) or not numbers.is_floating_point:
         raise ValueError(f"--dtype {dtype}: not a floating-point dtype of torch; try float32 or bfloat16")
@@ -92,7 +114,7 @@ def convert(
     base: BaseOption = None,
 ) -> None:
     """Turn PEFT's VeRA adapter into one in veratune's own format."""
-    _check_new(output)
+    check_new(output)
     if is_native(adapter / WEIGHTS_NAME):
         raise CheckpointError(f"{adapter} is in veratune's format already")
     model = _adapted(base_of(adapter, base), adapter)
@@ -177,11 +199,6 @@ def _distance(x: torch.Tensor, y: torch.Tensor) -> float | None:
 
 def _same(x: torch.Tensor | None, y: torch.Tensor | None) -> bool:
     return x is not None and y is not None and torch.equal(x, y)
-
-
-def _check_new(output: Path) -> None:
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise CheckpointError(f"{output} exists and is not an empty directory: nothing is overwritten")
 
 
 def _copy_tokenizer(place: str, output: Path) -> None:

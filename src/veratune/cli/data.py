@@ -12,23 +12,30 @@ from typing import Any
 import numpy as np
 import torch
 
+from veratune.cli.chats import IGNORED
+from veratune.cli.hub_rows import may_be_hub_name, read_hub_rows
 from veratune.cli.settings import TrainSettings
 
 Row = dict[str, Any]
 _SHOWN = 40
 
 
-def read_rows(path: str) -> list[Row]:
-    """Read a CSV, JSON lines or Parquet file.
+def read_rows(path: str, subset: str | None = None, split: str = "train") -> list[Row]:
+    """Read a CSV, TSV, JSON lines or Parquet file, or a part of a data set on the hub.
+
+    Args:
+        path: the file, or the data set's name.
+        subset: configuration of a data set on the hub.
+        split: part of a data set on the hub.
 
     Raises:
-        ValueError: no such file, another kind of file, no rows.
+        ValueError: no such file or data set, another kind of file, no rows.
     """
     try:
         import pandas as pd  # type: ignore[import-untyped]
     except ImportError as error:
         raise ImportError(f"reading data needs pandas: pip install 'veratune[cli]' ({error})") from None
-    file = Path(path)
+    file = Path(path).expanduser()
     # What is written is what counts: "01" is not 1, "None" may be a word, and no column is an index.
     as_written = {"dtype": str, "keep_default_na": False, "index_col": False}
     readers: dict[str, Callable[[Path], Any]] = {
@@ -37,18 +44,26 @@ def read_rows(path: str) -> list[Row]:
         ".jsonl": _read_lines,
         ".parquet": pd.read_parquet,
     }
+    known = file.suffix.lower() in readers
+    if not file.exists() and not known and may_be_hub_name(path):
+        return _some(path, read_hub_rows(path, subset, split))
     if not file.is_file():
         raise ValueError(f"{path} is not a file")
-    if file.suffix.lower() not in readers:
+    if not known:
         raise ValueError(f"{path} is none of the kinds that are read: {', '.join(readers)}")
+    if file.stat().st_size == 0:
+        raise ValueError(f"{path} is empty")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", pd.errors.ParserWarning)  # rows that are longer than the header
             found = readers[file.suffix.lower()](file)
-    except (ValueError, UnicodeDecodeError, pd.errors.ParserWarning) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from None
+    except (ValueError, pd.errors.ParserWarning) as error:
+        raise ValueError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
     records = found if isinstance(found, list) else found.to_dict("records")
-    rows: list[Row] = [{str(name): value for name, value in row.items()} for row in records]
+    return _some(path, [{str(name): value for name, value in row.items()} for row in records])
+
+
+def _some(path: str, rows: list[Row]) -> list[Row]:
     if not rows:
         raise ValueError(f"{path} has no rows")
     return rows
@@ -58,7 +73,10 @@ def _read_lines(file: Path) -> list[Row]:
     rows = []
     for number, line in enumerate(file.read_text(encoding="utf-8-sig").splitlines(), start=1):
         if line.strip():
-            row = json.loads(line)
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"line {number} is not JSON: {error.msg}") from None
             if not isinstance(row, dict):
                 raise ValueError(f"line {number} holds no JSON object")
             rows.append(row)
@@ -74,8 +92,13 @@ def check_columns(path: str, rows: list[Row], settings: TrainSettings) -> None:
         wanted.append(settings.label_column)
     for name in wanted:
         if name not in rows[0]:
-            raise ValueError(f"{path} has no column {name!r}: it has {sorted(rows[0])}")
-        empty = next((i for i, row in enumerate(rows) if _is_empty(row[name])), None)
+            option = next(
+                x for x in ("text_column", "text_pair_column", "label_column") if getattr(settings, x) == name
+            )
+            raise ValueError(
+                f"{path} has no column {name!r}: it has {sorted(rows[0])}; name one with --{option.replace('_', '-')}"
+            )
+        empty = next((i for i, row in enumerate(rows) if _is_empty(row.get(name))), None)
         if empty is not None:
             raise ValueError(f"{path}: row {empty + 1} has nothing in the column {name!r}")
     if settings.task == "regression":
@@ -95,6 +118,26 @@ def check_columns(path: str, rows: list[Row], settings: TrainSettings) -> None:
                 raise ValueError(f"{path}: row {i + 1} must have lists of as many labels as words")
             if any(label is None for label in labels):
                 raise ValueError(f"{path}: row {i + 1} has an empty label")
+    elif settings.task == "causal-lm":
+        for i, row in enumerate(rows):
+            if _is_list(row[settings.text_column]):
+                _check_chat(f"{path}: row {i + 1}", row[settings.text_column], settings)
+    else:
+        for i, row in enumerate(rows):
+            if _is_list(row[settings.text_column]):
+                raise ValueError(
+                    f"{path}: row {i + 1} has a list in {settings.text_column!r}, and {settings.task} a text"
+                )
+
+
+def _check_chat(where: str, messages: Any, settings: TrainSettings) -> None:
+    for message in messages:
+        if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
+            raise ValueError(f"{where} is no chat: each message must have a 'role' and a 'content'")
+    if settings.chat_loss == "assistant" and not any(message["role"] == "assistant" for message in messages):
+        raise ValueError(
+            f"{where} has no message of the role 'assistant', and they are what is learned: add one, or --chat-loss all"
+        )
 
 
 def split(rows: list[Row], settings: TrainSettings) -> tuple[list[Row], list[Row]]:
@@ -104,7 +147,7 @@ def split(rows: list[Row], settings: TrainSettings) -> tuple[list[Row], list[Row
     if count < 1 or count >= len(rows):
         raise ValueError(
             f"eval_fraction={settings.eval_fraction} of {len(rows)} rows leaves none to evaluate or to train with: give"
-            " eval_data, or another fraction"
+            " --eval-data, or another --eval-fraction"
         )
     chosen = set(order[:count])
     return [row for i, row in enumerate(rows) if i not in chosen], [row for i, row in enumerate(rows) if i in chosen]
@@ -144,10 +187,26 @@ def digest(*parts: list[Row]) -> str:
 
 
 class Examples(torch.utils.data.Dataset[Row]):
-    """Rows made into a model's inputs, once."""
+    """Rows made into a model's inputs, once.
 
-    def __init__(self, rows: list[Row], encode: Callable[[Row], Row]) -> None:
-        self.examples = [encode(row) for row in rows]
+    Attributes:
+        examples: the inputs; rows of which nothing is learned are not among them.
+        left_out: how many those are.
+
+    Raises:
+        ValueError: a row that cannot be.
+    """
+
+    def __init__(self, origin: str, rows: list[Row], encode: Callable[[Row], Row]) -> None:
+        self.examples: list[Row] = []
+        for number, row in enumerate(rows, start=1):
+            try:
+                example = encode(row)
+            except (ValueError, TypeError) as error:
+                raise ValueError(f"{origin}, row {number}: {error}") from None
+            if not _is_list(example["labels"]) or any(label != IGNORED for label in example["labels"]):
+                self.examples.append(example)
+        self.left_out = len(rows) - len(self.examples)
 
     def __len__(self) -> int:
         return len(self.examples)

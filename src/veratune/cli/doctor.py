@@ -8,27 +8,39 @@ import torch
 import typer
 
 from veratune import __version__
-from veratune.cli.output import print_json, print_table, print_text
+from veratune.cli.output import bytes_text, cpu_name, print_json, print_table, print_text
 from veratune.profiles import calibration_path
 
+# What is installed with veratune itself, and what a feature needs beside it.
+_CORE = ("torch", "numpy", "safetensors", "huggingface_hub")
 _FEATURES = {
-    "transformers": "models, VeraTrainer: pip install 'veratune[hf]'",
-    "safetensors": "files",
-    "huggingface_hub": "the hub",
-    "peft": "only to compare with, or to use what is exported",
-    "gguf": "export for llama.cpp: pip install 'veratune[gguf]'",
-    "bitsandbytes": "4-bit and 8-bit base models",
-    "torchao": "quantised base models",
-    "matplotlib": "pictures: pip install 'veratune[cli]'",
+    "transformers": ("transformers' models, VeraTrainer", "veratune[hf]"),
+    "accelerate": ("veratune train, VeraTrainer", "veratune[cli]"),
+    "typer": ("the command line", "veratune[cli]"),
+    "rich": ("the command line", "veratune[cli]"),
+    "pyyaml": ("veratune train", "veratune[cli]"),
+    "pandas": ("veratune train, from files", "veratune[cli]"),
+    "pyarrow": ("veratune train, from Parquet files", "veratune[cli]"),
+    "datasets": ("veratune train, from the hub", "veratune[cli]"),
+    "matplotlib": ("pictures", "veratune[cli]"),
+    "peft": ("veratune.integrations.peft; comparing in veratune bench", "veratune[peft]"),
+    "trl": ("veratune.integrations.trl", "veratune[trl]"),
+    "sentence_transformers": ("veratune.integrations.sentence_transformers", "veratune[sentence-transformers]"),
+    "gguf": ("export for llama.cpp", "veratune[gguf]"),
+    "bitsandbytes": ("4-bit and 8-bit base models", "bitsandbytes"),
+    "torchao": ("quantised base models", "torchao"),
 }
 
 
 def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
     """Show versions and devices, and what is missing for which feature."""
-    packages = {name: _version(name) for name in ("torch", "numpy", *_FEATURES)}
-    devices = {"cpu": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"}
-    for index in range(torch.cuda.device_count()):
-        devices[f"cuda:{index}"] = torch.cuda.get_device_name(index)
+    packages = {name: _version(name) for name in (*_CORE, *_FEATURES)}
+    devices = _devices()
+    missing = [
+        {"package": name, "feature": feature, "install": f"pip install '{source}'"}
+        for name, (feature, source) in _FEATURES.items()
+        if packages[name] is None
+    ]
     calibrated = calibration_path().exists()
     if as_json:
         print_json(
@@ -36,20 +48,35 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] 
                 "veratune": __version__,
                 "python": platform.python_version(),
                 "packages": packages,
+                "missing": missing,
                 "devices": devices,
                 "calibrated": calibrated,
             }
         )
         return
     rows = [("veratune", __version__, ""), ("python", platform.python_version(), "")]
-    rows += [(name, found or "missing", _FEATURES.get(name, "")) for name, found in packages.items()]
+    rows += [(name, found or "missing", _FEATURES.get(name, ("", ""))[0]) for name, found in packages.items()]
     print_table(("package", "version", "for"), rows)
     print_table(("device", "name"), list(devices.items()))
+    for lack in missing:
+        print_text(f"{lack['package']} is missing, for {lack['feature']}: {lack['install']}")
+    if not missing:
+        print_text("Nothing is missing for any feature.")
     print_text(
         "Routes are chosen by what was measured on this machine (veratune.calibrate)."
         if calibrated
         else "Routes are chosen by built-in constants; veratune.calibrate() measures this machine, once."
     )
+
+
+def _devices() -> dict[str, str]:
+    found = {"cpu": f"{cpu_name()}, {torch.get_num_threads()} threads"}
+    for index in range(torch.cuda.device_count()):
+        memory = torch.cuda.get_device_properties(index).total_memory
+        found[f"cuda:{index}"] = f"{torch.cuda.get_device_name(index)}, {bytes_text(memory)}"
+    if torch.backends.mps.is_available():
+        found["mps"] = "Apple GPU"
+    return found
 
 
 def _version(name: str) -> str | None:

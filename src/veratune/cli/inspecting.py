@@ -13,11 +13,22 @@ from veratune.cli.models import is_adapter, load_model
 from veratune.cli.output import bytes_text, print_json, print_table, print_text
 from veratune.config import VeraConfig
 from veratune.model import get_peft_model
-from veratune.supported import supported
+from veratune.supported import WeightInfo, supported
+
+EXAMPLES = """Examples:
+
+veratune inspect MODEL --rank 1024 --tokens 8192
+
+veratune inspect run/adapter --plot vectors.png
+
+veratune inspect run/adapter --json
+"""
 
 
 def inspect(
-    place: Annotated[str, typer.Argument(help="A model or an adapter: a directory, or a model's name on the hub.")],
+    place: Annotated[
+        str, typer.Argument(help="A model or an adapter: a directory, an adapter's file, or a model's hub name.")
+    ],
     rank: Annotated[int, typer.Option("--rank", "-r", help="Rank that the numbers for a model are for.")] = 256,
     tokens: Annotated[int, typer.Option(help="Tokens of a batch, for the routes.")] = 4096,
     every: Annotated[bool, typer.Option("--all", help="Show every weight or layer, not groups of them.")] = False,
@@ -25,6 +36,10 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show a model's layers grouped by shape, or an adapter's configuration and vectors."""
+    if Path(place).is_file() and Path(place).suffix in (".safetensors", ".json"):
+        place = str(Path(place).parent)
+    if not is_adapter(place) and is_adapter(str(Path(place) / "adapter")):
+        place = str(Path(place) / "adapter")  # the output of a training run
     if is_adapter(place):
         _inspect_adapter(Path(place), every=every, plot=plot, as_json=as_json)
     elif plot is not None:
@@ -42,8 +57,12 @@ def _inspect_model(place: str, rank: int, tokens: int, *, every: bool, as_json: 
     adapted = get_peft_model(model, VeraConfig(r=rank, target_modules="all-linear", modules_to_save=[]))
     layers = adapted.vera_layers()
     trained = sum(vector.numel() for layer in layers.values() for vector in layer.vectors("default"))
-    widths = {(c.projection.side, c.projection.width) for x in layers.values() for c in x.slots["default"].corners}
-    projections = sum(rank * width * 4 for _, width in widths)
+    uses = Counter((c.projection.side, c.projection.width) for x in layers.values() for c in x.slots["default"].corners)
+    projections: list[dict[str, Any]] = [
+        {"side": side, "width": width, "layers": count, "bytes_float32": 4 * rank * width}
+        for (side, width), count in sorted(uses.items())
+    ]
+    all_projections = sum(4 * rank * width for _, width in uses)
     routes = {r.layer: str(r.chosen.plan) for r in adapted.explain_routes(tokens, device=torch.device("cpu"))}
     total = sum(parameter.numel() for parameter in adapted.base_model.parameters()) - trained
     summary = {
@@ -53,7 +72,8 @@ def _inspect_model(place: str, rank: int, tokens: int, *, every: bool, as_json: 
         "rank": rank,
         "adapted_layers": len(layers),
         "trained_parameters": trained,
-        "projection_bytes_float32": projections,
+        "projection_bytes_float32": all_projections,
+        "projections": projections,
         "coverage_all_linear": table.coverage(("all-linear",)),
         "coverage": table.coverage(),
     }
@@ -74,21 +94,39 @@ def _inspect_model(place: str, rank: int, tokens: int, *, every: bool, as_json: 
     if every:
         print_text(str(table))
     else:
-        groups: Counter[tuple[str, str, str, str, str]] = Counter()
+        groups: dict[tuple[str, str, str, str], list[int]] = defaultdict(list)
         for info in table:
             if info.kind != "vector":
                 layer = info.name.removesuffix(".weight")
-                route = routes.get(layer) or routes.get(info.name) or "-"
+                name = layer if layer in layers else info.name
                 shape = "x".join(map(str, info.shape))
-                groups[info.kind, info.module, shape, info.by or f"nothing: {info.why_not}", route] += 1
-        rows = [(str(count), *group) for group, count in groups.items()]
-        print_table(("count", "kind", "module", "shape", "adapted by", f"route at {tokens} tokens"), rows, title=place)
+                how = _how(info)
+                own = sum(vector.numel() for vector in layers[name].vectors("default")) if name in layers else 0
+                groups[info.module, shape, how, routes.get(name, "-")].append(own)
+        rows = [
+            (str(len(own)), module, shape, f"{sum(own):,}" if sum(own) else "-", route, how)
+            for (module, shape, how, route), own in groups.items()
+        ]
+        header = ("count", "module", "shape", "VeRA trains", f"route at {tokens} tokens", "adapted by")
+        print_table(header, rows, title=place)
+        shared = [
+            (f"{p['side']} for {p['width']}", f"{rank}x{p['width']}", str(p["layers"]), bytes_text(p["bytes_float32"]))
+            for p in projections
+        ]
+        print_table(("projection", "shape", "layers that share it", "float32"), shared)
     print_text(
         f"{summary['class']}, {total:,} parameters. All linear layers at r={rank}: {len(layers)} layers, {trained:,}"
-        f" trained parameters ({bytes_text(4 * trained)} in a file), projections of {bytes_text(projections)} in"
+        f" trained parameters ({bytes_text(4 * trained)} in a file), projections of {bytes_text(all_projections)} in"
         f" float32; {100 * table.coverage(('all-linear',)):.1f} % of all matrices' elements,"
         f" {100 * table.coverage():.1f} % with those that have to be named"
     )
+
+
+def _how(info: WeightInfo) -> str:
+    """Return how a weight can be adapted, or why it cannot."""
+    if info.by is None:
+        return f"nothing: {info.why_not}"
+    return info.by if info.by == "all-linear" else f"{info.by}, by its name"
 
 
 # An adapter
@@ -117,6 +155,8 @@ def _inspect_adapter(directory: Path, *, every: bool, plot: Path | None, as_json
     others += sum(bias.numel() for bias in loaded.biases.values())
     summary: dict[str, Any] = {
         "adapter": str(directory),
+        "base_model": loaded.config.base_model_name_or_path,
+        "base": header.get("base", {}),
         "bytes": path.stat().st_size,
         "fingerprint": header["fingerprint"],
         "format_version": header["format_version"],
@@ -130,6 +170,10 @@ def _inspect_adapter(directory: Path, *, every: bool, plot: Path | None, as_json
     config = [(name, str(value)) for name, value in loaded.config.to_dict().items() if value not in (None, {}, [])]
     print_table(("setting", "value"), config, title=str(directory))
     print_text(
+        f"for {loaded.config.base_model_name_or_path or 'a model that is not named'},"
+        f" {header.get('base', {}).get('class', 'of an unknown class')}"
+    )
+    print_text(
         f"{len(layers)} layers, {summary['vector_parameters']:,} numbers in vectors, {others:,} in what is trained in"
         f" full, {bytes_text(summary['bytes'])}, fingerprint {header['fingerprint']}"
     )
@@ -139,38 +183,53 @@ def _inspect_adapter(directory: Path, *, every: bool, plot: Path | None, as_json
 
 
 def _grouped(layers: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return means over the layers whose names end alike."""
-    groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for layer in layers:
-        groups[_type(layer["layer"])].append(layer)
+    """Return means over the layers of each type."""
     keys = ("b_norm", "b_largest", "d_norm", "d_mean")
     return [
         {"layer": f"{name} ({len(own)})"} | {key: sum(x[key] for x in own) / len(own) for key in keys}
-        for name, own in groups.items()
+        for name, own in _by_type(layers).items()
     ]
 
 
-def _type(name: str) -> str:
-    """Return a layer's name without what comes before the last number in it."""
-    parts = name.split(".")
-    last = max((i for i, part in enumerate(parts) if part.isdigit()), default=-1)
-    return ".".join(parts[last + 1 :]) or name
+def _by_type(layers: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Return the layers whose names differ in numbers only, under that name without what all begin with."""
+    groups: dict[tuple[str, ...], list[dict[str, Any]]] = defaultdict(list)
+    for layer in layers:
+        groups[tuple("*" if part.isdigit() else part for part in layer["layer"].split("."))].append(layer)
+    common = 0
+    while len({parts[: common + 1] for parts in groups}) == 1 and all(len(parts) > common + 1 for parts in groups):
+        common += 1
+    return {".".join(parts[common:]): own for parts, own in groups.items()}
 
 
 def _plot(layers: list[dict[str, Any]], path: Path) -> None:
-    """Draw |b| and |d| over the layers of each type, in the model's order."""
+    """Draw |b| and |d| over the depth of the model, a line for each type of layer."""
     try:
         from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator
     except ImportError as error:
         raise ImportError(f"--plot needs matplotlib: pip install 'veratune[cli]' ({error})") from None
-    groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for layer in layers:
-        groups[_type(layer["layer"])].append(layer)
-    figure = Figure(figsize=(10, 4), layout="constrained")
+    depths = _depths([layer["layer"] for layer in layers])
+    groups = _by_type(layers)
+    rows = -(-len(groups) // 3)
+    figure = Figure(figsize=(10, 4 + 0.2 * rows), layout="constrained")
     for axes, key, label in zip(figure.subplots(1, 2), ("b_norm", "d_norm"), ("|b|", "|d|"), strict=True):
-        for name, own in groups.items():
-            axes.plot(range(len(own)), [x[key] for x in own], marker="o", label=name)
-        axes.set(xlabel="layer of this type, in the model's order", title=label, ylim=(0, None))
+        for number, (name, own) in enumerate(groups.items()):
+            style = {"color": f"C{number % 10}", "marker": "osD^v<>p*X"[number // 10 % 10]}
+            axes.plot([depths[x["layer"]] for x in own], [x[key] for x in own], label=name, **style)
+        axes.set(xlabel="depth (number of the block)", title=label)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
-    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
-    figure.savefig(path, dpi=120)
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    figure.savefig(path, dpi=120, format="png")
+
+
+def _depths(names: list[str]) -> dict[str, int]:
+    """Return each layer's depth: the first number in its name, or a place before or after the blocks without one."""
+    depths: dict[str, int] = {}
+    last = -1
+    for name in names:
+        number = next((int(part) for part in name.split(".") if part.isdigit()), None)
+        depths[name] = number if number is not None else last + (last >= 0)
+        last = max(last, depths[name])
+    return depths

@@ -1,28 +1,37 @@
 """The commands, and what becomes of errors."""
 
+import logging
+import os
 import sys
-from typing import Annotated
+import warnings
+from typing import Annotated, Any
 
 try:
     import typer
 except ImportError as error:  # pragma: no cover - a message for who has not installed the extra
     raise SystemExit(f"veratune's command line needs more packages: pip install 'veratune[cli]' ({error})") from None
 
+import torch
+
 from veratune import __version__
-from veratune.cli import adapters, doctor, inspecting, train
-from veratune.cli.output import error_line
+from veratune.cli import adapters, bench, doctor, inspecting, train
+from veratune.cli.output import error_line, warning_line
+from veratune.cli.settings import SettingsError
 
 app = typer.Typer(
     name="veratune",
-    help="VeRA adapters: train them, look at them, merge, export, convert and compare them.",
-    no_args_is_help=True,
+    help="VeRA adapters: train them, look at them, merge, export, convert, compare and time them.",
     add_completion=False,
     pretty_exceptions_enable=False,
 )
 
-# What a user's files or words can cause: one line is enough. Anything else is a fault of ours.
-_USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[1]  # click's, or typer's own copy of it
-_EXPECTED = (ValueError, TypeError, OSError, ImportError, KeyError)
+_USAGE_ERROR: Any = typer.BadParameter.__mro__[1]  # click's, or typer's own copy of it
+
+# What a user's files or words can cause: the message is enough. Anything else is named with its kind.
+_EXPECTED = (ValueError, TypeError, OSError, ImportError)
+# What packages say of their own missing parts when transformers imports them: nothing that a user could act on.
+_CHATTY = ("torchao", "bitsandbytes", "torch.utils._pytree")
+_OUT_OF_MEMORY = (MemoryError, torch.OutOfMemoryError)
 
 
 def _show_version(wanted: bool) -> None:
@@ -41,29 +50,63 @@ def options(
     """Options of all commands; they stand before the command."""
 
 
-app.command("train")(train.train)
-app.command("inspect")(inspecting.inspect)
-app.command("merge")(adapters.merge)
-app.command("export")(adapters.export)
-app.command("convert")(adapters.convert)
-app.command("diff")(adapters.diff)
+app.command("train", epilog=train.EXAMPLES)(train.train)
+app.command("inspect", epilog=inspecting.EXAMPLES)(inspecting.inspect)
+app.command("merge", epilog=adapters.MERGE_EXAMPLES)(adapters.merge)
+app.command("export", epilog=adapters.EXPORT_EXAMPLES)(adapters.export)
+app.command("convert", epilog=adapters.CONVERT_EXAMPLES)(adapters.convert)
+app.command("diff", epilog=adapters.DIFF_EXAMPLES)(adapters.diff)
+app.command("bench", epilog=bench.EXAMPLES)(bench.bench)
 app.command("doctor")(doctor.doctor)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command line and return its exit code: 0, 1 for an error, 2 for a wrong call."""
-    given = sys.argv[1:] if arguments is None else arguments
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    traceback = "--traceback" in given  # at any place, since it is what one adds to the end
+    given = [argument for argument in given if argument != "--traceback"]
+    for name in _CHATTY:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    app.rich_markup_mode = "rich" if sys.stdout.isatty() else None
     try:
-        result = app(given, standalone_mode=False, prog_name="veratune")
-    except _USAGE_ERROR as error:
-        error.show()  # type: ignore[attr-defined]
-        return 2
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            result = app(given or ["--help"], standalone_mode=False, prog_name="veratune")
     except (typer.Abort, KeyboardInterrupt):
         error_line("stopped")
         return 1
-    except _EXPECTED as error:
-        if "--traceback" in given:
-            raise
-        error_line(str(error) or type(error).__name__)
+    except BrokenPipeError:
+        # Whoever read the output has seen enough. What is still in the buffer must not be written at the exit.
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: PTH123, SIM115
         return 1
+    except Exception as error:
+        if traceback:
+            raise
+        error_line(_told(error))
+        return 2 if isinstance(error, _USAGE_ERROR | SettingsError) else 1
+    if not given:
+        return 2
     return result if isinstance(result, int) else 0
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:
+    """Print what a user should know in a line; what is for developers, such as deprecations, not at all."""
+    if issubclass(category, UserWarning):
+        warning_line(" ".join(str(message).removeprefix("veratune: ").split()))
+
+
+def _told(error: Exception) -> str:
+    """Return what a user has to know of an error."""
+    if isinstance(error, _USAGE_ERROR):
+        context = error.ctx
+        command = "veratune" if context is None else context.command_path
+        return f"{' '.join(error.format_message().split()).rstrip('.')}; see {command} --help"
+    if isinstance(error, _OUT_OF_MEMORY):
+        return f"out of memory: a smaller batch or shorter texts need less ({_first_line(error)})"
+    if isinstance(error, _EXPECTED) and str(error):
+        return str(error)
+    return f"{type(error).__name__}: {_first_line(error)} (veratune --traceback shows where it came from)"
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), "no message")

@@ -1,5 +1,6 @@
 """Base models for the command line: from a directory or a hub name, with or without their weights."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,15 @@ def base_of(adapter: Path, given: str | None) -> str:
     return named
 
 
+def quieten_transformers() -> None:
+    """Leave out reports that say nothing new here, and progress bars where no terminal shows them."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+
+
 def load_tokenizer(place: str) -> Any:
     """Return a model's tokenizer.
 
@@ -35,11 +45,19 @@ def load_tokenizer(place: str) -> Any:
     """
     from transformers import AutoTokenizer
 
+    quieten_transformers()
     _check_place(place)
     try:
-        return AutoTokenizer.from_pretrained(place)
+        tokenizer: Any = AutoTokenizer.from_pretrained(place)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{place} has no tokenizer that can be read: {error}") from None
+    # Where there are no files, transformers may make one of the model's type that knows no words.
+    if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
+        raise ValueError(
+            f"{place} has no tokenizer that can be read: save one there, with AutoTokenizer.from_pretrained and"
+            " save_pretrained"
+        )
+    return tokenizer
 
 
 def load_model(place: str, *, weights: bool, adapter: Path | None = None) -> nn.Module:
@@ -58,6 +76,7 @@ def load_model(place: str, *, weights: bool, adapter: Path | None = None) -> nn.
         import transformers
     except ImportError as error:
         raise ImportError(f"reading a model needs transformers: pip install 'veratune[hf]' ({error})") from None
+    quieten_transformers()
     _check_place(place)
     wanted = {} if adapter is None else _base_of_adapter(adapter)
     settings: dict[str, Any] = {}

@@ -6,11 +6,9 @@ from typing import Any
 
 import numpy as np
 
+from veratune.cli.chats import IGNORED, chat_tokens, check_chats
 from veratune.cli.data import Row
 from veratune.cli.settings import TrainSettings
-
-# What a loss leaves out, in all of transformers.
-_IGNORED = -100
 
 
 @dataclass(frozen=True)
@@ -24,7 +22,6 @@ class Task:
         metrics: from predictions to named numbers; None where the loss is all there is.
         best: the metric by which the best evaluation is told.
         greater_is_better: whether more of it is better.
-        task_type: PEFT's name of the task.
     """
 
     model: Callable[[], Any]
@@ -33,7 +30,6 @@ class Task:
     metrics: Callable[[Any], dict[str, float]] | None
     best: str
     greater_is_better: bool
-    task_type: str
 
 
 def make_task(settings: TrainSettings, tokenizer: Any, labels: list[str]) -> Task:
@@ -90,7 +86,6 @@ def _sequence(settings: TrainSettings, tokenizer: Any, labels: list[str]) -> Tas
         metrics,
         best="mse" if regression else "accuracy",
         greater_is_better=not regression,
-        task_type="SEQ_CLS",
     )
 
 
@@ -108,12 +103,12 @@ def _token_classification(settings: TrainSettings, tokenizer: Any, labels: list[
         # The first token of a word stands for it.
         first = [place is not None and (i == 0 or places[i - 1] != place) for i, place in enumerate(places)]
         targets = [
-            numbers[str(given[place])] if is_first else _IGNORED for place, is_first in zip(places, first, strict=True)
+            numbers[str(given[place])] if is_first else IGNORED for place, is_first in zip(places, first, strict=True)
         ]
         return {**dict(encoded), "labels": targets}
 
     def metrics(output: Any) -> dict[str, float]:
-        known = output.label_ids != _IGNORED
+        known = output.label_ids != IGNORED
         return _classes(np.argmax(output.predictions, -1)[known], output.label_ids[known], len(labels))
 
     return Task(
@@ -125,7 +120,6 @@ def _token_classification(settings: TrainSettings, tokenizer: Any, labels: list[
         metrics,
         best="f1",
         greater_is_better=True,
-        task_type="TOKEN_CLS",
     )
 
 
@@ -139,22 +133,29 @@ def _causal_lm(settings: TrainSettings, tokenizer: Any) -> Task:
             " causal-lm needs"
         )
 
+    every = settings.chat_loss == "all"
+
     def encode(row: Row) -> Row:
         text = row[settings.text_column]
-        if isinstance(text, list | tuple | np.ndarray):  # a chat
-            text = tokenizer.apply_chat_template(list(text), tokenize=False)
-        elif tokenizer.eos_token is not None:
-            text = str(text) + tokenizer.eos_token
-        return dict(tokenizer(text, truncation=True, max_length=settings.max_length))
+        if isinstance(text, list | tuple | np.ndarray):
+            check_chats(tokenizer, every=every)
+            ids, labels = chat_tokens(tokenizer, list(text), every=every)
+        else:
+            ids = list(tokenizer(str(text))["input_ids"])
+            if tokenizer.eos_token_id is not None and ids[-1:] != [tokenizer.eos_token_id]:
+                ids.append(tokenizer.eos_token_id)
+            labels = ids
+        most = settings.max_length
+        return {"input_ids": ids[:most], "attention_mask": [1] * len(ids[:most]), "labels": labels[:most]}
 
     return Task(
         lambda: transformers.AutoModelForCausalLM.from_pretrained(settings.model),
         encode,
-        transformers.DataCollatorForLanguageModeling(tokenizer, mlm=False),
+        # The labels are padded by themselves: where the end of a text is also what pads, it has to be learned still.
+        transformers.DataCollatorForTokenClassification(tokenizer, label_pad_token_id=IGNORED),
         metrics=None,
         best="loss",
         greater_is_better=False,
-        task_type="CAUSAL_LM",
     )
 
 

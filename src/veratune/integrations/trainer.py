@@ -18,9 +18,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from veratune.adapters import notify
 from veratune.checkpoint.files import CheckpointError, read_json
 from veratune.model import VeraModel
-from veratune.training import parameter_groups
-
-_LOW_RATE = 1e-3
+from veratune.training import parameter_groups, why_rate_is_low
 
 
 class VeraTrainer(transformers.Trainer):
@@ -46,11 +44,9 @@ class VeraTrainer(transformers.Trainer):
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """Make the optimizer where none was given; it says what VeRA wants."""
         parameter_groups(self._vera_model())  # tells of a model without anything to train
-        if self.optimizer is None and self.args.learning_rate < _LOW_RATE:
-            notify(
-                f"learning_rate={self.args.learning_rate} is low for VeRA, whose vectors want about 1e-2: give it in"
-                " the arguments, or an optimizer made with parameter_groups"
-            )
+        low = why_rate_is_low(self.args.learning_rate)
+        if self.optimizer is None and low is not None:
+            notify(f"{low}: give it in the arguments, or an optimizer made with parameter_groups")
         return super().create_optimizer(*args, **kwargs)
 
     def _vera_model(self) -> VeraModel:

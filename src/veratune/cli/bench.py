@@ -1,0 +1,209 @@
+"""`veratune bench`: how long a training step takes on this machine, in veratune's ways and in others."""
+
+import statistics
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any
+
+import torch
+import typer
+from torch import nn
+
+from veratune.cli.models import load_model
+from veratune.cli.output import bytes_text, cpu_name, print_json, print_table, print_text, warning_line
+from veratune.cli.settings import SettingsError
+from veratune.cli.steps import (
+    FROZEN,
+    FULL,
+    LORA,
+    OURS,
+    PEFT_VERA,
+    VARIANTS,
+    Step,
+    fits_in_full,
+    make_variant,
+    random_inputs,
+)
+from veratune.timing import interleaved, median_ratio, peak_device_bytes
+
+EXAMPLES = """Examples:
+
+veratune bench MODEL
+
+veratune bench MODEL --r 256 --r 1024 --batch 8 --length 512 --json
+"""
+
+_OTHERS_BUSY = 0.3
+
+
+def bench(
+    model: Annotated[str, typer.Argument(help="A transformers model: a directory or a hub name.")],
+    r: Annotated[
+        list[int] | None, typer.Option("--r", "--rank", "-r", help="Rank; may be given more than once. [default: 256]")
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Rows in a step.")] = 8,
+    length: Annotated[int, typer.Option(min=1, help="Tokens in a row.")] = 128,
+    rounds: Annotated[int, typer.Option(min=1, help="How often each step is timed.")] = 5,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; the GPU if there is one by default.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="dtype of the base model; that of its file by default.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Time training steps of a model on this machine: veratune's, PEFT's, full fine-tuning, and the frozen model.
+
+    All linear layers are adapted. The steps take turns, and each is compared with the frozen model's of the same round.
+    """
+    ranks = r or [256]
+    if min(ranks) < 1:
+        raise SettingsError(f"--r {min(ranks)} is not allowed: a rank is 1 or more")
+    place = _device(device)
+    base: Any = load_model(model, weights=True)
+    if dtype is not None:
+        base = base.to(_dtype(dtype))
+    base = base.to(place).requires_grad_(False).train()
+    _without_dropout(base)
+    inputs = random_inputs(base, batch, length, place)
+    if place.type == "cpu":
+        _warn_of_others()
+    header = {
+        "model": model,
+        "parameters": sum(parameter.numel() for parameter in base.parameters()),
+        "batch": batch,
+        "length": length,
+        "rounds": rounds,
+        "device": torch.cuda.get_device_name(place) if place.type == "cuda" else cpu_name(),
+        "threads": torch.get_num_threads(),
+        "dtype": str(next(base.parameters()).dtype).removeprefix("torch."),
+        "torch": torch.__version__,
+    }
+    cases = [_measure(base, rank, inputs, rounds, place) for rank in ranks]
+    if as_json:
+        print_json(header | {"ranks": cases})
+        return
+    print_text(
+        f"{model}: {header['parameters']:,} parameters, {header['dtype']}, batch {batch} x {length} on"
+        f" {header['device']}, {header['threads']} threads, torch {header['torch']}; medians of {rounds} rounds"
+    )
+    for case in cases:
+        _print_case(case)
+
+
+def _measure(
+    base: nn.Module, rank: int, inputs: dict[str, torch.Tensor], rounds: int, place: torch.device
+) -> dict[str, Any]:
+    """Time all variants that are possible at one rank."""
+    steps: dict[str, Step] = {}
+    left_out: dict[str, str] = {}
+    for name in VARIANTS:
+        if name == FULL and not fits_in_full(base, place):
+            left_out[name] = "its weights, gradients and moments do not fit into the free memory"
+            continue
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                step = Step(make_variant(name, base, rank), inputs)
+                step()
+        except ImportError:
+            left_out[name] = "the peft package is not installed"
+        except torch.OutOfMemoryError:
+            left_out[name] = "out of memory"
+        except Exception as error:
+            if name not in (PEFT_VERA, LORA):
+                raise
+            left_out[name] = " ".join(str(error).split()) or type(error).__name__
+        else:
+            steps[name] = step
+    wait = (lambda: torch.cuda.synchronize(place)) if place.type == "cuda" else (lambda: None)
+    with _told(rank, rounds) as after_each:
+        times = interleaved(dict(steps), rounds, wait=wait, after_each=after_each)
+        memory = {name: peak_device_bytes(step, place) for name, step in steps.items()}
+    return {
+        "rank": rank,
+        "steps": {
+            name: {
+                "seconds": statistics.median(times[name]),
+                "all_seconds": times[name],
+                "relative_to_frozen": median_ratio(times, name, FROZEN),
+                "relative_to_veratune": median_ratio(times, name, OURS["auto"]),
+                "trained_parameters": steps[name].trainable,
+                "peak_bytes": memory[name],
+            }
+            for name in steps
+        },
+        "left_out": left_out,
+    }
+
+
+def _print_case(case: dict[str, Any]) -> None:
+    rows = [
+        (
+            name,
+            f"{1000 * step['seconds']:.1f}",
+            f"{step['relative_to_frozen']:.2f}",
+            f"{step['relative_to_veratune']:.2f}",
+            bytes_text(step["peak_bytes"]),
+            f"{step['trained_parameters']:,}",
+        )
+        for name, step in case["steps"].items()
+    ]
+    header = ("step", "ms", "x frozen", "x veratune", "peak memory", "trained")
+    print_table(header, rows, title=f"r = {case['rank']}")
+    for name, reason in case["left_out"].items():
+        print_text(f"left out: {name}: {reason}")
+
+
+@contextmanager
+def _told(rank: int, rounds: int) -> Iterator[Any]:
+    """Give a function that counts the rounds on the error stream, where that is a terminal."""
+    done = 0
+
+    def after_each() -> None:
+        nonlocal done
+        done += 1
+        if sys.stderr.isatty():
+            print(f"\rr = {rank}: round {done} of {rounds}", end="", file=sys.stderr, flush=True)
+
+    try:
+        yield after_each
+    finally:
+        if sys.stderr.isatty():
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+
+def _device(name: str | None) -> torch.device:
+    try:
+        place = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError:
+        raise SettingsError(f"--device {name} is none that torch knows: try cpu or cuda") from None
+    if place.type == "cuda" and not torch.cuda.is_available():
+        raise SettingsError(f"--device {name}: there is no GPU that torch can use here")
+    return place
+
+
+def _dtype(name: str) -> torch.dtype:
+    found = getattr(torch, name, None)
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise SettingsError(f"--dtype {name}: not a floating-point dtype of torch; try float32 or bfloat16")
+    return found
+
+
+def _without_dropout(model: nn.Module) -> None:
+    """Turn dropout off, whose random numbers would hide what the ways differ in."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name in ("attention_dropout", "attention_probs_dropout_prob", "dropout_prob"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
+
+
+def _warn_of_others() -> None:
+    """Warn if other processes keep the processors busy."""
+    import os
+
+    if not hasattr(os, "getloadavg"):
+        return
+    load, cores = os.getloadavg()[0], os.cpu_count() or 1
+    if load > _OTHERS_BUSY * cores:
+        warning_line(f"the machine is busy (load {load:.1f} on {cores} cores): take the ratios, not the seconds")

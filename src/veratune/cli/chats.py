@@ -1,0 +1,61 @@
+"""Chats made into tokens, with labels for what the assistant says."""
+
+from typing import Any
+
+# What a loss leaves out, in all of transformers.
+IGNORED = -100
+
+Message = dict[str, Any]
+
+
+def chat_tokens(tokenizer: Any, messages: list[Message], *, every: bool) -> tuple[list[int], list[int]]:
+    """Return a chat's tokens by the tokenizer's template, and the labels: the same where they are to be learned.
+
+    What belongs to an assistant's message is what the template adds to the chat before it, asked for an answer. The
+    template writes the special tokens itself.
+
+    Args:
+        tokenizer: the model's, with a chat template.
+        messages: dictionaries with "role" and "content".
+        every: learn all tokens, not only the assistant's.
+
+    Raises:
+        ValueError: there is no template, it refuses the chat, or it writes the beginning of a chat otherwise once an
+            answer follows.
+    """
+    text = _render(tokenizer, messages)
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=not every)
+    ids = list(encoded["input_ids"])
+    if every:
+        return ids, ids
+    labels = [IGNORED] * len(ids)
+    for i, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        before = _render(tokenizer, messages[:i], add_generation_prompt=True)
+        through = _render(tokenizer, messages[: i + 1])
+        if not through.startswith(before) or not text.startswith(through):
+            raise ValueError(
+                "the model's chat template writes the beginning of a chat otherwise once an answer follows, so that the"
+                " assistant's part cannot be told: --chat-loss all learns everything"
+            )
+        for place, (start, end) in enumerate(encoded["offset_mapping"]):
+            if len(before) <= start < end <= len(through):
+                labels[place] = ids[place]
+    return ids, labels
+
+
+def check_chats(tokenizer: Any, *, every: bool) -> None:
+    """Raise ValueError for a tokenizer that cannot make chats into tokens and labels."""
+    if not tokenizer.chat_template:
+        raise ValueError("the model's tokenizer has no chat template: give texts in place of lists of messages")
+    if not every and not tokenizer.is_fast:
+        raise ValueError("the model has no fast tokenizer to tell the assistant's part with: use --chat-loss all")
+
+
+def _render(tokenizer: Any, messages: list[Message], *, add_generation_prompt: bool = False) -> str:
+    try:
+        text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+    except Exception as error:  # whatever a template raises
+        raise ValueError(f"the model's chat template refuses this chat: {error}") from None
+    return text

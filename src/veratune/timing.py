@@ -1,0 +1,98 @@
+"""Timing calls against each other on a machine that does other things as well, and the memory that a call takes."""
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+Work = Callable[[], object]
+
+
+def interleaved(
+    variants: dict[str, Work],
+    rounds: int,
+    *,
+    wait: Callable[[], None] = lambda: None,
+    after_each: Callable[[], None] = lambda: None,
+) -> dict[str, list[float]]:
+    """Return the seconds of one call of each variant, round by round.
+
+    Each is called once to warm up. Then every round calls all of them, beginning with another one than the round
+    before, so that what else the machine does falls on all alike.
+
+    Args:
+        variants: what to call, by name.
+        rounds: how often.
+        wait: waits until a device has done what it was given, such as `torch.cuda.synchronize`.
+        after_each: called when a round is over, to tell of progress.
+    """
+    names = list(variants)
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for name in names:
+        variants[name]()
+    for turn in range(rounds):
+        start = turn % len(names)
+        for name in names[start:] + names[:start]:
+            times[name].append(_seconds(variants[name], wait))
+        after_each()
+    return times
+
+
+def _seconds(work: Work, wait: Callable[[], None]) -> float:
+    gc.collect()
+    wait()
+    with _no_collecting():
+        start = time.perf_counter()
+        work()
+        wait()
+        return time.perf_counter() - start
+
+
+@contextmanager
+def _no_collecting() -> Iterator[None]:
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
+def median_ratio(times: dict[str, list[float]], name: str, baseline: str) -> float:
+    """Return the median over the rounds of a variant's time relative to the baseline's in the same round."""
+    return statistics.median(own / base for own, base in zip(times[name], times[baseline], strict=True))
+
+
+def peak_bytes(work: Work) -> int:
+    """Return by how much the bytes of all living tensors on the CPU rose at most during a call.
+
+    Every allocation and every release of torch's CPU allocator counts, also those within one operation, as the
+    profiler records them. What lived before the call counts nothing, unless it is freed during the call.
+    """
+    gc.collect()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        work()
+    profiler: Any = profile.profiler
+    events = sorted((e for e in profiler.kineto_results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns())
+    living = peak = 0
+    for event in events:
+        living += event.nbytes()
+        peak = max(peak, living)
+    return peak
+
+
+def peak_device_bytes(work: Work, device: torch.device) -> int:
+    """Return by how much the allocated bytes of a device, or of the CPU's tensors, rose at most during a call."""
+    if device.type != "cuda":
+        return peak_bytes(work)
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    work()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
