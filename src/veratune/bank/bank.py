@@ -3,6 +3,7 @@
 import difflib
 import itertools
 import os
+import threading
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from veratune.adapters import AdaptedModel, plan_adapter
+from veratune.bank.configs import config_for_adapters, config_of_layout
 from veratune.bank.file import BankFile
 from veratune.bank.layout import (
     AdapterRow,
@@ -23,6 +25,7 @@ from veratune.bank.layout import (
     make_layout,
     make_row,
     source_from_json,
+    source_to_json,
     widths_of,
 )
 from veratune.bank.model import AdapterNames, BankModel
@@ -129,6 +132,7 @@ class AdapterBank:
         self._names: dict[str, Version] = {}
         self._sources: list[Source] = []
         self._compiled = False
+        self._changes = threading.RLock()  # one change at a time, without keeping calls waiting for the disk
         replacements: dict[int, nn.Module] = {}
         self._layers = {}
         route = plan.config.route
@@ -141,12 +145,55 @@ class AdapterBank:
             self._layers[target.name] = replacements[id(target.module)] = layer
         for name, head in self.layout.heads.items():
             replacements[id(modules[name])] = BankedHead(modules[name], name, head.parameters)
+        self.refresh()
         self._was_training = model.training
         replace_modules(model, replacements)
         load_calibration(device)
         self.model = BankModel(model, self).eval()
-        if self._file is not None:
-            self.refresh()
+
+    @classmethod
+    def for_adapters(
+        cls, model: nn.Module, adapters: Mapping[str, str | os.PathLike[str]], **settings: Any
+    ) -> "AdapterBank":
+        """Make the smallest bank that holds all of these adapters, and load them.
+
+        Args:
+            model: as for the class.
+            adapters: name to directory of the adapter, or to its repository on the hub.
+            settings: `capacity`, `dtype` and `file`, as for the class.
+
+        Raises:
+            BankError: an adapter that no bank holds, or a name that is not allowed; the model is unchanged then.
+            CheckpointError: files that are missing or damaged, or for another model.
+        """
+        for name in adapters:
+            _check_spelling(name)
+        settings.setdefault("capacity", max(64, len(adapters)))
+        bank = cls(model, config_for_adapters(model, adapters), **settings)
+        try:
+            for name, place in adapters.items():
+                bank.load(name, place)
+        except BaseException:
+            bank.unload()
+            raise
+        return bank
+
+    @classmethod
+    def open(cls, model: nn.Module, file: str | os.PathLike[str], *, capacity: int = 64) -> "AdapterBank":
+        """Make a bank of a file's layout and dtype, with the adapters in it.
+
+        Args:
+            model: as for the class: the base model that the file's adapters are for.
+            file: the file, which has to exist.
+            capacity: as for the class.
+
+        Raises:
+            BankError: the file is missing or damaged, or for another model; the model is unchanged then.
+        """
+        stored = BankFile(Path(file))
+        stored.close()
+        config = config_of_layout(stored.header.layout)
+        return cls(model, config, capacity=capacity, dtype=stored.header.dtype, file=file)
 
     # Looking at adapters
 
@@ -190,8 +237,23 @@ class AdapterBank:
             CheckpointError: the files are missing or damaged, or for another model.
         """
         self._check_name(name, replace)
-        ready = read_adapter(self.model.base_model, find_directory(model_id, **location))
-        return self._put(name, self._row(ready), replace)
+        return self._put(name, self._read_row(model_id, location), replace)
+
+    def check(self, model_id: str | os.PathLike[str], **location: Any) -> None:
+        """Read a saved adapter and raise what `load` would raise for it, without adding it.
+
+        Args:
+            model_id, location: as for `load`.
+
+        Raises:
+            BankError, CheckpointError: as for `load`.
+        """
+        row = self._read_row(model_id, location)
+        if self._file is not None:
+            source_to_json(row.source)
+
+    def _read_row(self, model_id: str | os.PathLike[str], location: dict[str, Any]) -> AdapterRow:
+        return self._row(read_adapter(self.model.base_model, find_directory(model_id, **location)))
 
     def add(
         self, name: str, model: AdaptedModel, adapter_name: str | None = None, *, replace: bool = False
@@ -228,11 +290,13 @@ class AdapterBank:
         Raises:
             BankError: an unknown name.
         """
-        with self._slots.lock:
-            version = self._version(name)
+        with self._changes:
+            with self._slots.lock:
+                version = self._version(name)
             if self._file is not None:
                 self._file.remove(name, version.digest)
-            self._bind(name, None)
+            with self._slots.lock:
+                self._bind(name, None)
 
     def refresh(self) -> None:
         """Take in what other processes have written to the bank's file since.
@@ -242,7 +306,7 @@ class AdapterBank:
         """
         if self._file is None:
             return
-        with self._slots.lock:
+        with self._changes, self._slots.lock:
             self._file.refresh()
             for name in [name for name in self._names if name not in self._file.names]:
                 self._bind(name, None)
@@ -255,20 +319,22 @@ class AdapterBank:
         return make_row(self.layout, ready, self.dtype, self._base_heads)
 
     def _put(self, name: str, row: AdapterRow, replace: bool) -> AdapterInfo:
-        with self._slots.lock:
-            self._check_name(name, replace)
-            before = self._names.get(name)
+        with self._changes:
+            with self._slots.lock:
+                self._check_name(name, replace)
+                before = self._names.get(name)
             if self._file is not None:
                 self._file.add(name, row, replacing=None if before is None else before.digest)
-            version = self._known(row.digest, row.source, row.rank)
-            version.names += 1  # so that its row is kept
-            try:
-                if version.slot is None and (self._file is None or self._slots.free):
-                    self._slots.put(version, row)
-            finally:
-                version.names -= 1
-            self._bind(name, version)
-        return self.info(name)
+            with self._slots.lock:
+                version = self._known(row.digest, row.source, row.rank)
+                version.names += 1  # so that its row is kept
+                try:
+                    if version.slot is None and (self._file is None or self._slots.free):
+                        self._slots.put(version, row)
+                finally:
+                    version.names -= 1
+                self._bind(name, version)
+                return self.info(name)
 
     def _known(self, digest: str, source: Source, rank: int) -> Version:
         """Return the version of a digest, which may be new."""
@@ -290,8 +356,7 @@ class AdapterBank:
             self._versions.pop(version.digest, None)
 
     def _check_name(self, name: str, replace: bool) -> None:
-        if not isinstance(name, str) or not 1 <= len(name) <= 256 or not name.isprintable():
-            raise BankError(f"name={name!r} is not allowed: it must be a text of 1 to 256 printable characters")
+        _check_spelling(name)
         if replace:
             self._version(name)
         elif name in self._names:
@@ -460,23 +525,38 @@ class AdapterBank:
             self._slots.move(next(iter(self._layers.values())).base_weight.device)
 
     def unload(self) -> nn.Module:
-        """Take the bank's layers out again and return the model as it was."""
+        """Take the bank's layers out again, close its file, and return the model as it was."""
         model = self.model.base_model
         replacements: dict[int, nn.Module] = {id(layer): layer.base_layer for layer in self._layers.values()}
         for module in model.modules():
             if isinstance(module, BankedHead):
                 replacements[id(module)] = module.original_module
         replace_modules(model, replacements)
+        if self._file is not None:
+            self._file.close()
         return model.train(self._was_training)
 
     def _open(self, path: Path) -> BankFile:
         head_dtype = None if self._base_heads is None else self._base_heads.dtype
         if not path.exists():
-            return BankFile.create(path, self.layout, self.dtype, head_dtype)
+            try:
+                return BankFile.create(path, self.layout, self.dtype, head_dtype)
+            except BankError:
+                if not path.exists():
+                    raise  # otherwise another process was quicker
         file = BankFile(path)
-        file.check_layout(self.layout)
-        file.check_dtypes(self.dtype, head_dtype)
+        try:
+            file.check_layout(self.layout)
+            file.check_dtypes(self.dtype, head_dtype)
+        except BankError:
+            file.close()
+            raise
         return file
+
+
+def _check_spelling(name: object) -> None:
+    if not isinstance(name, str) or not 1 <= len(name) <= 256 or not name.isprintable():
+        raise BankError(f"name={name!r} is not allowed: it must be a text of 1 to 256 printable characters")
 
 
 def _group_key(name: str, in_features: int) -> tuple[str, int]:

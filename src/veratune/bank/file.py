@@ -12,45 +12,48 @@ both lengths and the header, the header, and the payload at the next multiple of
     {"kind": "name", "name": ..., "digest": ...}                                    what a name means from now on;
                                                                                     without a digest: nothing
 
-What is behind the committed length does not exist. A writer appends a record, has it written through, and then sets the
-length: a process that is killed leaves the file as it was before, and a reader sees a record whole or not at all.
-Numbers are little-endian; nothing is ever pickled.
+What is behind the committed length does not exist. A writer appends records, has them written through, and then sets
+the length: a process that is killed leaves the file as it was before, and a reader sees an adapter under its name or
+not at all. Numbers are little-endian; nothing is ever pickled.
 """
 
 import hashlib
-import json
 import mmap
 import os
+import secrets
 import struct
 import sys
 import threading
+import time
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, NoReturn
 
 import torch
 
-from veratune.bank.layout import AdapterRow, BankError, Layout, source_from_json, source_to_json
+from veratune.bank.layout import AdapterRow, BankError, Layout, bytes_of, source_from_json, source_to_json
+from veratune.bank.record import (
+    BankHeader,
+    DamagedRecordError,
+    aligned,
+    check_adapter,
+    check_name,
+    dtype_name,
+    pack,
+    read_bank_header,
+    unpack,
+)
 
 _MAGIC, _VERSION = b"VERABANK", 1
 _START = struct.Struct("<8sII")
 _COMMIT = struct.Struct("<QQ")
-_COMMIT_AT, _FIRST, _ALIGNMENT = 16, 64, 64
-_LENGTHS = struct.Struct("<IQ")
-_CHECK = 16
+_COMMIT_AT, _FIRST = 16, 64
 _TRIES = 100
-_LARGEST_HEADER = 1 << 26
 _ALL_ONES = (1 << 64) - 1
-
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """Return a dtype's name in the file."""
-    return str(dtype).removeprefix("torch.")
+_BINARY = getattr(os, "O_BINARY", 0)  # Windows has another mode
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,7 @@ class StoredAdapter:
         digest, source, rank: as in `AdapterRow`; the source as JSON values.
         sha256: of the payload, in hexadecimal digits.
         start, length: the payload's place.
+        record_bytes: the length of all of the record.
     """
 
     digest: str
@@ -69,6 +73,7 @@ class StoredAdapter:
     sha256: str
     start: int
     length: int
+    record_bytes: int
 
 
 class BankFile:
@@ -76,7 +81,7 @@ class BankFile:
 
     Attributes:
         path: the file.
-        header: its first record: layout, dtype and head_dtype.
+        header: what its first record says: layout, dtype and head_dtype.
         adapters: digest to where it stands.
         names: name to digest.
     """
@@ -86,17 +91,17 @@ class BankFile:
         self.adapters: dict[str, StoredAdapter] = {}
         self.names: dict[str, str] = {}
         self._read_to = _FIRST
-        self._lock = threading.RLock()
+        self._lock = threading.RLock()  # held for moments, to read
+        self._write_lock = threading.Lock()  # held while the disk is waited for
+        self._map: mmap.mmap | None = None
         try:
-            self._file: BinaryIO = path.open("rb")
+            self._descriptor = os.open(path, os.O_RDONLY | _BINARY)
         except OSError as error:
             raise BankError(f"{path} cannot be opened: {error.strerror}") from None
-        weakref.finalize(self, self._file.close)
+        self._closing = weakref.finalize(self, os.close, self._descriptor)
         try:
-            self._map: mmap.mmap | None = None
-            self._remap()
             self._check_start()
-            self.header = self._first_record()
+            self.header: BankHeader = self._first_record()
             self.refresh()
         except BaseException:
             self.close()
@@ -107,37 +112,39 @@ class BankFile:
         """Make a bank file without adapters.
 
         Raises:
-            BankError: there is a file of that name already.
+            BankError: there is a file of that name already, or none can be made there.
         """
-        header = {
-            "kind": "bank",
-            "layout": layout.describe(),
-            "dtype": dtype_name(dtype),
-            "head_dtype": None if head_dtype is None else dtype_name(head_dtype),
-        }
-        record = _record(header, b"")
-        end = _FIRST + len(record)
-        start = _START.pack(_MAGIC, _VERSION, 0) + _COMMIT.pack(end, end ^ _ALL_ONES)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        record = pack(
+            {
+                "kind": "bank",
+                "layout": layout.describe(),
+                "dtype": dtype_name(dtype),
+                "head_dtype": None if head_dtype is None else dtype_name(head_dtype),
+            }
+        )
+        start = _START.pack(_MAGIC, _VERSION, 0) + _commit_bytes(_FIRST + len(record))
+        temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
         try:
-            with temporary.open("xb") as handle:
-                handle.write(start.ljust(_FIRST, b"\0") + record)
-                handle.flush()
-                os.fsync(handle.fileno())
-            os.link(temporary, path)  # fails where there is a file, unlike a renaming
-        except FileExistsError:
-            raise BankError(f"{path} exists already") from None
-        finally:
-            temporary.unlink(missing_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                with temporary.open("xb") as handle:
+                    handle.write(start.ljust(_FIRST, b"\0") + record)
+                    handle.flush()
+                    os.fsync(handle.fileno())
+                publish(temporary, path)
+            finally:
+                temporary.unlink(missing_ok=True)
+        except OSError as error:
+            raise BankError(f"{path} cannot be made: {error.strerror}") from None
         return cls(path)
 
     def close(self) -> None:
         """Close the file; rows read from it stay valid."""
-        if self._map is not None:
-            self._map.close()
-            self._map = None
-        self._file.close()
+        with self._lock:
+            if self._map is not None:
+                self._map.close()
+                self._map = None
+            self._closing()
 
     # Reading
 
@@ -145,13 +152,19 @@ class BankFile:
         """Take in what other processes have added since.
 
         Raises:
-            BankError: a record is damaged.
+            BankError: the file is damaged, was replaced by another or is gone; what was read of it before stays.
         """
         with self._lock:
+            self._check_same(self._path_status())
             end = self._committed()
+            if end < self._read_to:
+                raise BankError(f"{self.path} was cut short: {self._read_to} bytes of it have been read before")
             while self._read_to < end:
-                header, payload, length, following = self._record_at(self._read_to, end)
-                self._take_in(header, payload, length)
+                try:
+                    header, payload, length, following = unpack(self._bytes, self._read_to, end)
+                    self._take_in(header, payload, length, following - self._read_to)
+                except DamagedRecordError as damage:
+                    self._damaged(self._read_to, damage)
                 self._read_to = following
 
     def row(self, digest: str) -> AdapterRow:
@@ -163,118 +176,127 @@ class BankFile:
         stored = self.adapters.get(digest)
         if stored is None:
             raise BankError(f"{self.path} has no adapter {digest}")
-        with self._lock:
-            payload = self._bytes(stored.start, stored.length)
-        if hashlib.sha256(payload).hexdigest() != stored.sha256:
-            raise BankError(f"{self.path} is damaged: adapter {digest} has another SHA-256 than when it was written")
-        dtype = _DTYPES[self.header["dtype"]]
-        head_dtype = self.header["head_dtype"]
-        size = _payload_sizes(self.header)
-        data = bytearray(payload)
-        vectors = torch.frombuffer(data, dtype=dtype, count=size[0])
+        data = bytearray(self._payload(stored))
+        vectors = torch.frombuffer(data, dtype=self.header.dtype, count=self.header.numbers)
         heads = None
-        if head_dtype is not None:
-            offset = _aligned(size[0] * dtype.itemsize)
-            heads = torch.frombuffer(data, dtype=_DTYPES[head_dtype], count=size[1], offset=offset)
+        if self.header.head_dtype is not None:
+            count, offset = self.header.head_numbers, self.header.heads_at
+            heads = torch.frombuffer(data, dtype=self.header.head_dtype, count=count, offset=offset)
         return AdapterRow(digest, source_from_json(stored.source), stored.rank, vectors, heads)
+
+    def _payload(self, stored: StoredAdapter) -> bytes:
+        payload = self._bytes(stored.start, stored.length)
+        if hashlib.sha256(payload).hexdigest() != stored.sha256:
+            raise BankError(
+                f"{self.path} is damaged: adapter {stored.digest} has another SHA-256 than when it was written"
+            )
+        return payload
 
     def check_layout(self, layout: Layout) -> None:
         """Raise BankError unless the file is for a bank of this layout."""
-        own, wanted = self.header["layout"], json.loads(json.dumps(layout.describe()))
+        own, wanted = self.header.layout, layout.describe()
         if own == wanted:
             return
-        for part in ("rank", "layers", "heads"):
-            if own[part] == wanted[part]:
-                continue
-            if part == "rank":
-                detail = f"rank {own[part]}, not {wanted[part]}"
-            else:
-                odd = sorted(
-                    name for name in {*own[part], *wanted[part]} if own[part].get(name) != wanted[part].get(name)
-                )
-                detail = f"{part} that differ in {', '.join(odd[:3])}" + (f" and {len(odd) - 3} more" * (len(odd) > 3))
-            raise BankError(f"{self.path} is for a bank of another layout: it has {detail}")
+        if own["rank"] != wanted["rank"]:
+            detail = f"it has rank {own['rank']}, not {wanted['rank']}"
+        else:
+            part = "layers" if own["layers"] != wanted["layers"] else "heads"
+            here, there = ({name: rest for name, *rest in x[part]} for x in (own, wanted))
+            odd = sorted(name for name in here.keys() | there.keys() if here.get(name) != there.get(name))
+            more = f" and {len(odd) - 3} more" if len(odd) > 3 else ""
+            differing = f"{part} that differ in {', '.join(odd[:3])}{more}"
+            detail = f"it has {differing}" if odd else f"its {part} are in another order"
+        raise BankError(f"{self.path} is for a bank of another layout: {detail}")
 
     def check_dtypes(self, dtype: torch.dtype, head_dtype: torch.dtype | None) -> None:
         """Raise BankError unless the file holds vectors and heads of these dtypes."""
-        own = [self.header["dtype"], self.header["head_dtype"]]
-        wanted = [dtype_name(dtype), None if head_dtype is None else dtype_name(head_dtype)]
-        if own != wanted:
-            raise BankError(f"{self.path} holds vectors and heads as {own}, and this bank would hold them as {wanted}")
+        for what, own, wanted in (
+            ("vectors", self.header.dtype, dtype),
+            ("heads", self.header.head_dtype, head_dtype),
+        ):
+            if own != wanted:
+                raise BankError(f"{self.path} holds {what} as {own}, and this bank would hold them as {wanted}")
+
+    def end(self) -> tuple[int, int]:
+        """Return how many bytes have been committed and read, and how many the file has."""
+        return self._read_to, os.fstat(self._descriptor).st_size
 
     def _committed(self) -> int:
-        for _ in range(_TRIES):  # another process may be in the middle of setting it
+        for _ in range(_TRIES):
             end, complement = _COMMIT.unpack(self._bytes(_COMMIT_AT, _COMMIT.size))
             if end ^ _ALL_ONES == complement:
                 break
+            time.sleep(0.001)  # another process may be in the middle of setting it
         else:
             raise BankError(f"{self.path} is damaged: the record of its length contradicts itself")
-        if os.fstat(self._file.fileno()).st_size < end:
-            raise BankError(f"{self.path} was cut short: it should have at least {end} bytes")
+        if end % _FIRST or end < _FIRST:
+            raise BankError(f"{self.path} is damaged: its length cannot be {end} bytes")
+        size = os.fstat(self._descriptor).st_size
+        if size < end:
+            raise BankError(f"{self.path} was cut short: it has {size} bytes and should have at least {end}")
         return int(end)
 
     def _check_start(self) -> None:
-        magic, version, _ = _START.unpack(self._bytes(0, _START.size)) if self._size() >= _FIRST else (b"", 0, 0)
+        size = os.fstat(self._descriptor).st_size
+        magic, version, _ = _START.unpack(self._bytes(0, _START.size)) if size >= _FIRST else (b"", 0, 0)
         if magic != _MAGIC:
             raise BankError(f"{self.path} is no bank's file")
         if version != _VERSION:
             raise BankError(f"{self.path} has the format version {version}; this veratune reads {_VERSION}")
 
-    def _first_record(self) -> dict[str, Any]:
-        header, _, _, following = self._record_at(_FIRST, self._committed())
-        if header.get("kind") != "bank" or header.get("dtype") not in _DTYPES:
-            raise BankError(f"{self.path} is damaged: its first record does not describe a bank")
-        self._read_to = following
-        return header
-
-    def _record_at(self, position: int, end: int) -> tuple[dict[str, Any], int, int, int]:
-        """Return (header, place of the payload, its length, place of the next record)."""
-        prefix = self._bytes(position, _LENGTHS.size + _CHECK)
-        header_length, length = _LENGTHS.unpack(prefix[: _LENGTHS.size])
-        begin = position + len(prefix)
-        payload = _aligned(begin + header_length)
-        following = _aligned(payload + length)
-        damaged = BankError(f"{self.path} is damaged at byte {position}: what stands there is no record")
-        if header_length > _LARGEST_HEADER or following > end:
-            raise damaged
-        text = self._bytes(begin, header_length)
-        if _check_of(prefix[: _LENGTHS.size] + text) != prefix[_LENGTHS.size :]:
-            raise damaged
+    def _first_record(self) -> BankHeader:
         try:
-            header = json.loads(text)
-        except (ValueError, RecursionError):
-            raise damaged from None
-        return header, payload, length, following
+            header, _, _, self._read_to = unpack(self._bytes, _FIRST, self._committed())
+            return read_bank_header(header)
+        except DamagedRecordError as damage:
+            self._damaged(_FIRST, damage)
 
-    def _take_in(self, header: dict[str, Any], payload: int, length: int) -> None:
-        if header["kind"] == "adapter":
+    def _take_in(self, header: dict[str, Any], payload: int, length: int, record_bytes: int) -> None:
+        kind = header["kind"]
+        if kind == "adapter":
+            check_adapter(header, length, self.header)
             fields = {name: header[name] for name in ("digest", "source", "rank", "sha256")}
-            self.adapters[header["digest"]] = StoredAdapter(**fields, start=payload, length=length)
-        elif header["kind"] == "name":
+            stored = StoredAdapter(**fields, start=payload, length=length, record_bytes=record_bytes)
+            self.adapters[header["digest"]] = stored
+        elif kind == "name":
+            check_name(header, self.adapters)
             if header["digest"] is None:
                 self.names.pop(header["name"], None)
             else:
                 self.names[header["name"]] = header["digest"]
+        else:
+            raise DamagedRecordError(f"a record of the kind {kind!r} is unknown to this veratune")
 
-    def _size(self) -> int:
-        return os.fstat(self._file.fileno()).st_size
+    def _damaged(self, position: int, damage: DamagedRecordError) -> NoReturn:
+        raise BankError(f"{self.path} is damaged at byte {position}: {damage}") from None
 
     def _bytes(self, start: int, length: int) -> bytes:
-        if self._map is None or start + length > len(self._map):
-            self._remap()
-        assert self._map is not None
-        found = self._map[start : start + length]
-        if len(found) < length:
-            raise BankError(f"{self.path} was cut short")
-        return found
+        with self._lock:
+            if not self._closing.alive:
+                raise BankError(f"{self.path} has been closed")
+            # Reading behind the end of a file that somebody has cut would end the process.
+            size = os.fstat(self._descriptor).st_size
+            if size < start + length:
+                raise BankError(f"{self.path} was cut short: it has {size} bytes and should have {start + length}")
+            if self._map is None or start + length > len(self._map):
+                if self._map is not None:
+                    self._map.close()
+                    self._map = None
+                try:
+                    self._map = mmap.mmap(self._descriptor, 0, access=mmap.ACCESS_READ)
+                except OSError as error:
+                    raise BankError(f"{self.path} cannot be read: {error.strerror}") from None
+            return self._map[start : start + length]
 
-    def _remap(self) -> None:
-        if self._map is not None:
-            self._map.close()
-            self._map = None
-        if not self._size():
-            raise BankError(f"{self.path} is empty, and no bank's file")
-        self._map = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ)
+    def _path_status(self) -> os.stat_result:
+        try:
+            return self.path.stat()
+        except OSError as error:
+            raise BankError(f"{self.path} cannot be read any more: {error.strerror}") from None
+
+    def _check_same(self, status: os.stat_result) -> None:
+        if not os.path.samestat(status, os.fstat(self._descriptor)):
+            raise BankError(f"{self.path} was replaced by another file meanwhile: open it anew")
 
     # Writing
 
@@ -287,13 +309,17 @@ class BankFile:
             replacing: the digest that the name has had, None where it is to be new.
 
         Raises:
-            BankError: the name means something else than `replacing` by now, as another process has set it.
+            BankError: the name means something else than `replacing` by now, as another process has set it, or the
+                file cannot be written to. The file is as it was then.
         """
-        with self._writing() as handle:
+        payload = payload_of(row)
+        records = [pack({"kind": "name", "name": name, "digest": row.digest})]
+        adapter = pack(_adapter_header(row, payload), payload)
+        with self._writing() as descriptor:
             self._check_unchanged(name, replacing)
-            if row.digest not in self.adapters:
-                self._append(handle, _adapter_header(row), payload_of(row))
-            self._append(handle, {"kind": "name", "name": name, "digest": row.digest}, b"")
+            if not self._has_whole(row.digest):
+                records.insert(0, adapter)
+            self._append(descriptor, b"".join(records))
 
     def remove(self, name: str, digest: str) -> None:
         """Let a name mean nothing. The adapter's values stay in the file.
@@ -301,9 +327,16 @@ class BankFile:
         Raises:
             BankError: as for `add`.
         """
-        with self._writing() as handle:
+        with self._writing() as descriptor:
             self._check_unchanged(name, digest)
-            self._append(handle, {"kind": "name", "name": name, "digest": None}, b"")
+            self._append(descriptor, pack({"kind": "name", "name": name, "digest": None}))
+
+    def _has_whole(self, digest: str) -> bool:
+        """Return whether an adapter is there and undamaged; a damaged one is mended by another copy of it."""
+        try:
+            return digest in self.adapters and bool(self._payload(self.adapters[digest]))
+        except BankError:
+            return False
 
     def _check_unchanged(self, name: str, expected: str | None) -> None:
         if self.names.get(name) != expected:
@@ -312,92 +345,112 @@ class BankFile:
             )
 
     @contextmanager
-    def _writing(self) -> Iterator[BinaryIO]:
+    def _writing(self) -> Iterator[int]:
         """Open the file for one writer, with everything taken in that others have written."""
-        with self._lock:
+        with self._write_lock:
             try:
-                handle = self.path.open("r+b")
+                descriptor = os.open(self.path, os.O_RDWR | _BINARY)
             except OSError as error:
                 raise BankError(f"{self.path} cannot be written to: {error.strerror}") from None
-            with handle:
-                _exclude_other_writers(handle)
+            try:
+                try:
+                    _exclude_other_writers(descriptor)
+                except OSError as error:
+                    raise BankError(f"{self.path} cannot be locked: {error.strerror}") from None
+                self._check_same(os.fstat(descriptor))
                 self.refresh()
-                yield handle
+                yield descriptor
                 self.refresh()
+            finally:
+                os.close(descriptor)
 
-    def _append(self, handle: BinaryIO, header: dict[str, Any], payload: bytes) -> None:
+    def _append(self, descriptor: int, records: bytes) -> None:
         end = self._committed()
-        handle.seek(end)
-        record = _record(header, payload)
-        handle.write(record)
-        handle.flush()
-        os.fsync(handle.fileno())
-        end += len(record)
-        handle.seek(_COMMIT_AT)
-        handle.write(_COMMIT.pack(end, end ^ _ALL_ONES))
-        handle.flush()
-        os.fsync(handle.fileno())
+        try:
+            _write_at(descriptor, end, records)
+            os.fsync(descriptor)
+        except BaseException as error:
+            with suppress(OSError):
+                os.ftruncate(descriptor, end)  # gives back what a full disk still took
+            self._not_written(error)
+        try:
+            _write_at(descriptor, _COMMIT_AT, _commit_bytes(end + len(records)))
+        except OSError as error:
+            with suppress(OSError):
+                _write_at(descriptor, _COMMIT_AT, _commit_bytes(end))
+                os.ftruncate(descriptor, end)
+            self._not_written(error)
+        try:
+            os.fsync(descriptor)
+        except OSError as error:
+            # Others may have read it by now, so that it cannot be taken back.
+            raise BankError(
+                f"{self.path} was written to, but not known to be on the disk ({error.strerror}): refresh() shows what"
+                " is in it"
+            ) from None
+
+    def _not_written(self, error: BaseException) -> NoReturn:
+        if isinstance(error, OSError):
+            raise BankError(f"{self.path} cannot be written to: {error.strerror}; it is as it was before") from None
+        raise error
+
+
+def publish(temporary: Path, path: Path) -> None:
+    """Give a finished file its name, in one step and only if no file has it.
+
+    Raises:
+        BankError: there is a file of that name.
+        OSError: the disk refuses.
+    """
+    try:
+        os.link(temporary, path)  # fails where there is a file, unlike a renaming
+    except FileExistsError:
+        raise BankError(f"{path} exists already") from None
+    temporary.unlink()
+    if os.name == "posix":
+        directory = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
 
 
 def payload_of(row: AdapterRow) -> bytes:
     """Return a row's bytes: the vectors and, at the next multiple of 64, the heads."""
-    parts = [
-        tensor.contiguous().view(torch.uint8).numpy().tobytes()
-        for tensor in (row.vectors, row.heads)
-        if tensor is not None
-    ]
-    return parts[0] if len(parts) == 1 else parts[0].ljust(_aligned(len(parts[0])), b"\0") + parts[1]
+    vectors = bytes_of(row.vectors)
+    return vectors if row.heads is None else vectors.ljust(aligned(len(vectors)), b"\0") + bytes_of(row.heads)
 
 
-def _adapter_header(row: AdapterRow) -> dict[str, Any]:
+def _adapter_header(row: AdapterRow, payload: bytes) -> dict[str, Any]:
     return {
         "kind": "adapter",
         "digest": row.digest,
         "source": source_to_json(row.source),
         "rank": row.rank,
-        "sha256": hashlib.sha256(payload_of(row)).hexdigest(),
+        "sha256": hashlib.sha256(payload).hexdigest(),
     }
 
 
-def _payload_sizes(header: dict[str, Any]) -> tuple[int, int]:
-    """Return the length of a row and of a row of heads."""
-    layout = header["layout"]
-    numbers = 0
-    for _, out_features, parts in layout["layers"].values():
-        numbers += out_features + layout["rank"] * (len(parts) or 1)
-    heads = 0
-    for parameters in layout["heads"].values():
-        for shape in parameters.values():
-            count = 1
-            for size in shape:
-                count *= size
-            heads += count
-    return numbers, heads
+def _commit_bytes(end: int) -> bytes:
+    return _COMMIT.pack(end, end ^ _ALL_ONES)
 
 
-def _record(header: dict[str, Any], payload: bytes) -> bytes:
-    text = json.dumps(header, sort_keys=True).encode()
-    lengths = _LENGTHS.pack(len(text), len(payload))
-    head = lengths + _check_of(lengths + text) + text
-    return head.ljust(_aligned(len(head)), b"\0") + payload.ljust(_aligned(len(payload)), b"\0")
+def _write_at(descriptor: int, position: int, data: bytes) -> None:
+    """Write all of this, however many pieces the system takes it in."""
+    os.lseek(descriptor, position, os.SEEK_SET)
+    rest = memoryview(data)
+    while rest:
+        rest = rest[os.write(descriptor, rest) :]
 
 
-def _check_of(data: bytes) -> bytes:
-    return hashlib.sha256(data).digest()[:_CHECK]
-
-
-def _aligned(position: int) -> int:
-    return -(-position // _ALIGNMENT) * _ALIGNMENT
-
-
-def _exclude_other_writers(handle: BinaryIO) -> None:
-    """Wait until no other process writes; closing the handle lets the next one in."""
+def _exclude_other_writers(descriptor: int) -> None:
+    """Wait until no other process writes; closing the descriptor lets the next one in."""
     if sys.platform == "win32":
         import msvcrt
 
-        handle.seek(0)
-        msvcrt.locking(handle.fileno(), msvcrt.LK_LOCK, 1)
+        os.lseek(descriptor, 0, os.SEEK_SET)
+        msvcrt.locking(descriptor, msvcrt.LK_LOCK, 1)
         return
     import fcntl
 
-    fcntl.flock(handle.fileno(), fcntl.LOCK_EX)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)

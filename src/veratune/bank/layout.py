@@ -71,16 +71,19 @@ class Layout:
     head_numbers: int
 
     def describe(self) -> dict[str, Any]:
-        """Return the layout as JSON values; two layouts are the same if and only if these are equal."""
+        """Return the layout as JSON values; two layouts are the same if and only if these are equal.
+
+        Layers and heads are lists, since their order is the order of a row.
+        """
         return {
             "rank": self.rank,
-            "layers": {
-                name: [place.in_features, place.out_features, list(place.parts)] for name, place in self.layers.items()
-            },
-            "heads": {
-                name: {key: list(shape) for key, (_, shape) in place.parameters.items()}
-                for name, place in self.heads.items()
-            },
+            "layers": [
+                [place.name, place.in_features, place.out_features, list(place.parts)] for place in self.layers.values()
+            ],
+            "heads": [
+                [place.name, [[key, list(shape)] for key, (_, shape) in place.parameters.items()]]
+                for place in self.heads.values()
+            ],
         }
 
 
@@ -93,7 +96,7 @@ def make_layout(targets: Sequence[Target], rank: int, heads: dict[str, nn.Module
     layers: dict[str, LayerPlace] = {}
     position = 0
     for target in targets:
-        _check_kind(target)
+        check_kind(target, f"{target.name} cannot be in a bank")
         columns = []
         for outputs in part_slices(target.parts, target.out_features):
             width = outputs.stop - outputs.start
@@ -114,7 +117,8 @@ def make_layout(targets: Sequence[Target], rank: int, heads: dict[str, nn.Module
     return Layout(rank, layers, head_places, position, head_position)
 
 
-def _check_kind(target: Target) -> None:
+def check_kind(target: Target, refusal: str) -> None:
+    """Raise BankError, beginning with the refusal, for a layer whose rows cannot have vectors of their own."""
     module = unwrapped(target.module)
     if target.parameter is not None:
         reason = f"its module {type(module).__name__} reads the parameter itself"
@@ -125,8 +129,8 @@ def _check_kind(target: Target) -> None:
     else:
         return
     raise BankError(
-        f"{target.name} cannot be in a bank: {reason}, and only linear layers and Conv1D can be given other vectors for"
-        " each row. Name it in exclude_modules"
+        f"{refusal}: {target.name} is adapted, but {reason}, and only linear layers and Conv1D can be given other"
+        " vectors for each row. Name it in exclude_modules"
     )
 
 

@@ -1,0 +1,67 @@
+"""What to make a bank with: for the adapters that it is to hold, or for the file that it is to read."""
+
+import os
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import nn
+
+from veratune.bank.layout import BankError, check_kind
+from veratune.checkpoint.hub import find_directory
+from veratune.checkpoint.reading import read_adapter
+from veratune.config import VeraConfig
+
+
+def config_for_adapters(model: nn.Module, adapters: Mapping[str, str | os.PathLike[str]]) -> VeraConfig:
+    """Return the configuration of the smallest bank that holds all of these adapters.
+
+    Its layers are those that any of them adapts, its rank the largest of theirs, and its `modules_to_save` what any of
+    them trains in full.
+
+    Args:
+        model: the base model, without adapters; it is not changed.
+        adapters: name to directory, or to repository on the hub.
+
+    Raises:
+        BankError: no adapters, adapters that no bank holds, or that take one layer as one and as several.
+        CheckpointError: files that are missing or damaged, or for another model.
+    """
+    if not adapters:
+        raise BankError("there is no adapter to make a bank for")
+    rank = 0
+    parts: dict[str, tuple[int, ...]] = {}
+    heads: dict[str, None] = {}
+    for name, place in adapters.items():
+        ready = read_adapter(model, find_directory(place))
+        for target in ready.plan.targets:
+            check_kind(target, f"adapter {name!r} ({place}) cannot be in a bank")
+            if parts.setdefault(target.name, target.parts) != target.parts:
+                raise BankError(
+                    f"adapter {name!r} ({place}) has {len(target.parts) or 1} parts on {target.name}, and one before it"
+                    f" {len(parts[target.name]) or 1}: they cannot be in the same bank"
+                )
+            rank = max(rank, target.rank)
+        if ready.loaded.biases:
+            raise BankError(
+                f"adapter {name!r} ({place}) cannot be in a bank: it trains biases"
+                f" (bias={ready.plan.config.bias!r}), which a bank does not hold for each adapter"
+            )
+        heads |= dict.fromkeys(ready.loaded.saved)
+    return _config(rank, parts, heads)
+
+
+def config_of_layout(layout: dict[str, Any]) -> VeraConfig:
+    """Return the configuration that makes a bank of this layout, as `Layout.describe` returns it and a file has it."""
+    parts = {name: tuple(own) for name, _, _, own in layout["layers"]}
+    return _config(layout["rank"], parts, [name for name, _ in layout["heads"]])
+
+
+def _config(rank: int, parts: dict[str, tuple[int, ...]], heads: Iterable[str]) -> VeraConfig:
+    # A list of names would also match layers whose names end in one of them.
+    return VeraConfig(
+        r=rank,
+        target_modules="|".join(map(re.escape, parts)),
+        fused_parts={name: list(own) for name, own in parts.items() if own},
+        modules_to_save=list(heads),
+    )
