@@ -178,6 +178,7 @@ def test_half_precision_is_rounded_once(dtype: torch.dtype, kind: str, tmp_path:
         assert torch.equal(rounded[name], tensor.to(dtype).double()), name
 
 
+@pytest.mark.filterwarnings("ignore:veratune. .* shares its weight with:UserWarning")
 @pytest.mark.parametrize(
     ("make", "settings", "message"),
     [
