@@ -632,3 +632,29 @@ def test_saved_modules_are_wrapped_once():
     model = get_peft_model(Net(), config(modules_to_save=["head"]))
     model.add_adapter("two", config(modules_to_save=["head"]))
     assert sum(isinstance(m, SavedModule) for m in model.modules()) == 1
+
+
+def test_only_lets_others_compute_and_leaves_what_is_trainable_alone():
+    model = several()
+    x = torch.randn(8, IN, dtype=torch.float64)
+    model.set_adapter("one")
+    expected = model(x)
+    model.set_adapter(["two", "four"])
+    own = model(x)
+    flags = [parameter.requires_grad for parameter in model.parameters()]
+    loss = model(x).square().sum()
+    with model.only(["one"]):
+        torch.testing.assert_close(model(x), expected)
+        assert relative(model(x), own) > 1e-3
+        with pytest.raises(ValueError, match=r"set_adapter cannot work within disable_adapter\(\) or only\(\)"):
+            model.set_adapter("three")
+    assert flags == [parameter.requires_grad for parameter in model.parameters()]
+    assert model.active_adapters == ["two", "four"] and torch.equal(model(x), own)
+    loss.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
+    model.merge_adapter()
+    with model.only(["one"]):
+        torch.testing.assert_close(model(x), expected)
+    assert model.merged_adapters == ["two", "four"]
+    with pytest.raises(ValueError, match="'nobody' does not exist"), model.only(["nobody"]):
+        pass

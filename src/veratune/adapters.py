@@ -379,7 +379,9 @@ class AdaptedModel(nn.Module):
         names = as_names(adapter_name)
         self._check_known(names)
         if self._disabled:
-            raise ValueError("set_adapter cannot work within disable_adapter(), which puts back what was active before")
+            raise ValueError(
+                "set_adapter cannot work within disable_adapter() or only(), which put back what was active before"
+            )
         self._check_unmerged("set_adapter")
         self._check_together(names)
         self._activate(names)
