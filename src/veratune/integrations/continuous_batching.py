@@ -20,7 +20,6 @@ from typing import Any, Self
 try:
     import transformers
     from transformers import ContinuousBatchingConfig, GenerationConfig
-    from transformers.generation.continuous_batching.cache import PagedAttentionCache
     from transformers.generation.continuous_batching.continuous_api import (
         ContinuousBatchingManager,
         ContinuousBatchProcessor,
@@ -233,7 +232,9 @@ class BankManager(ContinuousBatchingManager):
 
     def _attach(self, processor: ContinuousBatchProcessor) -> None:
         """Let a new processor's batches be computed with adapters, and its memory be kept apart by adapter."""
-        compute, clear = processor.model_runner.compute_batch, processor.scheduler.clear_cancelled_requests
+        runner: Any = processor.model_runner
+        scheduler: Any = processor.scheduler
+        compute, clear = runner.compute_batch, scheduler.clear_cancelled_requests
 
         def compute_batch(model: nn.Module, batch_data: dict[str, Any]) -> None:
             with self._serving(processor, batch_data):
@@ -246,14 +247,14 @@ class BankManager(ContinuousBatchingManager):
                 self._release([state.request_id, *_children(state.request_id, state.num_children)])
             return cancelled
 
-        processor.model_runner.compute_batch = compute_batch
-        processor.scheduler.clear_cancelled_requests = clear_cancelled_requests
+        runner.compute_batch = compute_batch
+        scheduler.clear_cancelled_requests = clear_cancelled_requests
         self._keep_apart(processor.cache)
 
     @contextmanager
     def _serving(self, processor: ContinuousBatchProcessor, batch_data: dict[str, Any]) -> Iterator[None]:
         """Let the layers know which adapter each token of the batch belongs to."""
-        io = processor.inputs_and_outputs
+        io: Any = processor.inputs_and_outputs
         requests = io.requests_in_batch
         versions = [self._leases[one.state.request_id].versions[0] for one in requests]
         # Leased once more, as the bank may have moved to a larger tensor since the requests were added.
@@ -269,11 +270,14 @@ class BankManager(ContinuousBatchingManager):
             with serving(call):
                 yield
 
-    def _keep_apart(self, cache: PagedAttentionCache) -> None:
+    def _keep_apart(self, cache: Any) -> None:
         """Let blocks of keys and values be shared among requests of the same adapter only.
 
         transformers knows a block by a hash of its tokens and of the block before. Here the first block's tokens have
         the adapter's digest before them, so that all that follow differ as well.
+
+        Args:
+            cache: a `PagedAttentionCache`.
         """
         search = cache.search_prefix_match
 
