@@ -429,7 +429,7 @@ def test_a_bank_with_a_file_reads_adapters_for_requests(tmp_path: Path) -> None:
             manager.add_request(prompt, name, max_new_tokens=10, adapter=name)
             assert _wait_for(manager, name) == _alone(models[name], prompt, 10)
         with manager.pause():
-            manager.add_request(prompts[0], adapter="a")
+            manager.add_request(prompts[0], max_new_tokens=5, adapter="a")
             with pytest.raises(BankError, match="all 1 adapters"):
                 manager.add_request(prompts[1], "waits", adapter="b")
     assert _in_use(bank) == 0
@@ -459,7 +459,8 @@ def test_requests_at_fault_are_refused_and_hold_nothing() -> None:
     assert _in_use(bank) == 1
     manager.stop()  # it never began
     output = manager.get_result(timeout=1)
-    assert output is None or output.error is not None
+    assert output is not None
+    assert output.error is not None
     assert _in_use(bank) == 0
     manager.destroy()
     with pytest.raises(BankError, match="no adapter 'z'"):
