@@ -235,7 +235,8 @@ def test_direct_calls_at_the_same_time() -> None:
             manager.add_request(prompts[0], "long", max_new_tokens=60, adapter="a")
             calls = [bank.model(batch, adapters=["b", None]).logits for _ in range(20)]
             assert _wait_for(manager, "long") == _alone(models["a"], prompts[0], 60)
-    assert all(torch.equal(call, expected) for call in calls)
+    for call in calls:  # where tensors lie in memory may change last bits, by no more than float32's default tolerance
+        torch.testing.assert_close(call, expected)
 
 
 def test_the_examples_of_the_document() -> None:
@@ -405,6 +406,20 @@ def test_cancelling_before_and_after_a_request_has_forked() -> None:
     assert _in_use(bank) == 0
 
 
+def test_a_request_that_fails_before_it_has_forked() -> None:
+    bank = _bank(ALL_LINEAR, ["a"])
+    generation = GenerationConfig(do_sample=True, top_k=1, num_return_sequences=2, max_new_tokens=5)
+    with BankManager(bank, generation, ContinuousBatchingConfig(**SMALL)) as manager:
+        manager.add_request([3, 4, 5], adapter="a", unheard_of=1)
+        output = None
+        while output is None:
+            output = manager.get_result(timeout=1)
+        assert output.error is not None
+        assert "unheard_of" in output.error
+        assert not manager._leases
+    assert _in_use(bank) == 0
+
+
 def test_a_bank_with_a_file_reads_adapters_for_requests(tmp_path: Path) -> None:
     models = _models(QKV)
     bank = _bank(QKV, ["a", "b", "small"], capacity=1, file=tmp_path / "bank")
@@ -414,7 +429,7 @@ def test_a_bank_with_a_file_reads_adapters_for_requests(tmp_path: Path) -> None:
             manager.add_request(prompt, name, max_new_tokens=10, adapter=name)
             assert _wait_for(manager, name) == _alone(models[name], prompt, 10)
         with manager.pause():
-            manager.add_request(prompts[0], adapter="a")
+            manager.add_request(prompts[0], max_new_tokens=5, adapter="a")
             with pytest.raises(BankError, match="all 1 adapters"):
                 manager.add_request(prompts[1], "waits", adapter="b")
     assert _in_use(bank) == 0
@@ -444,7 +459,8 @@ def test_requests_at_fault_are_refused_and_hold_nothing() -> None:
     assert _in_use(bank) == 1
     manager.stop()  # it never began
     output = manager.get_result(timeout=1)
-    assert output is None or output.error is not None
+    assert output is not None
+    assert output.error is not None
     assert _in_use(bank) == 0
     manager.destroy()
     with pytest.raises(BankError, match="no adapter 'z'"):

@@ -20,13 +20,12 @@ from typing import Any, Self
 try:
     import transformers
     from transformers import ContinuousBatchingConfig, GenerationConfig
-    from transformers.generation.continuous_batching.cache import PagedAttentionCache
     from transformers.generation.continuous_batching.continuous_api import (
         ContinuousBatchingManager,
         ContinuousBatchProcessor,
         OutputRouter,
     )
-    from transformers.generation.continuous_batching.requests import GenerationOutput
+    from transformers.generation.continuous_batching.requests import GenerationOutput, RequestState
     from transformers.generation.continuous_batching.utils import WorkloadHints, stream_context
 except ImportError as error:
     raise ImportError(
@@ -233,50 +232,52 @@ class BankManager(ContinuousBatchingManager):
 
     def _attach(self, processor: ContinuousBatchProcessor) -> None:
         """Let a new processor's batches be computed with adapters, and its memory be kept apart by adapter."""
-        compute, clear = processor.model_runner.compute_batch, processor.scheduler.clear_cancelled_requests
+        runner: Any = processor.model_runner
+        scheduler: Any = processor.scheduler
+        compute, clear = runner.compute_batch, scheduler.clear_cancelled_requests
 
         def compute_batch(model: nn.Module, batch_data: dict[str, Any]) -> None:
             with self._serving(processor, batch_data):
                 compute(model, batch_data)
 
-        def clear_cancelled_requests() -> list[Any]:
-            cancelled: list[Any] = clear()
+        def clear_cancelled_requests() -> list[RequestState]:
+            cancelled: list[RequestState] = clear()
             for state in cancelled:
                 # It has children still to come if it was not forked yet.
                 self._release([state.request_id, *_children(state.request_id, state.num_children)])
             return cancelled
 
-        processor.model_runner.compute_batch = compute_batch
-        processor.scheduler.clear_cancelled_requests = clear_cancelled_requests
+        runner.compute_batch = compute_batch
+        scheduler.clear_cancelled_requests = clear_cancelled_requests
         self._keep_apart(processor.cache)
 
     @contextmanager
     def _serving(self, processor: ContinuousBatchProcessor, batch_data: dict[str, Any]) -> Iterator[None]:
         """Let the layers know which adapter each token of the batch belongs to."""
-        io = processor.inputs_and_outputs
+        io: Any = processor.inputs_and_outputs
         requests = io.requests_in_batch
         versions = [self._leases[one.state.request_id].versions[0] for one in requests]
-        # The model's output head may be given only the tokens whose successors are wanted. transformers fills up their
-        # number to that of the requests, with the first token.
-        last = [version for version, one in zip(versions, requests, strict=True) if one.has_new_token]
-        last += [versions[0]] * (batch_data["logits_indices"].shape[0] - len(last))
         # Leased once more, as the bank may have moved to a larger tensor since the requests were added.
-        with (
-            self.bank.lease_versions(versions) as lease,
-            self.bank.lease_versions(last) as last_lease,
-            stream_context(io.compute_stream),
-        ):
+        with self.bank.lease_versions(versions) as lease, stream_context(io.compute_stream):
             call = self.bank.call_of(lease, [one.query_length for one in requests])
             if self._head.needs_own and processor.model_runner.supports_logits_to_keep(self.model):
-                self._head.prepare(call, self.bank.call_of(last_lease, [1] * len(last)))
+                # The output head is given only the tokens whose successors are wanted, filled up with the first token
+                # to the number of requests.
+                last = [version for version, one in zip(versions, requests, strict=True) if one.has_new_token]
+                last += [versions[0]] * (batch_data["logits_indices"].shape[0] - len(last))
+                with self.bank.lease_versions(last) as last_lease:
+                    self._head.prepare(call, self.bank.call_of(last_lease, [1] * len(last)))
             with serving(call):
                 yield
 
-    def _keep_apart(self, cache: PagedAttentionCache) -> None:
+    def _keep_apart(self, cache: Any) -> None:
         """Let blocks of keys and values be shared among requests of the same adapter only.
 
         transformers knows a block by a hash of its tokens and of the block before. Here the first block's tokens have
         the adapter's digest before them, so that all that follow differ as well.
+
+        Args:
+            cache: a `PagedAttentionCache`.
         """
         search = cache.search_prefix_match
 
@@ -321,6 +322,11 @@ class _Router(OutputRouter):
     def __init__(self, manager: BankManager) -> None:
         super().__init__()
         self._manager = manager
+
+    def fail_and_deliver(self, state: RequestState, error: Exception) -> None:
+        # What it was still to fork into does not come.
+        self._manager._release(_children(state.request_id, state.num_children))
+        super().fail_and_deliver(state, error)
 
     def deliver(self, output: GenerationOutput) -> None:
         self._note([output])
