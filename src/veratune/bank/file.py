@@ -84,6 +84,7 @@ class BankFile:
         header: what its first record says: layout, dtype and head_dtype.
         adapters: digest to where it stands.
         names: name to digest.
+        records_at: where the first record ends.
     """
 
     def __init__(self, path: Path) -> None:
@@ -102,6 +103,7 @@ class BankFile:
         try:
             self._check_start()
             self.header: BankHeader = self._first_record()
+            self.records_at = self._read_to
             self.refresh()
         except BaseException:
             self.close()

@@ -9,7 +9,7 @@ except ImportError as error:  # pragma: no cover - a message for who has not ins
     raise SystemExit(f"veratune's command line needs more packages: pip install 'veratune[cli]' ({error})") from None
 
 from veratune import __version__
-from veratune.cli import adapters, doctor, inspecting, train
+from veratune.cli import adapters, bank, doctor, inspecting, train
 from veratune.cli.output import error_line
 
 app = typer.Typer(
@@ -48,6 +48,7 @@ app.command("export")(adapters.export)
 app.command("convert")(adapters.convert)
 app.command("diff")(adapters.diff)
 app.command("doctor")(doctor.doctor)
+app.add_typer(bank.app, name="bank")
 
 
 def main(arguments: list[str] | None = None) -> int:
