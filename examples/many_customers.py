@@ -92,11 +92,10 @@ def run(directory: Path, tasks: list[Task], customers: int, steps: int, file: Pa
     started = time.perf_counter()
     bank = AdapterBank.open(load_base_model(directory, seed=0), file, capacity=CAPACITY)
     print(f"  opened in {time.perf_counter() - started:.2f} s: {len(bank):,} names")
-    row_bytes = bank.layout.numbers * bank.dtype.itemsize + bank.layout.head_numbers * 4
-    print(
-        f"  a customer takes {row_bytes / 1000:.1f} KB in memory, {file.stat().st_size / customers / 1000:.1f} KB in the"
-    )
-    print(f"  file; the model is {sum(p.numel() * p.element_size() for p in plain.parameters()) / 1e6:.1f} MB, once")
+    in_memory = bank.layout.numbers * bank.dtype.itemsize + bank.layout.head_numbers * 4
+    in_file = file.stat().st_size / customers
+    print(f"  a customer takes {in_memory / 1000:.1f} KB in memory and {in_file / 1000:.1f} KB in the file;")
+    print(f"  the model is {sum(p.numel() * p.element_size() for p in plain.parameters()) / 1e6:.1f} MB, once")
 
     requests = make_requests(customers, tasks)
     answers, expected_base, mixed_seconds, plain_seconds = serve(bank, plain, requests, tasks, names)
