@@ -157,6 +157,7 @@ class BankFile:
             BankError: the file is damaged, was replaced by another or is gone; what was read of it before stays.
         """
         with self._lock:
+            self._check_open()
             self._check_same(self._path_status())
             end = self._committed()
             if end < self._read_to:
@@ -221,6 +222,7 @@ class BankFile:
 
     def end(self) -> tuple[int, int]:
         """Return how many bytes have been committed and read, and how many the file has."""
+        self._check_open()
         return self._read_to, os.fstat(self._descriptor).st_size
 
     def _committed(self) -> int:
@@ -274,8 +276,7 @@ class BankFile:
 
     def _bytes(self, start: int, length: int) -> bytes:
         with self._lock:
-            if not self._closing.alive:
-                raise BankError(f"{self.path} has been closed")
+            self._check_open()
             # Reading behind the end of a file that somebody has cut would end the process.
             size = os.fstat(self._descriptor).st_size
             if size < start + length:
@@ -289,6 +290,10 @@ class BankFile:
                 except OSError as error:
                     raise BankError(f"{self.path} cannot be read: {error.strerror}") from None
             return self._map[start : start + length]
+
+    def _check_open(self) -> None:
+        if not self._closing.alive:
+            raise BankError(f"{self.path} has been closed")
 
     def _path_status(self) -> os.stat_result:
         try:
@@ -350,6 +355,7 @@ class BankFile:
     def _writing(self) -> Iterator[int]:
         """Open the file for one writer, with everything taken in that others have written."""
         with self._write_lock:
+            self._check_open()
             try:
                 descriptor = os.open(self.path, os.O_RDWR | _BINARY)
             except OSError as error:
