@@ -118,6 +118,7 @@ def test_nothing_is_written_where_one_does_not_fit(
     embedding = get_peft_model(loaded(base), VeraConfig(r=2, target_modules=["word_embeddings"], modules_to_save=[]))
     embedding.save_pretrained(tmp_path / "embedding")
     (tmp_path / "elsewhere" / "anna").mkdir(parents=True)
+    biases.save_pretrained(tmp_path / "run" / "adapter")
     file, anna = tmp_path / "bank", adapters["anna"]
     for arguments, message in (
         ((anna, tmp_path / "biases"), "trains biases"),
@@ -129,7 +130,8 @@ def test_nothing_is_written_where_one_does_not_fit(
         ((anna, "--r", 2), "has the rank 4"),
         ((anna, "--target-modules", "query"), "is none of the 2 layers"),
         ((anna, "--dtype", "int8"), "dtype=torch.int8 is not allowed"),
-        ((tmp_path / "elsewhere",), "holds no adapter"),
+        ((tmp_path / "elsewhere",), "elsewhere holds no adapter"),
+        ((tmp_path / "run",), "run holds no adapter, but"),
     ):
         code, out, err = run(capsys, "bank", "build", base, file, *arguments)
         assert (code, out) == (1, "") and message in err and err.count("\n") == 1, arguments
@@ -142,7 +144,7 @@ def test_nothing_is_written_where_one_does_not_fit(
         (("add", file, base, f"x={anna}", "--replace"), "there is no adapter 'x'"),
         (("add", file, base, f"x={anna}", f"y={adapters['carl']}"), "which is none of the"),
         (("remove", file, "anna", "x"), "there is no adapter 'x'"),
-        (("list", base), "bank"),
+        (("list", base), "is no bank's file"),
         (("verify", tmp_path / "nothing"), "cannot be opened: No such file"),
     ):
         code, out, err = run(capsys, "bank", *arguments)

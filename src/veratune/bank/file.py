@@ -21,6 +21,7 @@ import hashlib
 import mmap
 import os
 import secrets
+import stat
 import struct
 import sys
 import threading
@@ -96,6 +97,8 @@ class BankFile:
         self._write_lock = threading.Lock()  # held while the disk is waited for
         self._map: mmap.mmap | None = None
         try:
+            if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait for a writer
+                raise BankError(f"{path} is no bank's file")
             self._descriptor = os.open(path, os.O_RDONLY | _BINARY)
         except OSError as error:
             raise BankError(f"{path} cannot be opened: {error.strerror}") from None

@@ -13,7 +13,7 @@ from veratune.bank import AdapterBank, BankError
 from veratune.bank.configs import config_for_adapters
 from veratune.bank.file import BankFile, publish
 from veratune.bank.verify import examine
-from veratune.cli.models import load_model
+from veratune.cli.models import is_adapter, load_model
 from veratune.cli.output import bytes_text, print_json, print_table, print_text
 from veratune.config import VeraConfig
 
@@ -182,6 +182,10 @@ def _places(given: list[str]) -> dict[str, Path]:
             raise BankError(f"{text} and {places[name]} are both named {name!r}: give NAME=DIRECTORY")
         if not Path(place).is_dir():
             raise BankError(f"{place} is no directory of an adapter")
+        if not is_adapter(place):
+            inside = Path(place) / "adapter"
+            hint = f", but {inside} does" if is_adapter(str(inside)) else ""
+            raise BankError(f"{place} holds no adapter{hint}")
         places[name] = Path(place)
     return places
 

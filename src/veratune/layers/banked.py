@@ -147,7 +147,10 @@ class SharedProjections:
 
 
 class _Banked(VeraLinear):
-    """What the two kinds have in common; `projections` is filled by the bank, as kinds of projections turn up."""
+    """What the two kinds have in common; `projections` is filled by the bank, as kinds of projections turn up.
+
+    Kinds that are not as wide as this layer are missing there: none of their adapters has this layer.
+    """
 
     def __init__(self, base_layer: nn.Module, geometry: Geometry, name: str, columns: Sequence[Columns]) -> None:
         super().__init__(base_layer, geometry)
@@ -163,7 +166,8 @@ class _Banked(VeraLinear):
                 return self._forward_folding(input, call, folded)
         output = self._checked_base_output(input, *args, **kwargs)
         for source, slots in call.by_source:
-            output = self._add_rows(output, input, call, source, slots)
+            if source in self.projections:
+                output = self._add_rows(output, input, call, source, slots)
         return output
 
     def _add_rows(self, output: Tensor, x: Tensor, call: BankCall, source: int, slots: Tensor) -> Tensor:
@@ -201,7 +205,9 @@ class _Banked(VeraLinear):
         profile = device_profile(x.device, x.dtype)
         kept = []
         for group in call.groups:
-            own = self.projections[group.source]
+            own = self.projections.get(group.source)
+            if own is None:
+                continue
             shape = LayerShape(self.in_features, self.out_features, own.group.a.rank, 0, own.group.size)
             table = plan_table("auto", "balanced", shape, profile, False, True, False)
             if look_up(table, per_row * group.rows.numel()).output == "dense":
@@ -226,7 +232,9 @@ class _Banked(VeraLinear):
             base = F.linear(some, self._outputs_first(self.base_weight), bias)
             flat = some.reshape(-1, self.in_features)
             for source, slots in call.by_source:
-                own = self.projections[source]
+                own = self.projections.get(source)
+                if own is None:
+                    continue
                 down = project_down(flat, own.group.a.tensor(flat.device, flat.dtype))
                 base = self._add(base, down.view(len(others), n, -1), call.slab, own, slots[others])
             output[others] = base
