@@ -13,7 +13,7 @@ export TOKENIZERS_PARALLELISM := false
 ENGINES := .venv-engines
 LLAMA_CPP := llama_cpp_python-0.3.36
 
-.PHONY: test lint demo demo-full examples docs bench engines peft-versions clean
+.PHONY: test lint demo demo-full examples customers docs bench engines peft-versions clean
 
 test: lint
 	$(BIN)/python -m pytest
@@ -32,6 +32,9 @@ demo-full: $(VENV)/dev.done
 
 examples: $(VENV)/examples.done
 	$(BIN)/python examples/run_all.py
+
+customers: $(VENV)/demo.done
+	$(BIN)/python examples/many_customers.py
 
 docs: $(VENV)/docs.done
 	$(BIN)/mkdocs build --strict --site-dir runs/site

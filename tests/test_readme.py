@@ -34,8 +34,8 @@ def test_the_examples_run_in_their_order(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(transformers.AutoModelForSequenceClassification, "from_pretrained", from_pretrained)
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {"dataset": _Rows()}
-    assert len(BLOCKS) == 5
-    first, several, made_of_one, trainer, every_weight = BLOCKS
+    assert len(BLOCKS) == 6
+    first, several, made_of_one, trainer, bank, every_weight = BLOCKS
     for block in (first, several):
         exec(block, names)
     model = names["model"]
@@ -45,6 +45,10 @@ def test_the_examples_run_in_their_order(tmp_path: Path, monkeypatch: pytest.Mon
     assert not any("vera" in name for name, _ in names["merged"].named_parameters())
     assert {"for-peft", "for-lora-engines", "my-adapter"} <= {path.name for path in tmp_path.iterdir()}
     exec(first, names)
+    names["batch"] = {name: tensor[[0, 0, 0]] for name, tensor in tiny_inputs("bert").items()}
+    exec(bank, names)
+    assert names["bank"].names() == ["carla", "anna"] and names["logits"].shape[0] == 3
+    names["bank"].unload()
     exec(every_weight, names)
     names["model"] = names["get_peft_model"](tiny_model("bert"), names["VeRAConfig"](target_modules="all-linear"))
     exec(trainer, names)

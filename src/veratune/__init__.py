@@ -1,6 +1,7 @@
 """VeRA (Vector-based Random Matrix Adaptation) on all linear layers of a model, whatever their shapes."""
 
 from veratune.adapters import AdapterState
+from veratune.bank import AdapterBank, BankError
 from veratune.checkpoint.files import CheckpointError
 from veratune.config import VeRAConfig, VeraConfig
 from veratune.model import VeraModel, get_peft_model
@@ -13,7 +14,9 @@ from veratune.training import parameter_groups
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdapterBank",
     "AdapterState",
+    "BankError",
     "CheckpointError",
     "ProjectionInfo",
     "SupportTable",

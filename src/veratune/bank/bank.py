@@ -26,7 +26,6 @@ from veratune.bank.layout import (
     make_row,
     source_from_json,
     source_to_json,
-    widths_of,
 )
 from veratune.bank.model import AdapterNames, BankModel
 from veratune.bank.slots import Lease, Slots, Version
@@ -382,10 +381,9 @@ class AdapterBank:
         groups: dict[tuple[str, int], InputGroup] = {}
         for name, place in self.layout.layers.items():
             key = _group_key(name, place.in_features)
-            widest_in, widest_out = widths_of(source)
             widths = [part.stop - part.start for part in part_slices(place.parts, place.out_features)]
-            if place.in_features > widest_in or max(widths) > widest_out:
-                continue
+            if not _reaches(source, place.in_features, max(widths)):
+                continue  # as narrow as the layers that its adapters have, and this one is none of them
             if key not in groups:
                 a = projection_pool.corner(source, "A", rank, place.in_features)
                 groups[key] = InputGroup(a, SharedDown(), sizes[key])
@@ -557,6 +555,14 @@ class AdapterBank:
 def _check_spelling(name: object) -> None:
     if not isinstance(name, str) or not 1 <= len(name) <= 256 or not name.isprintable():
         raise BankError(f"name={name!r} is not allowed: it must be a text of 1 to 256 printable characters")
+
+
+def _reaches(source: Source, in_features: int, out_features: int) -> bool:
+    """Return whether a source's projections are as wide as a layer."""
+    return (
+        source.storage_width("A", in_features) >= in_features
+        and source.storage_width("B", out_features) >= out_features
+    )
 
 
 def _group_key(name: str, in_features: int) -> tuple[str, int]:

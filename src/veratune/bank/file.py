@@ -21,6 +21,7 @@ import hashlib
 import mmap
 import os
 import secrets
+import stat
 import struct
 import sys
 import threading
@@ -84,6 +85,7 @@ class BankFile:
         header: what its first record says: layout, dtype and head_dtype.
         adapters: digest to where it stands.
         names: name to digest.
+        records_at: where the first record ends.
     """
 
     def __init__(self, path: Path) -> None:
@@ -95,6 +97,8 @@ class BankFile:
         self._write_lock = threading.Lock()  # held while the disk is waited for
         self._map: mmap.mmap | None = None
         try:
+            if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait for a writer
+                raise BankError(f"{path} is no bank's file")
             self._descriptor = os.open(path, os.O_RDONLY | _BINARY)
         except OSError as error:
             raise BankError(f"{path} cannot be opened: {error.strerror}") from None
@@ -102,6 +106,7 @@ class BankFile:
         try:
             self._check_start()
             self.header: BankHeader = self._first_record()
+            self.records_at = self._read_to
             self.refresh()
         except BaseException:
             self.close()
@@ -155,6 +160,7 @@ class BankFile:
             BankError: the file is damaged, was replaced by another or is gone; what was read of it before stays.
         """
         with self._lock:
+            self._check_open()
             self._check_same(self._path_status())
             end = self._committed()
             if end < self._read_to:
@@ -219,6 +225,7 @@ class BankFile:
 
     def end(self) -> tuple[int, int]:
         """Return how many bytes have been committed and read, and how many the file has."""
+        self._check_open()
         return self._read_to, os.fstat(self._descriptor).st_size
 
     def _committed(self) -> int:
@@ -272,8 +279,7 @@ class BankFile:
 
     def _bytes(self, start: int, length: int) -> bytes:
         with self._lock:
-            if not self._closing.alive:
-                raise BankError(f"{self.path} has been closed")
+            self._check_open()
             # Reading behind the end of a file that somebody has cut would end the process.
             size = os.fstat(self._descriptor).st_size
             if size < start + length:
@@ -287,6 +293,10 @@ class BankFile:
                 except OSError as error:
                     raise BankError(f"{self.path} cannot be read: {error.strerror}") from None
             return self._map[start : start + length]
+
+    def _check_open(self) -> None:
+        if not self._closing.alive:
+            raise BankError(f"{self.path} has been closed")
 
     def _path_status(self) -> os.stat_result:
         try:
@@ -348,6 +358,7 @@ class BankFile:
     def _writing(self) -> Iterator[int]:
         """Open the file for one writer, with everything taken in that others have written."""
         with self._write_lock:
+            self._check_open()
             try:
                 descriptor = os.open(self.path, os.O_RDWR | _BINARY)
             except OSError as error:

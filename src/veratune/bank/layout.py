@@ -262,13 +262,6 @@ def largest_rank(source: Source, rank: int) -> int:
     return min(rank, source.a.shape[0]) if isinstance(source, Stored) else rank
 
 
-def widths_of(source: Source) -> tuple[float, float]:
-    """Return the most inputs and outputs that a layer can have which takes its corners of a source."""
-    if isinstance(source, PeftShared):
-        return source.max_in, source.max_out
-    return (source.a.shape[1], source.b.shape[1]) if isinstance(source, Stored) else (math.inf, math.inf)
-
-
 def source_to_json(source: Source) -> dict[str, Any]:
     """Return what `source_from_json` makes the same source of.
 

@@ -14,7 +14,7 @@ except ImportError as error:  # pragma: no cover - a message for who has not ins
 import torch
 
 from veratune import __version__
-from veratune.cli import adapters, bench, doctor, inspecting, train
+from veratune.cli import adapters, bank, bench, doctor, inspecting, train
 from veratune.cli.output import error_line, warning_line
 from veratune.cli.settings import SettingsError
 
@@ -58,6 +58,7 @@ app.command("convert", epilog=adapters.CONVERT_EXAMPLES)(adapters.convert)
 app.command("diff", epilog=adapters.DIFF_EXAMPLES)(adapters.diff)
 app.command("bench", epilog=bench.EXAMPLES)(bench.bench)
 app.command("doctor")(doctor.doctor)
+app.add_typer(bank.app, name="bank")
 
 
 def main(arguments: list[str] | None = None) -> int:

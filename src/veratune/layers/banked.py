@@ -214,9 +214,9 @@ class _Banked(VeraLinear):
         profile = device_profile(x.device, x.dtype)
         kept = []
         for group in call.groups:
-            if group.source not in self.projections:
+            own = self.projections.get(group.source)
+            if own is None:
                 continue
-            own = self.projections[group.source]
             shape = LayerShape(self.in_features, self.out_features, own.group.a.rank, 0, own.group.size)
             table = plan_table(self.route, "balanced", shape, profile, False, True, False)
             if look_up(table, per_row * group.rows.numel()).output == "dense":
