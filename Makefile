@@ -71,7 +71,7 @@ $(ENGINES)/llama.done:
 	touch $@
 
 # The oldest and the newest PEFT that the plug-in works in, each before the environment's own.
-PEFT_VERSIONS := 0.18.0 0.21.2
+PEFT_VERSIONS := 0.21.0 0.21.2
 PEFT_TESTS := tests/test_peft_plugin.py tests/test_peft_suite_*.py tests/test_peft_parameters.py tests/test_peft_versions.py
 
 peft-versions: $(VENV)/dev.done

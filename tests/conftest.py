@@ -28,7 +28,6 @@ def peft_config(request: pytest.FixtureRequest) -> Iterator[Callable[..., Any]]:
 
     from peft_suite import TARGETS
     from veratune.integrations.peft import VeratuneConfig, install
-    from veratune.integrations.peft_method import peft_version
 
     own = request.param == "VeratuneConfig"
     config_class = VeratuneConfig if own else peft.VeraConfig
@@ -39,8 +38,6 @@ def peft_config(request: pytest.FixtureRequest) -> Iterator[Callable[..., Any]]:
     install()
     before = dict(PEFT_TYPE_TO_TUNER_MAPPING)
     if not own:
-        if peft_version() < (0, 21):
-            pytest.skip("replace_vera needs peft 0.21")
         install(replace_vera=True)
     yield make
     PEFT_TYPE_TO_TUNER_MAPPING.update(before)

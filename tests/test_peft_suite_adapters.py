@@ -15,7 +15,6 @@ from tiny_models import randomise_trainable
 peft = pytest.importorskip("peft")
 
 from veratune.integrations.peft import TunedLayer, VeratuneConfig  # noqa: E402
-from veratune.integrations.peft_method import peft_version  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:peft.*")
 Make = Callable[..., Any]
@@ -218,11 +217,10 @@ def test_which_vectors_are_trained_after_a_choice(peft_config: Make, second: lis
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
     model.set_adapter("default", inference_mode=True)
     assert not trainable(model) and model.active_adapters == ["default"]
-    if hasattr(model, "set_requires_grad"):
-        model.set_requires_grad("other")
-        assert trainable(model) == expected((second[0], "other"))
-        model.set_requires_grad("other", requires_grad=False)
-        assert not trainable(model)
+    model.set_requires_grad("other")
+    assert trainable(model) == expected((second[0], "other"))
+    model.set_requires_grad("other", requires_grad=False)
+    assert not trainable(model)
 
 
 def test_a_configuration_for_inference_is_frozen(peft_config: Make) -> None:
@@ -233,8 +231,6 @@ def test_a_merged_adapter_is_not_deleted(peft_config: Make) -> None:
     model = with_two("mlp", peft_config)
     model.merge_adapter(["other"])
     before = outputs(model, "mlp")
-    if peft_version() < (0, 21):
-        pytest.skip("older versions of PEFT delete it")
     with pytest.raises(ValueError, match="merged"):
         model.delete_adapter("other")
     assert "other" in model.peft_config and torch.equal(outputs(model, "mlp"), before)
@@ -299,14 +295,11 @@ def test_adding_an_adapter_leaves_the_others_flags(peft_config: Make) -> None:
     for parameter in vectors_of(model).values():
         parameter.requires_grad = False
     model.add_adapter("other", peft_config())
-    if peft_version() >= (0, 21):  # older ones set them anew
-        assert not trainable(model)
+    assert not trainable(model)
     assert not any(p.requires_grad for p in vectors_of(model, "other").values())
 
 
 def test_conversion_to_a_lora_is_exact() -> None:
-    if not hasattr(peft, "convert_to_lora"):
-        pytest.skip("newer than this peft")
     model = tuned("mlp", VeratuneConfig(r=4, target_modules=["lin0", "lin1"]))
     expected = outputs(model, "mlp")
     config, state = peft.convert_to_lora(model, 4)

@@ -138,8 +138,6 @@ class TestEveryKind:
         assert len(statuses) == len(model.base_model.targeted_module_names)
 
     def test_the_state_of_the_base_model_can_be_had_without_adapters(self, peft_config: Make, kind: str) -> None:
-        if not hasattr(peft, "get_base_model_state_dict"):
-            pytest.skip("newer than this peft")
         model, expected = tuned(kind, peft_config(kind)), base(kind).state_dict()
         found = peft.get_base_model_state_dict(model)
         assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)

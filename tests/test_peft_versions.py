@@ -12,10 +12,10 @@ from veratune.integrations import peft_method  # noqa: E402
 from veratune.integrations.peft import install  # noqa: E402
 
 
-@pytest.mark.parametrize("version", ["0.17.1", "0.22.0", "1.0.0rc1"])
+@pytest.mark.parametrize("version", ["0.17.1", "0.20.0", "0.22.0", "1.0.0rc1"])
 def test_another_version_is_refused_with_what_to_do(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(peft_method, "version", lambda _: version)
-    with pytest.raises(ImportError, match=r"works with peft 0\.18 to 0\.21, and .* is installed: pip install"):
+    with pytest.raises(ImportError, match=r"works with peft 0\.21, and .* is installed: pip install"):
         install()
 
 
@@ -26,12 +26,6 @@ def test_no_peft_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(peft_method, "version", missing)
     with pytest.raises(ImportError, match=r"pip install 'veratune\[peft\]'"):
         peft_method.check_version()
-
-
-def test_pefts_own_vera_is_replaced_where_that_works(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(peft_method, "version", lambda _: "0.20.1")
-    with pytest.raises(ImportError, match=r"replace_vera=True\) needs peft 0\.21"):
-        install(replace_vera=True)
 
 
 def test_the_extra_asks_for_the_same_versions() -> None:

@@ -155,7 +155,7 @@ class VeratuneTuner(BaseTuner):
             self._plan = self._named = None
         choose_paths(model)
 
-    def _unload_and_optionally_merge(
+    def _unload_and_optionally_merge(  # type: ignore[override]  # PEFT's says None, and returns the model
         self,
         merge: bool = True,
         progressbar: bool = False,
@@ -167,7 +167,8 @@ class VeratuneTuner(BaseTuner):
             if merge:
                 wrapper.merge(adapter_names)
             _put_in_place_of(self.model, wrapper, wrapper.base_layer)
-        model: nn.Module = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        unload: Any = super()._unload_and_optionally_merge
+        model: nn.Module = unload(merge, progressbar, safe_merge, adapter_names)
         choose_paths(model)
         return model
 
@@ -262,10 +263,7 @@ class VeratuneTuner(BaseTuner):
                 if target.parameter not in holder.adapted:
                     holder.adapted[target.parameter] = tuned_parameter(holder.base_layer, target.parameter)
                 self._add(plan, adapter_name, holder.adapted[target.parameter], target)
-        names = [target.name for target in plan.parameters]
-        # Older versions of PEFT look here, newer ones take what is returned.
-        self.targeted_parameter_names += [name for name in names if name not in self.targeted_parameter_names]
-        return names
+        return [target.name for target in plan.parameters]
 
     def _add(self, plan: _Plan, adapter_name: str, layer: Any, target: Target) -> None:
         config, weight = plan.config, layer.base_weight

@@ -126,7 +126,7 @@ class TunedEmbedding(TunedLayer, VeraEmbedding):  # type: ignore[misc]
 class TunedParameter(TunedLayer, VeraParameter):  # type: ignore[misc]
     """VeRA on a parameter that its module reads itself, for PEFT."""
 
-    bias = VeraParameter.bias
+    bias = VeraParameter.bias  # type: ignore[assignment]
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether PEFT can turn an adapter here into a LoRA: it cannot do that with parameters."""

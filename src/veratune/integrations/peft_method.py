@@ -6,10 +6,9 @@ Everything that reaches into PEFT's tables is here, with the versions that it wa
 from importlib.metadata import version
 from typing import Any
 
-# The oldest imports transformers 5; the newest is the last minor version that the tests were run with.
-OLDEST, NEWEST = (0, 18), (0, 21)
-# From here on, PEFT asks a method's own class what its files hold, instead of knowing its own methods by name.
-_ASKS_METHODS = (0, 21)
+# The minor versions that the plug-in works in. From 0.21 on, PEFT asks a method's own class what its files hold; older
+# versions know their own methods by name, and leave trained biases of others out without a word.
+OLDEST, NEWEST = (0, 21), (0, 21)
 
 
 def peft_version() -> tuple[int, int]:
@@ -30,11 +29,11 @@ def check_version() -> None:
     """Raise ImportError unless PEFT is of a version that veratune's layers were tried in."""
     installed = peft_version()
     if not OLDEST <= installed <= NEWEST:
-        oldest, newest = (".".join(map(str, v)) for v in (OLDEST, NEWEST))
+        found, oldest, newest = (".".join(map(str, v)) for v in (installed, OLDEST, NEWEST))
+        allowed = oldest if oldest == newest else f"{oldest} to {newest}"
         raise ImportError(
-            f"veratune.integrations.peft works with peft {oldest} to {newest}, and {'.'.join(map(str, installed))} is"
-            f" installed: pip install 'veratune[peft]' gets one that does, or use veratune.get_peft_model, which needs"
-            " no peft"
+            f"veratune.integrations.peft works with peft {allowed}, and {found} is installed: pip install"
+            " 'veratune[peft]' gets one that does, or use veratune.get_peft_model, which needs no peft"
         )
 
 
@@ -55,17 +54,8 @@ def add_method(name: str, config_class: type, tuner_class: Any) -> None:
 
 
 def replace_vera(tuner_class: type) -> None:
-    """Let PEFT's own `VeraConfig` make a tuner of this class.
-
-    Raises:
-        ImportError: this PEFT writes its own VeRA's files without asking the tuner.
-    """
+    """Let PEFT's own `VeraConfig` make a tuner of this class."""
     from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
     from peft.utils import PeftType
 
-    if peft_version() < _ASKS_METHODS:
-        raise ImportError(
-            "install(replace_vera=True) needs peft 0.21 or newer, which lets a method write its own files; with"
-            f" {'.'.join(map(str, peft_version()))} use VeratuneConfig, or update peft"
-        )
     PEFT_TYPE_TO_TUNER_MAPPING[PeftType.VERA] = tuner_class
