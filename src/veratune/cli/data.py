@@ -5,7 +5,7 @@ import json
 import math
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -210,6 +210,9 @@ class Examples(torch.utils.data.Dataset[Row]):
 
     def __len__(self) -> int:
         return len(self.examples)
+
+    def __iter__(self) -> Iterator[Row]:
+        return iter(self.examples)
 
     def __getitem__(self, index: int) -> Row:
         return self.examples[index]

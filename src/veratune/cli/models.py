@@ -30,8 +30,9 @@ def base_of(adapter: Path, given: str | None) -> str:
 
 def quieten_transformers() -> None:
     """Leave out reports that say nothing new here, and progress bars where no terminal shows them."""
-    from transformers.utils import logging
+    import transformers
 
+    logging: Any = transformers.utils.logging
     logging.set_verbosity_error()
     if not sys.stderr.isatty():
         logging.disable_progress_bar()

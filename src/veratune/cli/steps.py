@@ -77,7 +77,7 @@ class Step:
         result: Tensor = output.logits if hasattr(output, "logits") else output.last_hidden_state
         if self._gradient is None:
             self._gradient = torch.full_like(result, 1.0 / result.numel())
-        result.backward(self._gradient)
+        torch.autograd.backward(result, self._gradient)
         if self._optimizer is not None:
             self._optimizer.step()
 
