@@ -160,7 +160,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise CheckpointError(f"{path} does not exist")
     try:
         data = path.read_bytes()
-        tensors = load(data)
+        tensors = dict(sorted(load(data).items()))  # in an order of its own otherwise
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{path} is not a whole safetensors file: {error}") from None
