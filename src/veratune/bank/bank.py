@@ -364,7 +364,7 @@ class AdapterBank:
     def _version(self, name: str) -> Version:
         version = self._names.get(name)
         if version is None:
-            close = difflib.get_close_matches(str(name), self._names, n=3) if len(self._names) <= 10_000 else []
+            close = difflib.get_close_matches(str(name), self._names, n=3) if len(self._names) <= 1000 else []
             hint = f"; close to it: {', '.join(map(repr, close))}" if close else ""
             raise BankError(f"there is no adapter {name!r} in this bank of {len(self._names)}{hint}")
         return version
