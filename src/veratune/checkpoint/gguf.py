@@ -2,7 +2,7 @@
 
 The matrices are those of the LoRA export. What differs is what llama.cpp's own conversion of the base model does:
 tensors have other names, the rows of some queries and keys stand in another order, and gate and up matrices of experts
-are tensors of their own. Only architectures are written for which all of this has been compared with llama.cpp.
+are tensors of their own. Only architectures are written for which this is known: see docs/engines.md.
 """
 
 from collections import Counter
