@@ -60,6 +60,8 @@ def main() -> None:
     parser.add_argument("--customers", type=int, default=1000, help="default: 1000")
     parser.add_argument("--steps", type=int, default=60, help="training steps for each of the three (default: 60)")
     options = parser.parse_args()
+    if options.customers < 3 or options.steps < 1:
+        parser.error("--customers is at least 3, --steps at least 1")
     quieten_transformers()
     try:
         directory = model_directory()
