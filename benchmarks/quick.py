@@ -1,4 +1,4 @@
-"""All benchmarks in their quick versions, in less than ten minutes: every figure beside its target and its peers.
+"""All benchmarks of training in their quick versions, in less than ten minutes: every figure beside its target.
 
 python benchmarks/quick.py
 """

@@ -8,8 +8,9 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+import bank
+import quick
 from common import RESULTS, ROOT, Table, Target, targets_table
-from quick import ORDER
 
 README = ROOT / "README.md"
 LONG = 20
@@ -63,7 +64,7 @@ def report(name: str) -> str:
 def main() -> None:
     text = README.read_text(encoding="utf-8")
     marked = {match[2] for match in MARKERS.finditer(text)}
-    if missing := set(ORDER) - marked:
+    if missing := {*quick.ORDER, *bank.ORDER} - marked:
         raise SystemExit(f"README.md has no markers for {sorted(missing)}")
     README.write_text(MARKERS.sub(lambda match: match[1] + "\n" + report(match[2]) + "\n" + match[3], text), "utf-8")
 
