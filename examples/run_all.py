@@ -25,6 +25,7 @@ EXAMPLES: dict[str, list[str]] = {
     "causal_lm_cli": [],
     "trl_sft_peft": [],
     "trl_dpo": [],
+    "many_customers": [],
 }
 SHOWN = 25
 

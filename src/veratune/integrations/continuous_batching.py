@@ -215,6 +215,7 @@ class BankManager(ContinuousBatchingManager):
         super().stop(*args, **kwargs)
         if not self.is_running():
             self._fail_all_remaining_requests(RuntimeError("the manager was stopped before this request began"), None)
+            self._release(list(self._leases))  # of those that a hard stop has dropped without a word
 
     def destroy(self) -> None:
         """Let go of everything. The manager cannot be used any more."""
