@@ -555,7 +555,8 @@ def _executed() -> None:
 
 
 def test_another_version_of_transformers_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transformers, "__version__", "5.99.1")
+    # What an import statement finds may be another object than the one imported above.
+    monkeypatch.setattr(sys.modules["transformers"], "__version__", "5.99.1")
     with pytest.raises(ImportError, match=r"needs transformers 5\.23, and this is 5\.99\.1: pip install"):
         _executed()
 
