@@ -18,6 +18,7 @@ from trainer_worker import losses, trainer_for
 from veratune import VeraModel
 
 WORKER = Path(__file__).with_name("distributed_worker.py")
+DEEPSPEED = Path(__file__).with_name("deepspeed_worker.py")
 TRAINER = Path(__file__).with_name("trainer_worker.py")
 
 
@@ -29,14 +30,14 @@ def free_port() -> int:
 
 
 def launch(way: str, output: Path, adapter: Path | None = None, count: int = 2) -> dict[str, Any]:
+    command = [sys.executable, str(WORKER), way, str(output), *([] if adapter is None else [str(adapter)])]
+    return finished(command, output, count)
+
+
+def finished(command: list[str], output: Path, count: int = 2) -> dict[str, Any]:
+    """Run a command in each of several processes and return what the first one has found."""
     output.mkdir()
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(count)}
-    command = [sys.executable, str(WORKER), way, str(output), *([] if adapter is None else [str(adapter)])]
-    return finished(command, address, output, count)
-
-
-def finished(command: list[str], address: dict[str, str], output: Path, count: int) -> dict[str, Any]:
-    """Run a command in each of several processes and return what the first one has found."""
     processes = [
         subprocess.Popen(
             command,
@@ -135,3 +136,16 @@ def test_a_tensor_parallel_base_is_refused_unchanged(way: str, tmp_path: Path) -
     assert len(result["messages"]) == 2 and len(set(result["messages"])) == 1
     assert "spread over processes" in result["messages"][0] and "layers.0.self_attn.q_proj" in result["messages"][0]
     assert result["unchanged"] is True
+
+
+@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed")
+@pytest.mark.parametrize("stage", [2, 3])
+def test_deepspeed_learns_what_one_process_does(stage: int, tmp_path: Path) -> None:
+    alone = model_for("bert")
+    expected = train(alone, slice(0, ROWS), batches())
+    result = finished([sys.executable, str(DEEPSPEED), str(stage), str(tmp_path / "out")], tmp_path / "out")
+    assert result["losses"] == pytest.approx(expected, rel=1e-5)
+    assert result["held"] == (0 if stage == 3 else sum(p.numel() for p in alone.parameters()))
+    saved = model_for("bert", tmp_path / "out" / "adapter")
+    for ours, theirs in zip(vectors(saved), vectors(alone), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
