@@ -120,6 +120,21 @@ def test_a_configuration_file_is_read_and_options_go_before_it(encoder: Path, ta
     assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
+@pytest.mark.parametrize("task", ["sequence-classification", "regression"])
+def test_accumulated_batches_learn_what_one_batch_does(task: str, encoder: Path, tmp_path: Path) -> None:
+    rows = [{"text": text, "label": name if task[0] == "s" else i % 3} for i, (text, name) in enumerate(sentences())]
+    data = write_lines(tmp_path / "rows.jsonl", rows)
+    losses = []
+    for batch, accumulated in ((8, 1), (2, 4)):
+        output = tmp_path / f"{batch}"
+        sizes = ("--batch-size", batch, "--gradient-accumulation", accumulated, "--eval-data", data)
+        code = train("--model", encoder, "--data", data, "--output", output, "--task", task, "--epochs", 2, *sizes)
+        assert code == 0
+        history = json.loads((output / "results.json").read_text())["history"]
+        losses.append([entry["loss"] for entry in history if "loss" in entry])
+    assert len(losses[0]) == 10 and losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
 def test_regression_token_classification_and_language_models(
     encoder: Path, decoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -20,19 +20,23 @@ GLOBAL_BATCH = 4
 
 
 class Rows(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
-    def __init__(self) -> None:
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
         self.ids = torch.randint(3, 50, (24, 7), generator=torch.Generator().manual_seed(5))
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        return {"input_ids": self.ids[index], "labels": self.ids[index, 0] % 3}
+        if self.kind == "bert":
+            return {"input_ids": self.ids[index], "labels": self.ids[index, 0] % 3}
+        # Rows of different numbers of learned tokens, whose mean is not the mean of the processes' means.
+        return {"input_ids": self.ids[index], "labels": self.ids[index].where(torch.arange(7) > index % 4, -100)}
 
 
-def trainer_for(output: Path, count: int) -> VeraTrainer:
+def trainer_for(output: Path, count: int, kind: str) -> VeraTrainer:
     torch.manual_seed(0)
-    model = get_peft_model(tiny_model("bert"), VeraConfig(r=4, target_modules="all-linear"))
+    model = get_peft_model(tiny_model(kind), VeraConfig(r=4, target_modules="all-linear"))
     arguments = TrainingArguments(
         str(output),
         per_device_train_batch_size=GLOBAL_BATCH // count,
@@ -45,7 +49,10 @@ def trainer_for(output: Path, count: int) -> VeraTrainer:
         seed=3,
         ddp_find_unused_parameters=False,
     )
-    return VeraTrainer(model, arguments, train_dataset=Rows())
+    trainer = VeraTrainer(model, arguments, train_dataset=Rows(kind))
+    # transformers multiplies the loss by the number of processes, and only language models divide it by all tokens.
+    trainer.model_accepts_loss_kwargs = kind == "llama"
+    return trainer
 
 
 def losses(trainer: VeraTrainer) -> list[float]:
@@ -58,7 +65,7 @@ def gathered(value: Any) -> list[Any]:
     return found
 
 
-def main(way: str, output: Path, checkpoint: Path | None) -> None:
+def main(way: str, kind: str, output: Path, checkpoint: Path | None) -> None:
     """Train with DDP, from a checkpoint if there is one, or save a model that is sharded (FSDP2)."""
     torch.set_num_threads(1)
     written: list[str] = []
@@ -69,7 +76,7 @@ def main(way: str, output: Path, checkpoint: Path | None) -> None:
         write(path, *args)
 
     native.write_tensors = counting
-    trainer = trainer_for(output, int(os.environ["WORLD_SIZE"]))
+    trainer = trainer_for(output, int(os.environ["WORLD_SIZE"]), kind)
     if way == "fsdp2":
         for layer in trainer.model.base_model.bert.encoder.layer:
             fully_shard(layer)
@@ -89,4 +96,4 @@ def main(way: str, output: Path, checkpoint: Path | None) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]) if len(sys.argv) > 3 else None)
+    main(sys.argv[1], sys.argv[2], Path(sys.argv[3]), Path(sys.argv[4]) if len(sys.argv) > 4 else None)

@@ -119,9 +119,15 @@ def _tensor_bytes(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes
 
 
 def gathered(tensor: Tensor) -> Tensor:
-    """Return a tensor whole that is spread over processes (FSDP2, tensor parallelism); all of them have to ask."""
-    gather = getattr(tensor, "full_tensor", None)
-    return tensor if gather is None else gather()
+    """Return a tensor whole, detached, that is spread over processes (FSDP2, ZeRO-3); all of them have to ask."""
+    if hasattr(tensor, "ds_id"):  # a parameter of DeepSpeed's ZeRO-3, empty between its uses
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([tensor]):
+            return tensor.detach().clone()
+    whole = tensor.detach()
+    gather = getattr(whole, "full_tensor", None)
+    return whole if gather is None else gather()
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -145,7 +145,7 @@ def _state_tensors(host: AdaptedModel, adapter_name: str) -> dict[str, Tensor]:
         tensors[f"vera_lambda_b.{name}"] = b
         tensors[f"vera_lambda_d.{name}"] = d
     for name, module in state.saved.items():
-        for key, tensor in module.state_dict().items():
+        for key, tensor in module.state_dict(keep_vars=True).items():  # parameters know whether they are spread
             tensors[f"modules_to_save.{name}.{key}"] = tensor
     for name, bias in state.biases.items():
         tensors[f"bias.{name}"] = bias

@@ -270,5 +270,7 @@ def _trainer(
         callbacks=callbacks,
         optimizers=(optimizer, None),
     )
+    # Only language models' losses are shares of a sum over what is accumulated; transformers takes all for such.
+    trainer.model_accepts_loss_kwargs = settings.task == "causal-lm"
     trainer.remove_callback(PrinterCallback)  # its lines are the report's
     return trainer
