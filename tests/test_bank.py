@@ -537,8 +537,11 @@ def test_unknown_adapters_are_errors(names: Any, message: str) -> None:
 
 def test_a_number_of_names_that_does_not_fit_is_an_error() -> None:
     bank, _ = tiny("bert")
-    with pytest.raises(RuntimeError, match="no multiple of the 3 rows"):
-        bank.model(**inputs_of("bert", 5), adapters=["anna", None, "bert"])
+    for rows in (5, 6):  # also where some rows would fall to each name
+        with pytest.raises(BankError, match=f"adapters has 3 names, and the batch {rows} rows"):
+            bank.model(**inputs_of("bert", rows), adapters=["anna", None, "bert"])
+        with pytest.raises(BankError, match="adapters has 3 names"):
+            tiny("llama")[0].model.generate(**inputs_of("llama", rows), adapters=["anna", None, "bert"])
 
 
 def test_what_does_not_fit_is_refused_with_its_reason() -> None:
@@ -604,7 +607,7 @@ class TimeFirst(nn.Module):
 def test_check_rows_tells_models_that_do_not_keep_rows_apart() -> None:
     bank = AdapterBank(TimeFirst(), VeraConfig(r=8, target_modules=["layer"]))
     with pytest.raises(BankError, match="changed the wrong rows"):
-        bank.check_rows(x=torch.randn(3, 6, 12))
+        bank.check_rows(x=torch.randn(3, 3, 12))
     for kind in ("bert", "llama", "t5", "gpt2", "vit"):
         tiny(kind)[0].check_rows(**inputs_of(kind))
 
@@ -657,3 +660,153 @@ def test_parts_of_fused_layers() -> None:
     whole = get_peft_model(tiny_model("gpt2"), VeraConfig(r=8, target_modules=["c_attn"]))
     with pytest.raises(BankError, match=r"has 1 parts on .*c_attn, this bank 3"):
         bank.add("whole", whole)
+
+
+# What a hostile reader has tried
+
+
+def test_a_bank_that_was_unloaded_serves_nothing() -> None:
+    bank, _ = tiny("bert")
+    with bank.lease([None]), pytest.raises(BankError, match="cannot be unloaded while requests run"):
+        bank.unload()
+    bank.unload()
+    with pytest.raises(BankError, match="was unloaded"):
+        bank.model(**inputs_of("bert", 1), adapters=["anna"])
+
+
+def test_layers_serve_their_own_banks_calls_only() -> None:
+    one, _ = tiny("bert")
+    other, _ = tiny("bert")
+    layer = other.model.base_model.bert.encoder.layer[0].attention.self.query
+    one.model.base_model.bert.encoder.layer[0].attention.self.query = layer
+    with pytest.raises(RuntimeError, match="was called without any"):
+        one.model(**inputs_of("bert", 1), adapters=["anna"])
+
+
+def test_unloading_gives_flags_and_modes_back() -> None:
+    base = tiny_model("bert").train()
+    base.bert.pooler.eval()
+    base.bert.embeddings.requires_grad_(False)
+    flags = {name: parameter.requires_grad for name, parameter in base.named_parameters()}
+    modes = {name: module.training for name, module in base.named_modules()}
+    back = AdapterBank(base, VeraConfig(r=8, target_modules="all-linear")).unload()
+    assert {name: parameter.requires_grad for name, parameter in back.named_parameters()} == flags
+    assert {name: module.training for name, module in back.named_modules()} == modes
+
+
+def test_gradients_reach_the_inputs() -> None:
+    config = VeraConfig(r=8, target_modules="all-linear")
+    base = nn.Sequential(nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 6))
+    model = with_adapters(copy.deepcopy(base), config)
+    bank = bank_of(base, model, config)
+    x, gradient = torch.randn(5, 4, 12, requires_grad=True), torch.randn(5, 4, 6)
+    (mixed,) = torch.autograd.grad(bank.model(x, adapters=ROWS), x, gradient)
+    for row, name in enumerate(ROWS):
+        with torch.enable_grad():
+            if name is None:
+                with model.disable_adapter():
+                    (own,) = torch.autograd.grad(model(x), x, gradient)
+            else:
+                model.set_adapter(name)
+                (own,) = torch.autograd.grad(model(x), x, gradient)
+        assert relative(mixed[row], own[row]) < 1e-5
+
+
+def test_rows_of_the_base_model_have_the_head_that_it_has_now() -> None:
+    bank, _ = tiny("bert")
+    inputs = inputs_of("bert", 2)
+    head = bank.model.base_model.classifier.original_module
+    with torch.no_grad():
+        head.weight.normal_()
+        plain = bank.model(**inputs, adapters=[None, None]).logits
+        mixed = bank.model(**inputs, adapters=[None, "anna"]).logits
+    assert torch.equal(mixed[0], plain[0])
+
+
+def test_what_overflows_beside_an_adapter_does_not_reach_the_base_models_rows() -> None:
+    base = nn.Sequential(nn.Linear(64, 8)).half()
+    config = VeraConfig(r=8, target_modules=["0"])
+    bank = AdapterBank(base, config)
+    bank.add("a", with_adapters(nn.Sequential(nn.Linear(64, 8)).half(), config), "anna")
+    x = torch.full((2, 1, 64), 6e4).half()
+    x[1] = 1.0
+    expected = base[0].base_layer(x)
+    with torch.no_grad():
+        mixed = bank.model(x, adapters=[None, "a"])
+    assert torch.equal(mixed[0].isnan(), expected[0].isnan())
+
+
+def test_a_lease_serves_several_calls_with_one_version() -> None:
+    bank, model = tiny("bert")
+    inputs = inputs_of("bert", 2)
+    with torch.no_grad(), bank.lease(["anna", None]) as lease:
+        before = bank.model(**inputs, adapters=lease).logits
+        randomise(model)
+        bank.add("anna", model, "anna", replace=True)
+        assert torch.equal(bank.model(**inputs, adapters=lease).logits, before)
+        assert not torch.equal(bank.model(**inputs, adapters=["anna", None]).logits, before)
+    with pytest.raises(BankError, match="has been released"):
+        bank.model(**inputs, adapters=lease)
+
+
+def test_few_adapters_under_autocast() -> None:
+    bank, model, _ = folding_layer()
+    x = torch.randn(4, 600, 64)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        mixed = bank.model(x, adapters=["anna", "anna", "bert", None])
+        assert relative(mixed[2], alone(model, "bert", lambda m: m(x))[2]) < 0.05
+
+
+def test_projections_go_with_their_last_adapter() -> None:
+    config = VeraConfig(r=8, target_modules="all-linear")
+    bank = AdapterBank(nn.Sequential(nn.Linear(12, 16)), config)
+    for key in range(5):
+        model = get_peft_model(nn.Sequential(nn.Linear(12, 16)), config.replace(projection_prng_key=key))
+        bank.add(str(key), model)
+        if key:
+            bank.remove(str(key))
+        bank.model(torch.randn(2, 12), adapters=["0", None])
+    layer = bank.model.base_model[0]
+    assert len(layer.projections) == 1
+
+
+def test_a_bank_made_in_inference_mode_goes_on() -> None:
+    config = VeraConfig(r=8, target_modules="all-linear")
+    model = with_adapters(tiny_model("bert"), config)
+    with torch.inference_mode():
+        bank = AdapterBank(tiny_model("bert"), config, capacity=1)
+        bank.add("first", model, "anna")
+    for name in CUSTOMERS:
+        bank.add(name, model, name)
+    inputs = inputs_of("bert")
+    with torch.inference_mode():
+        mixed = bank.model(**inputs, adapters=ROWS).logits
+    assert relative(mixed[3], alone(model, "bert", lambda m: m(**inputs).logits)[3]) < 1e-5
+
+
+class TextAndImages(nn.Module):
+    """As LLaVA: any number of images for each text."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.vision, self.text = nn.Linear(12, 16), nn.Linear(12, 16)
+
+    def forward(self, input_ids: Tensor, pixel_values: Tensor) -> Tensor:
+        return self.text(input_ids) + self.vision(pixel_values).sum(0)
+
+
+@pytest.mark.parametrize("shape", [(4, 12), (4, 3, 12)])
+def test_images_are_not_divided_among_rows(shape: tuple[int, ...]) -> None:
+    config = VeraConfig(r=8, target_modules="all-linear")
+    bank = AdapterBank(TextAndImages(), config)
+    bank.add("a", get_peft_model(TextAndImages(), config))
+    with pytest.raises(RuntimeError, match=r"vision was given an input of shape .*cannot be told"):
+        bank.model(input_ids=torch.randn(2, 3, 12), pixel_values=torch.randn(shape), adapters=["a", None])
+
+
+def test_a_banks_model_is_neither_saved_nor_copied() -> None:
+    bank, _ = tiny("bert")
+    with pytest.raises(BankError, match="cannot be saved"):
+        bank.model.save_pretrained("anywhere")
+    with pytest.raises(BankError, match="neither be copied nor pickled"):
+        copy.deepcopy(bank.model)

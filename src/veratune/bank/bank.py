@@ -47,7 +47,9 @@ from veratune.targets import base_modules
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # Models whose layers are given time before rows, or that mix them, so that the first dimension is not the batch.
-_TIME_FIRST = {"fsmt", "xlnet", "transfo-xl"}
+_TIME_FIRST = {"fsmt", "xlnet", "transfo-xl", "longformer", "led"}
+# Models whose outputs compare each row with each other one, so that no output belongs to one row.
+_EACH_WITH_EACH = {"clip", "chinese_clip", "altclip", "siglip", "siglip2", "align", "x-clip", "groupvit", "metaclip_2"}
 
 
 @dataclass(frozen=True)
@@ -129,23 +131,26 @@ class AdapterBank:
         self._slots = Slots.empty(capacity, self.layout.numbers, dtype, device, base_heads, grows=file is None)
         self._versions: dict[str, Version] = {}
         self._names: dict[str, Version] = {}
-        self._sources: list[Source] = []
+        self._sources: dict[int, Source] = {}  # by number; a number is not given twice
+        self._next_source = 0
         self._compiled = False
+        self._closed = False
+        self._owner = object()
         self._changes = threading.RLock()  # one change at a time, without keeping calls waiting for the disk
         replacements: dict[int, nn.Module] = {}
         self._layers = {}
         route = plan.config.route
         for target in plan.targets:
             place = self.layout.layers[target.name]
+            conv1d = is_conv1d(target.module)
             layer = banked(
-                target.module, target.geometry, target.name, place.columns, route, conv1d=is_conv1d(target.module)
+                target.module, target.geometry, self._owner, target.name, place.columns, route, conv1d=conv1d
             )
-            layer.requires_grad_(False)
             self._layers[target.name] = replacements[id(target.module)] = layer
         for name, head in self.layout.heads.items():
-            replacements[id(modules[name])] = BankedHead(modules[name], name, head.parameters)
+            replacements[id(modules[name])] = BankedHead(modules[name], self._owner, name, head.parameters)
         self.refresh()
-        self._was_training = model.training
+        self._modes = [(module, module.training) for module in model.modules()]
         replace_modules(model, replacements)
         load_calibration(device)
         self.model = BankModel(model, self).eval()
@@ -168,12 +173,16 @@ class AdapterBank:
         for name in adapters:
             _check_spelling(name)
         settings.setdefault("capacity", max(64, len(adapters)))
+        file = settings.get("file")
+        is_new = file is not None and not Path(file).exists()
         bank = cls(model, config_for_adapters(model, adapters), **settings)
         try:
             for name, place in adapters.items():
                 bank.load(name, place)
         except BaseException:
             bank.unload()
+            if is_new and file is not None:
+                Path(file).unlink(missing_ok=True)
             raise
         return bank
 
@@ -351,8 +360,10 @@ class AdapterBank:
             self._forget(before)
 
     def _forget(self, version: Version) -> None:
-        if not version.names and not version.leases:
-            self._versions.pop(version.digest, None)
+        if version.names or version.leases or self._versions.pop(version.digest, None) is None:
+            return
+        if all(other.source != version.source for other in self._versions.values()):
+            self._drop_source(version.source)
 
     def _check_name(self, name: str, replace: bool) -> None:
         _check_spelling(name)
@@ -362,7 +373,7 @@ class AdapterBank:
             raise BankError(f"{name!r} is in the bank already: give replace=True, or remove it first")
 
     def _version(self, name: str) -> Version:
-        version = self._names.get(name)
+        version = self._names.get(name) if isinstance(name, str) else None
         if version is None:
             close = difflib.get_close_matches(str(name), self._names, n=3) if len(self._names) <= 1000 else []
             hint = f"; close to it: {', '.join(map(repr, close))}" if close else ""
@@ -373,9 +384,10 @@ class AdapterBank:
 
     def _source_number(self, source: Source) -> int:
         """Return a source's number, after giving the layers its projections if it is new."""
-        if source in self._sources:
-            return self._sources.index(source)
-        number = len(self._sources)
+        for known, own in self._sources.items():
+            if own == source:
+                return known
+        number = self._next_source
         rank = largest_rank(source, self.layout.rank)
         sizes = Counter(_group_key(name, place.in_features) for name, place in self.layout.layers.items())
         groups: dict[tuple[str, int], InputGroup] = {}
@@ -389,8 +401,15 @@ class AdapterBank:
                 groups[key] = InputGroup(a, SharedDown(), sizes[key])
             corners = tuple(projection_pool.corner(source, "B", rank, width) for width in widths)
             self._layers[name].projections[number] = SharedProjections(groups[key], corners)
-        self._sources.append(source)
+        self._sources[number] = source
+        self._next_source += 1
         return number
+
+    def _drop_source(self, number: int) -> None:
+        """Let go of projections that no adapter has any more."""
+        del self._sources[number]
+        for layer in self._layers.values():
+            layer.projections.pop(number, None)
 
     # Serving
 
@@ -418,6 +437,8 @@ class AdapterBank:
             BankError: more different adapters at once than there is room for.
         """
         with self._slots.lock:
+            if self._closed:
+                raise BankError("this bank was unloaded: its model is the base model again")
             leased: list[Version] = []
             try:
                 for version in {id(v): v for v in versions if v is not None}.values():
@@ -433,12 +454,20 @@ class AdapterBank:
         assert self._file is not None  # without a file, every version is resident
         return self._file.row(digest)
 
-    def call_of(self, lease: Lease, lengths: Sequence[int] | None = None) -> BankCall:
+    def call_of(
+        self,
+        lease: Lease,
+        lengths: Sequence[int] | None = None,
+        *,
+        copies: tuple[int, ...] = (1,),
+        flattened: bool = True,
+    ) -> BankCall:
         """Return what the layers have to know of a call.
 
         Args:
             lease: the adapters of the rows.
             lengths: for packed sequences, the number of tokens of each.
+            copies, flattened: as in `BankCall`.
 
         Raises:
             BankError: no rows, or lengths that are not one for each row.
@@ -453,7 +482,7 @@ class AdapterBank:
             raise BankError("adapters is empty: give a name, or None, for each row")
         device = lease.slab.device
         rows = torch.tensor(slots, device=device)
-        occurring = list(range(len(self._sources))) if self._compiled else sorted(set(sources) - {-1})
+        occurring = sorted(self._sources) if self._compiled else sorted(set(sources) - {-1})
         kinds = torch.tensor(sources, device=device)
         by_source = tuple((number, torch.where(kinds == number, rows, 0)) for number in occurring)
         members: dict[tuple[int, int], list[int]] = {}
@@ -465,7 +494,22 @@ class AdapterBank:
         )
         largest = max((len(own) for own in members.values()), default=0)
         plain = not groups and not self._compiled
-        return BankCall(lease.slab, lease.heads, rows, by_source, lengths is not None, plain, groups, largest)
+        has_base = self._compiled or 0 in slots
+        packed = lengths is not None
+        return BankCall(
+            self._owner,
+            lease.slab,
+            lease.heads,
+            rows,
+            by_source,
+            packed,
+            plain,
+            groups,
+            largest,
+            has_base,
+            copies,
+            flattened,
+        )
 
     def check_rows(self, **inputs: Any) -> None:
         """Find out whether each row of this model's outputs depends on its own adapter and on no other row's.
@@ -484,7 +528,7 @@ class AdapterBank:
         if rows < 2:
             raise BankError("check_rows needs a batch of at least two rows")
         with self._slots.lock:
-            number = self._source_number(self._sources[0] if self._sources else PerDimension(0))
+            number = self._source_number(next(iter(self._sources.values()), PerDimension(0)))
         slab = torch.zeros(2, self.layout.numbers, dtype=self.dtype, device=self._slots.slab.device)
         slab[1] = 0.5 * torch.randn(self.layout.numbers, generator=torch.Generator().manual_seed(0))
         heads = self._slots.heads
@@ -493,7 +537,7 @@ class AdapterBank:
         def outputs(slots: list[int]) -> list[Tensor]:
             chosen = torch.tensor(slots, device=slab.device)
             group = RowGroup(1, number, chosen.nonzero().flatten())
-            call = BankCall(slab, heads, chosen, ((number, chosen),), False, False, (group,), 0)
+            call = BankCall(self._owner, slab, heads, chosen, ((number, chosen),), False, False, (group,), 0)
             with torch.no_grad(), serving(call):
                 found = self.model.base_model(**inputs)
             leaves = torch.utils._pytree.tree_leaves(dict(found) if isinstance(found, Mapping) else found)
@@ -523,8 +567,18 @@ class AdapterBank:
             self._slots.move(next(iter(self._layers.values())).base_weight.device)
 
     def unload(self) -> nn.Module:
-        """Take the bank's layers out again, close its file, and return the model as it was."""
+        """Take the bank's layers out again, close its file, and return the model as it was.
+
+        Raises:
+            BankError: requests are running, or hold adapters by a lease.
+        """
         model = self.model.base_model
+        with self._slots.lock:
+            if self._slots.open_leases:
+                raise BankError(
+                    "the bank cannot be unloaded while requests run or hold adapters: wait for them, and release leases"
+                )
+            self._closed = True
         replacements: dict[int, nn.Module] = {id(layer): layer.base_layer for layer in self._layers.values()}
         for module in model.modules():
             if isinstance(module, BankedHead):
@@ -532,7 +586,9 @@ class AdapterBank:
         replace_modules(model, replacements)
         if self._file is not None:
             self._file.close()
-        return model.train(self._was_training)
+        for module, training in self._modes:
+            module.training = training
+        return model
 
     def _open(self, path: Path) -> BankFile:
         head_dtype = None if self._base_heads is None else self._base_heads.dtype
@@ -575,8 +631,13 @@ def _device_of(module: nn.Module) -> torch.device:
 
 
 def _check_order(model: nn.Module) -> None:
-    """Refuse models whose layers' first dimension is known not to be the rows of the batch."""
-    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    """Refuse models whose layers' first dimension is known not to be the rows of the batch, or that mix rows."""
+    config = getattr(model, "config", None)
+    model_type = getattr(config, "model_type", None)
+    if model_type in _EACH_WITH_EACH:
+        raise BankError(f"a bank cannot serve {model_type}: it compares each text with each image of a batch")
+    if getattr(config, "sparse_prediction", False) is True:
+        raise BankError("a bank cannot serve a model with sparse_prediction=True: its head is given chosen tokens only")
     if model_type in _TIME_FIRST:
         raise BankError(
             f"a bank cannot serve {model_type}: its layers are given time before rows, so that the rows of a batch"

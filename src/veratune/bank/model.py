@@ -1,17 +1,25 @@
 """The model of a bank: a call names an adapter for each row."""
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from veratune.bank.layout import BankError
+from veratune.bank.slots import Lease
 from veratune.layers.banked import serving
 
 if TYPE_CHECKING:
     from veratune.bank.bank import AdapterBank
 
 AdapterNames = Sequence[str | None]
+
+# The inputs that tell how many rows a batch has, the first that there is.
+_MAIN_INPUTS = ("input_ids", "inputs_embeds", "inputs", "pixel_values", "input_values", "input_features")
+# Inputs beside a text, of which a row may have any number.
+_BESIDE_TEXT = ("pixel_values", "image_", "video_", "input_features", "audio_")
 
 # transformers' own would give the model's layers no adapters.
 _BATCHING = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
@@ -30,43 +38,71 @@ class BankModel(nn.Module):
         super().__init__()
         self.base_model = model
         self.training = model.training
-        self._bank = (bank,)  # in a tuple, so that copying and printing the model leave it alone
+        self._bank = bank
 
     def forward(
-        self, *args: Any, adapters: AdapterNames, adapter_lengths: Sequence[int] | None = None, **kwargs: Any
+        self, *args: Any, adapters: AdapterNames | Lease, adapter_lengths: Sequence[int] | None = None, **kwargs: Any
     ) -> Any:
         """Call the model.
 
         Args:
             args, kwargs: the model's own arguments.
-            adapters: a name for each row of the batch; None is the base model.
+            adapters: a name for each row of the batch; None is the base model. Or a lease, for several calls that are
+                to see the same versions.
             adapter_lengths: for sequences packed one behind the other into one row: how many tokens each of them has.
                 `adapters` then has a name for each sequence.
 
         Raises:
-            BankError: an unknown name, or lengths that do not fit.
+            BankError: an unknown name, names that are not as many as the rows, or lengths that do not fit.
             RuntimeError: a layer whose input cannot be told apart by rows.
         """
-        (bank,) = self._bank
-        with bank.lease(adapters) as lease, serving(bank.call_of(lease, adapter_lengths)):
+        if adapter_lengths is None:
+            _check_number(adapters, args, kwargs)
+        call_of, flattened = self._bank.call_of, _is_text_alone(kwargs)
+        with self._leased(adapters) as lease, serving(call_of(lease, adapter_lengths, flattened=flattened)):
             return self.base_model(*args, **kwargs)
 
-    def generate(self, *args: Any, adapters: AdapterNames, **kwargs: Any) -> Any:
+    def generate(self, *args: Any, adapters: AdapterNames | Lease, **kwargs: Any) -> Any:
         """Call the model's `generate`. All of it is computed with the versions that the adapters have at its start.
 
         Beams and returned sequences (`num_beams`, `num_return_sequences`) have the adapter of their row.
 
         Args:
             args, kwargs: those of `generate`.
-            adapters: a name for each row of the batch, not of the result; None is the base model.
+            adapters: a name for each row of the batch, not of the result; None is the base model. Or a lease.
 
         Raises:
-            BankError: an unknown name.
+            BankError: an unknown name, names that are not as many as the rows, or recordings that are so long that they
+                are generated in pieces, of fewer and fewer rows.
         """
-        (bank,) = self._bank
+        _check_number(adapters, args, kwargs)
         base: Any = self.base_model
-        with bank.lease(adapters) as lease, serving(bank.call_of(lease, None)):
+        _check_length_of_sounds(base, args, kwargs)
+        copies, flattened = _copies(base, kwargs), _is_text_alone(kwargs)
+        call_of = self._bank.call_of
+        with self._leased(adapters) as lease, serving(call_of(lease, copies=copies, flattened=flattened)):
             return base.generate(*args, **kwargs)
+
+    @contextmanager
+    def _leased(self, adapters: AdapterNames | Lease) -> Iterator[Lease]:
+        if isinstance(adapters, Lease):
+            if not adapters.is_open:
+                raise BankError("adapters: this lease has been released")
+            yield adapters
+            return
+        with self._bank.lease(adapters) as lease:
+            yield lease
+
+    def save_pretrained(self, *_: Any, **__: Any) -> NoReturn:
+        """Refuse: a bank's layers are no part of the base model's files, nor its adapters.
+
+        Raises:
+            BankError: always.
+        """
+        raise BankError("a bank's model cannot be saved: unload() gives the base model back, which can")
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise BankError("a bank's model can neither be copied nor pickled: make another bank, on the same file")
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -83,6 +119,47 @@ class BankModel(nn.Module):
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "BankModel":
         result: BankModel = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        (bank,) = self._bank
-        bank.follow_model()
+        self._bank.follow_model()
         return result
+
+
+def _check_number(adapters: AdapterNames | Lease, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """Raise BankError unless there is a name for each row of the main input."""
+    if isinstance(adapters, str):
+        return  # refused as that
+    named = [kwargs[name] for name in _MAIN_INPUTS if isinstance(kwargs.get(name), Tensor)]
+    inputs = named + [value for value in args if isinstance(value, Tensor)]
+    count = len(adapters.slots) if isinstance(adapters, Lease) else len(adapters)
+    if count and inputs and inputs[0].ndim and inputs[0].shape[0] != count:
+        raise BankError(
+            f"adapters has {count} names, and the batch {inputs[0].shape[0]} rows: give a name, or None, for each"
+        )
+
+
+def _is_text_alone(kwargs: Mapping[str, Any]) -> bool:
+    """Return whether rows have no images or sounds beside a text."""
+    text = any(kwargs.get(name) is not None for name in ("input_ids", "inputs_embeds"))
+    return not (text and any(name.startswith(_BESIDE_TEXT) and value is not None for name, value in kwargs.items()))
+
+
+def _copies(model: Any, kwargs: Mapping[str, Any]) -> tuple[int, ...]:
+    """Return how often rows may stand one behind the other in a generation."""
+    config = kwargs.get("generation_config") or getattr(model, "generation_config", None)
+
+    def setting(name: str) -> int:
+        return kwargs.get(name) or getattr(config, name, None) or 1
+
+    beams, sequences = setting("num_beams"), setting("num_return_sequences")
+    return tuple({1, beams, sequences, beams * sequences})
+
+
+def _check_length_of_sounds(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    config: Any = getattr(model, "config", None)
+    if getattr(config, "model_type", None) != "whisper":
+        return
+    features = kwargs.get("input_features", args[0] if args else None)
+    if isinstance(features, Tensor) and features.shape[-1] > 2 * config.max_source_positions:
+        raise BankError(
+            "a bank cannot serve recordings that are generated in pieces, as fewer and fewer rows remain: give it"
+            f" pieces of up to {2 * config.max_source_positions} frames"
+        )

@@ -40,6 +40,7 @@ class Slots:
     Attributes:
         slab: (capacity + 1, numbers); row 0 is zero.
         heads: (capacity + 1, head numbers), or None; row 0 is the base model's.
+        open_leases: how many requests run or hold adapters, those of the base model included.
         grows: whether the slab is made larger when it is full; otherwise what is not in use makes room.
     """
 
@@ -47,6 +48,7 @@ class Slots:
     heads: Tensor | None
     grows: bool
     lock: threading.RLock = field(default_factory=threading.RLock)
+    open_leases: int = 0
     free: list[int] = field(default_factory=list)
     idle: OrderedDict[str, Version] = field(default_factory=OrderedDict)
 
@@ -64,11 +66,12 @@ class Slots:
         grows: bool,
     ) -> "Slots":
         """Return slots without adapters. Memory that was never written to is not taken from the system."""
-        slab = torch.zeros(capacity + 1, numbers, dtype=dtype, device=device)
-        heads = None
-        if base_heads is not None:
-            heads = base_heads.new_zeros(capacity + 1, base_heads.numel())
-            heads[0] = base_heads
+        with torch.inference_mode(False):  # whatever the caller is in, rows are written to later
+            slab = torch.zeros(capacity + 1, numbers, dtype=dtype, device=device)
+            heads = None
+            if base_heads is not None:
+                heads = base_heads.new_zeros(capacity + 1, base_heads.numel())
+                heads[0] = base_heads
         return cls(slab, heads, grows)
 
     @property
@@ -161,8 +164,9 @@ class Slots:
 
 
 def _lengthened(tensor: Tensor, more: int) -> Tensor:
-    longer = tensor.new_zeros(len(tensor) + more, tensor.shape[1])
-    longer[: len(tensor)] = tensor
+    with torch.inference_mode(False):
+        longer = tensor.new_zeros(len(tensor) + more, tensor.shape[1])
+        longer[: len(tensor)] = tensor
     return longer
 
 
@@ -181,6 +185,7 @@ class Lease:
         slots: the slot of each row.
         digests: the digest of each row, "" for the base model.
         slab, heads: the tensors in which the slots are.
+        is_open: whether it has not been released yet.
     """
 
     def __init__(self, owner: Slots, versions: Iterable[Version | None], forget: Callable[[Version], None]) -> None:
@@ -191,11 +196,15 @@ class Lease:
         self.digests = ["" if version is None else version.digest for version in self.versions]
         self.slab, self.heads = owner.slab, owner.heads
         self._held = list({id(version): version for version in self.versions if version is not None}.values())
+        self.is_open = True
+        owner.open_leases += 1
 
     def release(self) -> None:
         """Let go; a second time does nothing."""
         with self._owner.lock:
             held, self._held = self._held, []
+            self._owner.open_leases -= self.is_open
+            self.is_open = False
             for version in held:
                 self._owner.release(version)
                 self._forget(version)

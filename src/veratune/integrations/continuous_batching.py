@@ -38,7 +38,7 @@ from torch import nn
 from veratune.bank import AdapterBank, BankError
 from veratune.bank.model import AdapterNames
 from veratune.bank.slots import Lease, Version
-from veratune.layers.banked import BankCall, BankedConv1D, BankedHead, BankedLinear, current_call, serving
+from veratune.layers.banked import BankCall, BankedConv1D, BankedHead, BankedLinear, active_call, serving
 
 # What is built on here is no public interface of transformers, so other versions are refused rather than hoped for.
 if not transformers.__version__.startswith("5.23."):
@@ -187,8 +187,11 @@ class BankManager(ContinuousBatchingManager):
 
     def _new_id(self) -> str:
         with self._request_lock:
-            self._request_counter += 1
-            return f"req_{self._request_counter - 1}"
+            while True:  # a user may have given such a name to a request
+                self._request_counter += 1
+                made = f"req_{self._request_counter - 1}"
+                if made not in self._leases:
+                    return made
 
     def _release(self, ids: Sequence[str]) -> None:
         """Let go of the adapters of requests that are over; a second time does nothing."""
@@ -372,11 +375,11 @@ class _Head:
     # Other threads may call the model at the same time, with calls of their own.
 
     def _enter(self, *_: Any) -> None:
-        if self._last is not None and current_call() is self._tokens:
+        if self._last is not None and active_call() is self._tokens:
             self._open.enter_context(serving(self._last))
 
     def _leave(self, *_: Any) -> None:
-        if self._last is not None and current_call() is self._last:
+        if self._last is not None and active_call() is self._last:
             self._open.close()
 
 

@@ -45,6 +45,7 @@ class BankCall:
     """What the layers have to know of one call of the model.
 
     Attributes:
+        owner: the bank; layers of another one refuse the call.
         slab: (slots, numbers), the vectors of all resident adapters; row 0 is zero, which is the base model.
         heads: (slots, numbers), what adapters train in full; row 0 is the base model's own. None without heads.
         rows: int64 (n,), the slot of each row of the batch or, if `packed`, of each token.
@@ -54,8 +55,13 @@ class BankCall:
         plain: whether all rows are the base model's.
         groups: the rows by adapter, the base model left out.
         largest: the number of rows that the commonest adapter has.
+        has_base: whether there may be rows of the base model.
+        copies: how often a row may stand in a layer's input, one behind the other: beams and returned sequences.
+        flattened: whether layers may be given (rows * tokens, in). Not so where a row also has images or sounds, whose
+            number nothing tells.
     """
 
+    owner: object
     slab: Tensor
     heads: Tensor | None
     rows: Tensor
@@ -64,6 +70,9 @@ class BankCall:
     plain: bool
     groups: tuple[RowGroup, ...]
     largest: int
+    has_base: bool = True
+    copies: tuple[int, ...] = (1,)
+    flattened: bool = True
 
 
 class _Calls(threading.local):
@@ -84,14 +93,19 @@ def serving(call: BankCall) -> Iterator[None]:
         _calls.current = before
 
 
-def current_call() -> BankCall:
-    """Return what this thread's call serves.
+def active_call() -> BankCall | None:
+    """Return the call that this thread is serving, whichever bank's it is."""
+    return _calls.current
+
+
+def current_call(owner: object) -> BankCall:
+    """Return what this thread's call of a bank's model serves.
 
     Raises:
-        RuntimeError: the model was not called through its bank.
+        RuntimeError: the model was not called through this bank.
     """
     call = _calls.current
-    if call is None:
+    if call is None or call.owner is not owner:
         raise RuntimeError(
             "this model serves the adapters of a bank and was called without any: call bank.model(..., adapters=[...])"
             " or bank.model.generate(..., adapters=[...]), with None for rows of the base model; bank.unload() gives"
@@ -115,12 +129,20 @@ def by_rows(x: Tensor, call: BankCall, what: str) -> Tensor:
                 f"{what} was given an input of shape {tuple(x.shape)}, {tokens} tokens, while adapter_lengths add up to"
                 f" {rows}"
             )
-    elif x.ndim < 2 or x.shape[0] % rows or not x.shape[0]:
+    elif x.ndim < 2 or not _is_by_rows(x, call):
         raise RuntimeError(
-            f"{what} was given an input of shape {tuple(x.shape)}, whose first dimension is no multiple of the {rows}"
+            f"{what} was given an input of shape {tuple(x.shape)}, whose first dimension does not stand for the {rows}"
             " rows of this batch: it cannot be told which adapter belongs to what. Leave that layer out of the bank"
         )
     return x.reshape(rows, tokens // rows, x.shape[-1])
+
+
+def _is_by_rows(x: Tensor, call: BankCall) -> bool:
+    """Return whether an input's first dimension is that of the rows, or of their copies, or rows and tokens in one."""
+    rows = call.rows.shape[0]
+    if x.ndim == 2 and call.flattened:
+        return x.shape[0] % rows == 0
+    return any(x.shape[0] == rows * copies for copies in call.copies)
 
 
 @dataclass(frozen=True)
@@ -150,6 +172,7 @@ class _Banked(VeraLinear):
     """What the two kinds have in common.
 
     Attributes:
+        owner: what tells this bank's calls from another's.
         name: the layer's name in the model.
         route: which ways of computing are allowed.
         columns: where its vectors stand, for each part.
@@ -158,16 +181,25 @@ class _Banked(VeraLinear):
     """
 
     def __init__(
-        self, base_layer: nn.Module, geometry: Geometry, name: str, columns: Sequence[Columns], route: RouteName
+        self,
+        base_layer: nn.Module,
+        geometry: Geometry,
+        owner: object,
+        name: str,
+        columns: Sequence[Columns],
+        route: RouteName,
     ) -> None:
         super().__init__(base_layer, geometry)
+        self.owner = owner
         self.name = name
         self.route = route
         self.columns = tuple(columns)
         self.projections: dict[int, SharedProjections] = {}
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        call = current_call()
+        call = current_call(self.owner)
+        if not input.numel():
+            return self._checked_base_output(input, *args, **kwargs)
         if call.by_source and not torch.compiler.is_compiling() and not args and not kwargs:
             folded = self._worth_folding(input, call)
             if folded:
@@ -185,7 +217,13 @@ class _Banked(VeraLinear):
         rows, n, _ = grouped.shape
         flat = grouped.reshape(rows * n, self.in_features).to(output.dtype)
         a_projection = own.group.a.tensor(flat.device, flat.dtype)
-        down = own.group.down.get(self.name, x, a_projection, lambda: project_down(flat, a_projection))
+        if torch.is_grad_enabled() and flat.requires_grad:
+            down = flat @ a_projection.t()
+        else:
+            down = own.group.down.get(self.name, x, a_projection, lambda: project_down(flat, a_projection))
+        if down.dtype == torch.float16:  # what overflows times zero is no zero
+            base = (slots == 0).repeat_interleave(n)
+            down = down.masked_fill(base.unsqueeze(1), 0.0)
         start = output.reshape(rows, n, self.out_features)
         added = self._add(start, down.reshape(rows, n, -1), call.slab, own, slots)
         return added.view(output.shape)
@@ -208,6 +246,7 @@ class _Banked(VeraLinear):
         tokens = math.prod(x.shape[:-1])
         rows = call.rows.shape[0]
         few = self.route == "factored" or (self.route == "auto" and tokens * call.largest < 32 * rows)
+        few = few or torch.is_autocast_enabled(x.device.type)
         if few or x.dtype != self.base_weight.dtype or not self._is_plain():
             return []
         per_row = by_rows(x, call, self.name).shape[1]
@@ -244,7 +283,7 @@ class _Banked(VeraLinear):
                 own = self.projections.get(source)
                 if own is None:
                     continue
-                down = project_down(flat, own.group.a.tensor(flat.device, flat.dtype))
+                down = flat @ own.group.a.tensor(flat.device, flat.dtype).t()
                 base = self._add(base, down.view(len(others), n, -1), call.slab, own, slots[others])
             output[others] = base
         return output.view(*x.shape[:-1], self.out_features)
@@ -303,6 +342,7 @@ class BankedConv1D(_Banked):
 def banked(
     module: nn.Module,
     geometry: Geometry,
+    owner: object,
     name: str,
     columns: Sequence[Columns],
     route: RouteName,
@@ -310,7 +350,7 @@ def banked(
     conv1d: bool,
 ) -> _Banked:
     """Return a layer with rows of their own around a linear layer or Conv1D."""
-    return (BankedConv1D if conv1d else BankedLinear)(module, geometry, name, columns, route)
+    return (BankedConv1D if conv1d else BankedLinear)(module, geometry, owner, name, columns, route)
 
 
 def part_slices(parts: tuple[int, ...], out_features: int) -> list[slice]:
@@ -322,19 +362,41 @@ class BankedHead(SavedModule):
     """A module that adapters train in full, such as a classification head: each row computes with its own copy.
 
     Attributes:
+        owner: what tells this bank's calls from another's.
         name: the module's name in the model.
         places: parameter name to (first column in the slab of heads, shape).
     """
 
-    def __init__(self, original_module: nn.Module, name: str, places: dict[str, tuple[int, tuple[int, ...]]]) -> None:
+    def __init__(
+        self, original_module: nn.Module, owner: object, name: str, places: dict[str, tuple[int, tuple[int, ...]]]
+    ) -> None:
         super().__init__(original_module)
+        self.owner = owner
         self.name = name
         self.places = places
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        call = current_call()
+        call = current_call(self.owner)
         if call.plain:
             return self.original_module(*args, **kwargs)
+        output = self._own(call, args, kwargs)
+        if not call.has_base:
+            return output
+        # The base model's own, as it is now, rather than as the bank found it.
+        base = call.rows == 0
+
+        def choose(own: Any, plain: Any) -> Any:
+            if not isinstance(own, Tensor):
+                return own
+            mask = base.repeat_interleave(own.shape[0] // len(base)) if not call.packed else base
+            shape = own.shape[: 1 if not call.packed else own.ndim - 1]
+            mask = mask.view(*shape, *[1] * (own.ndim - len(shape)))
+            return torch.where(mask, plain, own)
+
+        return torch.utils._pytree.tree_map(choose, output, self.original_module(*args, **kwargs))
+
+    def _own(self, call: BankCall, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Return what each row's own copy computes."""
         assert call.heads is not None
         parameters = {
             name: call.heads[:, start : start + math.prod(shape)]
@@ -375,6 +437,8 @@ class BankedHead(SavedModule):
             return value.reshape(rows, value.shape[0] // rows, *value.shape[1:])
 
         def one(own: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            dtypes = {name: parameter.dtype for name, parameter in self.original_module.named_parameters()}
+            own = {name: value.to(dtypes[name]) for name, value in own.items()}
             return torch.func.functional_call(self.original_module, own, args, kwargs)
 
         args, kwargs = tuple(split(value) for value in args), {name: split(value) for name, value in kwargs.items()}
