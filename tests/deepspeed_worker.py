@@ -12,7 +12,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 
-from distributed_worker import ROWS, batches, model_for
+from distributed_worker import ROWS, batches, leave, model_for
 
 
 def main(stage: int, output: Path) -> None:
@@ -45,8 +45,7 @@ def main(stage: int, output: Path) -> None:
         held = sum(parameter.numel() for parameter in model.parameters())
         result = {"losses": [sum(each) / count for each in zip(*gathered, strict=True)], "held": held}
         (output / "result.json").write_text(json.dumps(result))
-    dist.barrier()
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
 """What each process of `test_distributed` runs: some steps of training, in one of several ways of sharing them."""
 
 import json
+import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -16,6 +17,19 @@ from veratune import VeraConfig, VeraModel, get_peft_model, projection_pool
 from veratune.checkpoint import native
 
 STEPS, ROWS = 4, 4
+
+
+def leave() -> NoReturn:
+    """End this process without the interpreter's end.
+
+    What holds a process group, such as the mesh of a sharded model, keeps gloo's threads alive after the group is
+    destroyed. One that lets go of a tensor while the interpreter ends wants its lock, and torch aborts the process.
+    """
+    dist.barrier()
+    dist.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def batches() -> list[dict[str, torch.Tensor]]:
@@ -90,8 +104,7 @@ def main(way: str, output: Path, adapter: Path | None) -> None:
         whole = sorted({("A", 4, n) for n, _ in widths} | {("B", 4, m) for _, m in widths}) == sorted(held)
         result = {"losses": means, "fingerprints": fingerprints, "whole_projections": whole, "written": writers}
         (output / "result.json").write_text(json.dumps(result))
-    dist.barrier()
-    dist.destroy_process_group()
+    leave()
 
 
 def tensor_parallel(base: Path, output: Path, *, through_peft: bool) -> None:
@@ -123,8 +136,7 @@ def tensor_parallel(base: Path, output: Path, *, through_peft: bool) -> None:
     if dist.get_rank() == 0:
         result = {"messages": [said for said, _ in found], "unchanged": all(same for _, same in found)}
         (output / "result.json").write_text(json.dumps(result))
-    dist.barrier()
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

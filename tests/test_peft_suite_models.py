@@ -197,6 +197,10 @@ def test_generation(peft_config: Make, kind: str) -> None:
 
 
 def test_generation_of_an_encoder_and_decoder(peft_config: Make) -> None:
+    try:
+        peft.get_peft_model(base("t5"), peft.LoraConfig(target_modules=["q"], task_type="SEQ_2_SEQ_LM"))
+    except AttributeError as error:
+        pytest.skip(f"PEFT {peft.__version__} itself cannot make such a model with this transformers: {error}")
     model = tuned("t5", peft_config("t5", task_type="SEQ_2_SEQ_LM")).eval()
     assert type(model) is peft.PeftModelForSeq2SeqLM
     ids = tiny_inputs("t5")["input_ids"]

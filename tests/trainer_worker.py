@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 from transformers import TrainingArguments
 
+from distributed_worker import leave
 from tiny_models import tiny_model
 from veratune import VeraConfig, get_peft_model
 from veratune.checkpoint import native
@@ -91,8 +92,7 @@ def main(way: str, kind: str, output: Path, checkpoint: Path | None) -> None:
     }
     if dist.get_rank() == 0:
         (output / "result.json").write_text(json.dumps(found))
-    dist.barrier()
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":
