@@ -2,6 +2,7 @@
 
 import copy
 import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -810,3 +811,14 @@ def test_a_banks_model_is_neither_saved_nor_copied() -> None:
         bank.model.save_pretrained("anywhere")
     with pytest.raises(BankError, match="neither be copied nor pickled"):
         copy.deepcopy(bank.model)
+
+
+def test_room_that_is_not_used_takes_no_memory() -> None:
+    pages = Path("/proc/self/statm")
+    if not pages.exists():
+        pytest.skip("this system does not tell what is resident")
+    config = VeraConfig(r=64, target_modules="all-linear")
+    before = int(pages.read_text().split()[1])
+    bank = AdapterBank(nn.Sequential(nn.Linear(64, 1024)), config, capacity=100_000)  # 435 MB
+    bank.add("a", get_peft_model(nn.Sequential(nn.Linear(64, 1024)), config))
+    assert (int(pages.read_text().split()[1]) - before) * 4096 < 100e6

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -67,10 +68,10 @@ class Slots:
     ) -> "Slots":
         """Return slots without adapters. Memory that was never written to is not taken from the system."""
         with torch.inference_mode(False):  # whatever the caller is in, rows are written to later
-            slab = torch.zeros(capacity + 1, numbers, dtype=dtype, device=device)
+            slab = _zeros(capacity + 1, numbers, dtype, device)
             heads = None
             if base_heads is not None:
-                heads = base_heads.new_zeros(capacity + 1, base_heads.numel())
+                heads = _zeros(capacity + 1, base_heads.numel(), base_heads.dtype, device)
                 heads[0] = base_heads
         return cls(slab, heads, grows)
 
@@ -163,9 +164,16 @@ class Slots:
             self.heads = self.heads.to(device)
 
 
+def _zeros(rows: int, numbers: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    if device.type != "cpu":
+        return torch.zeros(rows, numbers, dtype=dtype, device=device)
+    # numpy asks the system for zeros, and gets memory when it is written to; torch writes them itself.
+    return torch.from_numpy(np.zeros(rows * numbers * dtype.itemsize, np.uint8)).view(dtype).view(rows, numbers)
+
+
 def _lengthened(tensor: Tensor, more: int) -> Tensor:
     with torch.inference_mode(False):
-        longer = tensor.new_zeros(len(tensor) + more, tensor.shape[1])
+        longer = _zeros(len(tensor) + more, tensor.shape[1], tensor.dtype, tensor.device)
         longer[: len(tensor)] = tensor
     return longer
 
