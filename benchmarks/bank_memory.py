@@ -50,7 +50,7 @@ def adder(way: str, capacity: int) -> Callable[[int], None]:
         def add(number: int) -> None:
             with torch.no_grad():
                 for vector in vectors:
-                    vector.add_(0.001)
+                    vector.normal_()  # equal adapters would share a row
                 bank.add(f"customer {number}", source)
                 if number == 0:  # draws the projections
                     bank.model(inputs_embeds=inputs, adapters=["customer 0"])
