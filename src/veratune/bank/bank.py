@@ -251,7 +251,8 @@ class AdapterBank:
         """Read a saved adapter and raise what `load` would raise for it, without adding it.
 
         Args:
-            model_id, location: as for `load`.
+            model_id: as for `load`.
+            location: as for `load`.
 
         Raises:
             BankError, CheckpointError: as for `load`.
@@ -467,7 +468,8 @@ class AdapterBank:
         Args:
             lease: the adapters of the rows.
             lengths: for packed sequences, the number of tokens of each.
-            copies, flattened: as in `BankCall`.
+            copies: as in `BankCall`.
+            flattened: as in `BankCall`.
 
         Raises:
             BankError: no rows, or lengths that are not one for each row.

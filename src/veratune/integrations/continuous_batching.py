@@ -112,8 +112,11 @@ class BankManager(ContinuousBatchingManager):
         Args:
             input_ids: the prompt.
             request_id: a name for it, which no request at work has; made up by default.
-            max_new_tokens, streaming, record_timestamps, eos_token_id, logit_processor_kwargs: as transformers has
-                them.
+            max_new_tokens: as transformers has it, like those that follow.
+            streaming: whether tokens are delivered one by one.
+            record_timestamps: whether the output has the time of each token.
+            eos_token_id: what ends the text.
+            logit_processor_kwargs: settings of this request's logits processors.
             adapter: the adapter's name, or None for the base model.
 
         Returns:
@@ -398,10 +401,12 @@ def generate_batch(
     All of it is computed with the versions that the adapters have at the start.
 
     Args:
-        bank, generation_config, continuous_batching_config: as for `BankManager`.
+        bank: as for `BankManager`.
         inputs: the prompts.
         adapters: an adapter's name for each, or None for the base model.
         max_new_tokens: how many tokens to generate at most; the generation config's number by default.
+        generation_config: as for `BankManager`.
+        continuous_batching_config: as for `BankManager`.
         record_timestamps: whether outputs have the time of each token.
 
     Returns:
