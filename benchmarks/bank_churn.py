@@ -6,8 +6,8 @@ A small encoder, so that there are many requests. Two threads send batches of mi
 customers and with a Zipf law, while a third one adds, replaces and removes. Every version of an adapter is known by a
 seed, and a request notes which versions it was served by; afterwards each row of a fifth of the requests, chosen at
 random, is computed again, alone, by a model with nothing but that version on it, from vectors made anew of the seed. A
-wrong answer is one that differs by more than rounding; a lost one an error. The process's memory is noted on the way,
-less the answers that are kept to be compared.
+wrong answer is one that differs by more than rounding; a lost one an error. Then all goes on for a while without
+anything being written down, and the process's memory is watched.
 """
 
 import random
@@ -67,6 +67,7 @@ class Churn:
         self.counts = dict.fromkeys(("requests", "added", "replaced", "removed", "unknown"), 0)
         self.lock = threading.Lock()
         self.stop = threading.Event()
+        self.recording = True
         self.next_seed = 0
         for name in self.names:
             self.put(name, replace=False)
@@ -76,8 +77,9 @@ class Churn:
         self.next_seed += 1
         self.author.write(self.next_seed)
         info = self.bank.add(name, self.author.model, replace=replace)
-        with self.lock:
-            self.seeds[info.digest] = self.next_seed
+        if self.recording:
+            with self.lock:
+                self.seeds[info.digest] = self.next_seed
 
     def change(self) -> None:
         """Replace, remove and add until told to stop."""
@@ -121,7 +123,7 @@ class Churn:
                 continue
             with self.lock:
                 self.counts["requests"] += 1
-                if choose.random() < kept:
+                if self.recording and choose.random() < kept:
                     self.answers.append((lease.digests, ids, output))
 
     def wrong(self) -> int:
@@ -144,32 +146,43 @@ def _take(values: Any, count: int) -> list[Any]:
     return [value for value, _ in zip(values, range(count), strict=False)]
 
 
+def run(churn: Churn, seconds: float, kept: float) -> list[int]:
+    """Let everything run, and return the resident memory at twenty moments."""
+    churn.stop.clear()
+    asking = [threading.Thread(target=churn.ask, args=(law, number, kept)) for number, law in enumerate(LAWS)]
+    threads = [*asking, threading.Thread(target=churn.change)]
+    for thread in threads:
+        thread.start()
+    memory = []
+    for _ in range(20):
+        time.sleep(seconds / 20)
+        memory.append(resident_bytes())
+    churn.stop.set()
+    for thread in threads:
+        thread.join()
+    return memory
+
+
 def measure(customers: int, seconds: float, kept: float) -> Case:
     """Run it all."""
     case = new_case(f"{customers} adapters", customers=customers, seconds=seconds)
     progress(f"bank_churn: adding {customers} adapters")
     churn = Churn(customers)
-    asking = [threading.Thread(target=churn.ask, args=(law, number, kept)) for number, law in enumerate(LAWS)]
-    threads = [*asking, threading.Thread(target=churn.change)]
-    for thread in threads:
-        thread.start()
     progress("bank_churn: running")
-    memory, start = [], time.monotonic()
-    while time.monotonic() - start < seconds:
-        time.sleep(seconds / 20)
-        with churn.lock:
-            kept_bytes = len(churn.answers) * ROWS * (TOKENS * 64 * 4 + TOKENS * 8)
-        memory.append(resident_bytes() - kept_bytes)
-    churn.stop.set()
-    for thread in threads:
-        thread.join()
+    run(churn, seconds, kept)
     progress(f"bank_churn: comparing {len(churn.answers)} requests")
+    wrong, compared = churn.wrong(), len(churn.answers) * ROWS
+    counts = dict(churn.counts)
+    churn.answers.clear()
+    churn.recording = False
+    progress("bank_churn: watching the memory")
+    memory = run(churn, seconds / 2, 0.0)
     still_leased = sum(version.leases for version in churn.bank._versions.values())
     return case | {
-        **churn.counts,
-        "compared": len(churn.answers) * ROWS,
+        **counts,
+        "compared": compared,
         "versions": churn.next_seed,
-        "wrong": churn.wrong(),
+        "wrong": wrong,
         "lost": len(churn.errors),
         "errors": churn.errors[:5],
         "leases_left": still_leased,
