@@ -32,6 +32,11 @@ from veratune.routing import Plan, Way
 from veratune.torch_private import transformations_active
 
 
+def gradients_wanted(*values: object) -> bool:
+    """Return whether a gradient of any of these is wanted here."""
+    return torch.is_grad_enabled() and any(isinstance(value, Tensor) and value.requires_grad for value in values)
+
+
 def fold_vectors(b_projection: Tensor, b: Tensor, d: Tensor, gain: float) -> Tensor:
     """Return C = gain * d b^T * B, (r, out), in B's dtype, rounded once from float32 or wider.
 
@@ -365,6 +370,11 @@ def add_delta(weight: Tensor, a_projection: Tensor, b_projection: Tensor, b: Ten
     return added
 
 
+def _with_own_vectors(start: Tensor, down: Tensor, b_projection: Tensor, b: Tensor, d: Tensor, gain: float) -> Tensor:
+    """Return start + b * (B (d * u)), where each row has vectors of its own, (T, out) and (T, r)."""
+    return start + (_up(down, b_projection, d, gain) * b).to(start.dtype)
+
+
 class _SelectAndAdd(torch.autograd.Function):
     """start + x delta W_e^T, where each row of x has the vectors of one e of a stack."""
 
@@ -384,7 +394,7 @@ class _SelectAndAdd(torch.autograd.Function):
         with without_autocast(x.device):  # x has been cast already
             down = x @ a_projection.t()
             ctx.save_for_backward(a_projection, b_projection, b, d, groups, down)
-            return start + (_up(down, b_projection, d[groups], gain) * b[groups]).to(start.dtype)
+            return _with_own_vectors(start, down, b_projection, b[groups], d[groups], gain)
 
     @staticmethod
     @once_differentiable
@@ -433,8 +443,7 @@ def select_and_add(
         gain: factor that belongs into B.
     """
     if transformations_active() or torch.compiler.is_compiling():
-        down = x @ a_projection.t()
-        return start + (_up(down, b_projection, d[groups], gain) * b[groups]).to(start.dtype)
+        return _with_own_vectors(start, x @ a_projection.t(), b_projection, b[groups], d[groups], gain)
     arguments = (start, x, a_projection, b_projection, b, d, groups, gain)
     added: Tensor = _SelectAndAdd.apply(*arguments)  # type: ignore[no-untyped-call]
     return added
@@ -462,8 +471,7 @@ def _apply(*arguments: Any) -> Tensor:
         return _composed(*arguments)
     # Autograd's own bookkeeping can take longer than a small layer: there is none where nothing is differentiated, and
     # the full one only for a compiler, which needs it.
-    wanted = torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in arguments)
-    if not wanted:
+    if not gradients_wanted(*arguments):
         output = _VeraLinear.forward(*arguments)[0]
     elif torch.compiler.is_compiling():
         output = _VeraLinear.apply(*arguments)[0]  # type: ignore[no-untyped-call]

@@ -7,10 +7,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from veratune.functional import project_down
+from veratune.functional import gradients_wanted, project_down
 from veratune.layers.base import VeraLayer, call_with, plain_tensor
 from veratune.layers.geometry import Geometry
-from veratune.layers.products import add, compute_dtype, multiply, plan_for, wanted
+from veratune.layers.products import add, compute_dtype, multiply, plan_for
 from veratune.layers.quantised import (
     codes_of,
     dequantised,
@@ -78,7 +78,7 @@ class VeraLinear(VeraLayer):
     def _is_dense(self, name: str, x: Tensor) -> bool:
         slot = self.slots[name]
         part = slot.parts.index(max(slot.parts)) if slot.parts else 0
-        plan = plan_for(slot, part, x, training=wanted(*self.vectors(name)), weight_at_hand=self._is_plain())
+        plan = plan_for(slot, part, x, training=gradients_wanted(*self.vectors(name)), weight_at_hand=self._is_plain())
         return plan.output == "dense"
 
     def _checked_base_output(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from veratune.functional import project_down, vera_add, vera_linear
+from veratune.functional import gradients_wanted, project_down, vera_add, vera_linear
 from veratune.profiles import device_profile
 from veratune.routing import Plan, look_up, plan_table, representative_tokens
 from veratune.torch_private import constant_while_compiling
@@ -30,15 +30,10 @@ def compute_dtype(x: Tensor, weight_dtype: torch.dtype) -> torch.dtype | None:
 
 def plan_for(slot: "Slot", part: int, x: Tensor, *, training: bool, weight_at_hand: bool) -> Plan:
     """Return the plan of one adapter, or of one of its parts, for an input (..., in) in the compute dtype."""
-    backward = training or (torch.is_grad_enabled() and x.requires_grad)
+    backward = training or gradients_wanted(x)
     table = _plan_table(slot, part, x.device, x.dtype, training, weight_at_hand, backward)
     tokens = math.prod(x.shape[:-1])
     return look_up(table, representative_tokens(tokens) if torch.compiler.is_compiling() else tokens)
-
-
-def wanted(*vectors: Tensor) -> bool:
-    """Return whether gradients of any of these are wanted."""
-    return torch.is_grad_enabled() and any(vector.requires_grad for vector in vectors)
 
 
 @constant_while_compiling
@@ -80,7 +75,7 @@ def multiply(
     """
     slot = layer.slots[name]
     b, d = layer.vectors(name)
-    plan = plan_for(slot, 0, x, training=wanted(b, d), weight_at_hand=True)
+    plan = plan_for(slot, 0, x, training=gradients_wanted(b, d), weight_at_hand=True)
     if index is not None:
         b, d = b[index], d[index]
     a_projection = slot.a.tensor(x.device, x.dtype)
@@ -124,7 +119,7 @@ def add(
     outputs = []
     pieces = layer.pieces(name, x.device, x.dtype)
     for part, piece in enumerate(pieces):
-        plan = plan_for(slot, part, x, training=wanted(piece.b, piece.d), weight_at_hand=False)
+        plan = plan_for(slot, part, x, training=gradients_wanted(piece.b, piece.d), weight_at_hand=False)
         b, d = (piece.b, piece.d) if index is None else (piece.b[index], piece.d[index])
         start = output if len(pieces) == 1 else output[:, piece.outputs]
         outputs.append(vera_add(start, x, a_projection, piece.b_projection, b, d, slot.gain, plan, down=projected))

@@ -24,12 +24,9 @@ def why_not_readable(module: nn.Module) -> str | None:
     if weight.is_meta:
         return "its weight is on the meta device and has no values"
     kind = type(weight).__name__
-    if kind == "Params4bit":
-        return (
-            None if weight.quant_state is not None else "its weight is not quantised yet: move it to its device first"
-        )
-    if kind == "Int8Params":
-        return None if codes_of(module) is not None else "its weight is not quantised yet: move it to its device first"
+    if kind in ("Params4bit", "Int8Params"):
+        done = weight.quant_state if kind == "Params4bit" else codes_of(module)
+        return None if done is not None else "its weight is not quantised yet: move it to its device first"
     if hasattr(weight, "dequantize") and type(weight) is not nn.Parameter:
         return None
     return f"its weight is a {kind} of the type {weight.dtype}"
@@ -71,11 +68,13 @@ def requantised(module: nn.Module, full: Tensor) -> nn.Parameter:
     """Return a weight of the same kind for other numbers: rounded to bitsandbytes' codes, or as plain numbers."""
     weight: Any = module._parameters["weight"]
     kind = type(weight).__name__
-    if kind == "Params4bit":
-        import bitsandbytes
+    if kind not in ("Params4bit", "Int8Params"):
+        return nn.Parameter(full, requires_grad=weight.requires_grad)
+    import bitsandbytes
 
-        libraries: Any = bitsandbytes.nn
-        new = libraries.Params4bit(
+    kinds: Any = bitsandbytes.nn
+    if kind == "Params4bit":
+        new = kinds.Params4bit(
             full.to(getattr(weight.quant_state, "original_dtype", weight.quant_state.dtype)).cpu(),
             requires_grad=False,
             blocksize=weight.blocksize,
@@ -84,19 +83,9 @@ def requantised(module: nn.Module, full: Tensor) -> nn.Parameter:
             quant_storage=weight.quant_storage,
             module=module,
         )
-        return _placed(new, weight)
-    if kind == "Int8Params":
-        import bitsandbytes
-
-        libraries = bitsandbytes.nn
-        codes = libraries.Int8Params(full.half().cpu(), requires_grad=False, has_fp16_weights=False)
-        return _placed(codes, weight)
-    return nn.Parameter(full, requires_grad=weight.requires_grad)
-
-
-def _placed(weight: Any, like: Tensor) -> nn.Parameter:
-    """Return a weight on the device of another, which is where it is quantised."""
-    placed: nn.Parameter = weight.to(like.device)
+    else:
+        new = kinds.Int8Params(full.half().cpu(), requires_grad=False, has_fp16_weights=False)
+    placed: nn.Parameter = new.to(weight.device)  # where it is quantised
     return placed
 
 
