@@ -13,6 +13,7 @@ from veratune.adapters import AdaptedModel, as_names, check_adapter_name, plan_a
 from veratune.checkpoint.card import write_card
 from veratune.checkpoint.gguf import export_gguf
 from veratune.checkpoint.hub import find_directory, upload_directory
+from veratune.checkpoint.labels import name_classes
 from veratune.checkpoint.lora import export_lora
 from veratune.checkpoint.native import save_native
 from veratune.checkpoint.peft_format import export_peft
@@ -44,6 +45,8 @@ class VeraModel(AdaptedModel):
     ) -> Self:
         """Put a saved adapter on a base model.
 
+        A transformers model whose classes have no names gets those that the adapter's head was trained with.
+
         Args:
             model: the base model; it is adapted in place.
             model_id: directory of the adapter, or its repository on the hub.
@@ -66,6 +69,7 @@ class VeraModel(AdaptedModel):
             adapted.unload()
             raise
         adapted.set_adapter(adapter_name)
+        name_classes(model, ready)
         if not is_trainable:
             adapted.eval()
         return adapted

@@ -134,8 +134,12 @@ def read_native(directory: Path) -> tuple[LoadedAdapter, dict[str, Any], dict[st
         if owner is None:
             raise CheckpointError(f"{path}: {name} belongs to none of modules_to_save={config.modules_to_save!r}")
         saved[owner][name.removeprefix(f"{owner}.")] = tensor
-    loaded = LoadedAdapter(str(path), config, vectors, saved, groups["bias"])
+    loaded = LoadedAdapter(str(path), config, vectors, saved, groups["bias"], _labels(header))
     return loaded, header, groups["projection"]
+
+
+def _labels(header: dict[str, Any]) -> dict[int, str]:
+    return {int(number): str(name) for number, name in header.get("base", {}).get("id2label", {}).items()}
 
 
 def _state_tensors(host: AdaptedModel, adapter_name: str) -> dict[str, Tensor]:

@@ -19,8 +19,7 @@ def read_adapter(model: nn.Module, directory: Path) -> ReadyAdapter:
     """
     config_path = directory / CONFIG_NAME
     if not (directory / WEIGHTS_NAME).is_file():
-        missing = f"{directory} holds no adapter: {WEIGHTS_NAME} does not exist there"
-        raise CheckpointError(missing + _instead(directory))
+        raise no_adapter(directory)
     # veratune's own tensors file is whole without its JSON copy, PEFT's is not.
     if is_native(directory / WEIGHTS_NAME) or not config_path.exists():
         return ready_native(model, directory)
@@ -40,8 +39,12 @@ def read_adapter(model: nn.Module, directory: Path) -> ReadyAdapter:
     )
 
 
+def no_adapter(directory: Path) -> CheckpointError:
+    """Return the error about a directory without an adapter, with what it has that explains the mistake."""
+    return CheckpointError(f"{directory} holds no adapter: {WEIGHTS_NAME} does not exist there{_instead(directory)}")
+
+
 def _instead(directory: Path) -> str:
-    """Return what a directory without an adapter has that explains the mistake."""
     whole = next((name for name in ("model.safetensors", "pytorch_model.bin") if (directory / name).exists()), None)
     if whole is not None:
         return f". It holds a whole model ({whole}); an adapter is what save_pretrained of a VeraModel writes"

@@ -31,6 +31,7 @@ class LoadedAdapter:
         vectors: layer name to (b, d).
         saved: module name to that module's state dict.
         biases: parameter name to bias.
+        labels: number of a class to its name, as far as the file tells.
     """
 
     origin: str
@@ -38,6 +39,7 @@ class LoadedAdapter:
     vectors: dict[str, tuple[Tensor, Tensor]]
     saved: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     biases: dict[str, Tensor] = field(default_factory=dict)
+    labels: dict[int, str] = field(default_factory=dict)
 
 
 def targets_of(model: nn.Module, loaded: LoadedAdapter) -> list[Target]:
