@@ -178,6 +178,36 @@ def test_comparing(base: Path, adapter: Path, tmp_path: Path, capsys: pytest.Cap
     assert code == 1 and name in out and "0.5" in out
 
 
+def test_vectors_for_other_projections_are_not_compared(
+    base: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = [f"bert.encoder.layer.{i}.attention.self.{x}" for i in range(2) for x in ("query", "key", "value")]
+    for directory, targets in (("first", names), ("second", [*names[:3], *names[4:], "dense"])):
+        config = VeraConfig(r=4, target_modules=targets, projection_prng_key=len(directory))
+        get_peft_model(loaded(base), config).save_pretrained(tmp_path / directory)
+    code, out, _ = run(capsys, "diff", tmp_path / "first", tmp_path / "second")
+    assert code == 1 and "cannot be compared" in out and "b apart" not in out
+    assert f"6, of which only here: {names[3]}" in out and "6, of which only here: dense" in out
+    assert f"only the first adapts 1 layers: {names[3]}" in out
+    assert max(map(len, out.splitlines())) < 300
+    code, out, _ = run(capsys, "diff", tmp_path / "first", tmp_path / "second", "--json")
+    assert json.loads(out)["same_projections"] is False
+
+
+def test_the_output_of_a_training_run_stands_for_its_adapter(
+    base: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`tmp_path` has the adapter in its folder "adapter", as a run's output does."""
+    assert run(capsys, "diff", tmp_path, adapter)[0] == 0
+    assert run(capsys, "merge", tmp_path, tmp_path / "merged")[0] == 0
+    assert run(capsys, "export", tmp_path, tmp_path / "for-peft", "--format", "peft")[0] == 0
+    expected = logits(VeraModel.from_pretrained(loaded(base), adapter))
+    torch.testing.assert_close(logits(loaded(tmp_path / "merged")), expected, rtol=1e-4, atol=1e-5)
+    for command in ("merge", "convert", "diff"):
+        code, _, err = run(capsys, command, base, tmp_path / "x")
+        assert code == 1 and "holds no adapter" in err and "It holds a whole model (model.safetensors)" in err
+
+
 def test_errors_are_one_line_and_nothing_is_overwritten(
     base: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -189,7 +219,7 @@ def test_errors_are_one_line_and_nothing_is_overwritten(
         (("merge", adapter, full / "precious" / "x"), 1, "cannot be written (Not a directory)"),
         (("inspect", tmp_path / "nowhere"), 1, "is not a directory"),
         (("inspect", full), 1, "neither a model"),
-        (("export", adapter, tmp_path / "x", "--format", "lora", "--dtype", "int8"), 1, "--dtype int8"),
+        (("export", adapter, tmp_path / "x", "--format", "lora", "--dtype", "int8"), 2, "--dtype int8"),
         (("inspect", base, "--plot", tmp_path / "p.png"), 1, "is no adapter"),
         (("export", adapter, tmp_path / "x"), 2, "--format"),
         (("frobnicate",), 2, "frobnicate"),

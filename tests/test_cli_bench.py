@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tiny_models import randomise_trainable, tiny_model
-from veratune import VeraConfig, get_peft_model
+from veratune import VeraConfig, get_peft_model, timing
 from veratune.cli import main
 from veratune.cli.steps import FROZEN, FULL, LORA, OURS, PEFT_VERA, VARIANTS, Step, make_variant, random_inputs
 from veratune.timing import interleaved, median_ratio, peak_bytes
@@ -28,10 +28,20 @@ def test_all_are_called_in_every_round_and_each_begins_one() -> None:
     assert {name: len(seconds) for name, seconds in times.items()} == {"a": 4, "b": 4, "c": 4}
 
 
-def test_a_longer_call_takes_longer() -> None:
-    x = torch.randn(200, 200)
-    times = interleaved({"one": lambda: x @ x, "forty": lambda: [x @ x for _ in range(40)]}, 5)
-    assert median_ratio(times, "forty", "one") > 4
+def test_seconds_are_those_of_the_call_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = 0.0
+
+    def let_pass(seconds: float) -> None:
+        nonlocal clock
+        clock += seconds
+
+    with monkeypatch.context() as patched:
+        patched.setattr(timing.time, "perf_counter", lambda: clock)
+        variants = {"short": lambda: let_pass(0.5), "long": lambda: let_pass(2.0)}
+        times = interleaved(variants, 3, after_each=lambda: let_pass(100.0))
+        waited = interleaved({"asynchronous": lambda: None}, 2, wait=lambda: let_pass(0.25))
+    assert times == {"short": [0.5] * 3, "long": [2.0] * 3} and median_ratio(times, "long", "short") == 4.0
+    assert waited == {"asynchronous": [0.25] * 2}  # before a call it waits for what was there already
     assert median_ratio({"a": [2.0, 9.0, 4.0], "b": [1.0, 1.0, 8.0]}, "a", "b") == 2.0
 
 

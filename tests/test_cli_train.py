@@ -497,19 +497,19 @@ def test_wrong_calls_are_told_before_any_work(
         (("--config", vera, "--model", encoder, *rows), 2, "vera has unknown settings ['r']"),
         (("--resume", full), 2, "train.yaml does not exist"),
         (("--resume", full, "--rank", 3), 2, "leave out --rank"),
-        (("--model", encoder, "--data", tmp_path / "no.csv", "--output", out), 1, "is not a file"),
-        (("--model", encoder, "--data", tmp_path, "--output", out), 1, "is not a file"),
+        (("--model", encoder, "--data", tmp_path / "no.csv", "--output", out), 2, "is not a file"),
+        (("--model", encoder, "--data", tmp_path, "--output", out), 2, "is not a file"),
         (("--model", encoder, "--data", nothing, "--output", out), 1, "nothing.csv is empty"),
         (("--model", encoder, "--data", header, "--output", out), 1, "has no rows"),
         (("--model", encoder, "--data", parquet, "--output", out), 1, "bad.parquet cannot be read"),
-        (("--model", encoder, "--data", sheet, "--output", out), 1, "none of the kinds that are read"),
+        (("--model", encoder, "--data", sheet, "--output", out), 2, "none of the kinds that are read"),
         (("--model", encoder, "--data", broken, "--output", out), 1, "line 2 is not JSON"),
         (
             ("--model", encoder, *rows, "--label-column", "score"),
-            1,
+            2,
             "has no column 'score': it has ['label', 'text']; name one with --label-column",
         ),
-        (("--model", encoder, *rows, "--text-column", "body"), 1, "name one with --text-column"),
+        (("--model", encoder, *rows, "--text-column", "body"), 2, "name one with --text-column"),
         (("--model", encoder, *rows, "--task", "regression"), 1, "row 1 has no number in 'label': 'neg'"),
         (("--model", encoder, *rows, "--task", "token-classification"), 1, "lists of as many labels as words"),
         (("--model", encoder, "--data", one, "--output", out), 1, "all training rows have the same label"),
@@ -522,7 +522,7 @@ def test_wrong_calls_are_told_before_any_work(
         (("--model", encoder, "--data", table, *lm), 1, "no language model from left to right"),
         (("--model", encoder, "--data", table, "--output", full), 1, "nothing is overwritten: choose another --output"),
         (("--model", encoder, "--data", table, "--output", full / "precious" / "x"), 1, "cannot be written"),
-        (("--model", encoder, *rows, "--target-modules", "quary"), 1, "no module is called 'quary'"),
+        (("--model", encoder, *rows, "--target-modules", "quary"), 2, "no module is called 'quary'"),
         (("--model", tmp_path, *rows), 1, "neither a model"),
         (("--model", without, *rows), 1, "has no tokenizer that can be read"),
         (("--model", larger, *rows), 1, "the model knows 9 tokens only"),
@@ -546,16 +546,19 @@ def test_what_was_trained_is_merged_with_its_head_and_the_names_of_its_classes(
     assert main(["merge", str(output / "adapter"), str(tmp_path / "merged")]) == 0
     merged = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
     assert merged.config.id2label == {0: "neg", 1: "pos"}
-    base = transformers.AutoModelForSequenceClassification.from_pretrained(encoder, num_labels=2)
-    model = VeraModel.from_pretrained(base, output / "adapter")
+
+    def base_of_two(place: Path) -> Any:
+        return transformers.AutoModelForSequenceClassification.from_pretrained(place, num_labels=2)
+
+    model = VeraModel.from_pretrained(base_of_two(encoder), output / "adapter")
     ids = torch.tensor([[4, 5, 6]])
     with torch.no_grad():
         torch.testing.assert_close(merged(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-5)
     assert main(["export", str(output / "adapter"), str(tmp_path / "peft"), "--format", "peft"]) == 0
-    assert main(["convert", str(tmp_path / "peft"), str(tmp_path / "back")]) in (0, 1)
-    capsys.readouterr()
-    assert main(["merge", str(output), str(tmp_path / "no")]) == 1
-    assert f"its adapter is {output / 'adapter'}" in capsys.readouterr().err
+    assert main(["convert", str(tmp_path / "peft"), str(tmp_path / "back")]) == 0
+    back = VeraModel.from_pretrained(base_of_two(encoder), tmp_path / "back")
+    with torch.no_grad():
+        torch.testing.assert_close(back(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-5)
 
 
 def test_going_on_with_other_rows_or_a_finished_run(

@@ -11,8 +11,9 @@ from veratune.checkpoint.files import WEIGHTS_NAME, CheckpointError
 from veratune.checkpoint.native import is_native, read_native
 from veratune.checkpoint.vllm import max_lora_rank
 from veratune.cli.directories import check_new
-from veratune.cli.models import base_of, load_model
+from veratune.cli.models import adapter_in, base_of, load_model
 from veratune.cli.output import print_json, print_table, print_text
+from veratune.cli.settings import dtype_of
 from veratune.model import VeraModel
 
 MERGE_EXAMPLES = """Examples:
@@ -36,7 +37,10 @@ DIFF_EXAMPLES = """Example:
 veratune diff run/adapter other/adapter --json
 """
 
-AdapterArgument = Annotated[Path, typer.Argument(help="Directory of an adapter.")]
+# A list of more names than these is shown by its ends.
+_LISTED = 4
+
+AdapterArgument = Annotated[Path, typer.Argument(help="Directory of an adapter, or of a training run.")]
 OutputArgument = Annotated[Path, typer.Argument(help="Directory to write; it must be new or empty.")]
 BaseOption = Annotated[
     str | None, typer.Option(help="The base model: a directory or a hub name. Without it, the one the adapter names.")
@@ -65,6 +69,7 @@ def merge(
 ) -> None:
     """Merge an adapter into its base model and save a plain model."""
     check_new(output)
+    adapter = adapter_in(adapter)
     place = base_of(adapter, base)
     model: Any = _adapted(place, adapter).merge_and_unload(safe_merge=safe)
     model.save_pretrained(output)
@@ -89,10 +94,9 @@ def export(
     """Write an adapter in another format, with the same outputs."""
     if to is not Format.LORA and (rank is not None or engine is not None):
         raise typer.BadParameter(f"--rank and --engine are for --format lora, not {to.value}")
+    numbers = dtype_of(dtype)
     check_new(output)
-    numbers = getattr(torch, dtype, None)
-    if not isinstance(numbers, torch.dtype) or not numbers.is_floating_point:
-        raise ValueError(f"--dtype {dtype}: not a floating-point dtype of torch; try float32 or bfloat16")
+    adapter = adapter_in(adapter)
     model = _adapted(base_of(adapter, base), adapter)
     if to is Format.PEFT:
         model.export_peft(output)
@@ -115,6 +119,7 @@ def convert(
 ) -> None:
     """Turn PEFT's VeRA adapter into one in veratune's own format."""
     check_new(output)
+    adapter = adapter_in(adapter)
     if is_native(adapter / WEIGHTS_NAME):
         raise CheckpointError(f"{adapter} is in veratune's format already")
     model = _adapted(base_of(adapter, base), adapter)
@@ -128,12 +133,13 @@ def diff(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Compare two adapters: settings, layers, and how far their vectors are apart. Exit code 1 if they differ."""
-    (a, head_a, _), (b, head_b, _) = read_native(first), read_native(second)
+    (a, head_a, _), (b, head_b, _) = read_native(adapter_in(first)), read_native(adapter_in(second))
     settings_a, settings_b = a.config.to_dict(), b.config.to_dict()
     settings = {
         name: [settings_a[name], settings_b[name]] for name in settings_a if settings_a[name] != settings_b[name]
     }
-    if head_a["fingerprint"] != head_b["fingerprint"]:
+    comparable = head_a["fingerprint"] == head_b["fingerprint"]
+    if not comparable:
         settings["fingerprint"] = [head_a["fingerprint"], head_b["fingerprint"]]
     only = {"first": sorted(a.vectors.keys() - b.vectors.keys()), "second": sorted(b.vectors.keys() - a.vectors.keys())}
     layers = {
@@ -153,9 +159,18 @@ def diff(
     moved = {name: pair for name, pair in layers.items() if pair["b"] != 0.0 or pair["d"] != 0.0}
     different = bool(settings or only["first"] or only["second"] or moved or saved)
     if as_json:
-        print_json({"different": different, "settings": settings, "only": only, "layers": layers, "in_full": saved})
+        print_json(
+            {
+                "different": different,
+                "same_projections": comparable,
+                "settings": settings,
+                "only": only,
+                "layers": layers,
+                "in_full": saved,
+            }
+        )
     else:
-        _print_differences(settings, only, moved, saved, different=different)
+        _print_differences(settings, only, moved if comparable else None, saved, different=different)
     if different:
         raise typer.Exit(1)
 
@@ -167,7 +182,7 @@ def _adapted(place: str, adapter: Path) -> VeraModel:
 def _print_differences(
     settings: dict[str, list[Any]],
     only: dict[str, list[str]],
-    moved: dict[str, dict[str, float | None]],
+    moved: dict[str, dict[str, float | None]] | None,
     saved: list[str],
     *,
     different: bool,
@@ -175,11 +190,16 @@ def _print_differences(
     if not different:
         print_text("the adapters are equal")
     if settings:
-        print_table(("setting", "first", "second"), [(name, *map(str, pair)) for name, pair in settings.items()])
+        print_table(("setting", "first", "second"), [(name, *_sides(*pair)) for name, pair in settings.items()])
     for which, names in only.items():
         if names:
-            print_text(f"only the {which} adapts: {', '.join(names)}")
-    if moved:
+            print_text(f"only the {which} adapts {len(names)} layers: {_shortened(names)}")
+    if moved is None:
+        print_text(
+            "the projections differ, as their fingerprints say, so the vectors of the two cannot be compared: equal"
+            " numbers would mean other changes of the weights"
+        )
+    elif moved:
         rows = [
             (name, *("other shape" if pair[x] is None else f"{pair[x]:.4g}" for x in "bd"))
             for name, pair in moved.items()
@@ -187,6 +207,26 @@ def _print_differences(
         print_table(("layer", "b apart", "d apart"), rows, title="|first - second| relative to |first|")
     if saved:
         print_text(f"trained in full and different: {', '.join(saved)}")
+
+
+def _sides(first: Any, second: Any) -> tuple[str, str]:
+    """Return two values of a setting as text; of two long lists, what only one of them has."""
+    if isinstance(first, list) and isinstance(second, list) and max(len(first), len(second)) > _LISTED:
+        return _beside(first, second), _beside(second, first)
+    return _shortened(first), _shortened(second)
+
+
+def _beside(names: list[Any], others: list[Any]) -> str:
+    own = [name for name in names if name not in others]
+    return f"{len(names)}, of which only here: {_shortened(own) if own else 'none'}"
+
+
+def _shortened(value: Any) -> str:
+    """Return a value as text, and a long list by its ends."""
+    if not isinstance(value, list):
+        return str(value)
+    shown = value if len(value) <= _LISTED else [*value[:2], f"... ({len(value) - 3} more)", value[-1]]
+    return ", ".join(map(str, shown))
 
 
 def _distance(x: torch.Tensor, y: torch.Tensor) -> float | None:

@@ -13,7 +13,7 @@ from torch import nn
 
 from veratune.cli.models import load_model
 from veratune.cli.output import bytes_text, cpu_name, print_json, print_table, print_text, warning_line
-from veratune.cli.settings import SettingsError
+from veratune.cli.settings import SettingsError, dtype_of
 from veratune.cli.steps import (
     FROZEN,
     FULL,
@@ -35,7 +35,7 @@ veratune bench MODEL
 veratune bench MODEL --r 256 --r 1024 --batch 8 --length 512 --json
 """
 
-_OTHERS_BUSY = 0.3
+_OTHERS_BUSY = 0.5
 
 
 def bench(
@@ -60,7 +60,7 @@ def bench(
     place = _device(device)
     base: Any = load_model(model, weights=True)
     if dtype is not None:
-        base = base.to(_dtype(dtype))
+        base = base.to(dtype_of(dtype))
     base = base.to(place).requires_grad_(False).train()
     _without_dropout(base)
     inputs = random_inputs(base, batch, length, place)
@@ -179,13 +179,6 @@ def _device(name: str | None) -> torch.device:
     if place.type == "cuda" and not torch.cuda.is_available():
         raise SettingsError(f"--device {name}: there is no GPU that torch can use here")
     return place
-
-
-def _dtype(name: str) -> torch.dtype:
-    found = getattr(torch, name, None)
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
-        raise SettingsError(f"--dtype {name}: not a floating-point dtype of torch; try float32 or bfloat16")
-    return found
 
 
 def _without_dropout(model: nn.Module) -> None:

@@ -15,7 +15,7 @@ from veratune.cli.settings import TrainSettings
 from veratune.training import why_rate_is_low
 
 # Fewer steps than these seldom suffice for b, which starts at zero.
-_FEW_STEPS = 50
+_FEW_STEPS = 150
 # As many classes as this are seldom meant, where there is a row or two of each.
 _MANY_CLASSES = 50
 

@@ -14,7 +14,7 @@ import torch
 
 from veratune.cli.chats import IGNORED
 from veratune.cli.hub_rows import may_be_hub_name, read_hub_rows
-from veratune.cli.settings import TrainSettings
+from veratune.cli.settings import SettingsError, TrainSettings
 
 Row = dict[str, Any]
 _SHOWN = 40
@@ -29,7 +29,8 @@ def read_rows(path: str, subset: str | None = None, split: str = "train") -> lis
         split: part of a data set on the hub.
 
     Raises:
-        ValueError: no such file or data set, another kind of file, no rows.
+        SettingsError: no such file, or another kind of file.
+        ValueError: no such data set, a file that cannot be read, no rows.
     """
     try:
         import pandas as pd  # type: ignore[import-untyped]
@@ -48,9 +49,9 @@ def read_rows(path: str, subset: str | None = None, split: str = "train") -> lis
     if not file.exists() and not known and may_be_hub_name(path):
         return _some(path, read_hub_rows(path, subset, split))
     if not file.is_file():
-        raise ValueError(f"{path} is not a file")
+        raise SettingsError(f"{path} is not a file")
     if not known:
-        raise ValueError(f"{path} is none of the kinds that are read: {', '.join(readers)}")
+        raise SettingsError(f"{path} is none of the kinds that are read: {', '.join(readers)}")
     if file.stat().st_size == 0:
         raise ValueError(f"{path} is empty")
     try:
@@ -84,7 +85,7 @@ def _read_lines(file: Path) -> list[Row]:
 
 
 def check_columns(path: str, rows: list[Row], settings: TrainSettings) -> None:
-    """Raise ValueError for a column that is missing, or a row that lacks a value."""
+    """Raise SettingsError for a column that is missing, and ValueError for a row that lacks a value."""
     wanted = [settings.text_column]
     if settings.text_pair_column is not None:
         wanted.append(settings.text_pair_column)
@@ -95,7 +96,7 @@ def check_columns(path: str, rows: list[Row], settings: TrainSettings) -> None:
             option = next(
                 x for x in ("text_column", "text_pair_column", "label_column") if getattr(settings, x) == name
             )
-            raise ValueError(
+            raise SettingsError(
                 f"{path} has no column {name!r}: it has {sorted(rows[0])}; name one with --{option.replace('_', '-')}"
             )
         empty = next((i for i, row in enumerate(rows) if _is_empty(row.get(name))), None)

@@ -9,7 +9,7 @@ import typer
 
 from veratune.checkpoint.files import WEIGHTS_NAME, CheckpointError
 from veratune.checkpoint.native import is_native, read_native
-from veratune.cli.models import is_adapter, load_model
+from veratune.cli.models import ADAPTER_NAME, adapter_in, is_adapter, load_model
 from veratune.cli.output import bytes_text, print_json, print_table, print_text
 from veratune.config import VeraConfig
 from veratune.model import get_peft_model
@@ -38,8 +38,8 @@ def inspect(
     """Show a model's layers grouped by shape, or an adapter's configuration and vectors."""
     if Path(place).is_file() and Path(place).suffix in (".safetensors", ".json"):
         place = str(Path(place).parent)
-    if not is_adapter(place) and is_adapter(str(Path(place) / "adapter")):
-        place = str(Path(place) / "adapter")  # the output of a training run
+    if is_adapter(str(Path(place) / ADAPTER_NAME)):
+        place = str(adapter_in(Path(place)))
     if is_adapter(place):
         _inspect_adapter(Path(place), every=every, plot=plot, as_json=as_json)
     elif plot is not None:

@@ -9,6 +9,10 @@ from torch import nn
 
 from veratune.checkpoint.files import CONFIG_NAME, WEIGHTS_NAME, CheckpointError, read_json, read_tensors
 from veratune.checkpoint.native import is_native, read_native
+from veratune.checkpoint.reading import no_adapter
+
+ADAPTER_NAME = "adapter"
+"""The folder of a training run's output that holds its adapter."""
 
 
 def is_adapter(path: str) -> bool:
@@ -16,12 +20,22 @@ def is_adapter(path: str) -> bool:
     return (Path(path) / WEIGHTS_NAME).is_file() or (Path(path) / CONFIG_NAME).is_file()
 
 
+def adapter_in(place: Path) -> Path:
+    """Return the directory of an adapter: the place itself, or the folder where a training run puts its adapter.
+
+    Raises:
+        CheckpointError: neither holds one.
+    """
+    for directory in (place, place / ADAPTER_NAME):
+        if is_adapter(str(directory)):
+            return directory
+    raise no_adapter(place)
+
+
 def base_of(adapter: Path, given: str | None) -> str:
     """Return the base model's place: what the user gave, or what the adapter's configuration names."""
     if given is not None:
         return given
-    if not (adapter / CONFIG_NAME).exists() and is_adapter(str(adapter / "adapter")):
-        raise CheckpointError(f"{adapter} is the output of a training run: its adapter is {adapter / 'adapter'}")
     named = read_json(adapter / CONFIG_NAME).get("base_model_name_or_path")
     if not isinstance(named, str) or not named:
         raise CheckpointError(f"{adapter} does not say what its base model is: name it with --base")

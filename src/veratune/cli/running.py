@@ -15,15 +15,16 @@ from veratune.cli.curves import draw_curves
 from veratune.cli.data import Examples, Row, check_columns, digest, label_names, read_rows, split
 from veratune.cli.directories import check_new
 from veratune.cli.measures import evaluated
-from veratune.cli.models import load_tokenizer
+from veratune.cli.models import ADAPTER_NAME, load_tokenizer
 from veratune.cli.output import bytes_text, print_table, print_text, warning_line
 from veratune.cli.settings import SETTINGS_NAME, SettingsError, TrainSettings
 from veratune.cli.tasks import Task, make_task
 from veratune.model import VeraModel, get_peft_model
+from veratune.targets import TargetError
 from veratune.training import parameter_groups
 
 RESULTS_NAME, CURVES_NAME, ROWS_NAME = "results.json", "curves.png", "rows.json"
-ADAPTER_NAME, CHECKPOINTS_NAME = "adapter", "checkpoints"
+CHECKPOINTS_NAME = "checkpoints"
 
 # Every step's loss is kept in runs of so many steps; in longer ones, means over several.
 _MOST_LOGGED = 2000
@@ -59,7 +60,11 @@ def run(settings: TrainSettings, *, resuming: bool) -> None:
         _check_same(output, identity)
     task = make_task(settings, tokenizer, labels)
     _set_seed(settings.seed)
-    model = get_peft_model(task.model(), settings.vera_config())
+    base = task.model()
+    try:
+        model = get_peft_model(base, settings.vera_config())
+    except TargetError as error:
+        raise SettingsError(str(error)) from None
     examples = (
         Examples(settings.data, train_rows, task.encode),
         Examples(settings.eval_data or settings.data, eval_rows, task.encode),

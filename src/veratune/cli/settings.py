@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from veratune.checkpoint.files import write_text
 from veratune.config import VeraConfig
 
@@ -30,6 +32,18 @@ _NOT_IN_VERA = {
 
 class SettingsError(ValueError):
     """A setting that cannot be: the call is wrong, whatever the files hold."""
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """Return what an option --dtype names.
+
+    Raises:
+        SettingsError: torch has no floating-point dtype of this name.
+    """
+    found = getattr(torch, name, None)
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise SettingsError(f"--dtype {name}: not a floating-point dtype of torch; try float32 or bfloat16")
+    return found
 
 
 @dataclass
