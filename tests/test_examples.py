@@ -1,10 +1,14 @@
-"""The examples, the runner and the page that lists them belong together. `make examples` runs the examples."""
+"""The examples: those that take less than a minute run here, `make examples` runs all of them."""
 
+import importlib.util
+import os
 import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = {path.stem for path in (ROOT / "examples").glob("*.py") if not path.stem.startswith("_")}
@@ -18,6 +22,18 @@ def test_each_example_is_run_and_listed() -> None:
     assert set(re.findall(r"`examples/(\w+)\.py`", page)) == run | {"demo"}
     for name in re.findall(r"`(tests/\w+\.py)`", page):
         assert (ROOT / name).is_file(), name
+
+
+# Those on MiniLM; those on a language model of 135 million parameters take minutes each.
+@pytest.mark.parametrize("name", ["trainer", "peft_plugin", "sentence_embeddings", "pipelines", "ddp", "fsdp2"])
+@pytest.mark.skipif(importlib.util.find_spec("chatterbot_corpus") is None, reason="its data is not installed")
+def test_an_example_shows_what_it_says(name: str, tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "examples" / "run_all.py"), name]
+    # Unlike the tests, which are so small that one thread is the fastest.
+    environment = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
+    found = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stdout + found.stderr
+    assert (tmp_path / "runs" / "examples" / f"{name}.log").read_text().count("checked: ") >= 2
 
 
 def test_the_runner_fails_where_an_example_fails(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """`veratune bench`: how long a training step takes on this machine, in veratune's ways and in others."""
 
+import os
 import statistics
 import sys
 import warnings
@@ -54,6 +55,8 @@ def bench(
 
     All linear layers are adapted. The steps take turns, and each is compared with the frozen model's of the same round.
     """
+    # The profiler that counts memory tells of its beginnings and ends otherwise.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     ranks = r or [256]
     if min(ranks) < 1:
         raise SettingsError(f"--r {min(ranks)} is not allowed: a rank is 1 or more")
@@ -193,8 +196,6 @@ def _without_dropout(model: nn.Module) -> None:
 
 def _warn_of_others() -> None:
     """Warn if other processes keep the processors busy."""
-    import os
-
     if not hasattr(os, "getloadavg"):
         return
     load, cores = os.getloadavg()[0], os.cpu_count() or 1

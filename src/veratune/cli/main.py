@@ -31,6 +31,12 @@ _USAGE_ERROR: Any = typer.BadParameter.__mro__[1]  # click's, or typer's own cop
 _EXPECTED = (ValueError, TypeError, OSError, ImportError)
 # What packages say of their own missing parts when transformers imports them: nothing that a user could act on.
 _CHATTY = ("torchao", "bitsandbytes", "torch.utils._pytree")
+# What typer says of values in the words of the library that checks them.
+_PLAINLY = {
+    "Value error, ": "",
+    "Input should be a valid integer, unable to parse string as an integer": "it must be a whole number",
+    "Input should be a valid number, unable to parse string as a number": "it must be a number",
+}
 _OUT_OF_MEMORY = (MemoryError, torch.OutOfMemoryError)
 
 
@@ -101,7 +107,10 @@ def _told(error: Exception) -> str:
     if isinstance(error, _USAGE_ERROR):
         context = error.ctx
         command = "veratune" if context is None else context.command_path
-        return f"{' '.join(error.format_message().split()).rstrip('.')}; see {command} --help"
+        message = " ".join(error.format_message().split()).rstrip(".")
+        for theirs, plain in _PLAINLY.items():
+            message = message.replace(theirs, plain)
+        return f"{message}; see {command} --help"
     if isinstance(error, _OUT_OF_MEMORY):
         return f"out of memory: a smaller batch or shorter texts need less ({_first_line(error)})"
     if isinstance(error, _EXPECTED) and str(error):

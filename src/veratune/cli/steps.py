@@ -69,10 +69,6 @@ class Step:
         self._optimizer = torch.optim.AdamW(trainable, lr=1e-6) if trainable else None
 
     def __call__(self) -> None:
-        for tensor in self._inputs.values():
-            tensor.grad = None
-        if self._optimizer is not None:
-            self._optimizer.zero_grad()
         output = self._model(**self._inputs)
         result: Tensor = output.logits if hasattr(output, "logits") else output.last_hidden_state
         if self._gradient is None:
@@ -80,6 +76,9 @@ class Step:
         torch.autograd.backward(result, self._gradient)
         if self._optimizer is not None:
             self._optimizer.step()
+            self._optimizer.zero_grad()
+        for tensor in self._inputs.values():
+            tensor.grad = None
 
 
 def random_inputs(model: nn.Module, batch: int, length: int, device: torch.device) -> dict[str, Tensor]:
