@@ -724,9 +724,10 @@ def test_rows_of_the_base_model_have_the_head_that_it_has_now() -> None:
     assert torch.equal(mixed[0], plain[0])
 
 
-def test_what_overflows_beside_an_adapter_does_not_reach_the_base_models_rows() -> None:
+@pytest.mark.parametrize("route", ["factored", "dense"])
+def test_what_overflows_beside_an_adapter_does_not_reach_the_base_models_rows(route: Any) -> None:
     base = nn.Sequential(nn.Linear(64, 8)).half()
-    config = VeraConfig(r=8, target_modules=["0"])
+    config = VeraConfig(r=8, target_modules=["0"], route=route)
     bank = AdapterBank(base, config)
     bank.add("a", with_adapters(nn.Sequential(nn.Linear(64, 8)).half(), config), "anna")
     x = torch.full((2, 1, 64), 6e4).half()
@@ -735,6 +736,7 @@ def test_what_overflows_beside_an_adapter_does_not_reach_the_base_models_rows() 
     with torch.no_grad():
         mixed = bank.model(x, adapters=[None, "a"])
     assert torch.equal(mixed[0].isnan(), expected[0].isnan())
+    assert mixed[1].isfinite().all()
 
 
 def test_a_lease_serves_several_calls_with_one_version() -> None:

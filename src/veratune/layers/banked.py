@@ -206,38 +206,45 @@ class _Banked(VeraLinear):
                 return self._forward_folding(input, call, folded)
         output = self._checked_base_output(input, *args, **kwargs)
         for source, slots in call.by_source:
-            if source in self.projections:
-                output = self._add_rows(output, input, call, source, slots)
+            own = self.projections.get(source)
+            if own is not None:
+                down = self._project(input, call, output.dtype, own)
+                output = self._add(output, down, call.slab, own, slots)
         return output
 
-    def _add_rows(self, output: Tensor, x: Tensor, call: BankCall, source: int, slots: Tensor) -> Tensor:
-        """Return the output with what the adapters of one kind of projections add to their rows."""
-        own = self.projections[source]
+    def _project(self, x: Tensor, call: BankCall, dtype: torch.dtype, own: SharedProjections) -> Tensor:
+        """Return x A^T, (rows, n, r): this layer's own product, or that of a layer which has had the same input."""
         grouped = by_rows(x, call, self.name)
-        rows, n, _ = grouped.shape
-        flat = grouped.reshape(rows * n, self.in_features).to(output.dtype)
-        a_projection = own.group.a.tensor(flat.device, flat.dtype)
+        flat = grouped.flatten(0, 1).to(dtype)
+        a_projection = own.group.a.tensor(flat.device, dtype)
         if torch.is_grad_enabled() and flat.requires_grad:
             down = flat @ a_projection.t()
         else:
             down = own.group.down.get(self.name, x, a_projection, lambda: project_down(flat, a_projection))
-        if down.dtype == torch.float16:  # what overflows times zero is no zero
-            base = (slots == 0).repeat_interleave(n)
-            down = down.masked_fill(base.unsqueeze(1), 0.0)
-        start = output.reshape(rows, n, self.out_features)
-        added = self._add(start, down.reshape(rows, n, -1), call.slab, own, slots)
-        return added.view(output.shape)
+        return down.view(*grouped.shape[:2], -1)
 
     def _add(self, start: Tensor, down: Tensor, slab: Tensor, own: SharedProjections, slots: Tensor) -> Tensor:  # type: ignore[override]
+        """Return an output with what the adapters of one kind of projections add to their rows.
+
+        Args:
+            start: (..., out), the output so far.
+            down: x A^T, (rows, n, r).
+            slab: the vectors.
+            own: the projections.
+            slots: int64 (rows,), the slot of each row; 0 where it has no adapter of this kind.
+        """
+        if down.dtype == torch.float16:  # what overflows times zero is no zero
+            down = down.masked_fill((slots == 0)[:, None, None], 0.0)
+        rows, n, rank = down.shape
+        grouped = start.reshape(rows, n, self.out_features)
         parts = []
-        rank = down.shape[-1]
         for columns, corner in zip(self.columns, own.b, strict=True):
             d = slab[:, columns.d : columns.d + rank].index_select(0, slots)
             b = slab[:, columns.b : columns.b + corner.features].index_select(0, slots)
             b_projection = corner.tensor(down.device, down.dtype)
-            part = start if len(self.columns) == 1 else start[..., columns.outputs]
+            part = grouped if len(self.columns) == 1 else grouped[..., columns.outputs]
             parts.append(add_for_rows(part, down, b_projection, b, d))
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+        return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)).view(start.shape)
 
     # Few adapters in a batch: each one's weight is added up and multiplied by once.
 
@@ -278,13 +285,11 @@ class _Banked(VeraLinear):
         if others.numel():
             some = grouped[others]
             base = F.linear(some, self._outputs_first(self.base_weight), bias)
-            flat = some.reshape(-1, self.in_features)
             for source, slots in call.by_source:
                 own = self.projections.get(source)
-                if own is None:
-                    continue
-                down = flat @ own.group.a.tensor(flat.device, flat.dtype).t()
-                base = self._add(base, down.view(len(others), n, -1), call.slab, own, slots[others])
+                if own is not None:
+                    down = some @ own.group.a.tensor(some.device, some.dtype).t()
+                    base = self._add(base, down, call.slab, own, slots[others])
             output[others] = base
         return output.view(*x.shape[:-1], self.out_features)
 
