@@ -495,7 +495,6 @@ class AdapterBank:
             RowGroup(slot, source, torch.tensor(own, device=device)) for (slot, source), own in members.items()
         )
         largest = max((len(own) for own in members.values()), default=0)
-        plain = not groups and not self._compiled
         has_base = self._compiled or 0 in slots
         packed = lengths is not None
         return BankCall(
@@ -505,7 +504,6 @@ class AdapterBank:
             rows,
             by_source,
             packed,
-            plain,
             groups,
             largest,
             has_base,
@@ -539,7 +537,7 @@ class AdapterBank:
         def outputs(slots: list[int]) -> list[Tensor]:
             chosen = torch.tensor(slots, device=slab.device)
             group = RowGroup(1, number, chosen.nonzero().flatten())
-            call = BankCall(self._owner, slab, heads, chosen, ((number, chosen),), False, False, (group,), 0)
+            call = BankCall(self._owner, slab, heads, chosen, ((number, chosen),), False, (group,), 0)
             with torch.no_grad(), serving(call):
                 found = self.model.base_model(**inputs)
             leaves = torch.utils._pytree.tree_leaves(dict(found) if isinstance(found, Mapping) else found)

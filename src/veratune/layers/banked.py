@@ -52,7 +52,6 @@ class BankCall:
         by_source: for each kind of projections that occurs the same, with 0 in rows of other kinds; for all kinds that
             the bank has if the model is compiled, so that it need not be compiled anew for other combinations.
         packed: whether `rows` are tokens.
-        plain: whether all rows are the base model's.
         groups: the rows by adapter, the base model left out.
         largest: the number of rows that the commonest adapter has.
         has_base: whether there may be rows of the base model.
@@ -67,12 +66,16 @@ class BankCall:
     rows: Tensor
     by_source: tuple[tuple[int, Tensor], ...]
     packed: bool
-    plain: bool
     groups: tuple[RowGroup, ...]
     largest: int
     has_base: bool = True
     copies: tuple[int, ...] = (1,)
     flattened: bool = True
+
+    @property
+    def plain(self) -> bool:
+        """Whether all rows are the base model's."""
+        return len(self.by_source) == 0  # in words that a compiler can follow
 
 
 class _Calls(threading.local):
@@ -104,7 +107,7 @@ def current_call(owner: object) -> BankCall:
     Raises:
         RuntimeError: the model was not called through this bank.
     """
-    call = _calls.current
+    call = active_call()
     if call is None or call.owner is not owner:
         raise RuntimeError(
             "this model serves the adapters of a bank and was called without any: call bank.model(..., adapters=[...])"
@@ -118,8 +121,8 @@ def by_rows(x: Tensor, call: BankCall, what: str) -> Tensor:
     """Return an input (..., in) as (rows, n, in), where the n vectors of each row belong to one adapter.
 
     Raises:
-        RuntimeError: the input's leading dimension is no multiple of the number of rows, so that nothing tells what
-            belongs to which adapter.
+        RuntimeError: the input's first dimension does not stand for the rows (or their beams, or rows and tokens in
+            one), so that nothing tells what belongs to which adapter.
     """
     rows = call.rows.shape[0]
     tokens = math.prod(x.shape[:-1])
@@ -310,7 +313,7 @@ class _Banked(VeraLinear):
     # Models that read the weight rather than call the layer cannot be given a weight for each row.
 
     def weight_over(self, base: Tensor) -> Tensor:
-        call = _calls.current
+        call = active_call()
         if call is None or call.plain:
             return base
         self.added_adapters = ["a bank's"]
@@ -453,7 +456,7 @@ class BankedHead(SavedModule):
         return torch.utils._pytree.tree_map_only(Tensor, lambda value: value.flatten(0, 1), output)
 
     def __getattr__(self, name: str) -> Any:
-        call = _calls.current
+        call = active_call()
         if call is not None and not call.plain and name in self.__dict__.get("places", {}):
             raise RuntimeError(
                 f"the model reads {name} of {self.name} itself instead of calling the module, so that rows cannot have"
