@@ -34,7 +34,16 @@ from veratune.checkpoint.reading import read_adapter
 from veratune.checkpoint.transfer import LoadedAdapter, ReadyAdapter, make_ready, targets_of
 from veratune.config import VeraConfig
 from veratune.layers import InputGroup
-from veratune.layers.banked import BankCall, BankedHead, RowGroup, SharedProjections, banked, part_slices, serving
+from veratune.layers.banked import (
+    BankCall,
+    BankedConv1D,
+    BankedHead,
+    BankedLinear,
+    RowGroup,
+    SharedProjections,
+    part_slices,
+    serving,
+)
 from veratune.layers.kinds import is_conv1d
 from veratune.layers.shared import SharedDown
 from veratune.model import check_bare
@@ -138,14 +147,12 @@ class AdapterBank:
         self._owner = object()
         self._changes = threading.RLock()  # one change at a time, without keeping calls waiting for the disk
         replacements: dict[int, nn.Module] = {}
-        self._layers = {}
+        self._layers: dict[str, BankedLinear] = {}
         route = plan.config.route
         for target in plan.targets:
             place = self.layout.layers[target.name]
-            conv1d = is_conv1d(target.module)
-            layer = banked(
-                target.module, target.geometry, self._owner, target.name, place.columns, route, conv1d=conv1d
-            )
+            kind = BankedConv1D if is_conv1d(target.module) else BankedLinear
+            layer = kind(target.module, target.geometry, self._owner, target.name, place.columns, route)
             self._layers[target.name] = replacements[id(target.module)] = layer
         for name, head in self.layout.heads.items():
             replacements[id(modules[name])] = BankedHead(modules[name], self._owner, name, head.parameters)

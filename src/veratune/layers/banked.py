@@ -171,8 +171,8 @@ class SharedProjections:
     b: tuple[Corner, ...]
 
 
-class _Banked(VeraLinear):
-    """What the two kinds have in common.
+class BankedLinear(VeraLinear):
+    """A linear layer, plain or quantised, whose rows have adapters of their own.
 
     Attributes:
         owner: what tells this bank's calls from another's.
@@ -332,11 +332,7 @@ class _Banked(VeraLinear):
         return self.adapted_part(base, index)
 
 
-class BankedLinear(_Banked):
-    """A linear layer, plain or quantised, whose rows have adapters of their own."""
-
-
-class BankedConv1D(_Banked):
+class BankedConv1D(BankedLinear):
     """The same on transformers' `Conv1D`."""
 
     out_axis = VeraConv1D.out_axis
@@ -345,20 +341,6 @@ class BankedConv1D(_Banked):
     # The name that Conv1D gives its argument.
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
         return super().forward(x, *args, **kwargs)
-
-
-def banked(
-    module: nn.Module,
-    geometry: Geometry,
-    owner: object,
-    name: str,
-    columns: Sequence[Columns],
-    route: RouteName,
-    *,
-    conv1d: bool,
-) -> _Banked:
-    """Return a layer with rows of their own around a linear layer or Conv1D."""
-    return (BankedConv1D if conv1d else BankedLinear)(module, geometry, owner, name, columns, route)
 
 
 def part_slices(parts: tuple[int, ...], out_features: int) -> list[slice]:
