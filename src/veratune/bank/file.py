@@ -35,7 +35,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from veratune.bank.layout import AdapterRow, BankError, Layout, bytes_of, source_from_json, source_to_json
+from veratune.bank.layout import AdapterRow, BankError, Layout, source_from_json, source_to_json
 from veratune.bank.record import (
     BankHeader,
     DamagedRecordError,
@@ -47,6 +47,7 @@ from veratune.bank.record import (
     read_bank_header,
     unpack,
 )
+from veratune.tensors import bytes_of
 
 _MAGIC, _VERSION = b"VERABANK", 1
 _START = struct.Struct("<8sII")

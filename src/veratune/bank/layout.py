@@ -15,6 +15,7 @@ from veratune.layers.banked import Columns, part_slices
 from veratune.layers.kinds import is_conv1d, is_linear
 from veratune.sources import PeftShared, PerDimension, Source, Stored
 from veratune.targets import Target, unwrapped
+from veratune.tensors import bytes_of
 
 
 class BankError(ValueError):
@@ -209,11 +210,6 @@ def digest_of(source: Source, vectors: Tensor, heads: Tensor | None) -> str:
         if tensor is not None:
             sha.update(bytes_of(tensor))
     return sha.hexdigest()[:32]
-
-
-def bytes_of(tensor: Tensor) -> bytes:
-    """Return a tensor's values as they are in memory."""
-    return tensor.contiguous().view(torch.uint8).numpy().tobytes()
 
 
 def head_row(layout: Layout, modules: dict[str, nn.Module]) -> Tensor | None:

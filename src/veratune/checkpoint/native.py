@@ -39,6 +39,7 @@ from veratune.config import VeraConfig
 from veratune.layers import VeraEmbedding
 from veratune.sources import PerDimension, Side, Source, Stored
 from veratune.targets import Target
+from veratune.tensors import bytes_of
 
 FORMAT_VERSION = 1
 _METADATA_KEY = "veratune"
@@ -200,9 +201,9 @@ def _header(path: Path, metadata: dict[str, str], tensors: dict[str, Tensor]) ->
 def _digest(header: dict[str, Any], tensors: dict[str, Tensor]) -> str:
     sha = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
     for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
+        tensor = tensors[name]
         sha.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
-        sha.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+        sha.update(bytes_of(tensor))
     return sha.hexdigest()
 
 
