@@ -1,7 +1,5 @@
 """`veratune bank`: files of many adapters of one base model."""
 
-import os
-import secrets
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,6 +7,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
+from veratune.atomic import temporary_beside
 from veratune.bank import AdapterBank, BankError
 from veratune.bank.configs import config_for_adapters
 from veratune.bank.file import BankFile, publish
@@ -59,7 +58,7 @@ def build(
         config = config.replace(r=rank)
     if target_modules:
         config = config.replace(target_modules=_targets(target_modules), fused_parts=_parts(config, target_modules))
-    temporary = file.with_name(f".{file.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    temporary = temporary_beside(file)
     try:
         bank = AdapterBank(base, config, dtype=numbers, file=temporary)
         for name, place in places.items():
