@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
+from transformers import GenerationConfig
 
 from dense import dense_parameters
 from reference import randomise, relative
@@ -355,6 +356,20 @@ def test_generation_is_token_for_token_that_of_each_adapter(kind: str, way: str,
         assert torch.equal(mixed[rows], own[name][rows])
         differing += not torch.equal(own[name][rows], own[None][rows])
     assert differing >= 3
+
+
+def test_what_is_set_on_the_banks_model_is_set_on_the_model() -> None:
+    bank, _ = tiny("llama")
+    inputs = inputs_of("llama", 2)
+    bank.model.generation_config = GenerationConfig(max_new_tokens=3, eos_token_id=None, pad_token_id=2)
+    assert bank.model.base_model.generation_config is bank.model.generation_config
+    assert bank.model.generate(**inputs, adapters=["anna", None]).shape == (2, 6 + 3)
+    bank.model.generation_config.max_new_tokens = 4
+    assert bank.model.generate(**inputs, adapters=["anna", None]).shape == (2, 6 + 4)
+    # What is the wrapper's own stays there.
+    bank.model.train()
+    assert bank.model.training and bank.model.eval().training is False
+    assert "_bank" not in vars(bank.model.base_model)
 
 
 # Versions

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from veratune.config import VeraConfig
 from veratune.explain import RouteTable, explain_routes
-from veratune.forwarding import ForwardOfBase
+from veratune.forwarding import ForwardOfBase, StandsForModel
 from veratune.layers import ComputeSettings, InputGroup, SavedModule, VectorInit, VeraLayer, VeraModule, VeraParameter
 from veratune.layers.biases import AdapterBiases, bias_owners
 from veratune.layers.kinds import adapt, adapt_parameter
@@ -162,7 +162,7 @@ def _checkpoints(model: nn.Module) -> bool:
     return False
 
 
-class AdaptedModel(nn.Module):
+class AdaptedModel(StandsForModel):
     """A model whose linear layers have VeRA adapters. The adapters are put into the model itself, in place.
 
     What this class does not have itself is looked up in the model, so that it can stand wherever the model stood.
@@ -190,14 +190,6 @@ class AdaptedModel(nn.Module):
             self._let_inputs_require_grad()
 
     forward = ForwardOfBase()
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name.startswith("__") or "base_model" not in self.__dict__.get("_modules", {}):
-                raise
-            return getattr(self.base_model, name)
 
     # Looking at adapters
 
