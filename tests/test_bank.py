@@ -19,7 +19,7 @@ from veratune.bank import AdapterBank, BankError
 from veratune.layers.banked import BankedLinear
 
 CUSTOMERS = ("anna", "bert", "carl")
-ROWS = ["anna", None, "carl", "bert", "anna"]
+ROWS: list[str | None] = ["anna", None, "carl", "bert", "anna"]
 
 
 def with_adapters(base: nn.Module, config: VeraConfig, scale: float = 0.5) -> VeraModel:
@@ -50,6 +50,13 @@ def alone(model: VeraModel, name: str | None, call: Any) -> Any:
                 return call(model)
         model.set_adapter(name)
         return call(model)
+
+
+def assert_alone(mixed: Tensor, names: list[str | None], model: VeraModel, call: Any, tolerance: float = 1e-5) -> None:
+    """Each row is what the model computes with that row's adapter alone."""
+    own = {name: alone(model, name, call) for name in {*names}}
+    for row, name in enumerate(names):
+        assert relative(mixed[row], own[name][row]) < tolerance
 
 
 def tiny(kind: str, **settings: Any) -> tuple[AdapterBank, VeraModel]:
@@ -118,8 +125,7 @@ def test_vectors_in_half_precision_round_and_nothing_else(dtype: torch.dtype) ->
     inputs = inputs_of("bert")
     with torch.no_grad():
         mixed = bank.model(**inputs, adapters=ROWS).logits
-    for row, name in enumerate(ROWS):
-        assert relative(mixed[row], alone(model, name, lambda m: m(**inputs).logits)[row]) < 1e-5
+    assert_alone(mixed, ROWS, model, lambda m: m(**inputs).logits)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -145,9 +151,7 @@ def test_autocast() -> None:
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         mixed = bank.model(**inputs, adapters=ROWS).logits
         assert mixed.dtype == torch.bfloat16
-        for row, name in enumerate(ROWS):
-            own = alone(model, name, lambda m: m(**inputs).logits)[row]
-            assert relative(mixed[row], own) < 0.05
+        assert_alone(mixed, ROWS, model, lambda m: m(**inputs).logits, 0.05)
 
 
 def test_adapters_of_fewer_layers_are_zero_elsewhere() -> None:
@@ -202,8 +206,7 @@ def test_heads_of_their_own() -> None:
     inputs = inputs_of("bert")
     with torch.no_grad():
         mixed = bank.model(**inputs, adapters=ROWS).logits
-    for row, name in enumerate(ROWS):
-        assert relative(mixed[row], alone(model, name, lambda m: m(**inputs).logits)[row]) < 1e-5
+    assert_alone(mixed, ROWS, model, lambda m: m(**inputs).logits)
 
 
 class RobertaLikeHead(nn.Module):
@@ -232,8 +235,7 @@ def test_heads_of_several_layers() -> None:
     x = torch.randn(5, 4, 12)
     with torch.no_grad():
         mixed = bank.model(x, adapters=ROWS)
-    for row, name in enumerate(ROWS):
-        assert relative(mixed[row], alone(model, name, lambda m: m(x))[row]) < 1e-5
+    assert_alone(mixed, ROWS, model, lambda m: m(x))
 
 
 def test_a_head_is_not_read_behind_the_banks_back() -> None:
@@ -307,8 +309,7 @@ def test_few_adapters_in_a_batch_are_folded(names: list[str | None]) -> None:
     assert {group.rows.numel() for group in folded} <= {1, 2, 3, 4} and folded
     with torch.no_grad():
         mixed = bank.model(x, adapters=names)
-    for row, name in enumerate(names):
-        assert relative(mixed[row], alone(model, name, lambda m: m(x))[row]) < 1e-5
+    assert_alone(mixed, names, model, lambda m: m(x))
 
 
 def test_few_tokens_are_not_folded() -> None:
@@ -433,10 +434,10 @@ def test_a_bank_with_a_file_makes_room(tmp_path: Any) -> None:
     for served in (bank, again):
         assert served.names() == list(CUSTOMERS)
         for pair in (("anna", "bert"), ("carl", "anna"), ("bert", "carl"), ("bert", "anna")):
+            names = [*pair, None, *pair]
             with torch.no_grad():
-                mixed = served.model(**inputs, adapters=[*pair, None, *pair]).logits
-            for row, name in ((0, pair[0]), (1, pair[1]), (2, None), (3, pair[0])):
-                assert relative(mixed[row], alone(model, name, lambda m: m(**inputs).logits)[row]) < 1e-5
+                mixed = served.model(**inputs, adapters=names).logits
+            assert_alone(mixed, names, model, lambda m: m(**inputs).logits)
         with pytest.raises(BankError, match="all 2 adapters"):
             served.model(**inputs, adapters=ROWS)
         with torch.no_grad():  # and nothing stays taken
@@ -516,8 +517,7 @@ def test_other_adapters_do_not_compile_the_model_again() -> None:
         with torch.no_grad():
             mixed = bank.model(**inputs, adapters=names).logits
         assert counter.frame_count == 1
-        for row, name in enumerate(names):
-            assert relative(mixed[row], alone(model, name, lambda m: m(**inputs).logits)[row]) < 1e-5
+        assert_alone(mixed, names, model, lambda m: m(**inputs).logits)
 
 
 # What is refused
@@ -661,8 +661,7 @@ def test_quantised_layers() -> None:
     x = torch.randn(5, 3, 64)
     with torch.no_grad():
         mixed = bank.model(x, adapters=ROWS)
-    for row, name in enumerate(ROWS):
-        assert relative(mixed[row], alone(model, name, lambda m: m(x))[row]) < 1e-5
+    assert_alone(mixed, ROWS, model, lambda m: m(x))
 
 
 def test_parts_of_fused_layers() -> None:
@@ -671,8 +670,7 @@ def test_parts_of_fused_layers() -> None:
     inputs = inputs_of("gpt2")
     with torch.no_grad():
         mixed = bank.model(**inputs, adapters=ROWS).logits
-    for row, name in enumerate(ROWS):
-        assert relative(mixed[row], alone(model, name, lambda m: m(**inputs).logits)[row]) < 1e-5
+    assert_alone(mixed, ROWS, model, lambda m: m(**inputs).logits)
     whole = get_peft_model(tiny_model("gpt2"), VeraConfig(r=8, target_modules=["c_attn"]))
     with pytest.raises(BankError, match=r"has 1 parts on .*c_attn, this bank 3"):
         bank.add("whole", whole)
