@@ -3,7 +3,7 @@
 import re
 import warnings
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -126,8 +126,9 @@ def plan_adapter(model: nn.Module, config: VeraConfig, source: Source | None = N
         )
     resolved = resolve_config(model, config, notify)
     targets = find_targets(model, resolved, notify)
-    check_conflicts(model, resolved.modules_to_save or [], [target.name for target in targets])
-    owners = bias_owners(modules_with_biases(model, resolved, {target.name for target in targets}))
+    modules = base_modules(model)
+    check_conflicts(modules, resolved.modules_to_save or [], [target.name for target in targets])
+    owners = bias_owners(modules_with_biases(modules, resolved, {target.name for target in targets}))
     return AdapterPlan(resolved, targets, source or make_source(resolved, targets), owners)
 
 
@@ -143,14 +144,22 @@ def make_source(config: VeraConfig, targets: Sequence[Target]) -> Source:
     )
 
 
-def modules_with_biases(model: nn.Module, config: VeraConfig, adapted: Collection[str]) -> list[tuple[str, nn.Module]]:
-    """Return the modules whose biases a configuration trains, by name, given the names of the adapted layers."""
+def modules_with_biases(
+    modules: Mapping[str, nn.Module], config: VeraConfig, adapted: Collection[str]
+) -> list[tuple[str, nn.Module]]:
+    """Return the modules whose biases a configuration trains, by name.
+
+    Args:
+        modules: what `base_modules` returns for the model.
+        config: the configuration.
+        adapted: the names of the adapted layers.
+    """
     saved = config.modules_to_save or []
     return [
         (name, module if isinstance(module, SavedModule) else unwrapped(module))
-        for name, module in base_modules(model).items()
-        if not any(name == top or name.startswith(f"{top}.") for top in saved)
-        and (config.bias == "all" or (config.bias == "vera_only" and name in adapted))
+        for name, module in modules.items()
+        if (config.bias == "all" or (config.bias == "vera_only" and name in adapted))
+        and not any(name == top or name.startswith(f"{top}.") for top in saved)
     ]
 
 

@@ -21,6 +21,7 @@ from veratune.checkpoint.transfer import ReadyAdapter, told_apart
 from veratune.checkpoint.vllm import check_vllm
 from veratune.config import VeraConfig
 from veratune.layers import SavedModule, VeraLayer
+from veratune.targets import base_modules
 
 DEFAULT_ADAPTER = "default"
 
@@ -310,4 +311,4 @@ def _find(model_id: str | os.PathLike[str], location: dict[str, Any]) -> Path:
 
 
 def _read(model: nn.Module, directory: Path) -> ReadyAdapter:
-    return told_apart(model, read_adapter(model, directory))
+    return told_apart(model, read_adapter(base_modules(model), directory))

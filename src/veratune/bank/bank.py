@@ -142,6 +142,7 @@ class AdapterBank:
         self.refresh()
         self._modes = [(module, module.training) for module in model.modules()]
         replace_modules(model, replacements)
+        self._modules = base_modules(model)  # a bank's model does not change, whatever adapters come
         load_calibration(device)
         self.model = BankModel(model, self).eval()
 
@@ -252,7 +253,7 @@ class AdapterBank:
             source_to_json(row.source)
 
     def _read_row(self, model_id: str | os.PathLike[str], location: dict[str, Any]) -> AdapterRow:
-        return self._row(read_adapter(self.model.base_model, find_directory(model_id, **location)))
+        return self._row(read_adapter(self._modules, find_directory(model_id, **location)))
 
     def add(
         self, name: str, model: AdaptedModel, adapter_name: str | None = None, *, replace: bool = False
@@ -279,8 +280,8 @@ class AdapterBank:
             {module: dict(head.state_dict()) for module, head in state.saved.items()},
             {bias: tensor.detach() for bias, tensor in state.biases.items()},
         )
-        base = self.model.base_model
-        ready = make_ready(base, loaded, targets_of(base, loaded), model.projection_source(own))
+        targets = targets_of(self._modules, loaded)
+        ready = make_ready(self._modules, loaded, targets, model.projection_source(own))
         return self._put(name, self._row(ready), replace)
 
     def remove(self, name: str) -> None:

@@ -16,6 +16,7 @@ SHA-256 over all of this and the tensors. As the file holds all that a load need
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -93,14 +94,14 @@ def describe_base(model: nn.Module) -> dict[str, Any]:
     return described
 
 
-def ready_native(model: nn.Module, directory: Path) -> ReadyAdapter:
-    """Read the adapter in a directory and check it against a model.
+def ready_native(modules: Mapping[str, nn.Module], directory: Path) -> ReadyAdapter:
+    """Read the adapter in a directory and check it against a model, given by what `base_modules` returns for it.
 
     Raises:
         CheckpointError: the files cannot be used, or not with this model.
     """
     loaded, header, projections = read_native(directory)
-    targets = targets_of(model, loaded)
+    targets = targets_of(modules, loaded)
     _check_ranks(loaded, targets)
     inputs = header.get("inputs", {})
     for target in targets:
@@ -109,7 +110,7 @@ def ready_native(model: nn.Module, directory: Path) -> ReadyAdapter:
                 f"{loaded.origin}: {target.name} had {inputs[target.name]} inputs where the adapter was trained, but"
                 f" {target.in_features} here: the adapter is for a model of other dimensions"
             )
-    return make_ready(model, loaded, targets, _source(loaded, targets, header, projections))
+    return make_ready(modules, loaded, targets, _source(loaded, targets, header, projections))
 
 
 def read_native(directory: Path) -> tuple[LoadedAdapter, dict[str, Any], dict[str, Tensor]]:

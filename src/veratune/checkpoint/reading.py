@@ -1,5 +1,6 @@
 """Reading an adapter in whichever format it is."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from torch import nn
@@ -11,8 +12,12 @@ from veratune.checkpoint.transfer import ReadyAdapter
 from veratune.config import PEFT_TYPE
 
 
-def read_adapter(model: nn.Module, directory: Path) -> ReadyAdapter:
+def read_adapter(modules: Mapping[str, nn.Module], directory: Path) -> ReadyAdapter:
     """Read an adapter of either format and check it against a model, which is not changed.
+
+    Args:
+        modules: what `base_modules` returns for the model.
+        directory: where the adapter's files are.
 
     Raises:
         CheckpointError: there is no adapter, it is damaged or of another kind, or for another model.
@@ -23,12 +28,12 @@ def read_adapter(model: nn.Module, directory: Path) -> ReadyAdapter:
         raise CheckpointError(missing + _instead(directory))
     # veratune's own tensors file is whole without its JSON copy, PEFT's is not.
     if is_native(directory / WEIGHTS_NAME) or not config_path.exists():
-        return ready_native(model, directory)
+        return ready_native(modules, directory)
     peft_type = read_json(config_path).get("peft_type")
     if peft_type == PEFT_TYPE:
-        return ready_native(model, directory)
+        return ready_native(modules, directory)
     if peft_type == PEFT_VERA:
-        return ready_peft(model, directory)
+        return ready_peft(modules, directory)
     if peft_type == "VERATUNE_PEFT":
         raise CheckpointError(
             f"{directory} was written by the peft package through veratune.integrations.peft: load it with"

@@ -5,7 +5,7 @@ Only what is ready is put on a model.
 """
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from veratune.config import VeraConfig
 from veratune.layers.biases import bias_owners
 from veratune.layers.kinds import geometry, parameter_layout, why_not_adaptable, why_not_parameter
 from veratune.sources import Source
-from veratune.targets import Target, TargetError, base_modules, check_conflicts, find_targets, parts_of, unwrapped
+from veratune.targets import Target, TargetError, check_conflicts, find_targets, parts_of, unwrapped
 
 
 @dataclass
@@ -40,31 +40,36 @@ class LoadedAdapter:
     biases: dict[str, Tensor] = field(default_factory=dict)
 
 
-def targets_of(model: nn.Module, loaded: LoadedAdapter) -> list[Target]:
+def targets_of(modules: Mapping[str, nn.Module], loaded: LoadedAdapter) -> list[Target]:
     """Return the layers of a model that a loaded adapter is for, having checked names and shapes.
+
+    Args:
+        modules: what `base_modules` returns for the model.
+        loaded: what a reader returned.
 
     Raises:
         CheckpointError: a layer that the model does not have, or that has other dimensions or cannot be adapted.
     """
-    modules = base_modules(model)
-    missing = [name for name in loaded.vectors if _module_and_parameter(name, modules) is None]
+    found = {name: _module_and_parameter(name, modules) for name in loaded.vectors}
+    missing = [name for name, place in found.items() if place is None]
     if missing:
         raise CheckpointError(
-            f"{loaded.origin} adapts {len(missing)} layers that this {type(model).__name__} does not have: "
+            f"{loaded.origin} adapts {len(missing)} layers that this {type(modules['']).__name__} does not have: "
             + _some(missing)
             + _closest(missing[0], modules)
         )
     targets: list[Target] = []
-    for name, (b, d) in loaded.vectors.items():
-        found = _module_and_parameter(name, modules)
-        assert found is not None
-        module, parameter = found
+    names: dict[tuple[int, str | None], str] = {}
+    for name, place in found.items():
+        assert place is not None
+        module, parameter = place
+        b, d = loaded.vectors[name]
         base = unwrapped(module)
         reason = why_not_adaptable(base) if parameter is None else why_not_parameter(base, parameter)
         if reason is not None:
             raise CheckpointError(f"{loaded.origin} adapts {name}, which cannot be adapted here, because {reason}")
-        twin = next((t.name for t in targets if t.module is module and t.parameter == parameter), None)
-        if twin is not None:
+        twin = names.setdefault((id(module), parameter), name)
+        if twin != name:
             raise CheckpointError(f"{loaded.origin} adapts {twin} and {name}, which are one and the same module here")
         weight = base._parameters.get(parameter or "weight")
         if weight is not None and weight.is_meta and not hasattr(base, "_hf_hook"):
@@ -92,7 +97,7 @@ def targets_of(model: nn.Module, loaded: LoadedAdapter) -> list[Target]:
     return targets
 
 
-def _module_and_parameter(name: str, modules: dict[str, nn.Module]) -> tuple[nn.Module, str | None] | None:
+def _module_and_parameter(name: str, modules: Mapping[str, nn.Module]) -> tuple[nn.Module, str | None] | None:
     """Return the module of this name, or the module that has a parameter of this name, and that parameter's own."""
     if name in modules:
         return modules[name], None
@@ -102,11 +107,13 @@ def _module_and_parameter(name: str, modules: dict[str, nn.Module]) -> tuple[nn.
     return None
 
 
-def make_ready(model: nn.Module, loaded: LoadedAdapter, targets: list[Target], source: Source) -> "ReadyAdapter":
+def make_ready(
+    modules: Mapping[str, nn.Module], loaded: LoadedAdapter, targets: list[Target], source: Source
+) -> "ReadyAdapter":
     """Check a loaded adapter's saved modules and biases against a model as well, and return it with its plan.
 
     Args:
-        model: the model without a wrapper.
+        modules: what `base_modules` returns for the model.
         loaded: what a reader returned.
         targets: what `targets_of` returned for this model.
         source: the adapter's projections.
@@ -114,15 +121,16 @@ def make_ready(model: nn.Module, loaded: LoadedAdapter, targets: list[Target], s
     Raises:
         CheckpointError: saved modules or biases that do not fit the model.
     """
-    modules = base_modules(model)
     try:
-        check_conflicts(model, [name for name in loaded.saved if name in modules], [target.name for target in targets])
+        check_conflicts(
+            modules, [name for name in loaded.saved if name in modules], [target.name for target in targets]
+        )
     except TargetError as error:
         raise CheckpointError(f"{loaded.origin} cannot stand beside the adapters there are: {error}") from None
     for module_name, state in loaded.saved.items():
         _check_saved(loaded.origin, modules, module_name, state)
     config = loaded.config.replace(modules_to_save=list(loaded.saved))
-    owners = bias_owners(modules_with_biases(model, config, {target.name for target in targets}))
+    owners = bias_owners(modules_with_biases(modules, config, {target.name for target in targets}))
     check_keys(f"{loaded.origin} with bias={config.bias!r}", owners, loaded.biases)
     for name, bias in loaded.biases.items():
         own = owners[name][0]._parameters["bias"]
@@ -196,7 +204,7 @@ def told_apart(model: nn.Module, ready: ReadyAdapter) -> ReadyAdapter:
     return ready
 
 
-def _check_saved(origin: str, modules: dict[str, nn.Module], name: str, state: dict[str, Tensor]) -> None:
+def _check_saved(origin: str, modules: Mapping[str, nn.Module], name: str, state: dict[str, Tensor]) -> None:
     module = modules.get(name)
     if module is None:
         raise CheckpointError(
@@ -243,6 +251,6 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
-def _closest(name: str, modules: dict[str, nn.Module]) -> str:
+def _closest(name: str, modules: Mapping[str, nn.Module]) -> str:
     close = difflib.get_close_matches(name, modules, n=3, cutoff=0.5)
     return f"; the closest here: {', '.join(close)}" if close else ""
