@@ -16,7 +16,7 @@ from reference import randomise, relative
 from tiny_models import tiny_model
 from veratune import TargetError, VeraConfig, VeraModel, get_peft_model
 from veratune.bank import AdapterBank, BankError
-from veratune.layers.banked import BankedLinear
+from veratune.layers.banked import BankedLinear, serving
 
 CUSTOMERS = ("anna", "bert", "carl")
 ROWS: list[str | None] = ["anna", None, "carl", "bert", "anna"]
@@ -388,8 +388,6 @@ def test_a_request_sees_one_version_to_its_end() -> None:
             for number in range(100):  # more than there is room for, so that freed rows are written to
                 bank.add(f"other {number}", model, "carl")
                 bank.add(f"another {number}", model, "anna")
-            from veratune.layers.banked import serving
-
             with serving(bank.call_of(lease)):
                 during = bank.model.base_model(**inputs).logits
         after = bank.model(**inputs, adapters=["anna", "anna"]).logits
@@ -763,6 +761,29 @@ def test_a_lease_serves_several_calls_with_one_version() -> None:
         assert not torch.equal(bank.model(**inputs, adapters=["anna", None]).logits, before)
     with pytest.raises(BankError, match="has been released"):
         bank.model(**inputs, adapters=lease)
+
+
+def test_a_lease_that_was_dropped_lets_go(tmp_path: Any) -> None:
+    config = VeraConfig(r=8, target_modules="all-linear")
+    model = with_adapters(tiny_model("bert"), config)
+    bank = bank_of(tiny_model("bert"), model, config, capacity=2, file=tmp_path / "bank")
+    inputs = inputs_of("bert", 2)
+    lease = bank.lease(["anna", "bert"])
+    with pytest.raises(BankError, match="all 2 adapters"):
+        bank.lease(["carl"])
+    call = bank.call_of(lease)
+    del lease
+    with pytest.raises(BankError, match="all 2 adapters"):  # a call that is there holds them
+        bank.lease(["carl"])
+    with torch.no_grad(), serving(call):
+        assert_alone(bank.model.base_model(**inputs).logits, ["anna", "bert"], model, lambda m: m(**inputs).logits)
+    del call
+    with torch.no_grad():
+        served = bank.model(**inputs, adapters=["carl", None]).logits
+    assert_alone(served, ["carl", None], model, lambda m: m(**inputs).logits)
+    assert all(version.leases == 0 for version in bank._versions.values())
+    bank.lease([None])
+    bank.unload()
 
 
 def test_few_adapters_under_autocast() -> None:

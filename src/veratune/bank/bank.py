@@ -326,6 +326,7 @@ class AdapterBank:
             if self._file is not None:
                 self._file.add(name, row, replacing=None if before is None else before.digest)
             with self._slots.lock:
+                self._slots.release_abandoned()
                 version = self._known(row.digest, row.source, row.rank)
                 version.names += 1  # so that its row is kept
                 try:
@@ -400,6 +401,7 @@ class AdapterBank:
         with self._slots.lock:
             if self._closed:
                 raise BankError("this bank was unloaded: its model is the base model again")
+            self._slots.release_abandoned()
             leased: list[Version] = []
             try:
                 for version in {id(v): v for v in versions if v is not None}.values():
@@ -482,6 +484,7 @@ class AdapterBank:
         """
         model = self.model.base_model
         with self._slots.lock:
+            self._slots.release_abandoned()
             if self._slots.open_leases:
                 raise BankError(
                     "the bank cannot be unloaded while requests run or hold adapters: wait for them, and release leases"

@@ -60,4 +60,5 @@ def make_call(
         has_base=kinds is not None or 0 in slots,
         copies=copies,
         flattened=flattened,
+        held=lease,
     )

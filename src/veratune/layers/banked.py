@@ -58,6 +58,7 @@ class BankCall:
         copies: how often a row may stand in a layer's input, one behind the other: beams and returned sequences.
         flattened: whether layers may be given (rows * tokens, in). Not so where a row also has images or sounds, whose
             number nothing tells.
+        held: what keeps the slots as they are while the call is there.
     """
 
     owner: object
@@ -71,6 +72,7 @@ class BankCall:
     has_base: bool = True
     copies: tuple[int, ...] = (1,)
     flattened: bool = True
+    held: object = None
 
     @property
     def plain(self) -> bool:
