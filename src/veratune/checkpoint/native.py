@@ -224,8 +224,10 @@ def _grouped(path: Path, tensors: dict[str, Tensor]) -> dict[str, dict[str, Tens
 def _compare_with_json(path: Path, config: VeraConfig) -> None:
     if not path.exists():
         return
-    shown, own = read_json(path), config.to_dict()
-    differing = [name for name in own if name not in _INFORMATIVE and name in shown and shown[name] != own[name]]
+    shown = read_json(path)
+    differing = [
+        name for name, own in vars(config).items() if name not in _INFORMATIVE and name in shown and shown[name] != own
+    ]
     if differing:
         notify(
             f"{path} differs from the configuration inside {WEIGHTS_NAME} in {differing}, and the latter counts. An"

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from veratune.adapters import AdaptedModel, AdapterPlan, modules_with_biases, notify
 from veratune.checkpoint.files import CheckpointError
 from veratune.config import VeraConfig
+from veratune.layers import Geometry, VeraLayer
 from veratune.layers.biases import bias_owners
 from veratune.layers.kinds import geometry, parameter_layout, why_not_adaptable, why_not_parameter
 from veratune.sources import Source
@@ -64,17 +65,14 @@ def targets_of(modules: Mapping[str, nn.Module], loaded: LoadedAdapter) -> list[
         assert place is not None
         module, parameter = place
         b, d = loaded.vectors[name]
-        base = unwrapped(module)
-        reason = why_not_adaptable(base) if parameter is None else why_not_parameter(base, parameter)
-        if reason is not None:
-            raise CheckpointError(f"{loaded.origin} adapts {name}, which cannot be adapted here, because {reason}")
+        size = _geometry(loaded.origin, name, module, parameter)
         twin = names.setdefault((id(module), parameter), name)
         if twin != name:
             raise CheckpointError(f"{loaded.origin} adapts {twin} and {name}, which are one and the same module here")
+        base = unwrapped(module)
         weight = base._parameters.get(parameter or "weight")
         if weight is not None and weight.is_meta and not hasattr(base, "_hf_hook"):
             raise CheckpointError(f"{name} is on the meta device: give the model its weights before loading an adapter")
-        size = geometry(base) if parameter is None else parameter_layout(base, parameter)[0]
         parts: tuple[int, ...] = ()
         if parameter is None and d.ndim == 2:
             try:
@@ -105,6 +103,17 @@ def _module_and_parameter(name: str, modules: Mapping[str, nn.Module]) -> tuple[
     if owner in modules and own in unwrapped(modules[owner])._parameters:
         return modules[owner], own
     return None
+
+
+def _geometry(origin: str, name: str, module: nn.Module, parameter: str | None) -> Geometry:
+    """Return the dimensions of what is to be adapted, or raise CheckpointError if it cannot be."""
+    if isinstance(module, VeraLayer) and parameter is None:
+        return module.geometry  # it was looked at when it was adapted first
+    base = unwrapped(module)
+    reason = why_not_adaptable(base) if parameter is None else why_not_parameter(base, parameter)
+    if reason is not None:
+        raise CheckpointError(f"{origin} adapts {name}, which cannot be adapted here, because {reason}")
+    return geometry(base) if parameter is None else parameter_layout(base, parameter)[0]
 
 
 def make_ready(
