@@ -14,7 +14,6 @@ from veratune.checkpoint.files import (
     WEIGHTS_NAME,
     CheckpointError,
     read_json,
-    read_tensors,
     write_pair,
 )
 from veratune.checkpoint.transfer import LoadedAdapter, ReadyAdapter, make_ready, targets_of
@@ -51,17 +50,20 @@ _SAME_FIELDS = (
 # Reading
 
 
-def ready_peft(modules: Mapping[str, nn.Module], directory: Path) -> ReadyAdapter:
-    """Read an adapter that the `peft` package wrote and check it against its own configuration and a model.
+def ready_peft(modules: Mapping[str, nn.Module], directory: Path, tensors: dict[str, Tensor]) -> ReadyAdapter:
+    """Check an adapter that the `peft` package wrote against its own configuration and a model.
 
-    The model is given by what `base_modules` returns for it.
+    Args:
+        modules: what `base_modules` returns for the model.
+        directory: where the adapter's files are.
+        tensors: what `read_tensors` returned for its tensors file.
 
     Raises:
         CheckpointError: the files cannot be used, or not with this model.
     """
     path = directory / WEIGHTS_NAME
     config = _read_config(directory / CONFIG_NAME)
-    tensors, _ = read_tensors(path)
+    tensors = dict(tensors)
     a, b = tensors.pop(_A_KEY, None), tensors.pop(_B_KEY, None)
     if (a is None) != (b is None):
         raise CheckpointError(f"{path} has one of {_A_KEY} and {_B_KEY} only")

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from torch import nn
 
-from veratune.checkpoint.files import CONFIG_NAME, WEIGHTS_NAME, CheckpointError, read_json
-from veratune.checkpoint.native import is_native, ready_native
+from veratune.checkpoint.files import CONFIG_NAME, WEIGHTS_NAME, CheckpointError, read_json, read_tensors
+from veratune.checkpoint.native import METADATA_KEY, ready_native
 from veratune.checkpoint.peft_format import PEFT_VERA, ready_peft
 from veratune.checkpoint.transfer import ReadyAdapter
 from veratune.config import PEFT_TYPE
@@ -26,14 +26,15 @@ def read_adapter(modules: Mapping[str, nn.Module], directory: Path) -> ReadyAdap
     if not (directory / WEIGHTS_NAME).is_file():
         missing = f"{directory} holds no adapter: {WEIGHTS_NAME} does not exist there"
         raise CheckpointError(missing + _instead(directory))
+    tensors, metadata = read_tensors(directory / WEIGHTS_NAME)
     # veratune's own tensors file is whole without its JSON copy, PEFT's is not.
-    if is_native(directory / WEIGHTS_NAME) or not config_path.exists():
-        return ready_native(modules, directory)
+    if METADATA_KEY in metadata or not config_path.exists():
+        return ready_native(modules, directory, tensors, metadata)
     peft_type = read_json(config_path).get("peft_type")
     if peft_type == PEFT_TYPE:
-        return ready_native(modules, directory)
+        return ready_native(modules, directory, tensors, metadata)
     if peft_type == PEFT_VERA:
-        return ready_peft(modules, directory)
+        return ready_peft(modules, directory, tensors)
     if peft_type == "VERATUNE_PEFT":
         raise CheckpointError(
             f"{directory} was written by the peft package through veratune.integrations.peft: load it with"
