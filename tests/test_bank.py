@@ -198,6 +198,27 @@ def test_loading_is_what_adding_is(tmp_path: Any) -> None:
     assert len(bank) == 6
 
 
+def test_an_adapter_that_seems_to_be_another_models_is_told_of(tmp_path: Path) -> None:
+    def net(layers: int) -> nn.Module:
+        return nn.Sequential(*(nn.Linear(3, 3) for _ in range(layers)))
+
+    config = VeraConfig(r=2, target_modules="all-linear")
+    get_peft_model(net(1), config).save_pretrained(tmp_path / "shallow")
+    get_peft_model(net(2), config).save_pretrained(tmp_path / "right")
+    bank = AdapterBank(net(2), config)
+    bank.load("right", tmp_path / "right")  # without a warning, which would be an error here
+    for call in (lambda: bank.check(tmp_path / "shallow"), lambda: bank.load("shallow", tmp_path / "shallow")):
+        with pytest.warns(UserWarning, match="adapts 1 of the 2 layers .* and not 1: is it the model"):
+            call()
+    bank.load("right again", tmp_path / "right")
+    elsewhere = get_peft_model(tiny_model("bert"), config.replace(base_model_name_or_path="one/base"))
+    elsewhere.save_pretrained(tmp_path / "elsewhere")
+    base = tiny_model("bert")
+    base.config._name_or_path = "another/model"
+    with pytest.warns(UserWarning, match="was trained on 'one/base', and this model is 'another/model'"):
+        AdapterBank(base, config).load("a", tmp_path / "elsewhere")
+
+
 # Heads
 
 

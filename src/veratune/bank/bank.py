@@ -32,7 +32,7 @@ from veratune.bank.rows import check_kept_apart, check_order
 from veratune.bank.slots import Lease, Slots, Version
 from veratune.checkpoint.hub import find_directory
 from veratune.checkpoint.reading import read_adapter
-from veratune.checkpoint.transfer import LoadedAdapter, ReadyAdapter, make_ready, targets_of
+from veratune.checkpoint.transfer import LoadedAdapter, ReadyAdapter, layers_named, make_ready, targets_of, tell_apart
 from veratune.config import VeraConfig
 from veratune.layers.banked import BankCall, BankedConv1D, BankedHead, BankedLinear, RowGroup
 from veratune.layers.kinds import is_conv1d
@@ -143,6 +143,7 @@ class AdapterBank:
         self._modes = [(module, module.training) for module in model.modules()]
         replace_modules(model, replacements)
         self._modules = base_modules(model)  # a bank's model does not change, whatever adapters come
+        self._named: tuple[VeraConfig, list[str]] = plan.config, [target.name for target in plan.targets]
         load_calibration(device)
         self.model = BankModel(model, self).eval()
 
@@ -253,7 +254,14 @@ class AdapterBank:
             source_to_json(row.source)
 
     def _read_row(self, model_id: str | os.PathLike[str], location: dict[str, Any]) -> AdapterRow:
-        return self._row(read_adapter(self._modules, find_directory(model_id, **location)))
+        ready = read_adapter(self._modules, find_directory(model_id, **location))
+        # Adapters that follow each other mostly have one configuration, which names the same layers each time.
+        config, named = self._named
+        if ready.plan.config != config:
+            config, named = ready.plan.config, layers_named(self.model.base_model, ready.plan.config)
+            self._named = config, named
+        tell_apart(self.model.base_model, ready, named)
+        return self._row(ready)
 
     def add(
         self, name: str, model: AdaptedModel, adapter_name: str | None = None, *, replace: bool = False

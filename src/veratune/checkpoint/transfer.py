@@ -5,7 +5,7 @@ Only what is ready is put on a model.
 """
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -192,25 +192,34 @@ class ReadyAdapter:
                 own.copy_(_spread_like(bias, own))
 
 
-def told_apart(model: nn.Module, ready: ReadyAdapter) -> ReadyAdapter:
-    """Return the adapter, after telling the user what speaks for its being another model's, though it fits this one."""
+def tell_apart(model: nn.Module, ready: ReadyAdapter, named: Sequence[str]) -> None:
+    """Tell the user what speaks for an adapter's being another model's, though it fits this one.
+
+    Args:
+        model: the model without a wrapper.
+        ready: the adapter.
+        named: what `layers_named` returns for the model and the adapter's configuration.
+    """
     config, origin = ready.plan.config, ready.loaded.origin
     here = getattr(getattr(model, "config", None), "_name_or_path", None)
     there = config.base_model_name_or_path
     # The same model may lie in another folder, so only the last part of a name counts.
     if here and there and Path(str(here)).name != Path(there).name:
         notify(f"{origin} was trained on {there!r}, and this model is {str(here)!r}")
-    try:
-        named = [target.name for target in find_targets(model, config, lambda _: None)]
-    except TargetError:
-        return ready
     left_out = [name for name in named if name not in ready.loaded.vectors]
     if left_out:
         notify(
             f"{origin} adapts {len(ready.loaded.vectors)} of the {len(named)} layers that its target_modules names in"
             f" this model, and not {_some(left_out)}: is it the model that the adapter was trained on?"
         )
-    return ready
+
+
+def layers_named(model: nn.Module, config: VeraConfig) -> list[str]:
+    """Return the layers that a configuration is for in a model; none where it is not for this model at all."""
+    try:
+        return [target.name for target in find_targets(model, config, lambda _: None)]
+    except TargetError:
+        return []
 
 
 def _check_saved(origin: str, modules: Mapping[str, nn.Module], name: str, state: dict[str, Tensor]) -> None:
