@@ -185,7 +185,7 @@ def make_row(layout: Layout, ready: ReadyAdapter, dtype: torch.dtype, base_heads
     rank = 0
     for target in ready.plan.targets:
         place = layout.layers[target.name]
-        b, d = (vector.detach().to("cpu", torch.float32).numpy() for vector in loaded.vectors[target.name])
+        b, d = (vector.to("cpu", torch.float32).numpy() for vector in loaded.vectors[target.name])
         scaled = d.reshape(-1, target.rank) * source.gain(target.rank)
         rank = max(rank, target.rank)
         for columns, own_d in zip(place.columns, scaled, strict=True):
