@@ -185,12 +185,13 @@ def make_row(layout: Layout, ready: ReadyAdapter, dtype: torch.dtype, base_heads
     rank = 0
     for target in ready.plan.targets:
         place = layout.layers[target.name]
-        b, d = (vector.to("cpu", torch.float32).numpy() for vector in loaded.vectors[target.name])
-        scaled = d.reshape(-1, target.rank) * source.gain(target.rank)
+        b, d = loaded.vectors[target.name]
+        own_b = b.to("cpu", torch.float32).numpy()
+        scaled = d.to("cpu", torch.float32).numpy().reshape(-1, target.rank) * source.gain(target.rank)
         rank = max(rank, target.rank)
         for columns, own_d in zip(place.columns, scaled, strict=True):
             row[columns.d : columns.d + target.rank] = own_d
-            row[columns.b : columns.b + columns.outputs.stop - columns.outputs.start] = b[columns.outputs]
+            row[columns.b : columns.b + columns.outputs.stop - columns.outputs.start] = own_b[columns.outputs]
     heads = None
     if base_heads is not None:
         heads = base_heads.detach().cpu().clone()

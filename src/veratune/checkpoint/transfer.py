@@ -138,7 +138,9 @@ def make_ready(
         raise CheckpointError(f"{loaded.origin} cannot stand beside the adapters there are: {error}") from None
     for module_name, state in loaded.saved.items():
         _check_saved(loaded.origin, modules, module_name, state)
-    config = loaded.config.replace(modules_to_save=list(loaded.saved))
+    config, saved = loaded.config, list(loaded.saved)
+    if config.modules_to_save != saved:
+        config = config.replace(modules_to_save=saved)
     owners = bias_owners(modules_with_biases(modules, config, {target.name for target in targets}))
     check_keys(f"{loaded.origin} with bias={config.bias!r}", owners, loaded.biases)
     for name, bias in loaded.biases.items():
