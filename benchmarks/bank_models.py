@@ -20,22 +20,22 @@ Served = Callable[[list[str]], object]
 """Runs one batch, given the name of each row's adapter."""
 
 
+def _shape() -> BertConfig:
+    return BertConfig(
+        hidden_size=HIDDEN, intermediate_size=INTERMEDIATE, num_hidden_layers=LAYERS, num_attention_heads=HEADS
+    )
+
+
 def encoder() -> nn.Module:
     """Return a BERT of MiniLM's shape with random weights."""
     torch.manual_seed(0)
-    config = BertConfig(
-        hidden_size=HIDDEN, intermediate_size=INTERMEDIATE, num_hidden_layers=LAYERS, num_attention_heads=HEADS
-    )
-    return BertModel(config, add_pooling_layer=False).eval().requires_grad_(False)
+    return BertModel(_shape(), add_pooling_layer=False).eval().requires_grad_(False)
 
 
 def classifier() -> nn.Module:
     """Return the same with a classification head."""
     torch.manual_seed(0)
-    config = BertConfig(
-        hidden_size=HIDDEN, intermediate_size=INTERMEDIATE, num_hidden_layers=LAYERS, num_attention_heads=HEADS
-    )
-    return BertForSequenceClassification(config).eval().requires_grad_(False)
+    return BertForSequenceClassification(_shape()).eval().requires_grad_(False)
 
 
 def decoder() -> nn.Module:

@@ -9,16 +9,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
+from transformers import GenerationConfig
 
 from dense import dense_parameters
 from reference import randomise, relative
 from tiny_models import tiny_model
 from veratune import TargetError, VeraConfig, VeraModel, get_peft_model
 from veratune.bank import AdapterBank, BankError
-from veratune.layers.banked import BankedLinear
+from veratune.layers.banked import BankedLinear, serving
 
 CUSTOMERS = ("anna", "bert", "carl")
-ROWS = ["anna", None, "carl", "bert", "anna"]
+ROWS: list[str | None] = ["anna", None, "carl", "bert", "anna"]
 
 
 def with_adapters(base: nn.Module, config: VeraConfig, scale: float = 0.5) -> VeraModel:
@@ -49,6 +50,13 @@ def alone(model: VeraModel, name: str | None, call: Any) -> Any:
                 return call(model)
         model.set_adapter(name)
         return call(model)
+
+
+def assert_alone(mixed: Tensor, names: list[str | None], model: VeraModel, call: Any, tolerance: float = 1e-5) -> None:
+    """Each row is what the model computes with that row's adapter alone."""
+    own = {name: alone(model, name, call) for name in {*names}}
+    for row, name in enumerate(names):
+        assert relative(mixed[row], own[name][row]) < tolerance
 
 
 def tiny(kind: str, **settings: Any) -> tuple[AdapterBank, VeraModel]:
@@ -117,8 +125,7 @@ def test_vectors_in_half_precision_round_and_nothing_else(dtype: torch.dtype) ->
     inputs = inputs_of("bert")
     with torch.no_grad():
         mixed = bank.model(**inputs, adapters=ROWS).logits
-    for row, name in enumerate(ROWS):
-        assert relative(mixed[row], alone(model, name, lambda m: m(**inputs).logits)[row]) < 1e-5
+    assert_alone(mixed, ROWS, model, lambda m: m(**inputs).logits)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -144,9 +151,7 @@ def test_autocast() -> None:
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         mixed = bank.model(**inputs, adapters=ROWS).logits
         assert mixed.dtype == torch.bfloat16
-        for row, name in enumerate(ROWS):
-            own = alone(model, name, lambda m: m(**inputs).logits)[row]
-            assert relative(mixed[row], own) < 0.05
+        assert_alone(mixed, ROWS, model, lambda m: m(**inputs).logits, 0.05)
 
 
 def test_adapters_of_fewer_layers_are_zero_elsewhere() -> None:
@@ -193,6 +198,27 @@ def test_loading_is_what_adding_is(tmp_path: Any) -> None:
     assert len(bank) == 6
 
 
+def test_an_adapter_that_seems_to_be_another_models_is_told_of(tmp_path: Path) -> None:
+    def net(layers: int) -> nn.Module:
+        return nn.Sequential(*(nn.Linear(3, 3) for _ in range(layers)))
+
+    config = VeraConfig(r=2, target_modules="all-linear")
+    get_peft_model(net(1), config).save_pretrained(tmp_path / "shallow")
+    get_peft_model(net(2), config).save_pretrained(tmp_path / "right")
+    bank = AdapterBank(net(2), config)
+    bank.load("right", tmp_path / "right")  # without a warning, which would be an error here
+    for call in (lambda: bank.check(tmp_path / "shallow"), lambda: bank.load("shallow", tmp_path / "shallow")):
+        with pytest.warns(UserWarning, match="adapts 1 of the 2 layers .* and not 1: is it the model"):
+            call()
+    bank.load("right again", tmp_path / "right")
+    elsewhere = get_peft_model(tiny_model("bert"), config.replace(base_model_name_or_path="one/base"))
+    elsewhere.save_pretrained(tmp_path / "elsewhere")
+    base = tiny_model("bert")
+    base.config._name_or_path = "another/model"
+    with pytest.warns(UserWarning, match="was trained on 'one/base', and this model is 'another/model'"):
+        AdapterBank(base, config).load("a", tmp_path / "elsewhere")
+
+
 # Heads
 
 
@@ -201,8 +227,7 @@ def test_heads_of_their_own() -> None:
     inputs = inputs_of("bert")
     with torch.no_grad():
         mixed = bank.model(**inputs, adapters=ROWS).logits
-    for row, name in enumerate(ROWS):
-        assert relative(mixed[row], alone(model, name, lambda m: m(**inputs).logits)[row]) < 1e-5
+    assert_alone(mixed, ROWS, model, lambda m: m(**inputs).logits)
 
 
 class RobertaLikeHead(nn.Module):
@@ -231,8 +256,7 @@ def test_heads_of_several_layers() -> None:
     x = torch.randn(5, 4, 12)
     with torch.no_grad():
         mixed = bank.model(x, adapters=ROWS)
-    for row, name in enumerate(ROWS):
-        assert relative(mixed[row], alone(model, name, lambda m: m(x))[row]) < 1e-5
+    assert_alone(mixed, ROWS, model, lambda m: m(x))
 
 
 def test_a_head_is_not_read_behind_the_banks_back() -> None:
@@ -306,8 +330,7 @@ def test_few_adapters_in_a_batch_are_folded(names: list[str | None]) -> None:
     assert {group.rows.numel() for group in folded} <= {1, 2, 3, 4} and folded
     with torch.no_grad():
         mixed = bank.model(x, adapters=names)
-    for row, name in enumerate(names):
-        assert relative(mixed[row], alone(model, name, lambda m: m(x))[row]) < 1e-5
+    assert_alone(mixed, names, model, lambda m: m(x))
 
 
 def test_few_tokens_are_not_folded() -> None:
@@ -357,6 +380,20 @@ def test_generation_is_token_for_token_that_of_each_adapter(kind: str, way: str,
     assert differing >= 3
 
 
+def test_what_is_set_on_the_banks_model_is_set_on_the_model() -> None:
+    bank, _ = tiny("llama")
+    inputs = inputs_of("llama", 2)
+    bank.model.generation_config = GenerationConfig(max_new_tokens=3, eos_token_id=None, pad_token_id=2)
+    assert bank.model.base_model.generation_config is bank.model.generation_config
+    assert bank.model.generate(**inputs, adapters=["anna", None]).shape == (2, 6 + 3)
+    bank.model.generation_config.max_new_tokens = 4
+    assert bank.model.generate(**inputs, adapters=["anna", None]).shape == (2, 6 + 4)
+    # What is the wrapper's own stays there.
+    bank.model.train()
+    assert bank.model.training and bank.model.eval().training is False
+    assert "_bank" not in vars(bank.model.base_model)
+
+
 # Versions
 
 
@@ -372,8 +409,6 @@ def test_a_request_sees_one_version_to_its_end() -> None:
             for number in range(100):  # more than there is room for, so that freed rows are written to
                 bank.add(f"other {number}", model, "carl")
                 bank.add(f"another {number}", model, "anna")
-            from veratune.layers.banked import serving
-
             with serving(bank.call_of(lease)):
                 during = bank.model.base_model(**inputs).logits
         after = bank.model(**inputs, adapters=["anna", "anna"]).logits
@@ -418,10 +453,10 @@ def test_a_bank_with_a_file_makes_room(tmp_path: Any) -> None:
     for served in (bank, again):
         assert served.names() == list(CUSTOMERS)
         for pair in (("anna", "bert"), ("carl", "anna"), ("bert", "carl"), ("bert", "anna")):
+            names = [*pair, None, *pair]
             with torch.no_grad():
-                mixed = served.model(**inputs, adapters=[*pair, None, *pair]).logits
-            for row, name in ((0, pair[0]), (1, pair[1]), (2, None), (3, pair[0])):
-                assert relative(mixed[row], alone(model, name, lambda m: m(**inputs).logits)[row]) < 1e-5
+                mixed = served.model(**inputs, adapters=names).logits
+            assert_alone(mixed, names, model, lambda m: m(**inputs).logits)
         with pytest.raises(BankError, match="all 2 adapters"):
             served.model(**inputs, adapters=ROWS)
         with torch.no_grad():  # and nothing stays taken
@@ -501,8 +536,7 @@ def test_other_adapters_do_not_compile_the_model_again() -> None:
         with torch.no_grad():
             mixed = bank.model(**inputs, adapters=names).logits
         assert counter.frame_count == 1
-        for row, name in enumerate(names):
-            assert relative(mixed[row], alone(model, name, lambda m: m(**inputs).logits)[row]) < 1e-5
+        assert_alone(mixed, names, model, lambda m: m(**inputs).logits)
 
 
 # What is refused
@@ -646,8 +680,7 @@ def test_quantised_layers() -> None:
     x = torch.randn(5, 3, 64)
     with torch.no_grad():
         mixed = bank.model(x, adapters=ROWS)
-    for row, name in enumerate(ROWS):
-        assert relative(mixed[row], alone(model, name, lambda m: m(x))[row]) < 1e-5
+    assert_alone(mixed, ROWS, model, lambda m: m(x))
 
 
 def test_parts_of_fused_layers() -> None:
@@ -656,8 +689,7 @@ def test_parts_of_fused_layers() -> None:
     inputs = inputs_of("gpt2")
     with torch.no_grad():
         mixed = bank.model(**inputs, adapters=ROWS).logits
-    for row, name in enumerate(ROWS):
-        assert relative(mixed[row], alone(model, name, lambda m: m(**inputs).logits)[row]) < 1e-5
+    assert_alone(mixed, ROWS, model, lambda m: m(**inputs).logits)
     whole = get_peft_model(tiny_model("gpt2"), VeraConfig(r=8, target_modules=["c_attn"]))
     with pytest.raises(BankError, match=r"has 1 parts on .*c_attn, this bank 3"):
         bank.add("whole", whole)
@@ -724,9 +756,10 @@ def test_rows_of_the_base_model_have_the_head_that_it_has_now() -> None:
     assert torch.equal(mixed[0], plain[0])
 
 
-def test_what_overflows_beside_an_adapter_does_not_reach_the_base_models_rows() -> None:
+@pytest.mark.parametrize("route", ["factored", "dense"])
+def test_what_overflows_beside_an_adapter_does_not_reach_the_base_models_rows(route: Any) -> None:
     base = nn.Sequential(nn.Linear(64, 8)).half()
-    config = VeraConfig(r=8, target_modules=["0"])
+    config = VeraConfig(r=8, target_modules=["0"], route=route)
     bank = AdapterBank(base, config)
     bank.add("a", with_adapters(nn.Sequential(nn.Linear(64, 8)).half(), config), "anna")
     x = torch.full((2, 1, 64), 6e4).half()
@@ -735,6 +768,7 @@ def test_what_overflows_beside_an_adapter_does_not_reach_the_base_models_rows() 
     with torch.no_grad():
         mixed = bank.model(x, adapters=[None, "a"])
     assert torch.equal(mixed[0].isnan(), expected[0].isnan())
+    assert mixed[1].isfinite().all()
 
 
 def test_a_lease_serves_several_calls_with_one_version() -> None:
@@ -748,6 +782,29 @@ def test_a_lease_serves_several_calls_with_one_version() -> None:
         assert not torch.equal(bank.model(**inputs, adapters=["anna", None]).logits, before)
     with pytest.raises(BankError, match="has been released"):
         bank.model(**inputs, adapters=lease)
+
+
+def test_a_lease_that_was_dropped_lets_go(tmp_path: Any) -> None:
+    config = VeraConfig(r=8, target_modules="all-linear")
+    model = with_adapters(tiny_model("bert"), config)
+    bank = bank_of(tiny_model("bert"), model, config, capacity=2, file=tmp_path / "bank")
+    inputs = inputs_of("bert", 2)
+    lease = bank.lease(["anna", "bert"])
+    with pytest.raises(BankError, match="all 2 adapters"):
+        bank.lease(["carl"])
+    call = bank.call_of(lease)
+    del lease
+    with pytest.raises(BankError, match="all 2 adapters"):  # a call that is there holds them
+        bank.lease(["carl"])
+    with torch.no_grad(), serving(call):
+        assert_alone(bank.model.base_model(**inputs).logits, ["anna", "bert"], model, lambda m: m(**inputs).logits)
+    del call
+    with torch.no_grad():
+        served = bank.model(**inputs, adapters=["carl", None]).logits
+    assert_alone(served, ["carl", None], model, lambda m: m(**inputs).logits)
+    assert all(version.leases == 0 for version in bank._versions.values())
+    bank.lease([None])
+    bank.unload()
 
 
 def test_few_adapters_under_autocast() -> None:

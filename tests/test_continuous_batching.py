@@ -14,7 +14,7 @@ import transformers
 from torch import nn
 from transformers import ContinuousBatchingConfig, GenerationConfig
 from transformers.generation.configuration_utils import CompileConfig
-from transformers.generation.continuous_batching.requests import RequestState
+from transformers.generation.continuous_batching.requests import GenerationOutput, RequestState
 
 from veratune import VeraConfig, VeraModel, get_peft_model
 from veratune.bank import AdapterBank, BankError
@@ -110,6 +110,35 @@ def _prompts(number: int, longest: int = 40, shortest: int = 1) -> list[list[int
     return [torch.randint(3, 50, (length,), generator=generator).tolist() for length in lengths]
 
 
+def _check_against_each_alone(
+    bank: AdapterBank,
+    models: dict[str | None, nn.Module],
+    names: Sequence[str | None],
+    prompts: Sequence[Sequence[int]],
+    tokens: int,
+    generation: GenerationConfig | None = None,
+    **settings: Any,
+) -> list[GenerationOutput]:
+    """Every sequence of every request, all in one batch, is what its adapter generates alone; no adapter stays held."""
+    outputs = list(
+        generate_batch(
+            bank,
+            prompts,
+            adapters=names,
+            max_new_tokens=tokens,
+            generation_config=generation,
+            continuous_batching_config=ContinuousBatchingConfig(**(settings or SMALL)),
+        ).values()
+    )
+    copies = 1 if generation is None else generation.num_return_sequences
+    assert len(outputs) == copies * len(prompts)
+    for i, output in enumerate(outputs):
+        assert output.error is None
+        assert output.generated_tokens == _alone(models[names[i // copies]], prompts[i // copies], tokens)
+    assert _in_use(bank) == 0
+    return outputs
+
+
 def _in_use(bank: AdapterBank) -> int:
     return sum(version.leases for version in bank._versions.values())
 
@@ -134,20 +163,10 @@ def test_each_request_is_what_its_adapter_generates_alone(targets: tuple[str, ..
     bank = _bank(targets, attention=attention)
     names = [list(models)[i % len(models)] for i in range(30)]
     prompts = _prompts(30)
-    outputs = generate_batch(
-        bank,
-        prompts,
-        adapters=names,
-        max_new_tokens=15,
-        continuous_batching_config=ContinuousBatchingConfig(**SMALL),
-    )
-    assert [output.prompt_ids for output in outputs.values()] == prompts
-    for output, name, prompt in zip(outputs.values(), names, prompts, strict=True):
-        assert output.error is None
-        assert output.generated_tokens == _alone(models[name], prompt, 15)
+    outputs = _check_against_each_alone(bank, models, names, prompts, 15)
+    assert [output.prompt_ids for output in outputs] == prompts
     # The adapters matter, or this would show nothing.
     assert len({tuple(_alone(model, prompts[0], 15)) for model in models.values()}) == len(models)
-    assert _in_use(bank) == 0
     assert bank.model.config._attn_implementation == attention
 
 
@@ -161,16 +180,7 @@ def test_an_output_head_in_the_bank(
     models = _models(targets, saved)
     bank = _bank(targets, saved=saved)
     names = [list(models)[i % len(models)] for i in range(18)]
-    prompts = _prompts(18)
-    outputs = generate_batch(
-        bank,
-        prompts,
-        adapters=names,
-        max_new_tokens=10,
-        continuous_batching_config=ContinuousBatchingConfig(**SMALL),
-    )
-    for output, name, prompt in zip(outputs.values(), names, prompts, strict=True):
-        assert output.generated_tokens == _alone(models[name], prompt, 10)
+    _check_against_each_alone(bank, models, names, _prompts(18), 10)
     assert not bank.model.base_model.lm_head._forward_pre_hooks
 
 
@@ -187,19 +197,9 @@ def test_requests_that_are_thrown_out_of_the_cache_and_begin_again(monkeypatch: 
     bank = _bank(ALL_LINEAR)
     names = [list(models)[i % len(models)] for i in range(8)]
     prompts = _prompts(8, longest=10)
-    outputs = generate_batch(
-        bank,
-        prompts,
-        adapters=names,
-        max_new_tokens=40,
-        continuous_batching_config=ContinuousBatchingConfig(
-            num_blocks=12, max_batch_tokens=64, page_size=8, safety_margin=0.0
-        ),
-    )
+    small = {"num_blocks": 12, "max_batch_tokens": 64, "page_size": 8, "safety_margin": 0.0}
+    _check_against_each_alone(bank, models, names, prompts, 40, **small)
     assert again
-    for output, name, prompt in zip(outputs.values(), names, prompts, strict=True):
-        assert output.generated_tokens == _alone(models[name], prompt, 40)
-    assert _in_use(bank) == 0
 
 
 @pytest.mark.parametrize("num_blocks", [64, 14], ids=["all forks fit", "some begin anew"])
@@ -210,18 +210,8 @@ def test_several_sequences_of_a_request(num_blocks: int) -> None:
     prompts = _prompts(4, longest=20, shortest=2)
     # Of the one likeliest token, sampling draws that.
     generation = GenerationConfig(do_sample=True, top_k=1, num_return_sequences=3, max_new_tokens=20)
-    outputs = generate_batch(
-        bank,
-        prompts,
-        adapters=names,
-        generation_config=generation,
-        continuous_batching_config=ContinuousBatchingConfig(num_blocks=num_blocks, max_batch_tokens=64, page_size=8),
-    )
-    assert len(outputs) == 12
-    for i, output in enumerate(outputs.values()):
-        assert output.error is None
-        assert output.generated_tokens == _alone(models[names[i // 3]], prompts[i // 3], 20)
-    assert _in_use(bank) == 0
+    small = {"num_blocks": num_blocks, "max_batch_tokens": 64, "page_size": 8}
+    _check_against_each_alone(bank, models, names, prompts, 20, generation, **small)
 
 
 def test_direct_calls_at_the_same_time() -> None:

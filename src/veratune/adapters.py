@@ -3,7 +3,7 @@
 import re
 import warnings
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from veratune.config import VeraConfig
 from veratune.explain import RouteTable, explain_routes
-from veratune.forwarding import ForwardOfBase
+from veratune.forwarding import ForwardOfBase, StandsForModel
 from veratune.layers import ComputeSettings, InputGroup, SavedModule, VectorInit, VeraLayer, VeraModule, VeraParameter
 from veratune.layers.biases import AdapterBiases, bias_owners
 from veratune.layers.kinds import adapt, adapt_parameter
@@ -126,8 +126,9 @@ def plan_adapter(model: nn.Module, config: VeraConfig, source: Source | None = N
         )
     resolved = resolve_config(model, config, notify)
     targets = find_targets(model, resolved, notify)
-    check_conflicts(model, resolved.modules_to_save or [], [target.name for target in targets])
-    owners = bias_owners(modules_with_biases(model, resolved, {target.name for target in targets}))
+    modules = base_modules(model)
+    check_conflicts(modules, resolved.modules_to_save or [], [target.name for target in targets])
+    owners = bias_owners(modules_with_biases(modules, resolved, {target.name for target in targets}))
     return AdapterPlan(resolved, targets, source or make_source(resolved, targets), owners)
 
 
@@ -143,14 +144,22 @@ def make_source(config: VeraConfig, targets: Sequence[Target]) -> Source:
     )
 
 
-def modules_with_biases(model: nn.Module, config: VeraConfig, adapted: Collection[str]) -> list[tuple[str, nn.Module]]:
-    """Return the modules whose biases a configuration trains, by name, given the names of the adapted layers."""
+def modules_with_biases(
+    modules: Mapping[str, nn.Module], config: VeraConfig, adapted: Collection[str]
+) -> list[tuple[str, nn.Module]]:
+    """Return the modules whose biases a configuration trains, by name.
+
+    Args:
+        modules: what `base_modules` returns for the model.
+        config: the configuration.
+        adapted: the names of the adapted layers.
+    """
     saved = config.modules_to_save or []
     return [
         (name, module if isinstance(module, SavedModule) else unwrapped(module))
-        for name, module in base_modules(model).items()
-        if not any(name == top or name.startswith(f"{top}.") for top in saved)
-        and (config.bias == "all" or (config.bias == "vera_only" and name in adapted))
+        for name, module in modules.items()
+        if (config.bias == "all" or (config.bias == "vera_only" and name in adapted))
+        and not any(name == top or name.startswith(f"{top}.") for top in saved)
     ]
 
 
@@ -162,7 +171,7 @@ def _checkpoints(model: nn.Module) -> bool:
     return False
 
 
-class AdaptedModel(nn.Module):
+class AdaptedModel(StandsForModel):
     """A model whose linear layers have VeRA adapters. The adapters are put into the model itself, in place.
 
     What this class does not have itself is looked up in the model, so that it can stand wherever the model stood.
@@ -190,14 +199,6 @@ class AdaptedModel(nn.Module):
             self._let_inputs_require_grad()
 
     forward = ForwardOfBase()
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name.startswith("__") or "base_model" not in self.__dict__.get("_modules", {}):
-                raise
-            return getattr(self.base_model, name)
 
     # Looking at adapters
 

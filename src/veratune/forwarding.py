@@ -1,8 +1,10 @@
-"""A wrapper's `forward` that tells whoever inspects it what the wrapped model takes."""
+"""A wrapper that can stand wherever its model stood: its attributes are the model's, and so its `forward` looks."""
 
 import inspect
 from types import CodeType
 from typing import Any
+
+from torch import nn
 
 _POSITIONAL, _KEYWORD = inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.KEYWORD_ONLY
 
@@ -47,3 +49,21 @@ class ForwardOfBase:
 
     def __get__(self, wrapper: Any, owner: type | None = None) -> Any:
         return _forward if wrapper is None else _BoundForward(wrapper)
+
+
+class StandsForModel(nn.Module):
+    """A wrapper of a model: what it does not have itself is looked up in the model.
+
+    Attributes:
+        base_model: the model.
+    """
+
+    base_model: nn.Module
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("__") or "base_model" not in self.__dict__.get("_modules", {}):
+                raise  # being copied or unpickled
+            return getattr(self.base_model, name)

@@ -18,10 +18,11 @@ from veratune.checkpoint.lora import export_lora
 from veratune.checkpoint.native import save_native
 from veratune.checkpoint.peft_format import export_peft
 from veratune.checkpoint.reading import read_adapter
-from veratune.checkpoint.transfer import ReadyAdapter, told_apart
+from veratune.checkpoint.transfer import ReadyAdapter, layers_named, tell_apart
 from veratune.checkpoint.vllm import check_vllm
 from veratune.config import VeraConfig
 from veratune.layers import SavedModule, VeraLayer
+from veratune.targets import base_modules
 
 DEFAULT_ADAPTER = "default"
 
@@ -314,4 +315,6 @@ def _find(model_id: str | os.PathLike[str], location: dict[str, Any]) -> Path:
 
 
 def _read(model: nn.Module, directory: Path) -> ReadyAdapter:
-    return told_apart(model, read_adapter(model, directory))
+    ready = read_adapter(base_modules(model), directory)
+    tell_apart(model, ready, layers_named(model, ready.plan.config))
+    return ready

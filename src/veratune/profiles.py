@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from veratune.atomic import write_atomically
 from veratune.routing import DeviceProfile
 
 # Rates, bandwidth and launch times of ordinary devices: two cores of a server CPU, and a data-centre GPU. What counts
@@ -66,10 +67,7 @@ def calibrate(
             "bandwidth": profile.bandwidth,
             "launch": profile.launch,
         }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    write_atomically(path, (json.dumps(values, indent=2) + "\n").encode())
     return measured
 
 

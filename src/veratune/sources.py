@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from veratune.random import symmetric_uniform, symmetric_uniform_columns
+from veratune.tensors import bytes_of
 
 Side = Literal["A", "B"]
 
@@ -50,7 +51,7 @@ class Source(Protocol):
 def _digest(header: dict[str, object], tensors: Sequence[Tensor]) -> str:
     sha = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
     for tensor in tensors:
-        sha.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+        sha.update(bytes_of(tensor))
     return sha.hexdigest()[:16]
 
 

@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -435,15 +435,14 @@ def _tell_of_ties(model: nn.Module, targets: list[Target], notify: Callable[[str
             )
 
 
-def check_conflicts(model: nn.Module, saved: list[str], adapted: list[str]) -> None:
+def check_conflicts(modules: Mapping[str, nn.Module], saved: list[str], adapted: list[str]) -> None:
     """Raise TargetError where one adapter would train in full what another adapts, or cannot be copied or saved.
 
     Args:
-        model: the model without a wrapper; it may have adapters.
+        modules: what `base_modules` returns for the model.
         saved: names of the modules that the new adapter trains in full.
         adapted: names of the layers that it adapts.
     """
-    modules = base_modules(model)
     for name in saved:
         module = modules[name]
         inside = [other for other in modules if other == name or other.startswith(f"{name}.")]
@@ -487,7 +486,7 @@ def _narrowed(names: list[str], config: VeraConfig) -> list[str]:
     return names
 
 
-def configured_names(modules: dict[str, nn.Module], config: VeraConfig) -> list[str]:
+def configured_names(modules: Mapping[str, nn.Module], config: VeraConfig) -> list[str]:
     """Return the adaptable modules that a configuration with names or a pattern is for, each under its first name.
 
     Nothing is complained about: this is for checking a file against its own configuration.

@@ -4,7 +4,6 @@ import difflib
 import itertools
 import os
 import threading
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from veratune.adapters import AdaptedModel, plan_adapter
+from veratune.bank.calls import make_call
 from veratune.bank.configs import config_for_adapters, config_of_layout
 from veratune.bank.file import BankFile
 from veratune.bank.layout import (
@@ -21,35 +21,28 @@ from veratune.bank.layout import (
     BankError,
     Layout,
     head_row,
-    largest_rank,
     make_layout,
     make_row,
     source_from_json,
     source_to_json,
 )
 from veratune.bank.model import AdapterNames, BankModel
+from veratune.bank.projections import BankProjections
+from veratune.bank.rows import check_kept_apart, check_order
 from veratune.bank.slots import Lease, Slots, Version
 from veratune.checkpoint.hub import find_directory
 from veratune.checkpoint.reading import read_adapter
-from veratune.checkpoint.transfer import LoadedAdapter, ReadyAdapter, make_ready, targets_of
+from veratune.checkpoint.transfer import LoadedAdapter, ReadyAdapter, layers_named, make_ready, targets_of, tell_apart
 from veratune.config import VeraConfig
-from veratune.layers import InputGroup
-from veratune.layers.banked import BankCall, BankedHead, RowGroup, SharedProjections, banked, part_slices, serving
+from veratune.layers.banked import BankCall, BankedConv1D, BankedHead, BankedLinear, RowGroup
 from veratune.layers.kinds import is_conv1d
-from veratune.layers.shared import SharedDown
 from veratune.model import check_bare
 from veratune.profiles import load_calibration
-from veratune.projection import projection_pool
 from veratune.sources import PerDimension, Source
 from veratune.surgery import replace_modules
 from veratune.targets import base_modules
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-# Models whose layers are given time before rows, or that mix them, so that the first dimension is not the batch.
-_TIME_FIRST = {"fsmt", "xlnet", "transfo-xl", "longformer", "led"}
-# Models whose outputs compare each row with each other one, so that no output belongs to one row.
-_EACH_WITH_EACH = {"clip", "chinese_clip", "altclip", "siglip", "siglip2", "align", "x-clip", "groupvit", "metaclip_2"}
 
 
 @dataclass(frozen=True)
@@ -115,7 +108,7 @@ class AdapterBank:
         if dtype not in DTYPES:
             raise BankError(f"dtype={dtype} is not allowed: vectors are held as {', '.join(map(str, DTYPES))}")
         check_bare(model)
-        _check_order(model)
+        check_order(model)
         plan = plan_adapter(model, peft_config)
         if plan.bias_owners:
             raise BankError(f"bias={peft_config.bias!r}: a bank does not hold biases for each adapter; use bias='none'")
@@ -131,27 +124,26 @@ class AdapterBank:
         self._slots = Slots.empty(capacity, self.layout.numbers, dtype, device, base_heads, grows=file is None)
         self._versions: dict[str, Version] = {}
         self._names: dict[str, Version] = {}
-        self._sources: dict[int, Source] = {}  # by number; a number is not given twice
-        self._next_source = 0
         self._compiled = False
         self._closed = False
         self._owner = object()
         self._changes = threading.RLock()  # one change at a time, without keeping calls waiting for the disk
         replacements: dict[int, nn.Module] = {}
-        self._layers = {}
+        self._layers: dict[str, BankedLinear] = {}
         route = plan.config.route
         for target in plan.targets:
             place = self.layout.layers[target.name]
-            conv1d = is_conv1d(target.module)
-            layer = banked(
-                target.module, target.geometry, self._owner, target.name, place.columns, route, conv1d=conv1d
-            )
+            kind = BankedConv1D if is_conv1d(target.module) else BankedLinear
+            layer = kind(target.module, target.geometry, self._owner, target.name, place.columns, route)
             self._layers[target.name] = replacements[id(target.module)] = layer
         for name, head in self.layout.heads.items():
             replacements[id(modules[name])] = BankedHead(modules[name], self._owner, name, head.parameters)
+        self._projections = BankProjections(plan.targets, self._layers, rank)
         self.refresh()
         self._modes = [(module, module.training) for module in model.modules()]
         replace_modules(model, replacements)
+        self._modules = base_modules(model)  # a bank's model does not change, whatever adapters come
+        self._named: tuple[VeraConfig, list[str]] = plan.config, [target.name for target in plan.targets]
         load_calibration(device)
         self.model = BankModel(model, self).eval()
 
@@ -224,7 +216,7 @@ class AdapterBank:
         """
         with self._slots.lock:
             version = self._version(name)
-            source = self._sources[version.source]
+            source = self._projections[version.source]
             return AdapterInfo(name, version.digest, version.rank, source.fingerprint(), version.slot is not None)
 
     # Adding, replacing and removing
@@ -262,7 +254,14 @@ class AdapterBank:
             source_to_json(row.source)
 
     def _read_row(self, model_id: str | os.PathLike[str], location: dict[str, Any]) -> AdapterRow:
-        return self._row(read_adapter(self.model.base_model, find_directory(model_id, **location)))
+        ready = read_adapter(self._modules, find_directory(model_id, **location))
+        # Adapters that follow each other mostly have one configuration, which names the same layers each time.
+        config, named = self._named
+        if ready.plan.config != config:
+            config, named = ready.plan.config, layers_named(self.model.base_model, ready.plan.config)
+            self._named = config, named
+        tell_apart(self.model.base_model, ready, named)
+        return self._row(ready)
 
     def add(
         self, name: str, model: AdaptedModel, adapter_name: str | None = None, *, replace: bool = False
@@ -289,8 +288,8 @@ class AdapterBank:
             {module: dict(head.state_dict()) for module, head in state.saved.items()},
             {bias: tensor.detach() for bias, tensor in state.biases.items()},
         )
-        base = self.model.base_model
-        ready = make_ready(base, loaded, targets_of(base, loaded), model.projection_source(own))
+        targets = targets_of(self._modules, loaded)
+        ready = make_ready(self._modules, loaded, targets, model.projection_source(own))
         return self._put(name, self._row(ready), replace)
 
     def remove(self, name: str) -> None:
@@ -335,6 +334,7 @@ class AdapterBank:
             if self._file is not None:
                 self._file.add(name, row, replacing=None if before is None else before.digest)
             with self._slots.lock:
+                self._slots.release_abandoned()
                 version = self._known(row.digest, row.source, row.rank)
                 version.names += 1  # so that its row is kept
                 try:
@@ -348,7 +348,7 @@ class AdapterBank:
     def _known(self, digest: str, source: Source, rank: int) -> Version:
         """Return the version of a digest, which may be new."""
         if digest not in self._versions:
-            self._versions[digest] = Version(digest, self._source_number(source), rank)
+            self._versions[digest] = Version(digest, self._projections.number_of(source), rank)
         return self._versions[digest]
 
     def _bind(self, name: str, version: Version | None) -> None:
@@ -364,7 +364,7 @@ class AdapterBank:
         if version.names or version.leases or self._versions.pop(version.digest, None) is None:
             return
         if all(other.source != version.source for other in self._versions.values()):
-            self._drop_source(version.source)
+            self._projections.drop(version.source)
 
     def _check_name(self, name: str, replace: bool) -> None:
         _check_spelling(name)
@@ -380,37 +380,6 @@ class AdapterBank:
             hint = f"; close to it: {', '.join(map(repr, close))}" if close else ""
             raise BankError(f"there is no adapter {name!r} in this bank of {len(self._names)}{hint}")
         return version
-
-    # Projections
-
-    def _source_number(self, source: Source) -> int:
-        """Return a source's number, after giving the layers its projections if it is new."""
-        for known, own in self._sources.items():
-            if own == source:
-                return known
-        number = self._next_source
-        rank = largest_rank(source, self.layout.rank)
-        sizes = Counter(_group_key(name, place.in_features) for name, place in self.layout.layers.items())
-        groups: dict[tuple[str, int], InputGroup] = {}
-        for name, place in self.layout.layers.items():
-            key = _group_key(name, place.in_features)
-            widths = [part.stop - part.start for part in part_slices(place.parts, place.out_features)]
-            if not _reaches(source, place.in_features, max(widths)):
-                continue  # as narrow as the layers that its adapters have, and this one is none of them
-            if key not in groups:
-                a = projection_pool.corner(source, "A", rank, place.in_features)
-                groups[key] = InputGroup(a, SharedDown(), sizes[key])
-            corners = tuple(projection_pool.corner(source, "B", rank, width) for width in widths)
-            self._layers[name].projections[number] = SharedProjections(groups[key], corners)
-        self._sources[number] = source
-        self._next_source += 1
-        return number
-
-    def _drop_source(self, number: int) -> None:
-        """Let go of projections that no adapter has any more."""
-        del self._sources[number]
-        for layer in self._layers.values():
-            layer.projections.pop(number, None)
 
     # Serving
 
@@ -440,6 +409,7 @@ class AdapterBank:
         with self._slots.lock:
             if self._closed:
                 raise BankError("this bank was unloaded: its model is the base model again")
+            self._slots.release_abandoned()
             leased: list[Version] = []
             try:
                 for version in {id(v): v for v in versions if v is not None}.values():
@@ -474,44 +444,8 @@ class AdapterBank:
         Raises:
             BankError: no rows, or lengths that are not one for each row.
         """
-        slots, sources = lease.slots, [-1 if v is None else v.source for v in lease.versions]
-        if lengths is not None:
-            if len(lengths) != len(slots) or any(length < 0 for length in lengths):
-                raise BankError(f"adapter_lengths={list(lengths)} must have a length for each of {len(slots)} adapters")
-            slots = [slot for slot, length in zip(slots, lengths, strict=True) for _ in range(length)]
-            sources = [source for source, length in zip(sources, lengths, strict=True) for _ in range(length)]
-        if not slots:
-            raise BankError("adapters is empty: give a name, or None, for each row")
-        device = lease.slab.device
-        rows = torch.tensor(slots, device=device)
-        occurring = sorted(self._sources) if self._compiled else sorted(set(sources) - {-1})
-        kinds = torch.tensor(sources, device=device)
-        by_source = tuple((number, torch.where(kinds == number, rows, 0)) for number in occurring)
-        members: dict[tuple[int, int], list[int]] = {}
-        for row, (slot, source) in enumerate(zip(slots, sources, strict=True)):
-            if slot:
-                members.setdefault((slot, source), []).append(row)
-        groups = tuple(
-            RowGroup(slot, source, torch.tensor(own, device=device)) for (slot, source), own in members.items()
-        )
-        largest = max((len(own) for own in members.values()), default=0)
-        plain = not groups and not self._compiled
-        has_base = self._compiled or 0 in slots
-        packed = lengths is not None
-        return BankCall(
-            self._owner,
-            lease.slab,
-            lease.heads,
-            rows,
-            by_source,
-            packed,
-            plain,
-            groups,
-            largest,
-            has_base,
-            copies,
-            flattened,
-        )
+        kinds = self._projections.numbers() if self._compiled else None
+        return make_call(self._owner, lease, lengths, kinds, copies=copies, flattened=flattened)
 
     def check_rows(self, **inputs: Any) -> None:
         """Find out whether each row of this model's outputs depends on its own adapter and on no other row's.
@@ -526,37 +460,19 @@ class AdapterBank:
         Raises:
             BankError: the model does not keep rows apart.
         """
-        rows = next(value.shape[0] for value in inputs.values() if isinstance(value, Tensor))
-        if rows < 2:
-            raise BankError("check_rows needs a batch of at least two rows")
         with self._slots.lock:
-            number = self._source_number(next(iter(self._sources.values()), PerDimension(0)))
-        slab = torch.zeros(2, self.layout.numbers, dtype=self.dtype, device=self._slots.slab.device)
+            known = self._projections.numbers()
+            number = known[0] if known else self._projections.number_of(PerDimension(0))
+            slab, heads = torch.zeros_like(self._slots.slab[:2]), self._slots.heads
         slab[1] = 0.5 * torch.randn(self.layout.numbers, generator=torch.Generator().manual_seed(0))
-        heads = self._slots.heads
         heads = None if heads is None else torch.stack([heads[0], heads[0]])
 
-        def outputs(slots: list[int]) -> list[Tensor]:
-            chosen = torch.tensor(slots, device=slab.device)
-            group = RowGroup(1, number, chosen.nonzero().flatten())
-            call = BankCall(self._owner, slab, heads, chosen, ((number, chosen),), False, False, (group,), 0)
-            with torch.no_grad(), serving(call):
-                found = self.model.base_model(**inputs)
-            leaves = torch.utils._pytree.tree_leaves(dict(found) if isinstance(found, Mapping) else found)
-            return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim and leaf.shape[0] == rows]
+        def call(slots: Tensor) -> BankCall:
+            slots = slots.to(slab.device)
+            group = RowGroup(1, number, slots.nonzero().flatten())
+            return BankCall(self._owner, slab, heads, slots, ((number, slots),), False, (group,), 0)
 
-        plain = outputs([0] * rows)
-        if not plain:
-            raise BankError(f"none of the model's outputs has the {rows} rows of its inputs")
-        for row in (0, rows - 1):
-            for before, after in zip(plain, outputs([int(i == row) for i in range(rows)]), strict=True):
-                changed = [not torch.equal(before[i], after[i]) for i in range(rows)]
-                if changed != [i == row for i in range(rows)]:
-                    wrong = [i for i in range(rows) if changed[i] != (i == row)]
-                    raise BankError(
-                        f"an adapter for row {row} of the batch changed the wrong rows ({wrong}): this model does not"
-                        " keep rows apart as a bank needs it. Leave out layers (exclude_modules) until it does"
-                    )
+        check_kept_apart(self.model.base_model, call, inputs)
 
     def compile(self, **settings: Any) -> None:
         """Compile the model with `torch.compile`; other adapters in a call do not make it compile again."""
@@ -576,6 +492,7 @@ class AdapterBank:
         """
         model = self.model.base_model
         with self._slots.lock:
+            self._slots.release_abandoned()
             if self._slots.open_leases:
                 raise BankError(
                     "the bank cannot be unloaded while requests run or hold adapters: wait for them, and release leases"
@@ -615,33 +532,5 @@ def _check_spelling(name: object) -> None:
         raise BankError(f"name={name!r} is not allowed: it must be a text of 1 to 256 printable characters")
 
 
-def _reaches(source: Source, in_features: int, out_features: int) -> bool:
-    """Return whether a source's projections are as wide as a layer."""
-    return (
-        source.storage_width("A", in_features) >= in_features
-        and source.storage_width("B", out_features) >= out_features
-    )
-
-
-def _group_key(name: str, in_features: int) -> tuple[str, int]:
-    """Return what layers that may read the same input have in common."""
-    return name.rpartition(".")[0], in_features
-
-
 def _device_of(module: nn.Module) -> torch.device:
     return next(itertools.chain(module.parameters(), module.buffers())).device
-
-
-def _check_order(model: nn.Module) -> None:
-    """Refuse models whose layers' first dimension is known not to be the rows of the batch, or that mix rows."""
-    config = getattr(model, "config", None)
-    model_type = getattr(config, "model_type", None)
-    if model_type in _EACH_WITH_EACH:
-        raise BankError(f"a bank cannot serve {model_type}: it compares each text with each image of a batch")
-    if getattr(config, "sparse_prediction", False) is True:
-        raise BankError("a bank cannot serve a model with sparse_prediction=True: its head is given chosen tokens only")
-    if model_type in _TIME_FIRST:
-        raise BankError(
-            f"a bank cannot serve {model_type}: its layers are given time before rows, so that the rows of a batch"
-            " cannot be told apart there"
-        )

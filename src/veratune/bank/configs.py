@@ -11,6 +11,7 @@ from veratune.bank.layout import BankError, check_kind
 from veratune.checkpoint.hub import find_directory
 from veratune.checkpoint.reading import read_adapter
 from veratune.config import VeraConfig
+from veratune.targets import base_modules
 
 
 def config_for_adapters(model: nn.Module, adapters: Mapping[str, str | os.PathLike[str]]) -> VeraConfig:
@@ -32,8 +33,9 @@ def config_for_adapters(model: nn.Module, adapters: Mapping[str, str | os.PathLi
     rank = 0
     parts: dict[str, tuple[int, ...]] = {}
     heads: dict[str, None] = {}
+    modules = base_modules(model)
     for name, place in adapters.items():
-        ready = read_adapter(model, find_directory(place))
+        ready = read_adapter(modules, find_directory(place))
         for target in ready.plan.targets:
             check_kind(target, f"adapter {name!r} ({place}) cannot be in a bank")
             if parts.setdefault(target.name, target.parts) != target.parts:

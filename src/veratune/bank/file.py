@@ -20,7 +20,6 @@ not at all. Numbers are little-endian; nothing is ever pickled.
 import hashlib
 import mmap
 import os
-import secrets
 import stat
 import struct
 import sys
@@ -35,7 +34,8 @@ from typing import Any, NoReturn
 
 import torch
 
-from veratune.bank.layout import AdapterRow, BankError, Layout, bytes_of, source_from_json, source_to_json
+from veratune.atomic import sync_directory, temporary_beside, write_through
+from veratune.bank.layout import AdapterRow, BankError, Layout, source_from_json, source_to_json
 from veratune.bank.record import (
     BankHeader,
     DamagedRecordError,
@@ -47,6 +47,7 @@ from veratune.bank.record import (
     read_bank_header,
     unpack,
 )
+from veratune.tensors import bytes_of
 
 _MAGIC, _VERSION = b"VERABANK", 1
 _START = struct.Struct("<8sII")
@@ -128,14 +129,11 @@ class BankFile:
             }
         )
         start = _START.pack(_MAGIC, _VERSION, 0) + _commit_bytes(_FIRST + len(record))
-        temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+        temporary = temporary_beside(path)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             try:
-                with temporary.open("xb") as handle:
-                    handle.write(start.ljust(_FIRST, b"\0") + record)
-                    handle.flush()
-                    os.fsync(handle.fileno())
+                write_through(temporary, start.ljust(_FIRST, b"\0") + record)
                 publish(temporary, path)
             finally:
                 temporary.unlink(missing_ok=True)
@@ -418,12 +416,7 @@ def publish(temporary: Path, path: Path) -> None:
     except FileExistsError:
         raise BankError(f"{path} exists already") from None
     temporary.unlink()
-    if os.name == "posix":
-        directory = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
+    sync_directory(path.parent)
 
 
 def payload_of(row: AdapterRow) -> bytes:

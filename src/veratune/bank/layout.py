@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -15,6 +16,7 @@ from veratune.layers.banked import Columns, part_slices
 from veratune.layers.kinds import is_conv1d, is_linear
 from veratune.sources import PeftShared, PerDimension, Source, Stored
 from veratune.targets import Target, unwrapped
+from veratune.tensors import bytes_of
 
 
 class BankError(ValueError):
@@ -179,25 +181,26 @@ def make_row(layout: Layout, ready: ReadyAdapter, dtype: torch.dtype, base_heads
     """
     loaded, source = ready.loaded, ready.plan.source
     _check_fits(layout, ready)
-    row = torch.zeros(layout.numbers, dtype=torch.float32)
+    row = np.zeros(layout.numbers, np.float32)  # torch takes several times as long for pieces as small as these
     rank = 0
     for target in ready.plan.targets:
         place = layout.layers[target.name]
-        b, d = (vector.detach().to("cpu", torch.float32) for vector in loaded.vectors[target.name])
-        gain = source.gain(target.rank)
+        b, d = loaded.vectors[target.name]
+        own_b = b.to("cpu", torch.float32).numpy()
+        scaled = d.to("cpu", torch.float32).numpy().reshape(-1, target.rank) * source.gain(target.rank)
         rank = max(rank, target.rank)
-        for columns, own_d in zip(place.columns, d.reshape(-1, target.rank), strict=True):
-            row[columns.d : columns.d + target.rank] = own_d * gain
-            row[columns.b : columns.b + columns.outputs.stop - columns.outputs.start] = b[columns.outputs]
+        for columns, own_d in zip(place.columns, scaled, strict=True):
+            row[columns.d : columns.d + target.rank] = own_d
+            row[columns.b : columns.b + columns.outputs.stop - columns.outputs.start] = own_b[columns.outputs]
     heads = None
     if base_heads is not None:
         heads = base_heads.detach().cpu().clone()
         for name, state in loaded.saved.items():
             for key, (start, shape) in layout.heads[name].parameters.items():
                 heads[start : start + math.prod(shape)] = state[key].reshape(-1).to(heads.dtype)
-    vectors = row.to(dtype)
+    vectors = torch.from_numpy(row).to(dtype)
     for what, tensor in (("vectors", vectors), ("heads", heads)):
-        if tensor is not None and not torch.isfinite(tensor).all():
+        if tensor is not None and not tensor.abs().amax().isfinite():
             raise BankError(f"{loaded.origin}: its {what} are not finite in the bank's dtype {tensor.dtype}")
     return AdapterRow(digest_of(source, vectors, heads), source, rank, vectors, heads)
 
@@ -209,11 +212,6 @@ def digest_of(source: Source, vectors: Tensor, heads: Tensor | None) -> str:
         if tensor is not None:
             sha.update(bytes_of(tensor))
     return sha.hexdigest()[:32]
-
-
-def bytes_of(tensor: Tensor) -> bytes:
-    """Return a tensor's values as they are in memory."""
-    return tensor.contiguous().view(torch.uint8).numpy().tobytes()
 
 
 def head_row(layout: Layout, modules: dict[str, nn.Module]) -> Tensor | None:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from veratune.bank.layout import BankError
 from veratune.bank.slots import Lease
+from veratune.forwarding import StandsForModel
 from veratune.layers.banked import serving
 
 if TYPE_CHECKING:
@@ -25,10 +26,10 @@ _BESIDE_TEXT = ("pixel_values", "image_", "video_", "input_features", "audio_")
 _BATCHING = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
 
 
-class BankModel(nn.Module):
+class BankModel(StandsForModel):
     """A base model whose rows are computed with adapters of their own.
 
-    What this class does not have itself is looked up in the model.
+    What this class does not have itself is looked up in the model, and set there.
 
     Attributes:
         base_model: the model, with the bank's layers in it.
@@ -36,9 +37,9 @@ class BankModel(nn.Module):
 
     def __init__(self, model: nn.Module, bank: "AdapterBank") -> None:
         super().__init__()
-        self.base_model = model
-        self.training = model.training
         self._bank = bank
+        self.training = model.training
+        self.base_model = model
 
     def forward(
         self, *args: Any, adapters: AdapterNames | Lease, adapter_lengths: Sequence[int] | None = None, **kwargs: Any
@@ -105,17 +106,20 @@ class BankModel(nn.Module):
         raise BankError("a bank's model can neither be copied nor pickled: make another bank, on the same file")
 
     def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name.startswith("__") or "base_model" not in self.__dict__.get("_modules", {}):
-                raise
-            if name in _BATCHING:
-                raise AttributeError(
-                    f"{name} knows nothing of a bank's adapters: use generate_batch or BankManager of"
-                    " veratune.integrations.continuous_batching"
-                ) from None
-            return getattr(self.base_model, name)
+        if name in _BATCHING:
+            raise AttributeError(
+                f"{name} knows nothing of a bank's adapters: use generate_batch or BankManager of"
+                " veratune.integrations.continuous_batching"
+            )
+        return super().__getattr__(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # The model's own methods, such as generate, see what is set on the model only.
+        own = name in self.__dict__ or hasattr(type(self), name) or name == "base_model"
+        if own or "base_model" not in self.__dict__.get("_modules", {}):
+            super().__setattr__(name, value)
+        else:
+            setattr(self.base_model, name, value)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "BankModel":
         result: BankModel = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]

@@ -1,7 +1,7 @@
 """Which adapters are resident, under which names, and who is using them: no row is written to while it is read."""
 
 import threading
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Self
@@ -42,6 +42,7 @@ class Slots:
         slab: (capacity + 1, numbers); row 0 is zero.
         heads: (capacity + 1, head numbers), or None; row 0 is the base model's.
         open_leases: how many requests run or hold adapters, those of the base model included.
+        abandoned: leases that nobody refers to any more and nobody has released.
         grows: whether the slab is made larger when it is full; otherwise what is not in use makes room.
     """
 
@@ -52,6 +53,7 @@ class Slots:
     open_leases: int = 0
     free: list[int] = field(default_factory=list)
     idle: OrderedDict[str, Version] = field(default_factory=OrderedDict)
+    abandoned: deque["Lease"] = field(default_factory=deque)
 
     def __post_init__(self) -> None:
         self.free = list(range(self.capacity, 0, -1))
@@ -138,6 +140,11 @@ class Slots:
         version.leases -= 1
         self._note(version)
 
+    def release_abandoned(self) -> None:
+        """Release the leases that were dropped without it."""
+        while self.abandoned:
+            self.abandoned.popleft().release()
+
     def named(self, version: Version, change: int) -> None:
         """Count a name that a version got or lost."""
         version.names += change
@@ -188,6 +195,8 @@ def _slot_of(version: Version | None) -> int:
 class Lease:
     """Adapters that stay as they are until `release`: what a request has begun with, it ends with.
 
+    One that is dropped without it is released when the bank is next asked for something.
+
     Attributes:
         versions: the version of each row, None for the base model.
         slots: the slot of each row.
@@ -195,6 +204,8 @@ class Lease:
         slab, heads: the tensors in which the slots are.
         is_open: whether it has not been released yet.
     """
+
+    is_open = False
 
     def __init__(self, owner: Slots, versions: Iterable[Version | None], forget: Callable[[Version], None]) -> None:
         self._owner = owner
@@ -222,3 +233,8 @@ class Lease:
 
     def __exit__(self, *_: object) -> None:
         self.release()
+
+    def __del__(self) -> None:
+        # Garbage is collected at any moment, also in the middle of a change, whose lock a thread may take twice.
+        if self.is_open:
+            self._owner.abandoned.append(self)

@@ -1,16 +1,14 @@
 """Reading and writing files safely: writes are atomic, and what is read is checked before it is believed."""
 
 import json
-import os
-import secrets
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save
 from torch import Tensor
+
+from veratune.atomic import sync_directory, temporary_beside, write_atomically, write_through
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -21,32 +19,6 @@ class CheckpointError(ValueError):
     """A file that cannot be used, with what is wrong in it. Whatever it was to be loaded into is unchanged."""
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a new file beside `path`, then put it in the place of `path` in one step.
-
-    A process that is killed leaves the old file or the new one. A new file that was not finished stays beside it
-    under a name that starts with a dot and ends in `.tmp`.
-    """
-    with replacing(path) as temporary:
-        temporary.write_bytes(data)
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Give the place of a new file beside `path`, and put it in the place of `path` in one step if nothing is raised.
-
-    What writes there must have closed the file.
-    """
-    temporary = _temporary(path)
-    try:
-        yield temporary
-        _sync(temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    _sync_directory(path.parent)
-
-
 def write_pair(directory: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
     """Write PEFT's two files, neither of which says which other one it belongs to.
 
@@ -55,42 +27,20 @@ def write_pair(directory: Path, tensors: dict[str, Tensor], config: dict[str, An
     adapter's configuration beside another's weights.
     """
     weights, settings = directory / WEIGHTS_NAME, directory / CONFIG_NAME
-    new_weights, new_settings = _temporary(weights), _temporary(settings)
+    new_weights, new_settings = temporary_beside(weights), temporary_beside(settings)
+    directory.mkdir(parents=True, exist_ok=True)
     try:
-        _write_through(new_weights, _tensor_bytes(tensors, {"format": "pt"}))
-        _write_through(new_settings, _json_bytes(config))
+        write_through(new_weights, _tensor_bytes(tensors, {"format": "pt"}))
+        write_through(new_settings, _json_bytes(config))
         settings.unlink(missing_ok=True)
-        _sync_directory(directory)
+        sync_directory(directory)
         new_weights.replace(weights)
-        _sync_directory(directory)
+        sync_directory(directory)
         new_settings.replace(settings)
     finally:
         new_weights.unlink(missing_ok=True)
         new_settings.unlink(missing_ok=True)
-    _sync_directory(directory)
-
-
-def _temporary(path: Path) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
-
-
-def _write_through(path: Path, data: bytes) -> None:
-    path.write_bytes(data)
-    _sync(path)
-
-
-def _sync_directory(directory: Path) -> None:
-    if os.name == "posix":  # elsewhere a directory cannot be opened
-        _sync(directory)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync_directory(directory)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from veratune.adapters import AdaptedModel
-from veratune.checkpoint.files import replacing
+from veratune.atomic import replacing
 from veratune.checkpoint.lora import check_dtype, lora_matrices, why_not_lora
 from veratune.layers import VeraEmbedding, VeraLayer, VeraLinear, VeraParameter
 

@@ -16,6 +16,7 @@ SHA-256 over all of this and the tensors. As the file holds all that a load need
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +40,10 @@ from veratune.config import VeraConfig
 from veratune.layers import VeraEmbedding
 from veratune.sources import PerDimension, Side, Source, Stored
 from veratune.targets import Target
+from veratune.tensors import bytes_of
 
 FORMAT_VERSION = 1
-_METADATA_KEY = "veratune"
+METADATA_KEY = "veratune"
 
 # Fields that may differ between the two copies of the configuration without a word: they do not change the adapter.
 _INFORMATIVE = {"peft_type", "base_model_name_or_path", "revision", "inference_mode", "task_type"}
@@ -75,7 +77,7 @@ def save_native(host: AdaptedModel, adapter_name: str, directory: Path, *, write
         },
     }
     header["sha256"] = _digest(header, tensors)
-    metadata = {"format": "pt", _METADATA_KEY: json.dumps(header)}
+    metadata = {"format": "pt", METADATA_KEY: json.dumps(header)}
     write_tensors(directory / WEIGHTS_NAME, tensors, metadata)
     shown = {"fingerprint": source.fingerprint(), "base": header["base"]}
     write_json(directory / CONFIG_NAME, {**saved_config.to_dict(), **shown})
@@ -92,14 +94,21 @@ def describe_base(model: nn.Module) -> dict[str, Any]:
     return described
 
 
-def ready_native(model: nn.Module, directory: Path) -> ReadyAdapter:
-    """Read the adapter in a directory and check it against a model.
+def ready_native(
+    modules: Mapping[str, nn.Module], directory: Path, tensors: dict[str, Tensor], metadata: dict[str, str]
+) -> ReadyAdapter:
+    """Check the adapter in a directory against a model, which is not changed.
+
+    Args:
+        modules: what `base_modules` returns for the model.
+        directory: where the adapter's files are.
+        tensors, metadata: what `read_tensors` returned for its tensors file.
 
     Raises:
         CheckpointError: the files cannot be used, or not with this model.
     """
-    loaded, header, projections = read_native(directory)
-    targets = targets_of(model, loaded)
+    loaded, header, projections = _checked(directory, tensors, metadata)
+    targets = targets_of(modules, loaded)
     _check_ranks(loaded, targets)
     inputs = header.get("inputs", {})
     for target in targets:
@@ -108,13 +117,22 @@ def ready_native(model: nn.Module, directory: Path) -> ReadyAdapter:
                 f"{loaded.origin}: {target.name} had {inputs[target.name]} inputs where the adapter was trained, but"
                 f" {target.in_features} here: the adapter is for a model of other dimensions"
             )
-    return make_ready(model, loaded, targets, _source(loaded, targets, header, projections))
+    return make_ready(modules, loaded, targets, _source(loaded, targets, header, projections))
 
 
 def read_native(directory: Path) -> tuple[LoadedAdapter, dict[str, Any], dict[str, Tensor]]:
-    """Read an adapter's files without a model: the adapter, the file's header, and projections it holds."""
+    """Read an adapter's files without a model: the adapter, the file's header, and projections it holds.
+
+    Raises:
+        CheckpointError: the files cannot be used.
+    """
+    return _checked(directory, *read_tensors(directory / WEIGHTS_NAME))
+
+
+def _checked(
+    directory: Path, tensors: dict[str, Tensor], metadata: dict[str, str]
+) -> tuple[LoadedAdapter, dict[str, Any], dict[str, Tensor]]:
     path = directory / WEIGHTS_NAME
-    tensors, metadata = read_tensors(path)
     header = _header(path, metadata, tensors)
     try:
         config = VeraConfig.from_dict(header["config"])
@@ -176,26 +194,26 @@ def _projection_tensors(host: AdaptedModel, adapter_name: str, source: Source) -
 
 def is_native(path: Path) -> bool:
     """Return whether a tensors file says that veratune wrote it."""
-    return _METADATA_KEY in read_metadata(path)
+    return METADATA_KEY in read_metadata(path)
 
 
 def _header(path: Path, metadata: dict[str, str], tensors: dict[str, Tensor]) -> dict[str, Any]:
-    if _METADATA_KEY not in metadata:
+    if METADATA_KEY not in metadata:
         raise CheckpointError(
-            f"{path} was not written by veratune: its metadata has no {_METADATA_KEY!r}, only {sorted(metadata)}"
+            f"{path} was not written by veratune: its metadata has no {METADATA_KEY!r}, only {sorted(metadata)}"
         )
     try:
-        header = json.loads(metadata[_METADATA_KEY])
+        header = json.loads(metadata[METADATA_KEY])
         version, digest = header["format_version"], header.pop("sha256")
         config, fingerprint = header["config"], header["fingerprint"]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise CheckpointError(f"{path}: the {_METADATA_KEY!r} entry of its metadata is damaged") from None
+        raise CheckpointError(f"{path}: the {METADATA_KEY!r} entry of its metadata is damaged") from None
     if version != FORMAT_VERSION:
         raise CheckpointError(
             f"{path} has the format version {version!r}; this veratune reads {FORMAT_VERSION}: install a newer one"
         )
     if not isinstance(config, dict) or not isinstance(fingerprint, str):
-        raise CheckpointError(f"{path}: the {_METADATA_KEY!r} entry of its metadata is damaged")
+        raise CheckpointError(f"{path}: the {METADATA_KEY!r} entry of its metadata is damaged")
     if digest != _digest(header, tensors):
         raise CheckpointError(f"{path} is damaged or was changed by hand: its SHA-256 does not fit its contents")
     return dict(header)
@@ -204,9 +222,10 @@ def _header(path: Path, metadata: dict[str, str], tensors: dict[str, Tensor]) ->
 def _digest(header: dict[str, Any], tensors: dict[str, Tensor]) -> str:
     sha = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
     for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
-        sha.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
-        sha.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+        tensor = tensors[name]
+        # As json.dumps writes a list of the three, in half the time.
+        sha.update(f'[{json.dumps(name)}, "{tensor.dtype}", {list(tensor.shape)}]'.encode())
+        sha.update(bytes_of(tensor))
     return sha.hexdigest()
 
 
@@ -226,8 +245,10 @@ def _grouped(path: Path, tensors: dict[str, Tensor]) -> dict[str, dict[str, Tens
 def _compare_with_json(path: Path, config: VeraConfig) -> None:
     if not path.exists():
         return
-    shown, own = read_json(path), config.to_dict()
-    differing = [name for name in own if name not in _INFORMATIVE and name in shown and shown[name] != own[name]]
+    shown = read_json(path)
+    differing = [
+        name for name, own in vars(config).items() if name not in _INFORMATIVE and name in shown and shown[name] != own
+    ]
     if differing:
         notify(
             f"{path} differs from the configuration inside {WEIGHTS_NAME} in {differing}, and the latter counts. An"

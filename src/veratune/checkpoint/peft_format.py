@@ -1,7 +1,7 @@
 """PEFT's own VeRA files: reading what the `peft` package wrote, and writing what it reads, with equal outputs."""
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,6 @@ from veratune.checkpoint.files import (
     WEIGHTS_NAME,
     CheckpointError,
     read_json,
-    read_tensors,
     write_pair,
 )
 from veratune.checkpoint.transfer import LoadedAdapter, ReadyAdapter, make_ready, targets_of
@@ -51,38 +50,43 @@ _SAME_FIELDS = (
 # Reading
 
 
-def ready_peft(model: nn.Module, directory: Path) -> ReadyAdapter:
-    """Read an adapter that the `peft` package wrote and check it against a model and its own configuration.
+def ready_peft(modules: Mapping[str, nn.Module], directory: Path, tensors: dict[str, Tensor]) -> ReadyAdapter:
+    """Check an adapter that the `peft` package wrote against its own configuration and a model.
+
+    Args:
+        modules: what `base_modules` returns for the model.
+        directory: where the adapter's files are.
+        tensors: what `read_tensors` returned for its tensors file.
 
     Raises:
         CheckpointError: the files cannot be used, or not with this model.
     """
     path = directory / WEIGHTS_NAME
     config = _read_config(directory / CONFIG_NAME)
-    tensors, _ = read_tensors(path)
+    tensors = dict(tensors)
     a, b = tensors.pop(_A_KEY, None), tensors.pop(_B_KEY, None)
     if (a is None) != (b is None):
         raise CheckpointError(f"{path} has one of {_A_KEY} and {_B_KEY} only")
     if config.save_projection and a is None:
         raise CheckpointError(f"{path}: save_projection is true in {CONFIG_NAME}, but the file has no projections")
-    loaded = _sort(str(path), config, tensors, model)
-    targets = targets_of(model, loaded)
-    _check_complete(loaded, model)
+    loaded = _sort(str(path), config, tensors, modules)
+    targets = targets_of(modules, loaded)
+    _check_complete(loaded, modules)
     for target in targets:
         if target.rank != config.r:
             raise CheckpointError(f"{path}: d of {target.name} has {target.rank} numbers, but r is {config.r}")
     source = make_source(config, targets)
     if a is not None and b is not None:
         source = _stored_source(str(path), config, targets, a, b)
-    return make_ready(model, loaded, targets, source)
+    return make_ready(modules, loaded, targets, source)
 
 
-def _check_complete(loaded: LoadedAdapter, model: nn.Module) -> None:
+def _check_complete(loaded: LoadedAdapter, modules: Mapping[str, nn.Module]) -> None:
     """Raise CheckpointError if layers or saved modules that the configuration names are not in the file.
 
     With projections drawn again, a missing layer would give all others projections of other shapes.
     """
-    config, modules = loaded.config, base_modules(model)
+    config = loaded.config
     if config.target_modules not in (None, "all-linear"):
         missing = [name for name in configured_names(modules, config) if name not in loaded.vectors]
         missing = [name for name in missing if not any(name.startswith(f"{top}.") for top in loaded.saved)]
@@ -96,7 +100,7 @@ def _check_complete(loaded: LoadedAdapter, model: nn.Module) -> None:
             raise CheckpointError(f"{loaded.origin} has no weights of {name}, which modules_to_save names")
 
 
-def _peft_saved(modules: dict[str, nn.Module], suffixes: Collection[str]) -> list[str]:
+def _peft_saved(modules: Mapping[str, nn.Module], suffixes: Collection[str]) -> list[str]:
     """Return the modules that PEFT trains in full for these names: it compares the ends of names, letter by letter."""
     names = [name for name in modules if name and name.endswith(tuple(suffixes))]
     return [name for name in names if not any(name.startswith(f"{other}.") for other in names)]
@@ -123,9 +127,10 @@ def _read_config(path: Path) -> VeraConfig:
         raise CheckpointError(f"{path} cannot be used: {error}") from None
 
 
-def _sort(origin: str, config: VeraConfig, tensors: dict[str, Tensor], model: nn.Module) -> LoadedAdapter:
+def _sort(
+    origin: str, config: VeraConfig, tensors: dict[str, Tensor], modules: Mapping[str, nn.Module]
+) -> LoadedAdapter:
     """Sort a file's tensors into vectors, saved modules and biases, by looking up each whole name in the model."""
-    modules = base_modules(model)
     saved_names = _peft_saved(modules, config.modules_to_save or [])
     biases = bias_first_names(
         (name, module if isinstance(module, SavedModule) else unwrapped(module)) for name, module in modules.items()
@@ -149,7 +154,7 @@ def _sort(origin: str, config: VeraConfig, tensors: dict[str, Tensor], model: nn
         elif bias_name in biases:
             loaded.biases[biases[bias_name]] = tensor
         else:
-            raise CheckpointError(f"{origin}: {key!r} belongs to nothing that this {type(model).__name__} has")
+            raise CheckpointError(f"{origin}: {key!r} belongs to nothing that this {type(modules['']).__name__} has")
     for name, pair in vectors.items():
         if len(pair) != 2:
             raise CheckpointError(f"{origin}: {name} has one of its two vectors only")

@@ -1,18 +1,23 @@
 """Reading an adapter in whichever format it is."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from torch import nn
 
-from veratune.checkpoint.files import CONFIG_NAME, WEIGHTS_NAME, CheckpointError, read_json
-from veratune.checkpoint.native import is_native, ready_native
+from veratune.checkpoint.files import CONFIG_NAME, WEIGHTS_NAME, CheckpointError, read_json, read_tensors
+from veratune.checkpoint.native import METADATA_KEY, ready_native
 from veratune.checkpoint.peft_format import PEFT_VERA, ready_peft
 from veratune.checkpoint.transfer import ReadyAdapter
 from veratune.config import PEFT_TYPE
 
 
-def read_adapter(model: nn.Module, directory: Path) -> ReadyAdapter:
+def read_adapter(modules: Mapping[str, nn.Module], directory: Path) -> ReadyAdapter:
     """Read an adapter of either format and check it against a model, which is not changed.
+
+    Args:
+        modules: what `base_modules` returns for the model.
+        directory: where the adapter's files are.
 
     Raises:
         CheckpointError: there is no adapter, it is damaged or of another kind, or for another model.
@@ -20,14 +25,15 @@ def read_adapter(model: nn.Module, directory: Path) -> ReadyAdapter:
     config_path = directory / CONFIG_NAME
     if not (directory / WEIGHTS_NAME).is_file():
         raise no_adapter(directory)
+    tensors, metadata = read_tensors(directory / WEIGHTS_NAME)
     # veratune's own tensors file is whole without its JSON copy, PEFT's is not.
-    if is_native(directory / WEIGHTS_NAME) or not config_path.exists():
-        return ready_native(model, directory)
+    if METADATA_KEY in metadata or not config_path.exists():
+        return ready_native(modules, directory, tensors, metadata)
     peft_type = read_json(config_path).get("peft_type")
     if peft_type == PEFT_TYPE:
-        return ready_native(model, directory)
+        return ready_native(modules, directory, tensors, metadata)
     if peft_type == PEFT_VERA:
-        return ready_peft(model, directory)
+        return ready_peft(modules, directory, tensors)
     if peft_type == "VERATUNE_PEFT":
         raise CheckpointError(
             f"{directory} was written by the peft package through veratune.integrations.peft: load it with"

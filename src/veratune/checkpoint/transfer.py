@@ -5,7 +5,7 @@ Only what is ready is put on a model.
 """
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from veratune.adapters import AdaptedModel, AdapterPlan, modules_with_biases, notify
 from veratune.checkpoint.files import CheckpointError
 from veratune.config import VeraConfig
+from veratune.layers import Geometry, VeraLayer
 from veratune.layers.biases import bias_owners
 from veratune.layers.kinds import geometry, parameter_layout, why_not_adaptable, why_not_parameter
 from veratune.sources import Source
-from veratune.targets import Target, TargetError, base_modules, check_conflicts, find_targets, parts_of, unwrapped
+from veratune.targets import Target, TargetError, check_conflicts, find_targets, parts_of, unwrapped
 
 
 @dataclass
@@ -42,36 +43,38 @@ class LoadedAdapter:
     labels: dict[int, str] = field(default_factory=dict)
 
 
-def targets_of(model: nn.Module, loaded: LoadedAdapter) -> list[Target]:
+def targets_of(modules: Mapping[str, nn.Module], loaded: LoadedAdapter) -> list[Target]:
     """Return the layers of a model that a loaded adapter is for, having checked names and shapes.
+
+    Args:
+        modules: what `base_modules` returns for the model.
+        loaded: what a reader returned.
 
     Raises:
         CheckpointError: a layer that the model does not have, or that has other dimensions or cannot be adapted.
     """
-    modules = base_modules(model)
-    missing = [name for name in loaded.vectors if _module_and_parameter(name, modules) is None]
+    found = {name: _module_and_parameter(name, modules) for name in loaded.vectors}
+    missing = [name for name, place in found.items() if place is None]
     if missing:
         raise CheckpointError(
-            f"{loaded.origin} adapts {len(missing)} layers that this {type(model).__name__} does not have: "
+            f"{loaded.origin} adapts {len(missing)} layers that this {type(modules['']).__name__} does not have: "
             + _some(missing)
             + _closest(missing[0], modules)
         )
     targets: list[Target] = []
-    for name, (b, d) in loaded.vectors.items():
-        found = _module_and_parameter(name, modules)
-        assert found is not None
-        module, parameter = found
-        base = unwrapped(module)
-        reason = why_not_adaptable(base) if parameter is None else why_not_parameter(base, parameter)
-        if reason is not None:
-            raise CheckpointError(f"{loaded.origin} adapts {name}, which cannot be adapted here, because {reason}")
-        twin = next((t.name for t in targets if t.module is module and t.parameter == parameter), None)
-        if twin is not None:
+    names: dict[tuple[int, str | None], str] = {}
+    for name, place in found.items():
+        assert place is not None
+        module, parameter = place
+        b, d = loaded.vectors[name]
+        size = _geometry(loaded.origin, name, module, parameter)
+        twin = names.setdefault((id(module), parameter), name)
+        if twin != name:
             raise CheckpointError(f"{loaded.origin} adapts {twin} and {name}, which are one and the same module here")
+        base = unwrapped(module)
         weight = base._parameters.get(parameter or "weight")
         if weight is not None and weight.is_meta and not hasattr(base, "_hf_hook"):
             raise CheckpointError(f"{name} is on the meta device: give the model its weights before loading an adapter")
-        size = geometry(base) if parameter is None else parameter_layout(base, parameter)[0]
         parts: tuple[int, ...] = ()
         if parameter is None and d.ndim == 2:
             try:
@@ -94,7 +97,7 @@ def targets_of(model: nn.Module, loaded: LoadedAdapter) -> list[Target]:
     return targets
 
 
-def _module_and_parameter(name: str, modules: dict[str, nn.Module]) -> tuple[nn.Module, str | None] | None:
+def _module_and_parameter(name: str, modules: Mapping[str, nn.Module]) -> tuple[nn.Module, str | None] | None:
     """Return the module of this name, or the module that has a parameter of this name, and that parameter's own."""
     if name in modules:
         return modules[name], None
@@ -104,11 +107,24 @@ def _module_and_parameter(name: str, modules: dict[str, nn.Module]) -> tuple[nn.
     return None
 
 
-def make_ready(model: nn.Module, loaded: LoadedAdapter, targets: list[Target], source: Source) -> "ReadyAdapter":
+def _geometry(origin: str, name: str, module: nn.Module, parameter: str | None) -> Geometry:
+    """Return the dimensions of what is to be adapted, or raise CheckpointError if it cannot be."""
+    if isinstance(module, VeraLayer) and parameter is None:
+        return module.geometry  # it was looked at when it was adapted first
+    base = unwrapped(module)
+    reason = why_not_adaptable(base) if parameter is None else why_not_parameter(base, parameter)
+    if reason is not None:
+        raise CheckpointError(f"{origin} adapts {name}, which cannot be adapted here, because {reason}")
+    return geometry(base) if parameter is None else parameter_layout(base, parameter)[0]
+
+
+def make_ready(
+    modules: Mapping[str, nn.Module], loaded: LoadedAdapter, targets: list[Target], source: Source
+) -> "ReadyAdapter":
     """Check a loaded adapter's saved modules and biases against a model as well, and return it with its plan.
 
     Args:
-        model: the model without a wrapper.
+        modules: what `base_modules` returns for the model.
         loaded: what a reader returned.
         targets: what `targets_of` returned for this model.
         source: the adapter's projections.
@@ -116,15 +132,18 @@ def make_ready(model: nn.Module, loaded: LoadedAdapter, targets: list[Target], s
     Raises:
         CheckpointError: saved modules or biases that do not fit the model.
     """
-    modules = base_modules(model)
     try:
-        check_conflicts(model, [name for name in loaded.saved if name in modules], [target.name for target in targets])
+        check_conflicts(
+            modules, [name for name in loaded.saved if name in modules], [target.name for target in targets]
+        )
     except TargetError as error:
         raise CheckpointError(f"{loaded.origin} cannot stand beside the adapters there are: {error}") from None
     for module_name, state in loaded.saved.items():
         _check_saved(loaded.origin, modules, module_name, state)
-    config = loaded.config.replace(modules_to_save=list(loaded.saved))
-    owners = bias_owners(modules_with_biases(model, config, {target.name for target in targets}))
+    config, saved = loaded.config, list(loaded.saved)
+    if config.modules_to_save != saved:
+        config = config.replace(modules_to_save=saved)
+    owners = bias_owners(modules_with_biases(modules, config, {target.name for target in targets}))
     check_keys(f"{loaded.origin} with bias={config.bias!r}", owners, loaded.biases)
     for name, bias in loaded.biases.items():
         own = owners[name][0]._parameters["bias"]
@@ -177,28 +196,37 @@ class ReadyAdapter:
                 own.copy_(_spread_like(bias, own))
 
 
-def told_apart(model: nn.Module, ready: ReadyAdapter) -> ReadyAdapter:
-    """Return the adapter, after telling the user what speaks for its being another model's, though it fits this one."""
+def tell_apart(model: nn.Module, ready: ReadyAdapter, named: Sequence[str]) -> None:
+    """Tell the user what speaks for an adapter's being another model's, though it fits this one.
+
+    Args:
+        model: the model without a wrapper.
+        ready: the adapter.
+        named: what `layers_named` returns for the model and the adapter's configuration.
+    """
     config, origin = ready.plan.config, ready.loaded.origin
     here = getattr(getattr(model, "config", None), "_name_or_path", None)
     there = config.base_model_name_or_path
     # The same model may lie in another folder, so only the last part of a name counts.
     if here and there and Path(str(here)).name != Path(there).name:
         notify(f"{origin} was trained on {there!r}, and this model is {str(here)!r}")
-    try:
-        named = [target.name for target in find_targets(model, config, lambda _: None)]
-    except TargetError:
-        return ready
     left_out = [name for name in named if name not in ready.loaded.vectors]
     if left_out:
         notify(
             f"{origin} adapts {len(ready.loaded.vectors)} of the {len(named)} layers that its target_modules names in"
             f" this model, and not {_some(left_out)}: is it the model that the adapter was trained on?"
         )
-    return ready
 
 
-def _check_saved(origin: str, modules: dict[str, nn.Module], name: str, state: dict[str, Tensor]) -> None:
+def layers_named(model: nn.Module, config: VeraConfig) -> list[str]:
+    """Return the layers that a configuration is for in a model; none where it is not for this model at all."""
+    try:
+        return [target.name for target in find_targets(model, config, lambda _: None)]
+    except TargetError:
+        return []
+
+
+def _check_saved(origin: str, modules: Mapping[str, nn.Module], name: str, state: dict[str, Tensor]) -> None:
     module = modules.get(name)
     if module is None:
         raise CheckpointError(
@@ -245,6 +273,6 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
-def _closest(name: str, modules: dict[str, nn.Module]) -> str:
+def _closest(name: str, modules: Mapping[str, nn.Module]) -> str:
     close = difflib.get_close_matches(name, modules, n=3, cutoff=0.5)
     return f"; the closest here: {', '.join(close)}" if close else ""

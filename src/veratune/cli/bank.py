@@ -1,7 +1,5 @@
 """`veratune bank`: files of many adapters of one base model."""
 
-import os
-import secrets
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,9 +7,11 @@ from typing import Annotated, Any
 import torch
 import typer
 
+from veratune.atomic import temporary_beside
 from veratune.bank import AdapterBank, BankError
 from veratune.bank.configs import config_for_adapters
 from veratune.bank.file import BankFile, publish
+from veratune.bank.record import dtype_name
 from veratune.bank.verify import examine
 from veratune.cli.models import is_adapter, load_model
 from veratune.cli.output import bytes_text, print_json, print_table, print_text
@@ -59,7 +59,7 @@ def build(
         config = config.replace(r=rank)
     if target_modules:
         config = config.replace(target_modules=_targets(target_modules), fused_parts=_parts(config, target_modules))
-    temporary = file.with_name(f".{file.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    temporary = temporary_beside(file)
     try:
         bank = AdapterBank(base, config, dtype=numbers, file=temporary)
         for name, place in places.items():
@@ -123,8 +123,8 @@ def show(file: FileArgument, as_json: JsonOption = False) -> None:
         "file": str(file),
         "bytes": bank.end()[1],
         "rank": header.layout["rank"],
-        "dtype": str(header.dtype).removeprefix("torch."),
-        "head_dtype": None if header.head_dtype is None else str(header.head_dtype).removeprefix("torch."),
+        "dtype": dtype_name(header.dtype),
+        "head_dtype": None if header.head_dtype is None else dtype_name(header.head_dtype),
         "layers": [name for name, *_ in header.layout["layers"]],
         "heads": [name for name, _ in header.layout["heads"]],
         "bytes_per_adapter": header.payload_bytes,

@@ -38,7 +38,7 @@ from torch import nn
 from veratune.bank import AdapterBank, BankError
 from veratune.bank.model import AdapterNames
 from veratune.bank.slots import Lease, Version
-from veratune.layers.banked import BankCall, BankedConv1D, BankedHead, BankedLinear, active_call, serving
+from veratune.layers.banked import BankCall, BankedHead, BankedLinear, active_call, serving
 
 # What is built on here is no public interface of transformers, so other versions are refused rather than hoped for.
 if not transformers.__version__.startswith("5.23."):
@@ -356,7 +356,7 @@ class _Head:
 
     def __init__(self, model: Any) -> None:
         head = model.get_output_embeddings()
-        self.needs_own = isinstance(head, BankedLinear | BankedConv1D | BankedHead)
+        self.needs_own = isinstance(head, BankedLinear | BankedHead)
         self._tokens: BankCall | None = None
         self._last: BankCall | None = None
         self._open = ExitStack()

@@ -52,13 +52,13 @@ class BankCall:
         by_source: for each kind of projections that occurs the same, with 0 in rows of other kinds; for all kinds that
             the bank has if the model is compiled, so that it need not be compiled anew for other combinations.
         packed: whether `rows` are tokens.
-        plain: whether all rows are the base model's.
         groups: the rows by adapter, the base model left out.
         largest: the number of rows that the commonest adapter has.
         has_base: whether there may be rows of the base model.
         copies: how often a row may stand in a layer's input, one behind the other: beams and returned sequences.
         flattened: whether layers may be given (rows * tokens, in). Not so where a row also has images or sounds, whose
             number nothing tells.
+        held: what keeps the slots as they are while the call is there.
     """
 
     owner: object
@@ -67,12 +67,17 @@ class BankCall:
     rows: Tensor
     by_source: tuple[tuple[int, Tensor], ...]
     packed: bool
-    plain: bool
     groups: tuple[RowGroup, ...]
     largest: int
     has_base: bool = True
     copies: tuple[int, ...] = (1,)
     flattened: bool = True
+    held: object = None
+
+    @property
+    def plain(self) -> bool:
+        """Whether all rows are the base model's."""
+        return len(self.by_source) == 0  # in words that a compiler can follow
 
 
 class _Calls(threading.local):
@@ -104,7 +109,7 @@ def current_call(owner: object) -> BankCall:
     Raises:
         RuntimeError: the model was not called through this bank.
     """
-    call = _calls.current
+    call = active_call()
     if call is None or call.owner is not owner:
         raise RuntimeError(
             "this model serves the adapters of a bank and was called without any: call bank.model(..., adapters=[...])"
@@ -118,8 +123,8 @@ def by_rows(x: Tensor, call: BankCall, what: str) -> Tensor:
     """Return an input (..., in) as (rows, n, in), where the n vectors of each row belong to one adapter.
 
     Raises:
-        RuntimeError: the input's leading dimension is no multiple of the number of rows, so that nothing tells what
-            belongs to which adapter.
+        RuntimeError: the input's first dimension does not stand for the rows (or their beams, or rows and tokens in
+            one), so that nothing tells what belongs to which adapter.
     """
     rows = call.rows.shape[0]
     tokens = math.prod(x.shape[:-1])
@@ -168,8 +173,8 @@ class SharedProjections:
     b: tuple[Corner, ...]
 
 
-class _Banked(VeraLinear):
-    """What the two kinds have in common.
+class BankedLinear(VeraLinear):
+    """A linear layer, plain or quantised, whose rows have adapters of their own.
 
     Attributes:
         owner: what tells this bank's calls from another's.
@@ -206,38 +211,45 @@ class _Banked(VeraLinear):
                 return self._forward_folding(input, call, folded)
         output = self._checked_base_output(input, *args, **kwargs)
         for source, slots in call.by_source:
-            if source in self.projections:
-                output = self._add_rows(output, input, call, source, slots)
+            own = self.projections.get(source)
+            if own is not None:
+                down = self._project(input, call, output.dtype, own)
+                output = self._add(output, down, call.slab, own, slots)
         return output
 
-    def _add_rows(self, output: Tensor, x: Tensor, call: BankCall, source: int, slots: Tensor) -> Tensor:
-        """Return the output with what the adapters of one kind of projections add to their rows."""
-        own = self.projections[source]
+    def _project(self, x: Tensor, call: BankCall, dtype: torch.dtype, own: SharedProjections) -> Tensor:
+        """Return x A^T, (rows, n, r): this layer's own product, or that of a layer which has had the same input."""
         grouped = by_rows(x, call, self.name)
-        rows, n, _ = grouped.shape
-        flat = grouped.reshape(rows * n, self.in_features).to(output.dtype)
-        a_projection = own.group.a.tensor(flat.device, flat.dtype)
+        flat = grouped.flatten(0, 1).to(dtype)
+        a_projection = own.group.a.tensor(flat.device, dtype)
         if torch.is_grad_enabled() and flat.requires_grad:
             down = flat @ a_projection.t()
         else:
             down = own.group.down.get(self.name, x, a_projection, lambda: project_down(flat, a_projection))
-        if down.dtype == torch.float16:  # what overflows times zero is no zero
-            base = (slots == 0).repeat_interleave(n)
-            down = down.masked_fill(base.unsqueeze(1), 0.0)
-        start = output.reshape(rows, n, self.out_features)
-        added = self._add(start, down.reshape(rows, n, -1), call.slab, own, slots)
-        return added.view(output.shape)
+        return down.view(*grouped.shape[:2], -1)
 
     def _add(self, start: Tensor, down: Tensor, slab: Tensor, own: SharedProjections, slots: Tensor) -> Tensor:  # type: ignore[override]
+        """Return an output with what the adapters of one kind of projections add to their rows.
+
+        Args:
+            start: (..., out), the output so far.
+            down: x A^T, (rows, n, r).
+            slab: the vectors.
+            own: the projections.
+            slots: int64 (rows,), the slot of each row; 0 where it has no adapter of this kind.
+        """
+        if down.dtype == torch.float16:  # what overflows times zero is no zero
+            down = down.masked_fill((slots == 0)[:, None, None], 0.0)
+        rows, n, rank = down.shape
+        grouped = start.reshape(rows, n, self.out_features)
         parts = []
-        rank = down.shape[-1]
         for columns, corner in zip(self.columns, own.b, strict=True):
             d = slab[:, columns.d : columns.d + rank].index_select(0, slots)
             b = slab[:, columns.b : columns.b + corner.features].index_select(0, slots)
             b_projection = corner.tensor(down.device, down.dtype)
-            part = start if len(self.columns) == 1 else start[..., columns.outputs]
+            part = grouped if len(self.columns) == 1 else grouped[..., columns.outputs]
             parts.append(add_for_rows(part, down, b_projection, b, d))
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+        return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)).view(start.shape)
 
     # Few adapters in a batch: each one's weight is added up and multiplied by once.
 
@@ -278,13 +290,11 @@ class _Banked(VeraLinear):
         if others.numel():
             some = grouped[others]
             base = F.linear(some, self._outputs_first(self.base_weight), bias)
-            flat = some.reshape(-1, self.in_features)
             for source, slots in call.by_source:
                 own = self.projections.get(source)
-                if own is None:
-                    continue
-                down = flat @ own.group.a.tensor(flat.device, flat.dtype).t()
-                base = self._add(base, down.view(len(others), n, -1), call.slab, own, slots[others])
+                if own is not None:
+                    down = some @ own.group.a.tensor(some.device, some.dtype).t()
+                    base = self._add(base, down, call.slab, own, slots[others])
             output[others] = base
         return output.view(*x.shape[:-1], self.out_features)
 
@@ -305,7 +315,7 @@ class _Banked(VeraLinear):
     # Models that read the weight rather than call the layer cannot be given a weight for each row.
 
     def weight_over(self, base: Tensor) -> Tensor:
-        call = _calls.current
+        call = active_call()
         if call is None or call.plain:
             return base
         self.added_adapters = ["a bank's"]
@@ -324,11 +334,7 @@ class _Banked(VeraLinear):
         return self.adapted_part(base, index)
 
 
-class BankedLinear(_Banked):
-    """A linear layer, plain or quantised, whose rows have adapters of their own."""
-
-
-class BankedConv1D(_Banked):
+class BankedConv1D(BankedLinear):
     """The same on transformers' `Conv1D`."""
 
     out_axis = VeraConv1D.out_axis
@@ -337,20 +343,6 @@ class BankedConv1D(_Banked):
     # The name that Conv1D gives its argument.
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
         return super().forward(x, *args, **kwargs)
-
-
-def banked(
-    module: nn.Module,
-    geometry: Geometry,
-    owner: object,
-    name: str,
-    columns: Sequence[Columns],
-    route: RouteName,
-    *,
-    conv1d: bool,
-) -> _Banked:
-    """Return a layer with rows of their own around a linear layer or Conv1D."""
-    return (BankedConv1D if conv1d else BankedLinear)(module, geometry, owner, name, columns, route)
 
 
 def part_slices(parts: tuple[int, ...], out_features: int) -> list[slice]:
@@ -448,7 +440,7 @@ class BankedHead(SavedModule):
         return torch.utils._pytree.tree_map_only(Tensor, lambda value: value.flatten(0, 1), output)
 
     def __getattr__(self, name: str) -> Any:
-        call = _calls.current
+        call = active_call()
         if call is not None and not call.plain and name in self.__dict__.get("places", {}):
             raise RuntimeError(
                 f"the model reads {name} of {self.name} itself instead of calling the module, so that rows cannot have"

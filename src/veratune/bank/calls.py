@@ -1,0 +1,64 @@
+"""From the adapters of a batch's rows to what the layers have to know of the call."""
+
+from collections.abc import Sequence
+
+import torch
+
+from veratune.bank.layout import BankError
+from veratune.bank.slots import Lease
+from veratune.layers.banked import BankCall, RowGroup
+
+
+def make_call(
+    owner: object,
+    lease: Lease,
+    lengths: Sequence[int] | None,
+    kinds: Sequence[int] | None,
+    *,
+    copies: tuple[int, ...],
+    flattened: bool,
+) -> BankCall:
+    """Return the call that serves the adapters of a lease.
+
+    Args:
+        owner: as in `BankCall`.
+        lease: the adapters of the rows.
+        lengths: for packed sequences, the number of tokens of each.
+        kinds: the numbers of all projections that the bank has, for a compiled model; otherwise None.
+        copies: as in `BankCall`.
+        flattened: as in `BankCall`.
+
+    Raises:
+        BankError: no rows, or lengths that are not one for each row.
+    """
+    slots, sources = lease.slots, [-1 if v is None else v.source for v in lease.versions]
+    if lengths is not None:
+        if len(lengths) != len(slots) or any(length < 0 for length in lengths):
+            raise BankError(f"adapter_lengths={list(lengths)} must have a length for each of {len(slots)} adapters")
+        slots = [slot for slot, length in zip(slots, lengths, strict=True) for _ in range(length)]
+        sources = [source for source, length in zip(sources, lengths, strict=True) for _ in range(length)]
+    if not slots:
+        raise BankError("adapters is empty: give a name, or None, for each row")
+    device = lease.slab.device
+    rows, source_of = torch.tensor(slots, device=device), torch.tensor(sources, device=device)
+    occurring = sorted(set(sources) - {-1}) if kinds is None else kinds
+    members: dict[tuple[int, int], list[int]] = {}
+    for row, (slot, source) in enumerate(zip(slots, sources, strict=True)):
+        if slot:
+            members.setdefault((slot, source), []).append(row)
+    return BankCall(
+        owner,
+        lease.slab,
+        lease.heads,
+        rows,
+        by_source=tuple((number, torch.where(source_of == number, rows, 0)) for number in occurring),
+        packed=lengths is not None,
+        groups=tuple(
+            RowGroup(slot, source, torch.tensor(own, device=device)) for (slot, source), own in members.items()
+        ),
+        largest=max((len(own) for own in members.values()), default=0),
+        has_base=kinds is not None or 0 in slots,
+        copies=copies,
+        flattened=flattened,
+        held=lease,
+    )

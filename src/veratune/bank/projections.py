@@ -1,0 +1,72 @@
+"""The projections that a bank's adapters have: numbered, and each layer of the bank given its corners of them."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from veratune.adapters import input_groups
+from veratune.bank.layout import largest_rank
+from veratune.layers.banked import BankedLinear, SharedProjections
+from veratune.projection import projection_pool
+from veratune.sources import Source
+from veratune.targets import Target
+
+
+class BankProjections:
+    """The kinds of projections that a bank has adapters with. Whoever calls a method holds the bank's lock.
+
+    A kind's number is what calls know it by, and is never given to another one.
+    """
+
+    def __init__(self, targets: Sequence[Target], layers: Mapping[str, BankedLinear], rank: int) -> None:
+        """Begin without any.
+
+        Args:
+            targets: the layers of the bank.
+            layers: what stands in their places, by name.
+            rank: the bank's largest.
+        """
+        self._targets = targets
+        self._layers = layers
+        self._rank = rank
+        self._sources: dict[int, Source] = {}
+        self._next = 0
+
+    def __getitem__(self, number: int) -> Source:
+        return self._sources[number]
+
+    def numbers(self) -> list[int]:
+        """Return all numbers, in ascending order."""
+        return list(self._sources)
+
+    def number_of(self, source: Source) -> int:
+        """Return a source's number, after giving the layers its projections if it is new."""
+        for known, own in self._sources.items():
+            if own == source:
+                return known
+        number = self._next
+        rank = largest_rank(source, self._rank)
+        targets = [replace(target, rank=rank) for target in self._targets]
+        groups = input_groups(targets, source)
+        for target in targets:
+            widths = target.parts or (target.out_features,)
+            if not _reaches(source, target.in_features, max(widths)):
+                continue  # as narrow as the layers that its adapters have, and this one is none of them
+            corners = tuple(projection_pool.corner(source, "B", rank, width) for width in widths)
+            self._layers[target.name].projections[number] = SharedProjections(groups[target.name], corners)
+        self._sources[number] = source
+        self._next += 1
+        return number
+
+    def drop(self, number: int) -> None:
+        """Let go of projections that no adapter has any more."""
+        del self._sources[number]
+        for layer in self._layers.values():
+            layer.projections.pop(number, None)
+
+
+def _reaches(source: Source, in_features: int, out_features: int) -> bool:
+    """Return whether a source's projections are as wide as a layer."""
+    return (
+        source.storage_width("A", in_features) >= in_features
+        and source.storage_width("B", out_features) >= out_features
+    )

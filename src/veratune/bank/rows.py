@@ -1,0 +1,65 @@
+"""Whether a model keeps the rows of a batch apart, as a bank needs it: what is known of it, and what a trial shows."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from veratune.bank.layout import BankError
+from veratune.layers.banked import BankCall, serving
+
+# Models whose layers are given time before rows, or that mix them, so that the first dimension is not the batch.
+_TIME_FIRST = {"fsmt", "xlnet", "transfo-xl", "longformer", "led"}
+# Models whose outputs compare each row with each other one, so that no output belongs to one row.
+_EACH_WITH_EACH = {"clip", "chinese_clip", "altclip", "siglip", "siglip2", "align", "x-clip", "groupvit", "metaclip_2"}
+
+
+def check_order(model: nn.Module) -> None:
+    """Refuse models whose layers' first dimension is known not to be the rows of the batch, or that mix rows.
+
+    Raises:
+        BankError: it is one of them.
+    """
+    config = getattr(model, "config", None)
+    model_type = getattr(config, "model_type", None)
+    if model_type in _EACH_WITH_EACH:
+        raise BankError(f"a bank cannot serve {model_type}: it compares each text with each image of a batch")
+    if getattr(config, "sparse_prediction", False) is True:
+        raise BankError("a bank cannot serve a model with sparse_prediction=True: its head is given chosen tokens only")
+    if model_type in _TIME_FIRST:
+        raise BankError(
+            f"a bank cannot serve {model_type}: its layers are given time before rows, so that the rows of a batch"
+            " cannot be told apart there"
+        )
+
+
+def check_kept_apart(model: nn.Module, call_of: Callable[[Tensor], BankCall], inputs: Mapping[str, Any]) -> None:
+    """Raise BankError unless an adapter of one row changes that row's outputs and no others, to the bit.
+
+    Args:
+        model: the model with the bank's layers.
+        call_of: returns the call in which rows have an adapter, int64 (rows,), 1 for those that do and 0 for others.
+        inputs: the model's arguments.
+    """
+    rows = next(value.shape[0] for value in inputs.values() if isinstance(value, Tensor))
+    if rows < 2:
+        raise BankError("check_rows needs a batch of at least two rows")
+
+    def outputs(adapted: int | None) -> list[Tensor]:
+        with torch.no_grad(), serving(call_of(torch.tensor([int(row == adapted) for row in range(rows)]))):
+            found = model(**inputs)
+        leaves = torch.utils._pytree.tree_leaves(dict(found) if isinstance(found, Mapping) else found)
+        return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim and leaf.shape[0] == rows]
+
+    plain = outputs(None)
+    if not plain:
+        raise BankError(f"none of the model's outputs has the {rows} rows of its inputs")
+    for row in (0, rows - 1):
+        for before, after in zip(plain, outputs(row), strict=True):
+            wrong = [i for i in range(rows) if torch.equal(before[i], after[i]) == (i == row)]
+            if wrong:
+                raise BankError(
+                    f"an adapter for row {row} of the batch changed the wrong rows ({wrong}): this model does not"
+                    " keep rows apart as a bank needs it. Leave out layers (exclude_modules) until it does"
+                )
