@@ -7,7 +7,16 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from veratune.functional import vera_linear
 from veratune.profiles import device_profile
-from veratune.routing import LayerShape, Plan, choose_plan, estimate, look_up, plan_table, possible_plans
+from veratune.routing import (
+    LayerShape,
+    Plan,
+    choose_plan,
+    estimate,
+    folding_pays,
+    look_up,
+    plan_table,
+    possible_plans,
+)
 
 WAYS = ["scaled", "folded", "dense"]
 SHAPES = [(384, 384, 256, 4096), (384, 1536, 256, 8), (64, 32, 16, 100), (32, 64, 100, 20), (48, 48, 7, 1)]
@@ -127,3 +136,16 @@ def test_a_frozen_adapter_between_trained_ones_is_planned_with_its_input_s_gradi
     only_forward = choose_plan("auto", "balanced", shape, PROFILE, training=False)
     through = choose_plan("auto", "balanced", shape, PROFILE, training=False, backward=True)
     assert only_forward == Plan("dense", None) and through == Plan("dense", None, keep=True)
+
+
+@pytest.mark.parametrize("rank", [64, 256])
+def test_folding_pays_from_some_tokens_on(rank):
+    """With more tokens it pays ever more, by the whole batch sooner than by a part that has to be moved."""
+    counts = [2**k for k in range(14)]
+    whole, part = (
+        [folding_pays(LayerShape(384, 384, rank, tokens), PROFILE, moved=moved) for tokens in counts]
+        for moved in (False, True)
+    )
+    assert whole == sorted(whole) and part == sorted(part)  # no, and from some number on yes
+    assert not whole[0] and part[-1]
+    assert whole.index(True) <= part.index(True)

@@ -239,6 +239,24 @@ def choose_plan(
     return best
 
 
+@lru_cache(maxsize=4096)
+def folding_pays(shape: LayerShape, profile: DeviceProfile, *, moved: bool) -> bool:
+    """Return whether tokens with vectors of their own cost less through a weight added up for them than by the rank.
+
+    Args:
+        shape: the layer, and how many those tokens are.
+        profile: the device's.
+        moved: whether they are only some of a batch, which are taken out of it and put back.
+    """
+    moving = _Cost(profile)
+    if moved:
+        moving.pass_over(2 * shape.tokens * shape.in_features, profile.itemsize)
+        moving.pass_over(2 * shape.tokens * shape.out_features, profile.itemsize)
+    added_up = estimate(Plan("dense", None), shape, profile, backward=False)
+    by_rank = estimate(Plan("scaled", None), shape, profile, backward=False)
+    return added_up.seconds + moving.seconds < by_rank.seconds
+
+
 # Beyond so many tokens nothing changes any more.
 _MANY = 1 << 24
 

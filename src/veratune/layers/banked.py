@@ -22,7 +22,7 @@ from veratune.layers.linear import VeraConv1D, VeraLinear
 from veratune.layers.saved import SavedModule
 from veratune.profiles import device_profile
 from veratune.projection import Corner
-from veratune.routing import LayerShape, RouteName, look_up, plan_table
+from veratune.routing import LayerShape, RouteName, folding_pays
 
 
 @dataclass(frozen=True)
@@ -268,9 +268,9 @@ class BankedLinear(VeraLinear):
             own = self.projections.get(group.source)
             if own is None:
                 continue
-            shape = LayerShape(self.in_features, self.out_features, own.group.a.rank, 0, own.group.size)
-            table = plan_table(self.route, "balanced", shape, profile, False, True, False)
-            if look_up(table, per_row * group.rows.numel()).output == "dense":
+            count = per_row * group.rows.numel()
+            shape = LayerShape(self.in_features, self.out_features, own.group.a.rank, count, own.group.size)
+            if self.route == "dense" or folding_pays(shape, profile, moved=group.rows.numel() < rows):
                 kept.append(group)
         return kept
 
