@@ -146,6 +146,17 @@ def test_deepspeed_learns_what_one_process_does(stage: int, tmp_path: Path) -> N
     result = finished([sys.executable, str(DEEPSPEED), str(stage), str(tmp_path / "out")], tmp_path / "out")
     assert result["losses"] == pytest.approx(expected, rel=1e-5)
     assert result["held"] == (0 if stage == 3 else sum(p.numel() for p in alone.parameters()))
-    saved = model_for("bert", tmp_path / "out" / "adapter")
-    for ours, theirs in zip(vectors(saved), vectors(alone), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
+    for name in ("adapter", "after"):
+        saved = model_for("bert", tmp_path / "out" / name)
+        for ours, theirs in zip(vectors(saved), vectors(alone), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
+    with torch.no_grad():
+        assert result["after"] == pytest.approx(float(alone.eval()(**batches()[0]).loss), rel=1e-4)
+    # What needs whole parameters is refused in each process, and changes nothing.
+    exports = ["export_peft", "export_lora", "export_lora for vLLM", "export_gguf"]
+    puts = ["add_adapter", "load_adapter", "restore", "merge_adapter", "merge_and_unload"]
+    for messages in result["refused"]:
+        assert list(messages) == ([*exports, *puts] if stage == 3 else [])
+        assert all("by DeepSpeed's ZeRO-3" in message for message in messages.values()), messages
+        assert all("one process" in messages[name] for name in messages if name not in puts[:3])
+    assert result["exported"] == [[], []]

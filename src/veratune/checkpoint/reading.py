@@ -7,12 +7,13 @@ from torch import nn
 from veratune.checkpoint.files import CONFIG_NAME, WEIGHTS_NAME, CheckpointError, read_json
 from veratune.checkpoint.native import is_native, ready_native
 from veratune.checkpoint.peft_format import PEFT_VERA, ready_peft
+from veratune.checkpoint.plugin_format import PLUGIN_TYPE, ready_plugin
 from veratune.checkpoint.transfer import ReadyAdapter
 from veratune.config import PEFT_TYPE
 
 
 def read_adapter(model: nn.Module, directory: Path) -> ReadyAdapter:
-    """Read an adapter of either format and check it against a model, which is not changed.
+    """Read an adapter of any of the formats and check it against a model, which is not changed.
 
     Raises:
         CheckpointError: there is no adapter, it is damaged or of another kind, or for another model.
@@ -29,11 +30,8 @@ def read_adapter(model: nn.Module, directory: Path) -> ReadyAdapter:
         return ready_native(model, directory)
     if peft_type == PEFT_VERA:
         return ready_peft(model, directory)
-    if peft_type == "VERATUNE_PEFT":
-        raise CheckpointError(
-            f"{directory} was written by the peft package through veratune.integrations.peft: load it with"
-            " peft.PeftModel.from_pretrained, after install() from there"
-        )
+    if peft_type == PLUGIN_TYPE:
+        return ready_plugin(model, directory)
     raise CheckpointError(
         f"{config_path} is of an adapter of the type {peft_type!r}; veratune loads {PEFT_TYPE!r} and PEFT's"
         f" {PEFT_VERA!r}"

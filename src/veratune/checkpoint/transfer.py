@@ -17,6 +17,7 @@ from veratune.checkpoint.files import CheckpointError
 from veratune.config import VeraConfig
 from veratune.layers.biases import bias_owners
 from veratune.layers.kinds import geometry, parameter_layout, why_not_adaptable, why_not_parameter
+from veratune.layers.spread import is_emptied
 from veratune.sources import Source
 from veratune.targets import Target, TargetError, base_modules, check_conflicts, find_targets, parts_of, unwrapped
 
@@ -69,6 +70,11 @@ def targets_of(model: nn.Module, loaded: LoadedAdapter) -> list[Target]:
         weight = base._parameters.get(parameter or "weight")
         if weight is not None and weight.is_meta and not hasattr(base, "_hf_hook"):
             raise CheckpointError(f"{name} is on the meta device: give the model its weights before loading an adapter")
+        if is_emptied(weight):
+            raise CheckpointError(
+                f"{loaded.origin} cannot be loaded here: {name} is spread over processes by DeepSpeed's ZeRO-3. Load"
+                " adapters before deepspeed.initialize"
+            )
         size = geometry(base) if parameter is None else parameter_layout(base, parameter)[0]
         parts: tuple[int, ...] = ()
         if parameter is None and d.ndim == 2:
@@ -194,6 +200,15 @@ def told_apart(model: nn.Module, ready: ReadyAdapter) -> ReadyAdapter:
             f" this model, and not {_some(left_out)}: is it the model that the adapter was trained on?"
         )
     return ready
+
+
+def other_projections(origin: str, config: VeraConfig, expected: str, found: str) -> CheckpointError:
+    """Return the error for projections whose fingerprint is not that of those an adapter was trained with."""
+    return CheckpointError(
+        f"{origin} was trained with other projections: its fingerprint is {expected}, but"
+        f" projection={config.projection!r} with projection_prng_key={config.projection_prng_key} gives {found} here."
+        " The adapter would compute something else than it learned"
+    )
 
 
 def _check_saved(origin: str, modules: dict[str, nn.Module], name: str, state: dict[str, Tensor]) -> None:
