@@ -148,6 +148,24 @@ def test_peft_checkpoint_from_a_bfloat16_base(autocast, tmp_path):
     assert_same("llama", load_in_veratune("llama", tmp_path), load_in_peft("llama", tmp_path))
 
 
+@pytest.mark.parametrize("halved", [False, True])
+@pytest.mark.parametrize("sizes", [(5, 1), (1, 6), (1, 1)])
+def test_peft_checkpoint_of_layers_with_one_input_or_output(sizes, halved, tmp_path):
+    def base() -> nn.Module:
+        torch.manual_seed(3)
+        return nn.Sequential(nn.Linear(*sizes))
+
+    theirs = randomise_trainable(peft.get_peft_model(base(), peft.VeraConfig(r=RANK, target_modules=["0"])), std=5.0)
+    if halved:  # projections that are in the file alone
+        with torch.no_grad():
+            theirs.base_model.vera_A["default"].mul_(0.5)
+    theirs.save_pretrained(tmp_path)
+    ours = VeraModel.from_pretrained(base(), tmp_path)
+    x = torch.linspace(-1, 1, 3 * sizes[0]).view(3, -1)
+    assert relative(ours(x), theirs(x)) < TOLERANCE
+    assert relative(base()(x), theirs(x)) > CHANGE
+
+
 def test_peft_checkpoint_of_an_adapter_of_another_name(tmp_path):
     theirs = peft_model("bert")
     theirs.add_adapter("other", peft.VeraConfig(r=RANK, target_modules=["value"]))

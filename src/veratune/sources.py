@@ -50,7 +50,7 @@ class Source(Protocol):
 def _digest(header: dict[str, object], tensors: Sequence[Tensor]) -> str:
     sha = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
     for tensor in tensors:
-        sha.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+        sha.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
     return sha.hexdigest()[:16]
 
 

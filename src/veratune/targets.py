@@ -20,7 +20,7 @@ from veratune.layers.kinds import (
     why_not_adaptable,
     why_not_parameter,
 )
-from veratune.layers.spread import how_spread
+from veratune.layers.spread import how_spread, is_emptied, is_engines
 
 # The attention's query and value projections, as in the paper's experiments, under their names in transformers.
 _QUERY_AND_VALUE = {
@@ -412,6 +412,8 @@ def check_whole(targets: list[Target]) -> None:
         base = unwrapped(target.module)
         weight = base._parameters.get(target.parameter or "weight")
         spread = how_spread(weight)
+        if is_emptied(weight) and not is_engines(base):
+            continue  # loaded for ZeRO-3, and the engine has not seen it yet
         if spread is not None:
             raise TargetError(
                 f"{target.name} cannot be adapted, because its weight is spread over processes ({spread}): load the"

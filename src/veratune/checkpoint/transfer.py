@@ -17,7 +17,7 @@ from veratune.checkpoint.files import CheckpointError
 from veratune.config import VeraConfig
 from veratune.layers.biases import bias_owners
 from veratune.layers.kinds import geometry, parameter_layout, why_not_adaptable, why_not_parameter
-from veratune.layers.spread import is_emptied
+from veratune.layers.spread import is_engines, shape_of
 from veratune.sources import Source
 from veratune.targets import Target, TargetError, base_modules, check_conflicts, find_targets, parts_of, unwrapped
 
@@ -70,7 +70,7 @@ def targets_of(model: nn.Module, loaded: LoadedAdapter) -> list[Target]:
         weight = base._parameters.get(parameter or "weight")
         if weight is not None and weight.is_meta and not hasattr(base, "_hf_hook"):
             raise CheckpointError(f"{name} is on the meta device: give the model its weights before loading an adapter")
-        if is_emptied(weight):
+        if is_engines(base):
             raise CheckpointError(
                 f"{loaded.origin} cannot be loaded here: {name} is spread over processes by DeepSpeed's ZeRO-3. Load"
                 " adapters before deepspeed.initialize"
@@ -133,10 +133,11 @@ def make_ready(model: nn.Module, loaded: LoadedAdapter, targets: list[Target], s
     for name, bias in loaded.biases.items():
         own = owners[name][0]._parameters["bias"]
         assert own is not None
-        if bias.shape != own.shape or not bias.is_floating_point():
+        shape = shape_of(own)
+        if bias.shape != shape or not bias.is_floating_point():
             raise CheckpointError(
-                f"{loaded.origin}: {name} is {bias.dtype} of the shape {tuple(bias.shape)}, but {tuple(own.shape)} in"
-                " this model"
+                f"{loaded.origin}: {name} is {bias.dtype} of the shape {tuple(bias.shape)}, but {tuple(shape)} in this"
+                " model"
             )
     return ReadyAdapter(loaded, AdapterPlan(config, targets, source, owners))
 
@@ -219,12 +220,13 @@ def _check_saved(origin: str, modules: dict[str, nn.Module], name: str, state: d
             + _closest(name, modules)
         )
     original = unwrapped(module)
-    expected = original.state_dict()
+    expected = original.state_dict(keep_vars=True)  # parameters know their shapes where they are spread
     check_keys(f"{origin}: saved module {name!r}", expected, state)
     for key, tensor in state.items():
-        if tensor.shape != expected[key].shape:
+        shape = shape_of(expected[key])
+        if tensor.shape != shape:
             raise CheckpointError(
-                f"{origin}: {name}.{key} has the shape {tuple(tensor.shape)}, but {tuple(expected[key].shape)} in this"
+                f"{origin}: {name}.{key} has the shape {tuple(tensor.shape)}, but {tuple(shape)} in this"
                 " model: give the base model the same number of labels as it had in training"
             )
         if tensor.is_floating_point() != expected[key].is_floating_point() or tensor.is_complex():

@@ -1,8 +1,15 @@
-"""Parameters of which each process holds a part."""
+"""Parameters of which each process holds a part.
 
+DeepSpeed's ZeRO-3 leaves nothing in a parameter between its uses: from `deepspeed.initialize` on, or, where
+transformers loads a model for it, from the beginning.
+"""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 
 def how_spread(tensor: Tensor | None) -> str | None:
@@ -14,6 +21,30 @@ def how_spread(tensor: Tensor | None) -> str | None:
 
 
 def is_emptied(tensor: Tensor | None) -> bool:
-    """Return whether DeepSpeed's ZeRO-3 has left nothing in a parameter here, as it does between its uses."""
+    """Return whether ZeRO-3 has left nothing in a parameter."""
     status = getattr(tensor, "ds_status", None)
     return status is not None and status.name != "AVAILABLE"
+
+
+def is_engines(module: nn.Module) -> bool:
+    """Return whether `deepspeed.initialize` has taken a module over for ZeRO-3, too late for new parameters."""
+    return type(module._parameters).__name__ == "ZeROOrderedDict"
+
+
+def shape_of(tensor: Tensor) -> torch.Size:
+    """Return the shape of a tensor, of one that is emptied too."""
+    shape: torch.Size = getattr(tensor, "ds_shape", tensor.shape)
+    return shape
+
+
+@contextmanager
+def whole(parameters: Iterable[Tensor]) -> Iterator[None]:
+    """Have emptied parameters whole within this context; all processes have to enter it."""
+    emptied = [parameter for parameter in parameters if is_emptied(parameter)]
+    if not emptied:
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(emptied):
+        yield
