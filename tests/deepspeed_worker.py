@@ -11,8 +11,10 @@ os.environ["DS_ACCELERATOR"] = "cpu"
 import deepspeed
 import torch
 import torch.distributed as dist
+import transformers
 
 from distributed_worker import ROWS, batches, leave, model_for
+from trainer_worker import gathered, losses, trainer_for
 from veratune import VeraConfig, VeraModel
 
 # Sums over shared memory, which would be compiled at the first use; gloo's do.
@@ -39,6 +41,32 @@ def what_is_refused(model: VeraModel, saved: Path, output: Path) -> dict[str, st
         except ValueError as error:
             messages[name] = str(error)
     return messages
+
+
+def through_trainer(stage: int, output: Path, base: Path, checkpoint: Path | None) -> None:
+    """Train as `trainer_worker` does, with a base model that transformers loads for DeepSpeed, or go on from there."""
+    torch.set_num_threads(1)
+    emptied: list[bool] = []
+
+    def load(_: str) -> Any:
+        model = transformers.AutoModelForSequenceClassification.from_pretrained(base)
+        emptied.append(all(parameter.numel() == 0 for parameter in model.parameters()))
+        return model.eval()
+
+    settings = {
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto",
+        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+        "zero_allow_untested_optimizer": True,
+    }
+    trainer = trainer_for(output, int(os.environ["WORLD_SIZE"]), "bert", load, settings)
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    fingerprints = gathered(trainer.model.projection_source("default").fingerprint())
+    if dist.get_rank() == 0:
+        found = {"losses": losses(trainer), "emptied": emptied, "fingerprints": fingerprints}
+        (output / "result.json").write_text(json.dumps(found))
+    leave()
 
 
 def main(stage: int, output: Path) -> None:
@@ -88,4 +116,8 @@ def main(stage: int, output: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]))
+    if len(sys.argv) > 3:
+        resumed = Path(sys.argv[4]) if len(sys.argv) > 4 else None
+        through_trainer(int(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), resumed)
+    else:
+        main(int(sys.argv[1]), Path(sys.argv[2]))
