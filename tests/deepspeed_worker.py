@@ -11,8 +11,62 @@ os.environ["DS_ACCELERATOR"] = "cpu"
 import deepspeed
 import torch
 import torch.distributed as dist
+import transformers
 
 from distributed_worker import ROWS, batches, leave, model_for
+from trainer_worker import gathered, losses, trainer_for
+from veratune import VeraConfig, VeraModel
+
+# Sums over shared memory, which would be compiled at the first use; gloo's do.
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def what_is_refused(model: VeraModel, saved: Path, output: Path) -> dict[str, str]:
+    """Return the messages of what needs whole parameters, by its name; what works has none."""
+    attempts: dict[str, Any] = {
+        "export_peft": lambda: model.export_peft(output),
+        "export_lora": lambda: model.export_lora(output),
+        "export_lora for vLLM": lambda: model.export_lora(output, engine="vllm"),
+        "export_gguf": lambda: model.export_gguf(output),
+        "add_adapter": lambda: model.add_adapter("new", VeraConfig(r=4, target_modules="all-linear")),
+        "load_adapter": lambda: model.load_adapter(saved, "new"),
+        "restore": lambda: model.restore(saved),
+        "merge_adapter": model.merge_adapter,
+        "merge_and_unload": model.merge_and_unload,
+    }
+    messages = {}
+    for name, attempt in attempts.items():
+        try:
+            attempt()
+        except ValueError as error:
+            messages[name] = str(error)
+    return messages
+
+
+def through_trainer(stage: int, output: Path, base: Path, checkpoint: Path | None) -> None:
+    """Train as `trainer_worker` does, with a base model that transformers loads for DeepSpeed, or go on from there."""
+    torch.set_num_threads(1)
+    emptied: list[bool] = []
+
+    def load(_: str) -> Any:
+        model = transformers.AutoModelForSequenceClassification.from_pretrained(base)
+        emptied.append(all(parameter.numel() == 0 for parameter in model.parameters()))
+        return model.eval()
+
+    settings = {
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto",
+        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+        "zero_allow_untested_optimizer": True,
+    }
+    trainer = trainer_for(output, int(os.environ["WORLD_SIZE"]), "bert", load, settings)
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    fingerprints = gathered(trainer.model.projection_source("default").fingerprint())
+    if dist.get_rank() == 0:
+        found = {"losses": losses(trainer), "emptied": emptied, "fingerprints": fingerprints}
+        (output / "result.json").write_text(json.dumps(found))
+    leave()
 
 
 def main(stage: int, output: Path) -> None:
@@ -41,12 +95,29 @@ def main(stage: int, output: Path) -> None:
     gathered: list[Any] = [None] * count
     dist.all_gather_object(gathered, losses)
     model.save_pretrained(output / "adapter", is_main_process=rank == 0)
+    held = sum(parameter.numel() for parameter in model.parameters())
+    dist.barrier()  # none may read the adapter before it is there
+    refused = what_is_refused(model, output / "adapter", output / f"none-{rank}") if stage == 3 else {}
+    with torch.no_grad():
+        after = float(engine(**{name: values[share] for name, values in batches()[0].items()}).loss)
+    model.save_pretrained(output / "after", is_main_process=rank == 0)
+    said: list[Any] = [None] * count
+    dist.all_gather_object(said, (refused, after, sorted(path.name for path in output.glob("none-*"))))
     if rank == 0:
-        held = sum(parameter.numel() for parameter in model.parameters())
-        result = {"losses": [sum(each) / count for each in zip(*gathered, strict=True)], "held": held}
+        result = {
+            "losses": [sum(each) / count for each in zip(*gathered, strict=True)],
+            "held": held,
+            "refused": [messages for messages, _, _ in said],
+            "after": sum(loss for _, loss, _ in said) / count,
+            "exported": [names for _, _, names in said],
+        }
         (output / "result.json").write_text(json.dumps(result))
     leave()
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]))
+    if len(sys.argv) > 3:
+        resumed = Path(sys.argv[4]) if len(sys.argv) > 4 else None
+        through_trainer(int(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), resumed)
+    else:
+        main(int(sys.argv[1]), Path(sys.argv[2]))

@@ -2,6 +2,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -481,6 +482,33 @@ def test_push_to_hub_uploads_the_adapters_files_only(monkeypatch):
     assert calls["files"] == sorted([*names, *(f"other/{name}" for name in names)])
     with pytest.raises(TypeError, match="colour"):
         model.push_to_hub("owner/name", colour="red")
+
+
+@pytest.mark.parametrize(
+    "place", ["./base", "/home/somebody/models/bert", "sub/folder/base", "my-base", "C:\\models\\bert"]
+)
+def test_push_to_hub_warns_of_a_private_path(place, monkeypatch, tmp_path):
+    """A directory's path is kept in the configuration, as in PEFT's; the card never names it."""
+    pushed = {}
+
+    def upload(directory, repo_id, **settings):
+        pushed.update({path.name: path.read_bytes() for path in directory.iterdir()})
+        return "address"
+
+    monkeypatch.setattr("veratune.model.upload_directory", upload)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my-base").mkdir()  # would be a name on the hub otherwise
+    model = trained()
+    model.peft_config["default"].base_model_name_or_path = place
+    with pytest.warns(UserWarning, match=re.escape(repr(place)) + r".*base_model_name_or_path to the model's name"):
+        assert model.push_to_hub("owner/name") == "address"
+    assert json.loads(pushed[CONFIG])["base_model_name_or_path"] == place
+    assert place not in pushed["README.md"].decode() and "base_model:" not in pushed["README.md"].decode()
+    for public in ("owner/base", "bert-base-uncased", None):
+        model.peft_config["default"].base_model_name_or_path = public
+        model.push_to_hub("owner/name")  # a warning would be an error
+        assert place.encode() not in b"".join(pushed.values())
+        assert (f'base_model: "{public}"' in pushed["README.md"].decode()) is (public is not None)
 
 
 def test_from_pretrained_asks_the_hub_for_the_adapters_files_only(monkeypatch, tmp_path):

@@ -114,6 +114,72 @@ def test_exporting_and_converting_back(
         assert code == 1 and "'LORA'" in err and not (tmp_path / "back").exists()
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning:peft.*")
+@pytest.mark.parametrize("task", ["SEQ_CLS", None])
+@pytest.mark.parametrize("form", ["VeraConfig", "VeratuneConfig"])
+def test_inspecting_and_converting_what_peft_wrote(
+    form: str, task: str | None, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from veratune.integrations.peft import VeratuneConfig
+
+    own = form == "VeratuneConfig"
+    settings = {"r": 4, "target_modules": ["query", "dense"], "modules_to_save": ["classifier"], "task_type": task}
+    model = peft.get_peft_model(loaded(base), (VeratuneConfig if own else peft.VeraConfig)(**settings))
+    randomise_trainable(model, std=0.3).save_pretrained(tmp_path / "theirs")
+    code, out, _ = run(capsys, "inspect", tmp_path / "theirs", "--json", "--plot", tmp_path / "picture.png")
+    values = json.loads(out)
+    assert code == 0 and values["kind"] == ("veratune in peft" if own else "peft")
+    layers = {layer["layer"]: layer for layer in values["layers"]}
+    expected = VeraModel.from_pretrained(loaded(base), tmp_path / "theirs")
+    state = expected.adapter_state("default")
+    assert layers.keys() == state.vectors.keys()
+    for name, (b, d) in state.vectors.items():
+        assert layers[name]["b_norm"] == pytest.approx(float(b.detach().norm()), rel=1e-5)
+        assert layers[name]["d_mean"] == pytest.approx(float(d.detach().mean()), rel=1e-4)
+    assert values["other_parameters"] == sum(p.numel() for p in state.saved["classifier"].parameters())
+    assert values["config"]["r"] == 4 and values["base_model"].endswith("base")
+    assert values["projections"] == ({} if own else {"A": [4, 24], "B": [24, 4]})
+    assert values["fingerprint"] == (expected.projection_source("default").fingerprint() if own else None)
+    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+    code, out, _ = run(capsys, "inspect", tmp_path / "theirs")
+    assert code == 0 and "attention.self.query (2)" in out and ("projections in the file" in out) is not own
+    assert "convert reads" not in out and ("install()" if own else "veratune convert writes it") in out
+    assert run(capsys, "convert", tmp_path / "theirs", tmp_path / "ours")[0] == 0  # the file names its base model
+    code, out, _ = run(capsys, "inspect", tmp_path / "ours", "--json")
+    assert json.loads(out)["kind"] == "veratune" and json.loads(out)["layers"] == values["layers"]
+    again = VeraModel.from_pretrained(loaded(base), tmp_path / "ours")
+    torch.testing.assert_close(logits(again), logits(model), rtol=1e-4, atol=1e-5)
+    code, _, err = run(capsys, "convert", tmp_path / "ours", tmp_path / "again")
+    assert code == 1 and "in veratune's format already" in err
+
+
+def test_inspecting_a_lora(adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = VeraModel.from_pretrained(tiny_model("bert"), adapter)
+    model.export_lora(tmp_path / "lora")
+    code, out, _ = run(capsys, "inspect", tmp_path / "lora")
+    assert code == 0 and "a LoRA adapter, which veratune cannot read as VeRA" in out and "convert" not in out
+    assert "attention.self.query (2)" in out and "of rank 4" in out
+    values = json.loads(run(capsys, "inspect", tmp_path / "lora", "--json")[1])
+    assert values["kind"] == "lora" and values["config"]["lora_alpha"] == 4
+    layers = {layer["layer"]: layer for layer in values["layers"]}
+    vera = model.vera_layers()
+    assert layers.keys() == vera.keys()
+    assert values["matrix_parameters"] == sum(4 * (x.in_features + x.out_features) for x in vera.values())
+    for name, layer in vera.items():
+        b, d = (vector.detach() for vector in layer.vectors("default"))
+        a_projection = layer.slots["default"].a.tensor(torch.device("cpu"), torch.float32)
+        assert layers[name]["shapes"] == {"lora_A": [4, layer.in_features], "lora_B": [layer.out_features, 4]}
+        assert layers[name]["a_norm"] == pytest.approx(float((d[:, None] * a_projection).norm()), rel=1e-4)
+        assert layers[name]["b_norm"] > 0 and b.norm() > 0
+    code, _, err = run(capsys, "inspect", tmp_path / "lora", "--plot", tmp_path / "p.png")
+    assert code == 1 and "is a LoRA adapter" in err and not (tmp_path / "p.png").exists()
+    peft.get_peft_model(
+        tiny_model("bert"), peft.IA3Config(target_modules=["query"], feedforward_modules=[])
+    ).save_pretrained(tmp_path / "ia3")
+    code, _, err = run(capsys, "inspect", tmp_path / "ia3")
+    assert code == 1 and "type 'IA3'" in err
+
+
 @pytest.fixture
 def language_adapter(tmp_path: Path) -> Path:
     """An adapter of rank 24 on a tiny Llama, of which 16 terms are zero in each layer."""

@@ -146,6 +146,41 @@ def test_deepspeed_learns_what_one_process_does(stage: int, tmp_path: Path) -> N
     result = finished([sys.executable, str(DEEPSPEED), str(stage), str(tmp_path / "out")], tmp_path / "out")
     assert result["losses"] == pytest.approx(expected, rel=1e-5)
     assert result["held"] == (0 if stage == 3 else sum(p.numel() for p in alone.parameters()))
-    saved = model_for("bert", tmp_path / "out" / "adapter")
-    for ours, theirs in zip(vectors(saved), vectors(alone), strict=True):
+    for name in ("adapter", "after"):
+        saved = model_for("bert", tmp_path / "out" / name)
+        for ours, theirs in zip(vectors(saved), vectors(alone), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
+    with torch.no_grad():
+        assert result["after"] == pytest.approx(float(alone.eval()(**batches()[0]).loss), rel=1e-4)
+    # What needs whole parameters is refused in each process, and changes nothing.
+    exports = ["export_peft", "export_lora", "export_lora for vLLM", "export_gguf"]
+    puts = ["add_adapter", "load_adapter", "restore", "merge_adapter", "merge_and_unload"]
+    for messages in result["refused"]:
+        assert list(messages) == ([*exports, *puts] if stage == 3 else [])
+        assert all("by DeepSpeed's ZeRO-3" in message for message in messages.values()), messages
+        assert all("one process" in messages[name] for name in messages if name not in puts[:3])
+    assert result["exported"] == [[], []]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed")
+@pytest.mark.parametrize("stage", [2, 3])
+def test_the_trainer_with_deepspeed(stage: int, tmp_path: Path) -> None:
+    """On a base model that transformers loads for DeepSpeed: for ZeRO-3, it is spread before it is adapted."""
+    tiny_model("bert").save_pretrained(tmp_path / "base")
+    alone = trainer_for(tmp_path / "alone", 1, "bert")
+    alone.train()
+
+    def launched(name: str, *checkpoint: Path) -> dict[str, Any]:
+        command = [sys.executable, str(DEEPSPEED), str(stage), str(tmp_path / name), str(tmp_path / "base")]
+        return finished([*command, *map(str, checkpoint)], tmp_path / name)
+
+    result = launched("two")
+    assert result["emptied"] == [stage == 3]
+    assert len(result["fingerprints"]) == 2 and len(set(result["fingerprints"])) == 1
+    assert result["losses"] == pytest.approx(losses(alone), rel=1e-4)
+    saved = VeraModel.from_pretrained(tiny_model("bert"), tmp_path / "two" / "checkpoint-8")
+    for ours, theirs in zip(vectors(saved), vectors(alone.model), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
+    again = launched("again", tmp_path / "two" / "checkpoint-4")
+    assert again["losses"] == pytest.approx(losses(alone), rel=1e-4)
+    assert not (tmp_path / "again" / "checkpoint-4").exists()

@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +36,14 @@ class Rows(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         return {"input_ids": self.ids[index], "labels": self.ids[index].where(torch.arange(7) > index % 4, -100)}
 
 
-def trainer_for(output: Path, count: int, kind: str) -> VeraTrainer:
-    torch.manual_seed(0)
-    model = get_peft_model(tiny_model(kind), VeraConfig(r=4, target_modules="all-linear"))
+def trainer_for(
+    output: Path,
+    count: int,
+    kind: str,
+    base: Callable[[str], Any] = tiny_model,
+    deepspeed: dict[str, Any] | None = None,
+) -> VeraTrainer:
+    # The arguments come first: with DeepSpeed they tell transformers how to load a model.
     arguments = TrainingArguments(
         str(output),
         per_device_train_batch_size=GLOBAL_BATCH // count,
@@ -49,7 +55,10 @@ def trainer_for(output: Path, count: int, kind: str) -> VeraTrainer:
         use_cpu=True,
         seed=3,
         ddp_find_unused_parameters=False,
+        deepspeed=deepspeed,
     )
+    torch.manual_seed(0)
+    model = get_peft_model(base(kind), VeraConfig(r=4, target_modules="all-linear"))
     trainer = VeraTrainer(model, arguments, train_dataset=Rows(kind))
     # transformers multiplies the loss by the number of processes, and only language models divide it by all tokens.
     trainer.model_accepts_loss_kwargs = kind == "llama"

@@ -609,17 +609,7 @@ class AdaptedModel(StandsForModel):
 
     def _check_mergeable(self, names: Sequence[str], safe_merge: bool) -> None:
         for name, layer in self.vera_layers().items():
-            adapters = [adapter for adapter in names if adapter in layer.slots]
-            if not adapters:
-                continue
-            reason = layer.why_not_mergeable()
-            if reason is not None:
-                raise ValueError(f"cannot merge into {name or 'the model'}: {reason}")
-            if safe_merge and not torch.isfinite(layer.merged_weight(adapters)).all():
-                raise ValueError(
-                    f"merging {adapters} into {name or 'the model'} gives weights that are not finite;"
-                    " nothing was merged"
-                )
+            layer.check_mergeable(names, safe=safe_merge, called=name or "the model")
 
     def _tell_of_losses(self, names: Sequence[str]) -> None:
         layers = (layer for layer in self._layers() if any(name in layer.slots for name in names))

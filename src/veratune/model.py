@@ -9,10 +9,10 @@ from typing import Any, Literal, Self
 import torch
 from torch import nn
 
-from veratune.adapters import AdaptedModel, as_names, check_adapter_name, plan_adapter
+from veratune.adapters import AdaptedModel, as_names, check_adapter_name, notify, plan_adapter
 from veratune.checkpoint.card import write_card
 from veratune.checkpoint.gguf import export_gguf
-from veratune.checkpoint.hub import find_directory, upload_directory
+from veratune.checkpoint.hub import find_directory, hub_name, upload_directory
 from veratune.checkpoint.labels import name_classes
 from veratune.checkpoint.lora import export_lora
 from veratune.checkpoint.native import save_native
@@ -22,6 +22,7 @@ from veratune.checkpoint.transfer import ReadyAdapter, layers_named, tell_apart
 from veratune.checkpoint.vllm import check_vllm
 from veratune.config import VeraConfig
 from veratune.layers import SavedModule, VeraLayer
+from veratune.layers.spread import how_spread
 from veratune.targets import base_modules
 
 DEFAULT_ADAPTER = "default"
@@ -169,8 +170,7 @@ class VeraModel(AdaptedModel):
         Raises:
             ValueError: an unknown adapter, or save_projection=False where PEFT needs them.
         """
-        name = self.active_adapter if adapter_name is None else adapter_name
-        self._check_known([name])
+        name = self._to_export(adapter_name)
         export_peft(self, name, Path(save_directory), save_projection=save_projection)
 
     def export_lora(
@@ -196,8 +196,7 @@ class VeraModel(AdaptedModel):
             ValueError: an unknown adapter, PEFT's LoRA or the engine has no place for a part of it, or the deltas do
                 not fit into `rank` without an approximation.
         """
-        name = self.active_adapter if adapter_name is None else adapter_name
-        self._check_known([name])
+        name = self._to_export(adapter_name)
         if engine == "vllm":
             check_vllm(self, name, rank)
         elif engine is not None:
@@ -224,12 +223,13 @@ class VeraModel(AdaptedModel):
             ImportError: the package gguf is missing.
             ValueError: an unknown adapter, or llama.cpp has no place for this model or a part of the adapter.
         """
-        name = self.active_adapter if adapter_name is None else adapter_name
-        self._check_known([name])
+        name = self._to_export(adapter_name)
         return export_gguf(self, name, Path(save_directory), dtype=dtype)
 
     def push_to_hub(self, repo_id: str, selected_adapters: str | Sequence[str] | None = None, **settings: Any) -> str:
         """Save adapters and upload them to the Hugging Face hub.
+
+        Where a base model came from a directory, its path goes along in the configuration; a warning says so.
 
         Args:
             repo_id: "owner/name"; made if need be.
@@ -239,9 +239,30 @@ class VeraModel(AdaptedModel):
         Returns:
             The address of the commit.
         """
+        for name in self.peft_config if selected_adapters is None else as_names(selected_adapters):
+            self._check_known([name])
+            base = self.peft_config[name].base_model_name_or_path
+            if base and hub_name(base) is None:
+                notify(
+                    f"the base model of adapter {name!r} is a directory, and its path {base!r} is pushed with the"
+                    f" configuration: set model.peft_config[{name!r}].base_model_name_or_path to the model's name on"
+                    " the hub, or to None, to keep it to yourself"
+                )
         with tempfile.TemporaryDirectory() as directory:
             self.save_pretrained(directory, selected_adapters=selected_adapters)
             return upload_directory(Path(directory), repo_id, **settings)
+
+    def _to_export(self, adapter_name: str | None) -> str:
+        """Return the name of the adapter to export, after making sure that all of it is in this process."""
+        name = self.active_adapter if adapter_name is None else adapter_name
+        for parameter in self.adapter_state(name).parameters():
+            spread = how_spread(parameter)
+            if spread is not None:
+                raise ValueError(
+                    f"adapter {name!r} cannot be exported while it is spread over processes ({spread}): let all of them"
+                    " call save_pretrained, and export it after loading it in one process"
+                )
+        return name
 
     def _directories(
         self, save_directory: str | os.PathLike[str], selected: str | Sequence[str] | None

@@ -20,6 +20,7 @@ from veratune.layers.kinds import (
     why_not_adaptable,
     why_not_parameter,
 )
+from veratune.layers.spread import how_spread, is_emptied, is_engines
 
 # The attention's query and value projections, as in the paper's experiments, under their names in transformers.
 _QUERY_AND_VALUE = {
@@ -410,11 +411,14 @@ def check_whole(targets: list[Target]) -> None:
     for target in targets:
         base = unwrapped(target.module)
         weight = base._parameters.get(target.parameter or "weight")
-        if hasattr(weight, "device_mesh"):
+        spread = how_spread(weight)
+        if is_emptied(weight) and not is_engines(base):
+            continue  # loaded for ZeRO-3, and the engine has not seen it yet
+        if spread is not None:
             raise TargetError(
-                f"{target.name} cannot be adapted, because its weight is spread over processes"
-                f" ({tuple(weight.placements)}): load the base model without tensor parallelism (tp_plan), and for"  # type: ignore[union-attr]
-                " FSDP2 put adapters on before fully_shard"
+                f"{target.name} cannot be adapted, because its weight is spread over processes ({spread}): load the"
+                " base model without tensor parallelism (tp_plan), and put adapters on before fully_shard (FSDP2) or"
+                " deepspeed.initialize (ZeRO-3)"
             )
 
 

@@ -2,13 +2,12 @@
 
 import hashlib
 import json
-import re
 from pathlib import Path
 
 from veratune.checkpoint.files import CARD_NAME, write_text
+from veratune.checkpoint.hub import hub_name
 from veratune.config import VeraConfig
 
-_HUB_NAME = re.compile(r"\w[\w.\-]*(/\w[\w.\-]*)?")
 _SHOWN = (
     "r",
     "target_modules",
@@ -53,13 +52,10 @@ def write_card(directory: Path, config: VeraConfig, layers: int, numbers: int, o
     path = directory / CARD_NAME
     if path.exists() and not _is_untouched(path):
         return
-    base = config.base_model_name_or_path
+    base = hub_name(config.base_model_name_or_path)  # a place on one machine's disk is nobody else's business
     front: dict[str, object] = {"library_name": "veratune", "tags": ["vera", "veratune", "adapter"]}
-    # A place on one machine's disk is nobody else's business.
-    if base and _HUB_NAME.fullmatch(base) and not Path(base).exists():
+    if base:
         front["base_model"] = base
-    else:
-        base = None
     # JSON is YAML, and quotes whatever a name may contain.
     front_matter = "".join(f"{key}: {json.dumps(value)}\n" for key, value in front.items())
     settings = "\n".join(f"| `{name}` | `{json.dumps(getattr(config, name))}` |" for name in _SHOWN)

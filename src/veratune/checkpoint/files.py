@@ -9,6 +9,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from veratune.atomic import sync_directory, temporary_beside, write_atomically, write_through
+from veratune.layers.spread import is_emptied, whole
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -70,14 +71,12 @@ def _tensor_bytes(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes
 
 def gathered(tensor: Tensor) -> Tensor:
     """Return a tensor whole, detached, that is spread over processes (FSDP2, ZeRO-3); all of them have to ask."""
-    if hasattr(tensor, "ds_id"):  # a parameter of DeepSpeed's ZeRO-3, empty between its uses
-        import deepspeed
-
-        with deepspeed.zero.GatheredParameters([tensor]):
+    if is_emptied(tensor):
+        with whole([tensor]):
             return tensor.detach().clone()
-    whole = tensor.detach()
-    gather = getattr(whole, "full_tensor", None)
-    return whole if gather is None else gather()
+    here = tensor.detach()
+    gather = getattr(here, "full_tensor", None)
+    return here if gather is None else gather()
 
 
 def read_json(path: Path) -> dict[str, Any]:

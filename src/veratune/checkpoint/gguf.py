@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from veratune.adapters import AdaptedModel
 from veratune.atomic import replacing
-from veratune.checkpoint.lora import check_dtype, lora_matrices, why_not_lora
+from veratune.checkpoint.lora import check_dtype, check_vectors_only, lora_matrices, why_not_lora
 from veratune.layers import VeraEmbedding, VeraLayer, VeraLinear, VeraParameter
 
 GGUF_NAME = "adapter_model.gguf"
@@ -100,7 +100,7 @@ def export_gguf(host: AdaptedModel, adapter_name: str, directory: Path, *, dtype
     if dtype not in _GGML_TYPES:
         raise ValueError(f"dtype={dtype} is not allowed in a GGUF file here: use one of {list(map(str, _GGML_TYPES))}")
     architecture, order = _architecture(host.base_model)
-    _check_in_full(host, adapter_name)
+    check_vectors_only(host, adapter_name, "a LoRA of llama.cpp", "convert the model")
     layers = {name: layer for name, layer in host.vera_layers().items() if adapter_name in layer.slots}
     config: Any = host.base_model.config
     architectures = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
@@ -133,17 +133,6 @@ def _architecture(model: nn.Module) -> tuple[str, Literal["pairs", "parts"] | No
             " merge the adapter (merge_and_unload), save the model, and convert that"
         )
     return _ARCHITECTURES[kind]
-
-
-def _check_in_full(host: AdaptedModel, adapter_name: str) -> None:
-    state = host.adapter_state(adapter_name)
-    whole = [*state.saved, *state.biases]
-    if whole:
-        raise ValueError(
-            f"a LoRA of llama.cpp has no place for what adapter {adapter_name!r} trains in full: {', '.join(whole)}."
-            " Merge the adapter (merge_and_unload) and convert the model, or train with bias='none' and"
-            " modules_to_save=[]"
-        )
 
 
 def _places(name: str, layer: VeraLayer, names: Any, *, tied: bool) -> list[str]:

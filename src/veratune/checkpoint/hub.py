@@ -1,10 +1,13 @@
 """Finding an adapter's directory, on this machine or on the Hugging Face hub, and uploading one."""
 
 import os
+import re
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from veratune.checkpoint.files import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME, CheckpointError
+
+_HUB_NAME = re.compile(r"\w[\w.\-]*(/\w[\w.\-]*)?")
 
 
 def find_directory(
@@ -58,6 +61,13 @@ def _checked_subfolder(subfolder: str | None) -> PurePosixPath:
     if inside.is_absolute() or ".." in inside.parts or ":" in str(inside):
         raise ValueError(f"subfolder={subfolder!r} is not allowed: it must stay inside the adapter's directory")
     return inside
+
+
+def hub_name(base: str | None) -> str | None:
+    """Return a base model's name if it is one on the hub, None if it is a place on this machine."""
+    if base and _HUB_NAME.fullmatch(base) and not Path(base).exists():
+        return base
+    return None
 
 
 def upload_directory(directory: Path, repo_id: str, **settings: Any) -> str:

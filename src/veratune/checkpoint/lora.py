@@ -87,6 +87,24 @@ def check_dtype(dtype: torch.dtype) -> None:
         raise ValueError(f"dtype={dtype} is not allowed: it must be a floating-point dtype")
 
 
+def check_vectors_only(host: AdaptedModel, adapter_name: str, whose: str, instead: str) -> None:
+    """Raise ValueError if an adapter trains heads or biases, which a LoRA of some engine has no place for.
+
+    Args:
+        host: the model.
+        adapter_name: which adapter.
+        whose: what the message calls that LoRA.
+        instead: what to do with the merged model.
+    """
+    state = host.adapter_state(adapter_name)
+    whole = [*state.saved, *state.biases]
+    if whole:
+        raise ValueError(
+            f"{whose} has no place for what adapter {adapter_name!r} trains in full: {', '.join(whole)}. Merge the"
+            f" adapter (merge_and_unload) and {instead}, or train with bias='none' and modules_to_save=[]"
+        )
+
+
 def why_not_lora(layer: VeraLayer) -> str | None:
     """Return None if PEFT's LoRA has a place for an adapter on this layer, otherwise the reason."""
     if isinstance(layer, VeraConv) and getattr(layer.base_layer, "groups", 1) != 1:

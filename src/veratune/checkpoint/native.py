@@ -35,7 +35,7 @@ from veratune.checkpoint.files import (
     write_json,
     write_tensors,
 )
-from veratune.checkpoint.transfer import LoadedAdapter, ReadyAdapter, make_ready, targets_of
+from veratune.checkpoint.transfer import LoadedAdapter, ReadyAdapter, make_ready, other_projections, targets_of
 from veratune.config import VeraConfig
 from veratune.layers import VeraEmbedding
 from veratune.sources import PerDimension, Side, Source, Stored
@@ -278,11 +278,7 @@ def _source(
         stored = Stored.from_tensors(projections["A"], projections["B"])
         if stored.fingerprint() == header["fingerprint"]:
             return stored
-    raise CheckpointError(
-        f"{loaded.origin} was trained with other projections: its fingerprint is {header['fingerprint']}, but"
-        f" projection={loaded.config.projection!r} with projection_prng_key={loaded.config.projection_prng_key} gives"
-        f" {source.fingerprint()} here. The adapter would compute something else than it learned"
-    )
+    raise other_projections(loaded.origin, loaded.config, header["fingerprint"], source.fingerprint())
 
 
 def _check_projections(origin: str, source: Source, projections: dict[str, Tensor]) -> None:

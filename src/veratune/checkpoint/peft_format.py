@@ -1,6 +1,7 @@
 """PEFT's own VeRA files: reading what the `peft` package wrote, and writing what it reads, with equal outputs."""
 
 import math
+import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,14 @@ from veratune.targets import Target, base_modules, configured_names, matches, un
 
 PEFT_VERA = "VERA"
 PREFIX = "base_model.model."
-_A_KEY, _B_KEY = "base_model.vera_A", "base_model.vera_B"
+A_KEY, B_KEY = "base_model.vera_A", "base_model.vera_B"
+
+# The names of the modules that PEFT trains in full for a task, whatever modules_to_save says.
+TASK_HEADS = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
 
 _WRAPPER_PARTS = ("original_module.", "modules_to_save.")
 
@@ -64,14 +72,14 @@ def ready_peft(modules: Mapping[str, nn.Module], directory: Path, tensors: dict[
     path = directory / WEIGHTS_NAME
     config = _read_config(directory / CONFIG_NAME)
     tensors = dict(tensors)
-    a, b = tensors.pop(_A_KEY, None), tensors.pop(_B_KEY, None)
+    a, b = tensors.pop(A_KEY, None), tensors.pop(B_KEY, None)
     if (a is None) != (b is None):
-        raise CheckpointError(f"{path} has one of {_A_KEY} and {_B_KEY} only")
+        raise CheckpointError(f"{path} has one of {A_KEY} and {B_KEY} only")
     if config.save_projection and a is None:
         raise CheckpointError(f"{path}: save_projection is true in {CONFIG_NAME}, but the file has no projections")
-    loaded = _sort(str(path), config, tensors, modules)
+    loaded = sort_tensors(str(path), config, tensors, modules)
     targets = targets_of(modules, loaded)
-    _check_complete(loaded, modules)
+    check_complete(loaded, modules)
     for target in targets:
         if target.rank != config.r:
             raise CheckpointError(f"{path}: d of {target.name} has {target.rank} numbers, but r is {config.r}")
@@ -81,7 +89,7 @@ def ready_peft(modules: Mapping[str, nn.Module], directory: Path, tensors: dict[
     return make_ready(modules, loaded, targets, source)
 
 
-def _check_complete(loaded: LoadedAdapter, modules: Mapping[str, nn.Module]) -> None:
+def check_complete(loaded: LoadedAdapter, modules: Mapping[str, nn.Module]) -> None:
     """Raise CheckpointError if layers or saved modules that the configuration names are not in the file.
 
     With projections drawn again, a missing layer would give all others projections of other shapes.
@@ -89,18 +97,18 @@ def _check_complete(loaded: LoadedAdapter, modules: Mapping[str, nn.Module]) -> 
     config = loaded.config
     if config.target_modules not in (None, "all-linear"):
         missing = [name for name in configured_names(modules, config) if name not in loaded.vectors]
-        missing = [name for name in missing if not any(name.startswith(f"{top}.") for top in loaded.saved)]
+        missing = [name for name in missing if not any(f"{name}.".startswith(f"{top}.") for top in loaded.saved)]
         if missing:
             raise CheckpointError(
                 f"{loaded.origin} has no vectors of {missing[0]} (one of {len(missing)} such layers), which"
                 f" target_modules={config.target_modules!r} names"
             )
-    for name in _peft_saved(modules, config.modules_to_save or []):
+    for name in peft_saved(modules, config.modules_to_save or []):
         if name not in loaded.saved and next(modules[name].parameters(), None) is not None:
             raise CheckpointError(f"{loaded.origin} has no weights of {name}, which modules_to_save names")
 
 
-def _peft_saved(modules: Mapping[str, nn.Module], suffixes: Collection[str]) -> list[str]:
+def peft_saved(modules: Mapping[str, nn.Module], suffixes: Collection[str]) -> list[str]:
     """Return the modules that PEFT trains in full for these names: it compares the ends of names, letter by letter."""
     names = [name for name in modules if name and name.endswith(tuple(suffixes))]
     return [name for name in names if not any(name.startswith(f"{other}.") for other in names)]
@@ -127,11 +135,11 @@ def _read_config(path: Path) -> VeraConfig:
         raise CheckpointError(f"{path} cannot be used: {error}") from None
 
 
-def _sort(
+def sort_tensors(
     origin: str, config: VeraConfig, tensors: dict[str, Tensor], modules: Mapping[str, nn.Module]
 ) -> LoadedAdapter:
     """Sort a file's tensors into vectors, saved modules and biases, by looking up each whole name in the model."""
-    saved_names = _peft_saved(modules, config.modules_to_save or [])
+    saved_names = peft_saved(modules, config.modules_to_save or [])
     biases = bias_first_names(
         (name, module if isinstance(module, SavedModule) else unwrapped(module)) for name, module in modules.items()
     )
@@ -226,7 +234,7 @@ def export_peft(host: AdaptedModel, adapter_name: str, directory: Path, *, save_
         tensors[f"{PREFIX}{name}.vera_lambda_b"] = b.float()
         tensors[f"{PREFIX}{name}.vera_lambda_d"] = _peft_d(d, source, layer, shared)
     if save_projection:
-        tensors[_A_KEY], tensors[_B_KEY] = shared
+        tensors[A_KEY], tensors[B_KEY] = shared
     tensors |= other_tensors(host, adapter_name)
     values = common_values(host, adapter_name) | {
         "peft_type": PEFT_VERA,
@@ -274,7 +282,7 @@ def other_tensors(host: AdaptedModel, adapter_name: str) -> dict[str, Tensor]:
     modules = base_modules(host.base_model)
     adapted = {f"{name}.bias" if name else "bias": name for name in state.vectors}
     tensors: dict[str, Tensor] = {}
-    for name in _peft_saved(modules, list(state.saved)):
+    for name in peft_saved(modules, list(state.saved)):
         within = [layer for layer in state.vectors if layer == name or layer.startswith(f"{name}.")]
         if within:
             raise ValueError(
@@ -309,30 +317,32 @@ def common_values(host: AdaptedModel, adapter_name: str) -> dict[str, Any]:
         "layers_to_transform": None,
         "modules_to_save": config.modules_to_save or None,
         "revision": config.revision,
-        "target_modules": _peft_targets(host, config, names),
+        "target_modules": exact_targets(host.base_model, names, config.target_modules),
         "task_type": None if _adds_heads(host, config) else config.task_type,
     }
 
 
 def _adds_heads(host: AdaptedModel, config: VeraConfig) -> bool:
     """Return whether PEFT would train a head in full for this task that the adapter does not save."""
-    if config.task_type not in ("SEQ_CLS", "TOKEN_CLS"):
+    if config.task_type not in TASK_HEADS:
         return False
-    heads = _peft_saved(base_modules(host.base_model), ("classifier", "score"))
-    return not set(heads) <= set(_peft_saved(base_modules(host.base_model), config.modules_to_save or []))
+    heads = peft_saved(base_modules(host.base_model), TASK_HEADS[config.task_type])
+    return not set(heads) <= set(peft_saved(base_modules(host.base_model), config.modules_to_save or []))
 
 
-def _peft_targets(host: AdaptedModel, config: VeraConfig, names: list[str]) -> list[str] | str:
-    """Return target_modules that name exactly these layers under PEFT's rules, the user's own where they do."""
+def exact_targets(model: nn.Module, names: list[str], own: list[str] | str | None) -> list[str] | str:
+    """Return target_modules that name exactly these layers under PEFT's rules, the user's own where they do.
+
+    Args:
+        model: the model without a wrapper.
+        names: the layers' names.
+        own: the user's target_modules.
+    """
     if not names:
         return []
-    everything = [name for name in base_modules(host.base_model) if name]
-    if (
-        isinstance(config.target_modules, list)
-        and [name for name in everything if matches(name, config.target_modules)] == names
-    ):
-        return config.target_modules
-    if [name for name in everything if matches(name, names)] == names:
-        return names
+    everything = [name for name in base_modules(model) if name]
+    for listed in (own, names):
+        if isinstance(listed, list) and [name for name in everything if matches(name, listed)] == names:
+            return listed
     # A layer's whole name may also be the end of another's; a regular expression matches whole names only.
-    return "|".join(name.replace(".", r"\.") for name in names)
+    return "|".join(re.escape(name) for name in names)

@@ -8,12 +8,13 @@ from torch import nn
 from veratune.checkpoint.files import CONFIG_NAME, WEIGHTS_NAME, CheckpointError, read_json, read_tensors
 from veratune.checkpoint.native import METADATA_KEY, ready_native
 from veratune.checkpoint.peft_format import PEFT_VERA, ready_peft
+from veratune.checkpoint.plugin_format import PLUGIN_TYPE, ready_plugin
 from veratune.checkpoint.transfer import ReadyAdapter
 from veratune.config import PEFT_TYPE
 
 
 def read_adapter(modules: Mapping[str, nn.Module], directory: Path) -> ReadyAdapter:
-    """Read an adapter of either format and check it against a model, which is not changed.
+    """Read an adapter of any of the formats and check it against a model, which is not changed.
 
     Args:
         modules: what `base_modules` returns for the model.
@@ -34,11 +35,8 @@ def read_adapter(modules: Mapping[str, nn.Module], directory: Path) -> ReadyAdap
         return ready_native(modules, directory, tensors, metadata)
     if peft_type == PEFT_VERA:
         return ready_peft(modules, directory, tensors)
-    if peft_type == "VERATUNE_PEFT":
-        raise CheckpointError(
-            f"{directory} was written by the peft package through veratune.integrations.peft: load it with"
-            " peft.PeftModel.from_pretrained, after install() from there"
-        )
+    if peft_type == PLUGIN_TYPE:
+        return ready_plugin(modules, directory, tensors)
     raise CheckpointError(
         f"{config_path} is of an adapter of the type {peft_type!r}; veratune loads {PEFT_TYPE!r} and PEFT's"
         f" {PEFT_VERA!r}"

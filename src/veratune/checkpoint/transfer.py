@@ -18,6 +18,7 @@ from veratune.config import VeraConfig
 from veratune.layers import Geometry, VeraLayer
 from veratune.layers.biases import bias_owners
 from veratune.layers.kinds import geometry, parameter_layout, why_not_adaptable, why_not_parameter
+from veratune.layers.spread import is_engines, shape_of
 from veratune.sources import Source
 from veratune.targets import Target, TargetError, check_conflicts, find_targets, parts_of, unwrapped
 
@@ -75,6 +76,11 @@ def targets_of(modules: Mapping[str, nn.Module], loaded: LoadedAdapter) -> list[
         weight = base._parameters.get(parameter or "weight")
         if weight is not None and weight.is_meta and not hasattr(base, "_hf_hook"):
             raise CheckpointError(f"{name} is on the meta device: give the model its weights before loading an adapter")
+        if is_engines(base):
+            raise CheckpointError(
+                f"{loaded.origin} cannot be loaded here: {name} is spread over processes by DeepSpeed's ZeRO-3. Load"
+                " adapters before deepspeed.initialize"
+            )
         parts: tuple[int, ...] = ()
         if parameter is None and d.ndim == 2:
             try:
@@ -148,10 +154,11 @@ def make_ready(
     for name, bias in loaded.biases.items():
         own = owners[name][0]._parameters["bias"]
         assert own is not None
-        if bias.shape != own.shape or not bias.is_floating_point():
+        shape = shape_of(own)
+        if bias.shape != shape or not bias.is_floating_point():
             raise CheckpointError(
-                f"{loaded.origin}: {name} is {bias.dtype} of the shape {tuple(bias.shape)}, but {tuple(own.shape)} in"
-                " this model"
+                f"{loaded.origin}: {name} is {bias.dtype} of the shape {tuple(bias.shape)}, but {tuple(shape)} in this"
+                " model"
             )
     return ReadyAdapter(loaded, AdapterPlan(config, targets, source, owners))
 
@@ -226,6 +233,15 @@ def layers_named(model: nn.Module, config: VeraConfig) -> list[str]:
         return []
 
 
+def other_projections(origin: str, config: VeraConfig, expected: str, found: str) -> CheckpointError:
+    """Return the error for projections whose fingerprint is not that of those an adapter was trained with."""
+    return CheckpointError(
+        f"{origin} was trained with other projections: its fingerprint is {expected}, but"
+        f" projection={config.projection!r} with projection_prng_key={config.projection_prng_key} gives {found} here."
+        " The adapter would compute something else than it learned"
+    )
+
+
 def _check_saved(origin: str, modules: Mapping[str, nn.Module], name: str, state: dict[str, Tensor]) -> None:
     module = modules.get(name)
     if module is None:
@@ -234,12 +250,13 @@ def _check_saved(origin: str, modules: Mapping[str, nn.Module], name: str, state
             + _closest(name, modules)
         )
     original = unwrapped(module)
-    expected = original.state_dict()
+    expected = original.state_dict(keep_vars=True)  # parameters know their shapes where they are spread
     check_keys(f"{origin}: saved module {name!r}", expected, state)
     for key, tensor in state.items():
-        if tensor.shape != expected[key].shape:
+        shape = shape_of(expected[key])
+        if tensor.shape != shape:
             raise CheckpointError(
-                f"{origin}: {name}.{key} has the shape {tuple(tensor.shape)}, but {tuple(expected[key].shape)} in this"
+                f"{origin}: {name}.{key} has the shape {tuple(tensor.shape)}, but {tuple(shape)} in this"
                 " model: give the base model the same number of labels as it had in training"
             )
         if tensor.is_floating_point() != expected[key].is_floating_point() or tensor.is_complex():

@@ -1,7 +1,7 @@
 """What vLLM can load of a LoRA adapter."""
 
 from veratune.adapters import AdaptedModel
-from veratune.checkpoint.lora import lora_matrices
+from veratune.checkpoint.lora import check_vectors_only, lora_matrices
 from veratune.checkpoint.ranks import exact_rank
 from veratune.layers import VeraLinear
 
@@ -17,13 +17,7 @@ def check_vllm(host: AdaptedModel, adapter_name: str, rank: int | None) -> None:
         adapter_name: which adapter.
         rank: the rank it is exported with; None for its own.
     """
-    state = host.adapter_state(adapter_name)
-    whole = [*state.saved, *state.biases]
-    if whole:
-        raise ValueError(
-            f"vLLM's LoRA has no place for what adapter {adapter_name!r} trains in full: {', '.join(whole)}. Merge the"
-            " adapter (merge_and_unload) and serve the model, or train with bias='none' and modules_to_save=[]"
-        )
+    check_vectors_only(host, adapter_name, "vLLM's LoRA", "serve the model")
     layers = {name: layer for name, layer in host.vera_layers().items() if adapter_name in layer.slots}
     for name, layer in layers.items():
         if not isinstance(layer, VeraLinear):

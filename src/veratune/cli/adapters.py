@@ -113,11 +113,14 @@ def export(
 
 
 def convert(
-    adapter: Annotated[Path, typer.Argument(help="Directory of a VeRA adapter that the peft package wrote.")],
+    adapter: Annotated[
+        Path,
+        typer.Argument(help="Directory of a VeRA adapter that PEFT wrote, also with veratune's layers."),
+    ],
     output: OutputArgument,
     base: BaseOption = None,
 ) -> None:
-    """Turn PEFT's VeRA adapter into one in veratune's own format."""
+    """Turn a VeRA adapter that PEFT wrote into one in veratune's own format."""
     check_new(output)
     adapter = adapter_in(adapter)
     if is_native(adapter / WEIGHTS_NAME):

@@ -1,14 +1,15 @@
 """`veratune inspect`: a model's layers and what VeRA would train in them, or what an adapter has learned."""
 
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
 
-from veratune.checkpoint.files import WEIGHTS_NAME, CheckpointError
-from veratune.checkpoint.native import is_native, read_native
+from veratune.checkpoint.contents import LoraContents, read_contents
+from veratune.checkpoint.files import WEIGHTS_NAME
 from veratune.cli.models import ADAPTER_NAME, adapter_in, is_adapter, load_model
 from veratune.cli.output import bytes_text, print_json, print_table, print_text
 from veratune.config import VeraConfig
@@ -132,11 +133,23 @@ def _how(info: WeightInfo) -> str:
 # An adapter
 
 
+# What files that PEFT wrote are, for people.
+_KINDS = {
+    "peft": "PEFT's VeRA, which veratune loads; veratune convert writes it in veratune's own format",
+    "veratune in peft": "written by PEFT with veratune's layers; veratune loads it, and so does PEFT after"
+    " veratune.integrations.peft.install()",
+}
+_NORMS = ("b_norm", "b_largest", "d_norm", "d_mean")
+_LORA_NORMS = ("a_norm", "b_norm")
+
+
 def _inspect_adapter(directory: Path, *, every: bool, plot: Path | None, as_json: bool) -> None:
-    path = directory / WEIGHTS_NAME
-    if not is_native(path):
-        raise CheckpointError(f"{path} is not in veratune's own format: veratune convert reads PEFT's")
-    loaded, header, _ = read_native(directory)
+    contents = read_contents(directory)
+    if isinstance(contents, LoraContents):
+        if plot is not None:
+            raise ValueError(f"--plot shows VeRA's vectors, and {directory} is a LoRA adapter")
+        _inspect_lora(directory, contents, every=every, as_json=as_json)
+        return
     layers: list[dict[str, Any]] = [
         {
             "layer": name,
@@ -147,44 +160,92 @@ def _inspect_adapter(directory: Path, *, every: bool, plot: Path | None, as_json
             "d_norm": float(d.float().norm()),
             "d_mean": float(d.float().mean()),
         }
-        for name, (b, d) in loaded.vectors.items()
+        for name, (b, d) in contents.vectors.items()
     ]
     if plot is not None:
         _plot(layers, plot)
-    others = sum(t.numel() for tensors in loaded.saved.values() for t in tensors.values())
-    others += sum(bias.numel() for bias in loaded.biases.values())
-    summary: dict[str, Any] = {
-        "adapter": str(directory),
-        "base_model": loaded.config.base_model_name_or_path,
-        "base": header.get("base", {}),
-        "bytes": path.stat().st_size,
-        "fingerprint": header["fingerprint"],
-        "format_version": header["format_version"],
-        "vector_parameters": sum(b.numel() + d.numel() for b, d in loaded.vectors.values()),
+    others = sum(tensor.numel() for tensor in contents.others.values())
+    summary = _summary(directory, contents.kind, contents.config) | {
+        "base": contents.base,
+        "fingerprint": contents.fingerprint,
+        "format_version": contents.format_version,
+        "projections": {side: list(tensor.shape) for side, tensor in contents.projections.items()},
+        "vector_parameters": sum(b.numel() + d.numel() for b, d in contents.vectors.values()),
         "other_parameters": others,
-        "config": loaded.config.to_dict(),
+        "config": contents.config,
     }
     if as_json:
         print_json(summary | {"layers": layers})
         return
-    config = [(name, str(value)) for name, value in loaded.config.to_dict().items() if value not in (None, {}, [])]
-    print_table(("setting", "value"), config, title=str(directory))
-    print_text(
-        f"for {loaded.config.base_model_name_or_path or 'a model that is not named'},"
-        f" {header.get('base', {}).get('class', 'of an unknown class')}"
-    )
+    _print_settings(directory, contents.config)
+    if contents.kind in _KINDS:
+        print_text(_KINDS[contents.kind])
+    base_class = contents.base.get("class", "of an unknown class")
+    print_text(f"for {summary['base_model'] or 'a model that is not named'}, {base_class}")
+    known = f", fingerprint {contents.fingerprint}" if contents.fingerprint else ""
+    shapes = ", ".join(f"{side} {'x'.join(map(str, tensor.shape))}" for side, tensor in contents.projections.items())
     print_text(
         f"{len(layers)} layers, {summary['vector_parameters']:,} numbers in vectors, {others:,} in what is trained in"
-        f" full, {bytes_text(summary['bytes'])}, fingerprint {header['fingerprint']}"
+        f" full, {bytes_text(summary['bytes'])}{known}{f', projections in the file: {shapes}' if shapes else ''}"
     )
-    shown = layers if every else _grouped(layers)
-    rows = [(x["layer"], *(f"{x[key]:.4g}" for key in ("b_norm", "b_largest", "d_norm", "d_mean"))) for x in shown]
-    print_table(("layer" if every else "layers (means)", "|b|", "max |b|", "|d|", "mean d"), rows)
+    _print_layers(layers, _NORMS, ("|b|", "max |b|", "|d|", "mean d"), every=every)
 
 
-def _grouped(layers: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _inspect_lora(directory: Path, contents: LoraContents, *, every: bool, as_json: bool) -> None:
+    """Show a LoRA adapter, which is all that veratune does with one."""
+    layers: list[dict[str, Any]] = [
+        {
+            "layer": name,
+            "shapes": {which: list(tensor.shape) for which, tensor in matrices.items()},
+            **{f"{which[-1].lower()}_norm": float(tensor.float().norm()) for which, tensor in sorted(matrices.items())},
+        }
+        for name, matrices in contents.matrices.items()
+    ]
+    numbers = sum(tensor.numel() for matrices in contents.matrices.values() for tensor in matrices.values())
+    others = sum(tensor.numel() for tensor in contents.others.values())
+    summary = _summary(directory, "lora", contents.config) | {
+        "matrix_parameters": numbers,
+        "other_parameters": others,
+        "config": contents.config,
+    }
+    if as_json:
+        print_json(summary | {"layers": layers})
+        return
+    _print_settings(directory, contents.config)
+    print_text(
+        "a LoRA adapter, which veratune cannot read as VeRA: its matrices are trained, not drawn from a key. PEFT and"
+        " engines that serve LoRA load it"
+    )
+    print_text(
+        f"{len(layers)} layers of rank {contents.config.get('r')}, {numbers:,} numbers in matrices, {others:,} beside"
+        f" them, {bytes_text(summary['bytes'])}, for {summary['base_model'] or 'a model that is not named'}"
+    )
+    both = [layer for layer in layers if all(key in layer for key in _LORA_NORMS)]
+    _print_layers(both, _LORA_NORMS, ("|lora_A|", "|lora_B|"), every=every)
+
+
+def _summary(directory: Path, kind: str, config: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "adapter": str(directory),
+        "kind": kind,
+        "base_model": config.get("base_model_name_or_path"),
+        "bytes": (directory / WEIGHTS_NAME).stat().st_size,
+    }
+
+
+def _print_settings(directory: Path, config: dict[str, Any]) -> None:
+    rows = [(name, str(value)) for name, value in config.items() if value not in (None, {}, [])]
+    print_table(("setting", "value"), rows, title=str(directory))
+
+
+def _print_layers(layers: list[dict[str, Any]], keys: Sequence[str], header: Sequence[str], *, every: bool) -> None:
+    shown = layers if every else _grouped(layers, keys)
+    rows = [(x["layer"], *(f"{x[key]:.4g}" for key in keys)) for x in shown]
+    print_table(("layer" if every else "layers (means)", *header), rows)
+
+
+def _grouped(layers: list[dict[str, Any]], keys: Sequence[str]) -> list[dict[str, Any]]:
     """Return means over the layers of each type."""
-    keys = ("b_norm", "b_largest", "d_norm", "d_mean")
     return [
         {"layer": f"{name} ({len(own)})"} | {key: sum(x[key] for x in own) / len(own) for key in keys}
         for name, own in _by_type(layers).items()

@@ -129,16 +129,20 @@ _TASKS = {
 
 def _base_of_adapter(adapter: Path) -> dict[str, Any]:
     """Return the class of the model that an adapter is for, and its labels, as far as its files tell."""
+    import transformers
+
     if is_native(adapter / WEIGHTS_NAME):
         known: dict[str, Any] = read_native(adapter)[1].get("base", {})
         return known
-    task = read_json(adapter / CONFIG_NAME).get("task_type")
-    if task not in _TASKS:
+    config = read_json(adapter / CONFIG_NAME)
+    mapping = config.get("auto_mapping")  # what PEFT notes where there is no task
+    kind = _TASKS.get(config.get("task_type") or "") or (mapping or {}).get("base_model_class")
+    if kind is None or not hasattr(transformers, kind):
         return {}
     tensors, _ = read_tensors(adapter / WEIGHTS_NAME)
     rows = [tensor.shape[0] for name, tensor in tensors.items() if name.endswith(_HEADS) and tensor.ndim == 2]
     labels = {str(number): f"LABEL_{number}" for number in range(rows[-1])} if rows else {}
-    return {"class": _TASKS[task], "id2label": labels}
+    return {"class": kind, "id2label": labels}
 
 
 def _check_place(place: str) -> None:

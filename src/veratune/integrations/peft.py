@@ -6,13 +6,14 @@
     model = peft.get_peft_model(model, VeratuneConfig(target_modules="all-linear"))
 
 `PeftModel.from_pretrained`, transformers' `Trainer`, and whatever else knows PEFT's models then work with it. PEFT
-writes the files: the vectors, and modules trained in full; no projections.
+writes the files: the vectors, and modules trained in full; no projections. `veratune.VeraModel` reads them, and PEFT
+what a `VeraModel` has written.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import InitVar, dataclass, field, replace
+from typing import Any, Self
 
 try:
     import peft
@@ -29,8 +30,10 @@ import torch
 from torch import Tensor, nn
 
 from veratune.adapters import input_groups, make_source, vector_dtype
-from veratune.config import VeraConfig
-from veratune.integrations import peft_method
+from veratune.checkpoint.plugin_format import PLUGIN_TYPE
+from veratune.checkpoint.transfer import LoadedAdapter, other_projections
+from veratune.config import PEFT_TYPE, VeraConfig
+from veratune.integrations import peft_method, peft_native
 from veratune.integrations.peft_layers import TunedLayer, TunedModule, tuned_layer, tuned_parameter
 from veratune.layers import ComputeSettings, InputGroup, Slot, VectorInit, VeraLinear
 from veratune.layers.fastpath import choose_paths
@@ -40,14 +43,11 @@ from veratune.profiles import load_calibration
 from veratune.projection import projection_pool
 from veratune.routing import MemoryName, RouteName
 from veratune.sources import Side, Source, Stored
-from veratune.targets import Target, check_settings, check_whole, parameter_targets, parts_of, unwrapped
-
-# Not that of veratune's own files, which PEFT cannot read.
-PEFT_TYPE = "VERATUNE_PEFT"
+from veratune.targets import Target, adapted_layers, check_settings, check_whole, parameter_targets, parts_of, unwrapped
 
 
 def install(*, replace_vera: bool = False) -> None:
-    """Make `VeratuneConfig` known to PEFT. A second call does nothing more.
+    """Make `VeratuneConfig` and veratune's own files known to PEFT. A second call does nothing more.
 
     Args:
         replace_vera: let PEFT's own `VeraConfig` use veratune's layers as well, so that a script that knows nothing of
@@ -57,7 +57,9 @@ def install(*, replace_vera: bool = False) -> None:
         ImportError: PEFT is of a version in which this does not work.
     """
     peft_method.check_version()
-    peft_method.add_method(PEFT_TYPE, VeratuneConfig, VeratuneTuner)
+    if not peft_method.has_method(PLUGIN_TYPE):
+        peft_method.add_method(PLUGIN_TYPE, VeratuneConfig, VeratuneTuner)
+        peft_method.add_reader(PEFT_TYPE, VeratuneConfig, peft_native.reading, peft_native.placing)
     if replace_vera:
         peft_method.replace_vera(PeftVeraTuner)
 
@@ -87,16 +89,47 @@ class VeratuneConfig(peft.PeftConfig):
     route: RouteName = "auto"
     memory: MemoryName = "balanced"
     fingerprint: str | None = None
+    # What the JSON beside a native file has besides, and is of no use here.
+    save_projection: InitVar[bool] = False
+    base: InitVar[dict[str, Any] | None] = None
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, save_projection: bool, base: dict[str, Any] | None) -> None:
         super().__post_init__()  # type: ignore[no-untyped-call]
         install()
-        self.peft_type = PeftType[PEFT_TYPE]
+        self._native: LoadedAdapter | None = None
+        self._of_native_json = self.peft_type == PEFT_TYPE
+        self.peft_type = PeftType[PLUGIN_TYPE]
         self._expected = self.fingerprint  # what a file says, where this comes from one
         self.checked()
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
             setattr(self, name, set(value) if isinstance(value, list | tuple) else value)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
+        """Read the configuration of an adapter that PEFT wrote, or of veratune's own."""
+        read: Any = super().from_pretrained
+        config: Any = read(pretrained_model_name_or_path, subfolder, **kwargs)
+        if not getattr(config, "_of_native_json", False):
+            return config
+        return cls._of_native(*peft_native.read_for_peft(pretrained_model_name_or_path, subfolder=subfolder, **kwargs))
+
+    @classmethod
+    def _of_native(cls, loaded: LoadedAdapter, fingerprint: str) -> Self:
+        own = loaded.config
+        same = (
+            "r target_modules target_parameters fused_parts exclude_modules layers_to_transform layers_pattern"
+            " rank_pattern d_initial vera_dropout bias init_weights projection_prng_key projection route memory"
+            " base_model_name_or_path revision inference_mode"
+        )
+        config = cls(
+            **{name: getattr(own, name) for name in same.split()},
+            task_type=peft_native.task_type_for_peft(loaded),
+            modules_to_save=own.modules_to_save or None,
+            fingerprint=fingerprint,
+        )
+        config._native = loaded
+        return config
 
     def checked(self) -> VeraConfig:
         """Return the same as a `veratune.VeraConfig`, which refuses what cannot be."""
@@ -153,6 +186,9 @@ class VeratuneTuner(BaseTuner):
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         finally:
             self._plan = self._named = None
+        config: Any = self.peft_config[adapter_name]
+        if isinstance(config, VeratuneConfig):
+            config._native = None  # what it is on has names in the configuration now
         choose_paths(model)
 
     def _unload_and_optionally_merge(  # type: ignore[override]  # PEFT's says None, and returns the model
@@ -179,11 +215,21 @@ class VeratuneTuner(BaseTuner):
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         # PEFT calls this for every adapter, after it has filled the configuration in and before it looks for layers.
+        if getattr(peft_config, "_of_native_json", False):
+            raise ValueError(
+                "this configuration was read from the JSON beside a veratune adapter, without the adapter: give the"
+                " directory to peft.PeftModel.from_pretrained or load_adapter of a PeftModel, without config="
+            )
+        native: LoadedAdapter | None = getattr(peft_config, "_native", None)
+        if native is not None:
+            peft_native.name_targets(peft_config, native, model)
         _maybe_include_all_linear_layers(peft_config, model)
         config = self._settings(peft_config)
         layers = self._matched_layers(peft_config, config, model)
         parameters = self._matched_parameters(config, model)
         targets = [*layers.values(), *parameters]
+        if native is not None:
+            peft_native.check_named(peft_config, native, {target.name for target in targets})
         if not targets:
             return  # PEFT says so
         check_settings(config, targets)
@@ -296,9 +342,9 @@ class VeratuneTuner(BaseTuner):
     def _check_mergeable(self, adapter_names: list[str] | None, safe: bool) -> None:
         """Raise ValueError if adapters cannot be merged into some layer; nothing has been changed then."""
         names = self.active_adapters if adapter_names is None else adapter_names
-        for module in self.model.modules():
-            if isinstance(module, TunedLayer):
-                module.check_mergeable(names, safe=safe)
+        for called, layer in adapted_layers(self.model).items():
+            new = [name for name in names if name not in layer.merged_adapters]
+            layer.check_mergeable(new, safe=safe, called=called)
 
     @classmethod
     def _get_adapter_state_dict(
@@ -330,11 +376,8 @@ class VeratuneTuner(BaseTuner):
         """Note the projections' fingerprint, after making sure that they are those it was trained with."""
         peft_config.fingerprint = source.fingerprint()
         if peft_config._expected not in (None, peft_config.fingerprint):
-            raise ValueError(
-                f"this adapter was trained with other projections: its fingerprint is {peft_config._expected}, and"
-                f" projection={peft_config.projection!r} with projection_prng_key={peft_config.projection_prng_key}"
-                f" gives {peft_config.fingerprint} here"
-            )
+            found = peft_config.fingerprint
+            raise other_projections("this adapter", peft_config.checked(), peft_config._expected, found)
 
 
 class PeftVeraTuner(VeratuneTuner):

@@ -4,7 +4,6 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
@@ -56,28 +55,13 @@ class TunedLayer(BaseTunerLayer):
         super().delete_adapter(adapter_name)
         self._choose_added()
 
-    def check_mergeable(self, names: Sequence[str], *, safe: bool) -> None:
-        """Raise ValueError if adapters cannot be merged here, or, to be safe, if the result would not be finite."""
-        layer: Any = self
-        names = [name for name in names if name in layer.slots and name not in layer.merged_adapters]
-        if not names:
-            return
-        reason = layer.why_not_mergeable()
-        if reason is not None:
-            raise ValueError(f"cannot merge into {layer.base_layer}: {reason}")
-        if safe and not torch.isfinite(layer.merged_weight(names)).all():
-            raise ValueError(
-                f"NaNs or infinities: merging {names} into {layer.base_layer} gives weights that are not finite;"
-                " nothing was merged"
-            )
-
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Let a weight with these adapters' deltas stand in for the layer's."""
         layer: Any = self
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in layer.slots]
         if not names:
             return
-        self.check_mergeable(names, safe=safe_merge)
+        layer.check_mergeable(names, safe=safe_merge, called=str(layer.base_layer))
         # All of them anew on the weight itself, which rounds once.
         before = list(layer.merged_adapters)
         self._vera_class().unmerge(layer)

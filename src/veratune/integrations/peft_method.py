@@ -37,12 +37,17 @@ def check_version() -> None:
         )
 
 
+def has_method(name: str) -> bool:
+    """Return whether PEFT knows a method of this name."""
+    from peft.utils import PeftType
+
+    return name in PeftType.__members__
+
+
 def add_method(name: str, config_class: type, tuner_class: Any) -> None:
-    """Make a method known to PEFT under a name of its enumeration's style, once."""
+    """Make a method known to PEFT under a name of its enumeration's style."""
     from peft.utils import PeftType, register_peft_method
 
-    if getattr(PeftType, name, None) is not None:
-        return
     # `register_peft_method` insists on a member of the enumeration, and does not add it.
     member = str.__new__(PeftType, name)
     member._name_, member._value_ = name, name
@@ -51,6 +56,24 @@ def add_method(name: str, config_class: type, tuner_class: Any) -> None:
     PeftType._value2member_map_[name] = member
     type.__setattr__(PeftType, name, member)
     register_peft_method(name=name.lower(), config_cls=config_class, model_cls=tuner_class, prefix=tuner_class.prefix)
+
+
+def add_reader(name: str, config_class: Any, reading: Any, placing: Any) -> None:
+    """Let `PeftModel` load the files of another type than those it writes.
+
+    Args:
+        name: the files' `peft_type`.
+        config_class: makes configurations of them.
+        reading, placing: make of PEFT's functions that read weights and put them on a model others that do so too.
+    """
+    from peft import peft_model
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    tables: Any = PEFT_TYPE_TO_CONFIG_MAPPING
+    tables[name] = config_class
+    functions: Any = peft_model
+    functions.load_peft_weights = reading(functions.load_peft_weights)
+    functions.set_peft_model_state_dict = placing(functions.set_peft_model_state_dict)
 
 
 def replace_vera(tuner_class: type) -> None:

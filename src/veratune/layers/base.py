@@ -14,6 +14,7 @@ from veratune.layers.adapted_weight import View
 from veratune.layers.geometry import Geometry, slices
 from veratune.layers.products import add, compute_dtype, multiply
 from veratune.layers.shared import SharedDown
+from veratune.layers.spread import how_spread
 from veratune.projection import Corner, projection_pool
 from veratune.routing import LayerShape, MemoryName, RouteName
 from veratune.sources import Source
@@ -392,7 +393,33 @@ class VeraLayer(nn.Module):
             return "its weight is on the meta device and has no values"
         if not weight.is_floating_point():
             return f"its weight is of the type {weight.dtype}"
+        spread = how_spread(weight)
+        if spread is not None:
+            return (
+                f"its weight is spread over processes ({spread}): let all of them call save_pretrained, and merge the"
+                " adapter after loading it in one process"
+            )
         return None
+
+    def check_mergeable(self, names: Sequence[str], *, safe: bool, called: str) -> None:
+        """Raise ValueError if adapters cannot be merged here; nothing is changed.
+
+        Args:
+            names: the adapters that would be merged; those that are not on this layer do not count.
+            safe: also refuse a result that is not finite.
+            called: what the message calls this layer.
+        """
+        names = [name for name in names if name in self.slots]
+        if not names:
+            return
+        reason = self.why_not_mergeable()
+        if reason is not None:
+            raise ValueError(f"cannot merge into {called}: {reason}")
+        if safe and not torch.isfinite(self.merged_weight(names)).all():
+            raise ValueError(
+                f"merging {names} into {called} gives NaNs or infinities, weights that are not finite; nothing was"
+                " merged"
+            )
 
     def loss_of_merging(self) -> str | None:
         """Return what merging loses beside rounding to the weight's dtype, to stand behind "merging"; usually None."""

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from veratune.layers.spread import whole
+
 
 @dataclass
 class AdapterBiases:
@@ -29,7 +31,8 @@ class AdapterBiases:
         for name, modules in owners.items():
             current = modules[0].bias
             assert isinstance(current, nn.Parameter)
-            biases.waiting[name] = nn.Parameter(current.detach().clone(), requires_grad=False)
+            with whole([current]):
+                biases.waiting[name] = nn.Parameter(current.detach().clone(), requires_grad=False)
         return biases
 
     def swap(self, *, install: bool) -> None:

@@ -1,5 +1,6 @@
 """The kinds of weights that VeRA can adapt, and the one place that tells which is which."""
 
+import math
 import re
 import sys
 
@@ -13,6 +14,7 @@ from veratune.layers.geometry import Geometry
 from veratune.layers.linear import VeraConv1D, VeraLinear
 from veratune.layers.parameter import VeraParameter
 from veratune.layers.quantised import is_quantised
+from veratune.layers.spread import shape_of
 
 _EXPERTS = re.compile(r"expert", re.IGNORECASE)
 _UP, _DOWN = ("gate_up_proj", "up_proj", "gate_proj", "w1", "w3", "wi", "fc1"), ("down_proj", "w2", "wo", "fc2")
@@ -89,15 +91,14 @@ def _is_linear_like(module: nn.Module) -> bool:
 def geometry(module: nn.Module) -> Geometry:
     """Return the dimensions of an adaptable layer."""
     if isinstance(module, CONVOLUTIONS):
-        weight = module.weight
-        assert isinstance(weight, nn.Parameter)
-        return Geometry(weight[0].numel() if weight.shape[0] else 0, weight.shape[0])
+        assert isinstance(module.weight, nn.Parameter)
+        count, *each = shape_of(module.weight)
+        return Geometry(math.prod(each) if count else 0, count)
     if isinstance(module, nn.Embedding):
         return Geometry(module.num_embeddings, module.embedding_dim)
     if is_conv1d(module):
-        weight = module.weight
-        assert isinstance(weight, nn.Parameter)
-        return Geometry(int(weight.shape[0]), int(weight.shape[1]))
+        assert isinstance(module.weight, nn.Parameter)
+        return Geometry(*shape_of(module.weight))
     in_features, out_features = module.in_features, module.out_features
     assert isinstance(in_features, int) and isinstance(out_features, int)
     return Geometry(in_features, out_features)
@@ -132,9 +133,9 @@ def adaptable_parameters(module: nn.Module) -> list[str]:
 def _is_stack(name: str, parameter: nn.Parameter | None) -> bool:
     return (
         parameter is not None
-        and parameter.ndim == 3
+        and len(shape_of(parameter)) == 3
         and parameter.is_floating_point()
-        and parameter.numel() > 0
+        and shape_of(parameter).numel() > 0
         and not name.endswith(("bias", "scale", "scales"))
     )
 
@@ -150,8 +151,9 @@ def why_not_parameter(module: nn.Module, name: str) -> str | None:
         return "its module is a layer of its own: name the module in target_modules"
     if type(module).__module__.startswith("torch.nn.modules.") and name not in adaptable_parameters(module):
         return f"{type(module).__name__} does not multiply by it as by a matrix"
-    if parameter.ndim not in (2, 3) or not parameter.numel():
-        return f"its shape is {tuple(parameter.shape)}, neither a matrix nor a stack of matrices"
+    shape = shape_of(parameter)
+    if len(shape) not in (2, 3) or not shape.numel():
+        return f"its shape is {tuple(shape)}, neither a matrix nor a stack of matrices"
     if not parameter.is_floating_point() or parameter.dtype.itemsize < 2:
         return f"its type is {parameter.dtype}"
     return None
@@ -161,11 +163,12 @@ def parameter_layout(module: nn.Module, name: str) -> tuple[Geometry, bool]:
     """Return (geometry, whether matrices are stored as (in, out)) of a parameter that its module reads itself."""
     parameter = module._parameters[name]
     assert parameter is not None
+    shape = shape_of(parameter)
     if isinstance(module, nn.MultiheadAttention) and name == "in_proj_weight":
-        return Geometry(parameter.shape[1], parameter.shape[0] // 3, count=3), False
-    count = parameter.shape[0] if parameter.ndim == 3 else None
-    transposed = parameter.ndim == 3 and _stored_transposed(module)
-    rows, columns = parameter.shape[-2:]
+        return Geometry(shape[1], shape[0] // 3, count=3), False
+    count = shape[0] if len(shape) == 3 else None
+    transposed = len(shape) == 3 and _stored_transposed(module)
+    rows, columns = shape[-2:]
     size = (rows, columns) if transposed else (columns, rows)
     return Geometry(*size, count=count), transposed
 
@@ -176,7 +179,8 @@ def _stored_transposed(module: nn.Module) -> bool:
     if isinstance(said, bool):
         return said
     hidden = next((size for name in _HIDDEN if isinstance(size := getattr(module, name, None), int)), None)
-    stacks = {name: p.shape for name, p in module._parameters.items() if p is not None and p.ndim == 3}
+    shapes = {name: shape_of(p) for name, p in module._parameters.items() if p is not None}
+    stacks = {name: shape for name, shape in shapes.items() if len(shape) == 3}
     pairs = [(stacks[up], stacks[down]) for up in _UP for down in _DOWN if up in stacks and down in stacks]
     if hidden is not None and pairs and all((up[1] == hidden) != (up[2] == hidden) for up, _ in pairs):
         return all(up[1] == hidden for up, _ in pairs)

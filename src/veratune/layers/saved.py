@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import nn
 
+from veratune.layers.spread import whole
+
 
 class SavedModule(nn.Module):
     """A module and the trainable copies that adapters have of it; the active adapter's copy computes.
@@ -24,7 +26,8 @@ class SavedModule(nn.Module):
         self.training = original_module.training
 
     def add_adapter(self, name: str) -> None:
-        self.modules_to_save[name] = copy.deepcopy(self.original_module).requires_grad_(False)
+        with whole(self.original_module.parameters()):
+            self.modules_to_save[name] = copy.deepcopy(self.original_module).requires_grad_(False)
 
     def delete_adapter(self, name: str) -> None:
         del self.modules_to_save[name]
