@@ -196,6 +196,8 @@ def _logits(llama_cpp: Any, model: Path, lora: Path | None) -> np.ndarray:
     context_settings.n_ctx = 64
     # By default keys and values are kept in half precision.
     context_settings.type_k = context_settings.type_v = llama_cpp.GGML_TYPE_F32
+    # Flash attention rounds to half precision in between.
+    context_settings.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
     context = llama_cpp.llama_init_from_model(loaded, context_settings)
     if lora is not None:
         adapter = llama_cpp.llama_adapter_lora_init(loaded, str(lora).encode())

@@ -189,6 +189,8 @@ def _inspect_adapter(directory: Path, *, every: bool, plot: Path | None, as_json
         f" full, {bytes_text(summary['bytes'])}{known}{f', projections in the file: {shapes}' if shapes else ''}"
     )
     _print_layers(layers, _NORMS, ("|b|", "max |b|", "|d|", "mean d"), every=every)
+    if plot is not None:
+        print_text(f"picture: {plot}")
 
 
 def _inspect_lora(directory: Path, contents: LoraContents, *, every: bool, as_json: bool) -> None:
