@@ -47,9 +47,10 @@ def through_trainer(stage: int, output: Path, base: Path, checkpoint: Path | Non
     """Train as `trainer_worker` does, with a base model that transformers loads for DeepSpeed, or go on from there."""
     torch.set_num_threads(1)
     emptied: list[bool] = []
+    config = transformers.AutoConfig.from_pretrained(base)
 
     def load(_: str) -> Any:
-        model = transformers.AutoModelForSequenceClassification.from_pretrained(base)
+        model = getattr(transformers, config.architectures[0]).from_pretrained(base)
         emptied.append(all(parameter.numel() == 0 for parameter in model.parameters()))
         return model.eval()
 
@@ -60,7 +61,7 @@ def through_trainer(stage: int, output: Path, base: Path, checkpoint: Path | Non
         "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
         "zero_allow_untested_optimizer": True,
     }
-    trainer = trainer_for(output, int(os.environ["WORLD_SIZE"]), "bert", load, settings)
+    trainer = trainer_for(output, int(os.environ["WORLD_SIZE"]), config.model_type, load, settings)
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     fingerprints = gathered(trainer.model.projection_source("default").fingerprint())
     if dist.get_rank() == 0:

@@ -163,11 +163,11 @@ def test_deepspeed_learns_what_one_process_does(stage: int, tmp_path: Path) -> N
 
 
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed")
-@pytest.mark.parametrize("stage", [2, 3])
-def test_the_trainer_with_deepspeed(stage: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("kind", "stage"), [("bert", 2), ("bert", 3), ("gpt2", 3), ("mixtral", 3)])
+def test_the_trainer_with_deepspeed(kind: str, stage: int, tmp_path: Path) -> None:
     """On a base model that transformers loads for DeepSpeed: for ZeRO-3, it is spread before it is adapted."""
-    tiny_model("bert").save_pretrained(tmp_path / "base")
-    alone = trainer_for(tmp_path / "alone", 1, "bert")
+    tiny_model(kind).save_pretrained(tmp_path / "base")
+    alone = trainer_for(tmp_path / "alone", 1, kind)
     alone.train()
 
     def launched(name: str, *checkpoint: Path) -> dict[str, Any]:
@@ -178,7 +178,7 @@ def test_the_trainer_with_deepspeed(stage: int, tmp_path: Path) -> None:
     assert result["emptied"] == [stage == 3]
     assert len(result["fingerprints"]) == 2 and len(set(result["fingerprints"])) == 1
     assert result["losses"] == pytest.approx(losses(alone), rel=1e-4)
-    saved = VeraModel.from_pretrained(tiny_model("bert"), tmp_path / "two" / "checkpoint-8")
+    saved = VeraModel.from_pretrained(tiny_model(kind), tmp_path / "two" / "checkpoint-8")
     for ours, theirs in zip(vectors(saved), vectors(alone.model), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
     again = launched("again", tmp_path / "two" / "checkpoint-4")
