@@ -69,7 +69,8 @@ $(ENGINES)/llama.done:
 
 # The oldest and the newest PEFT that the plug-in works in, each before the environment's own.
 PEFT_VERSIONS := 0.21.0 0.21.2
-PEFT_TESTS := tests/test_peft_plugin.py tests/test_peft_suite_*.py tests/test_peft_parameters.py tests/test_peft_versions.py
+PEFT_TESTS := tests/test_peft_plugin.py tests/test_peft_files.py tests/test_peft_suite_*.py tests/test_peft_parameters.py \
+	tests/test_peft_versions.py
 
 peft-versions: $(VENV)/dev.done
 	for version in $(PEFT_VERSIONS); do \

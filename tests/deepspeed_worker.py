@@ -13,43 +13,21 @@ import torch
 import torch.distributed as dist
 import transformers
 
-from distributed_worker import ROWS, batches, leave, model_for
+from distributed_worker import ROWS, batches, leave, model_for, what_is_refused
 from trainer_worker import gathered, losses, trainer_for
-from veratune import VeraConfig, VeraModel
 
 # Sums over shared memory, which would be compiled at the first use; gloo's do.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-
-
-def what_is_refused(model: VeraModel, saved: Path, output: Path) -> dict[str, str]:
-    """Return the messages of what needs whole parameters, by its name; what works has none."""
-    attempts: dict[str, Any] = {
-        "export_peft": lambda: model.export_peft(output),
-        "export_lora": lambda: model.export_lora(output),
-        "export_lora for vLLM": lambda: model.export_lora(output, engine="vllm"),
-        "export_gguf": lambda: model.export_gguf(output),
-        "add_adapter": lambda: model.add_adapter("new", VeraConfig(r=4, target_modules="all-linear")),
-        "load_adapter": lambda: model.load_adapter(saved, "new"),
-        "restore": lambda: model.restore(saved),
-        "merge_adapter": model.merge_adapter,
-        "merge_and_unload": model.merge_and_unload,
-    }
-    messages = {}
-    for name, attempt in attempts.items():
-        try:
-            attempt()
-        except ValueError as error:
-            messages[name] = str(error)
-    return messages
 
 
 def through_trainer(stage: int, output: Path, base: Path, checkpoint: Path | None) -> None:
     """Train as `trainer_worker` does, with a base model that transformers loads for DeepSpeed, or go on from there."""
     torch.set_num_threads(1)
     emptied: list[bool] = []
+    config = transformers.AutoConfig.from_pretrained(base)
 
     def load(_: str) -> Any:
-        model = transformers.AutoModelForSequenceClassification.from_pretrained(base)
+        model = getattr(transformers, config.architectures[0]).from_pretrained(base)
         emptied.append(all(parameter.numel() == 0 for parameter in model.parameters()))
         return model.eval()
 
@@ -60,7 +38,7 @@ def through_trainer(stage: int, output: Path, base: Path, checkpoint: Path | Non
         "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
         "zero_allow_untested_optimizer": True,
     }
-    trainer = trainer_for(output, int(os.environ["WORLD_SIZE"]), "bert", load, settings)
+    trainer = trainer_for(output, int(os.environ["WORLD_SIZE"]), config.model_type, load, settings)
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     fingerprints = gathered(trainer.model.projection_source("default").fingerprint())
     if dist.get_rank() == 0:

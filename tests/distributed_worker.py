@@ -69,6 +69,28 @@ def shared(model: VeraModel, way: str) -> nn.Module:
     return model
 
 
+def what_is_refused(model: VeraModel, saved: Path, output: Path) -> dict[str, str]:
+    """Return the messages of what needs whole parameters, by its name; what works has none."""
+    attempts: dict[str, Any] = {
+        "export_peft": lambda: model.export_peft(output),
+        "export_lora": lambda: model.export_lora(output),
+        "export_lora for vLLM": lambda: model.export_lora(output, engine="vllm"),
+        "export_gguf": lambda: model.export_gguf(output),
+        "add_adapter": lambda: model.add_adapter("new", VeraConfig(r=4, target_modules="all-linear")),
+        "load_adapter": lambda: model.load_adapter(saved, "new"),
+        "restore": lambda: model.restore(saved),
+        "merge_adapter": model.merge_adapter,
+        "merge_and_unload": model.merge_and_unload,
+    }
+    messages = {}
+    for name, attempt in attempts.items():
+        try:
+            attempt()
+        except ValueError as error:
+            messages[name] = str(error)
+    return messages
+
+
 def main(way: str, output: Path, adapter: Path | None) -> None:
     """Train in this process; rank and number of processes come from the environment."""
     torch.set_num_threads(1)
@@ -97,12 +119,17 @@ def main(way: str, output: Path, adapter: Path | None) -> None:
     held = [(info.side, info.rank, info.width) for info in projection_pool.summary()]
     widths = {(layer.in_features, layer.out_features) for layer in model.vera_layers().values()}
     model.save_pretrained(output / "adapter", is_main_process=rank == 0)
+    refused: list[Any] = [None] * count
+    if way == "fsdp2":
+        dist.barrier()  # none may read the adapter before it is there
+        dist.all_gather_object(refused, what_is_refused(model, output / "adapter", output / f"none-{rank}"))
     writers: list[Any] = [None] * count
     dist.all_gather_object(writers, len(written))
     if rank == 0:
         means = [sum(each) / count for each in zip(*gathered, strict=True)]
         whole = sorted({("A", 4, n) for n, _ in widths} | {("B", 4, m) for _, m in widths}) == sorted(held)
         result = {"losses": means, "fingerprints": fingerprints, "whole_projections": whole, "written": writers}
+        result["refused"] = refused
         (output / "result.json").write_text(json.dumps(result))
     leave()
 

@@ -19,6 +19,8 @@ from veratune import VeraModel
 
 WORKER = Path(__file__).with_name("distributed_worker.py")
 DEEPSPEED = Path(__file__).with_name("deepspeed_worker.py")
+# What writes an adapter in other formats.
+EXPORTS = ["export_peft", "export_lora", "export_lora for vLLM", "export_gguf"]
 TRAINER = Path(__file__).with_name("trainer_worker.py")
 
 
@@ -83,6 +85,10 @@ def test_two_processes_learn_what_one_does(way: str, tmp_path: Path) -> None:
     result = launch(way, tmp_path / "two")
     assert result["losses"] == pytest.approx(expected, rel=1e-5)
     assert len(set(result["fingerprints"])) == 1 and result["whole_projections"] is True
+    for messages in result["refused"] if way == "fsdp2" else []:  # what needs whole parameters
+        assert list(messages) == [*EXPORTS, "add_adapter", "load_adapter", "merge_adapter", "merge_and_unload"]
+        assert all("spread over processes ((Shard(dim=0),))" in message for message in messages.values()), messages
+        assert not list((tmp_path / "two").glob("none-*"))
     saved = model_for("bert", tmp_path / "two" / "adapter")
     for ours, theirs in zip(vectors(saved), vectors(alone), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
@@ -153,21 +159,20 @@ def test_deepspeed_learns_what_one_process_does(stage: int, tmp_path: Path) -> N
     with torch.no_grad():
         assert result["after"] == pytest.approx(float(alone.eval()(**batches()[0]).loss), rel=1e-4)
     # What needs whole parameters is refused in each process, and changes nothing.
-    exports = ["export_peft", "export_lora", "export_lora for vLLM", "export_gguf"]
     puts = ["add_adapter", "load_adapter", "restore", "merge_adapter", "merge_and_unload"]
     for messages in result["refused"]:
-        assert list(messages) == ([*exports, *puts] if stage == 3 else [])
+        assert list(messages) == ([*EXPORTS, *puts] if stage == 3 else [])
         assert all("by DeepSpeed's ZeRO-3" in message for message in messages.values()), messages
         assert all("one process" in messages[name] for name in messages if name not in puts[:3])
     assert result["exported"] == [[], []]
 
 
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed")
-@pytest.mark.parametrize("stage", [2, 3])
-def test_the_trainer_with_deepspeed(stage: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("kind", "stage"), [("bert", 2), ("bert", 3), ("gpt2", 3), ("mixtral", 3)])
+def test_the_trainer_with_deepspeed(kind: str, stage: int, tmp_path: Path) -> None:
     """On a base model that transformers loads for DeepSpeed: for ZeRO-3, it is spread before it is adapted."""
-    tiny_model("bert").save_pretrained(tmp_path / "base")
-    alone = trainer_for(tmp_path / "alone", 1, "bert")
+    tiny_model(kind).save_pretrained(tmp_path / "base")
+    alone = trainer_for(tmp_path / "alone", 1, kind)
     alone.train()
 
     def launched(name: str, *checkpoint: Path) -> dict[str, Any]:
@@ -178,9 +183,15 @@ def test_the_trainer_with_deepspeed(stage: int, tmp_path: Path) -> None:
     assert result["emptied"] == [stage == 3]
     assert len(result["fingerprints"]) == 2 and len(set(result["fingerprints"])) == 1
     assert result["losses"] == pytest.approx(losses(alone), rel=1e-4)
-    saved = VeraModel.from_pretrained(tiny_model("bert"), tmp_path / "two" / "checkpoint-8")
-    for ours, theirs in zip(vectors(saved), vectors(alone.model), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
+    saved = VeraModel.from_pretrained(tiny_model(kind), tmp_path / "two" / "checkpoint-8").adapter_state("default")
+    expected = alone.model.adapter_state("default")
+    assert saved.vectors.keys() == expected.vectors.keys() and saved.saved.keys() == expected.saved.keys()
+    for name, pair in expected.vectors.items():
+        for ours, theirs in zip(saved.vectors[name], pair, strict=True):
+            torch.testing.assert_close(ours.detach(), theirs.detach(), rtol=1e-3, atol=1e-5)
+    for name, head in expected.saved.items():
+        for ours, theirs in zip(saved.saved[name].parameters(), head.parameters(), strict=True):
+            torch.testing.assert_close(ours.detach(), theirs.detach(), rtol=1e-3, atol=1e-5)
     again = launched("again", tmp_path / "two" / "checkpoint-4")
     assert again["losses"] == pytest.approx(losses(alone), rel=1e-4)
     assert not (tmp_path / "again" / "checkpoint-4").exists()

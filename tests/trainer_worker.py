@@ -61,7 +61,7 @@ def trainer_for(
     model = get_peft_model(base(kind), VeraConfig(r=4, target_modules="all-linear"))
     trainer = VeraTrainer(model, arguments, train_dataset=Rows(kind))
     # transformers multiplies the loss by the number of processes, and only language models divide it by all tokens.
-    trainer.model_accepts_loss_kwargs = kind == "llama"
+    trainer.model_accepts_loss_kwargs = kind != "bert"
     return trainer
 
 

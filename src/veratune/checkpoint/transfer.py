@@ -197,7 +197,9 @@ class ReadyAdapter:
                 for own, value in zip(state.vectors[layer_name], (b, d), strict=True):
                     own.copy_(_spread_like(value, own))
             for module_name, tensors in self.loaded.saved.items():
-                state.saved[module_name].load_state_dict(tensors)
+                module = state.saved[module_name]
+                own_state = module.state_dict(keep_vars=True)
+                module.load_state_dict({key: _spread_like(tensor, own_state[key]) for key, tensor in tensors.items()})
             for bias_name, bias in self.loaded.biases.items():
                 own = state.biases[bias_name]
                 own.copy_(_spread_like(bias, own))

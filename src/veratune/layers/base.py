@@ -393,12 +393,6 @@ class VeraLayer(nn.Module):
             return "its weight is on the meta device and has no values"
         if not weight.is_floating_point():
             return f"its weight is of the type {weight.dtype}"
-        spread = how_spread(weight)
-        if spread is not None:
-            return (
-                f"its weight is spread over processes ({spread}): let all of them call save_pretrained, and merge the"
-                " adapter after loading it in one process"
-            )
         return None
 
     def check_mergeable(self, names: Sequence[str], *, safe: bool, called: str) -> None:
@@ -412,6 +406,14 @@ class VeraLayer(nn.Module):
         names = [name for name in names if name in self.slots]
         if not names:
             return
+        tensors = [self.base_layer._parameters.get(self.weight_name)]
+        tensors += [own[name] for name in names for own in (self.vera_lambda_b, self.vera_lambda_d)]
+        spread = next((how for how in map(how_spread, tensors) if how is not None), None)
+        if spread is not None:
+            raise ValueError(
+                f"cannot merge into {called}: its weight or its vectors are spread over processes ({spread}): let all"
+                " of them call save_pretrained, and merge the adapter after loading it in one process"
+            )
         reason = self.why_not_mergeable()
         if reason is not None:
             raise ValueError(f"cannot merge into {called}: {reason}")
