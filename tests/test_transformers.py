@@ -40,6 +40,18 @@ def dense_copy(model):
     return adapted.base_model.double()
 
 
+def test_what_is_set_on_a_vera_model_is_set_on_the_model():
+    model = get_peft_model(tiny_model("llama"), VeraConfig(r=4, target_modules=TARGETS["llama"]))
+    settings = transformers.GenerationConfig(max_new_tokens=3, eos_token_id=None, pad_token_id=2)
+    model.generation_config = settings
+    assert model.base_model.generation_config is settings
+    assert model.generate(torch.tensor([[5, 6]]), do_sample=False).shape == (1, 5)
+    model.note = "mine"  # of which the model knows nothing
+    assert model.note == "mine" and not hasattr(model.base_model, "note")
+    model.base_model = replaced = tiny_model("llama")
+    assert model.base_model is replaced
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("route", ["auto", "factored", "dense"])
 def test_outputs_equal_float64_dense_algebra(kind, route):

@@ -52,7 +52,7 @@ class ForwardOfBase:
 
 
 class StandsForModel(nn.Module):
-    """A wrapper of a model: what it does not have itself is looked up in the model.
+    """A wrapper of a model: what it does not have itself is looked up, and set, in the model.
 
     Attributes:
         base_model: the model.
@@ -67,3 +67,11 @@ class StandsForModel(nn.Module):
             if name.startswith("__") or "base_model" not in self.__dict__.get("_modules", {}):
                 raise  # being copied or unpickled
             return getattr(self.base_model, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # The model's own methods, such as generate, see what is set on the model only.
+        own = name == "base_model" or name in self.__dict__ or hasattr(type(self), name)
+        if own or "base_model" not in self.__dict__.get("_modules", {}) or not hasattr(self.base_model, name):
+            super().__setattr__(name, value)
+        else:
+            setattr(self.base_model, name, value)

@@ -113,14 +113,6 @@ class BankModel(StandsForModel):
             )
         return super().__getattr__(name)
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        # The model's own methods, such as generate, see what is set on the model only.
-        own = name in self.__dict__ or hasattr(type(self), name) or name == "base_model"
-        if own or "base_model" not in self.__dict__.get("_modules", {}):
-            super().__setattr__(name, value)
-        else:
-            setattr(self.base_model, name, value)
-
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "BankModel":
         result: BankModel = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._bank.follow_model()
