@@ -37,7 +37,9 @@ pytestmark = [
 
 def blocks(page: str) -> list[str]:
     text = (ROOT / page).read_text(encoding="utf-8")
-    return [block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if not any(x in block for x in ELSEWHERE)]
+    return [
+        block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if not any(x in block for x in ELSEWHERE)
+    ]
 
 
 def embedder(name: str) -> Any:
