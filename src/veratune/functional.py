@@ -330,6 +330,8 @@ class _AddDelta(torch.autograd.Function):
     ) -> Tensor:
         ctx.gain = gain
         ctx.save_for_backward(a_projection, b_projection, b, d)
+        if weight.ndim == 2 and weight.dtype == b_projection.dtype:
+            return torch.addmm(weight, fold_vectors(b_projection, b, d, gain).t(), a_projection)
         return (weight + delta_weight(a_projection, b_projection, b, d, gain)).to(weight.dtype)
 
     @staticmethod
@@ -447,6 +449,12 @@ def select_and_add(
     arguments = (start, x, a_projection, b_projection, b, d, groups, gain)
     added: Tensor = _SelectAndAdd.apply(*arguments)  # type: ignore[no-untyped-call]
     return added
+
+
+def for_rows(down: Tensor, b_projection: Tensor, b: Tensor, d: Tensor) -> Tensor:
+    """Return b * (B (d * u)), (rows, n, out), in the dtype of u; as for `add_for_rows`, of at least 32 bits."""
+    scaled = (down * d.unsqueeze(1)).to(down.dtype).flatten(0, 1)
+    return (scaled @ b_projection).view(*down.shape[:2], -1).mul_(b.unsqueeze(1))
 
 
 def add_for_rows(start: Tensor, down: Tensor, b_projection: Tensor, b: Tensor, d: Tensor) -> Tensor:

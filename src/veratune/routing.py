@@ -246,7 +246,7 @@ def folding_pays(shape: LayerShape, profile: DeviceProfile, *, moved: bool) -> b
     Args:
         shape: the layer, and how many those tokens are.
         profile: the device's.
-        moved: whether they are only some of a batch, which are taken out of it and put back.
+        moved: whether they do not stand together in the batch, so that they are taken out of it and put back.
     """
     moving = _Cost(profile)
     if moved:

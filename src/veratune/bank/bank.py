@@ -469,7 +469,7 @@ class AdapterBank:
 
         def call(slots: Tensor) -> BankCall:
             slots = slots.to(slab.device)
-            group = RowGroup(1, number, slots.nonzero().flatten())
+            group = RowGroup(1, number, slots.nonzero().flatten(), None)
             return BankCall(self._owner, slab, heads, slots, ((number, slots),), False, (group,), 0)
 
         check_kept_apart(self.model.base_model, call, inputs)

@@ -53,12 +53,16 @@ def make_call(
         rows,
         by_source=tuple((number, torch.where(source_of == number, rows, 0)) for number in occurring),
         packed=lengths is not None,
-        groups=tuple(
-            RowGroup(slot, source, torch.tensor(own, device=device)) for (slot, source), own in members.items()
-        ),
+        groups=tuple(_group(slot, source, own, device) for (slot, source), own in members.items()),
         largest=max((len(own) for own in members.values()), default=0),
         has_base=kinds is not None or 0 in slots,
         copies=copies,
         flattened=flattened,
         held=lease,
     )
+
+
+def _group(slot: int, source: int, rows: list[int], device: torch.device) -> RowGroup:
+    together = rows[-1] - rows[0] == len(rows) - 1
+    span = slice(rows[0], rows[-1] + 1) if together else None
+    return RowGroup(slot, source, torch.tensor(rows, device=device), span)

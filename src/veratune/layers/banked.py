@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from veratune.functional import add_delta, add_for_rows, project_down
+from veratune.functional import add_delta, add_for_rows, for_rows, gradients_wanted, project_down
 from veratune.layers.base import InputGroup
 from veratune.layers.geometry import Geometry, slices
 from veratune.layers.linear import VeraConv1D, VeraLinear
@@ -33,11 +33,17 @@ class RowGroup:
         slot: the adapter's row in the slab.
         source: which projections it has.
         rows: int64 (n,), the rows.
+        span: the same as a slice, if they stand together.
     """
 
     slot: int
     source: int
     rows: Tensor
+    span: slice | None
+
+    def of(self, x: Tensor) -> Tensor:
+        """Return its rows of a tensor."""
+        return x.index_select(0, self.rows) if self.span is None else x[self.span]
 
 
 @dataclass(frozen=True)
@@ -205,17 +211,67 @@ class BankedLinear(VeraLinear):
         call = current_call(self.owner)
         if not input.numel():
             return self._checked_base_output(input, *args, **kwargs)
-        if call.by_source and not torch.compiler.is_compiling() and not args and not kwargs:
+        if call.by_source and not torch.compiler.is_compiling() and not args and not kwargs and self._reads_base(input):
             folded = self._worth_folding(input, call)
             if folded:
                 return self._forward_folding(input, call, folded)
+            products = [(self._project(input, call, input.dtype, own), own, slots) for own, slots in self._kinds(call)]
+            return self._by_rank(by_rows(input, call, self.name), call.slab, products).view(
+                *input.shape[:-1], self.out_features
+            )
         output = self._checked_base_output(input, *args, **kwargs)
+        for own, slots in self._kinds(call):
+            output = self._add(output, self._project(input, call, output.dtype, own), call.slab, own, slots)
+        return output
+
+    def _kinds(self, call: BankCall) -> Iterator[tuple[SharedProjections, Tensor]]:
+        """Yield the kinds of projections that occur in a call and reach this layer, with the rows' slots."""
         for source, slots in call.by_source:
             own = self.projections.get(source)
             if own is not None:
-                down = self._project(input, call, output.dtype, own)
-                output = self._add(output, down, call.slab, own, slots)
-        return output
+                yield own, slots
+
+    def _reads_base(self, x: Tensor) -> bool:
+        """Return whether computing with the base layer's weight is the same as calling it."""
+        return x.dtype == self.base_weight.dtype and self._is_plain() and not torch.is_autocast_enabled(x.device.type)
+
+    def _by_rank(self, x: Tensor, slab: Tensor, products: Sequence[tuple[Tensor, SharedProjections, Tensor]]) -> Tensor:
+        """Return the outputs of rows (rows, n, in) with what their adapters add, through the rank.
+
+        Args:
+            x: the rows.
+            slab: the vectors.
+            products: x A^T, (rows, n, r), the projections and the rows' slots, for each kind of projections.
+        """
+        weight, bias = self._outputs_first(self.base_weight), self.bias
+        # In 16 bits the sum of what is added would be rounded before the larger product comes to it.
+        if not products or x.dtype.itemsize < 4 or gradients_wanted(x):
+            output = F.linear(x, weight, bias)
+            for down, own, slots in products:
+                output = self._add(output, down, slab, own, slots)
+            return output
+        output = self._added(slab, *products[0])
+        for product in products[1:]:
+            output.add_(self._added(slab, *product))
+        if bias is not None:
+            output.add_(bias)
+        # The base layer's product comes last, into the same memory: what a new output costs is not little.
+        return output.flatten(0, 1).addmm_(x.flatten(0, 1), weight.t()).view(output.shape)
+
+    def _added(self, slab: Tensor, down: Tensor, own: SharedProjections, slots: Tensor) -> Tensor:
+        """Return what the adapters of one kind of projections add, (rows, n, out); as for `_add`."""
+        parts = [for_rows(down, *vectors) for vectors in self._vectors_of(down, slab, own, slots)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+    def _vectors_of(
+        self, down: Tensor, slab: Tensor, own: SharedProjections, slots: Tensor
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Yield B, rank-major, and each row's b and d, for each part of the layer."""
+        rank = down.shape[-1]
+        for columns, corner in zip(self.columns, own.b, strict=True):
+            b = slab[:, columns.b : columns.b + corner.features].index_select(0, slots)
+            d = slab[:, columns.d : columns.d + rank].index_select(0, slots)
+            yield corner.tensor(down.device, down.dtype), b, d
 
     def _project(self, x: Tensor, call: BankCall, dtype: torch.dtype, own: SharedProjections) -> Tensor:
         """Return x A^T, (rows, n, r): this layer's own product, or that of a layer which has had the same input."""
@@ -240,15 +296,11 @@ class BankedLinear(VeraLinear):
         """
         if down.dtype == torch.float16:  # what overflows times zero is no zero
             down = down.masked_fill((slots == 0)[:, None, None], 0.0)
-        rows, n, rank = down.shape
-        grouped = start.reshape(rows, n, self.out_features)
+        grouped = start.reshape(*down.shape[:2], self.out_features)
         parts = []
-        for columns, corner in zip(self.columns, own.b, strict=True):
-            d = slab[:, columns.d : columns.d + rank].index_select(0, slots)
-            b = slab[:, columns.b : columns.b + corner.features].index_select(0, slots)
-            b_projection = corner.tensor(down.device, down.dtype)
+        for columns, vectors in zip(self.columns, self._vectors_of(down, slab, own, slots), strict=True):
             part = grouped if len(self.columns) == 1 else grouped[..., columns.outputs]
-            parts.append(add_for_rows(part, down, b_projection, b, d))
+            parts.append(add_for_rows(part, down, *vectors))
         return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)).view(start.shape)
 
     # Few adapters in a batch: each one's weight is added up and multiplied by once.
@@ -258,8 +310,7 @@ class BankedLinear(VeraLinear):
         tokens = math.prod(x.shape[:-1])
         rows = call.rows.shape[0]
         few = self.route == "factored" or (self.route == "auto" and tokens * call.largest < 32 * rows)
-        few = few or torch.is_autocast_enabled(x.device.type)
-        if few or x.dtype != self.base_weight.dtype or not self._is_plain():
+        if few:
             return []
         per_row = by_rows(x, call, self.name).shape[1]
         profile = device_profile(x.device, x.dtype)
@@ -270,33 +321,41 @@ class BankedLinear(VeraLinear):
                 continue
             count = per_row * group.rows.numel()
             shape = LayerShape(self.in_features, self.out_features, own.group.a.rank, count, own.group.size)
-            if self.route == "dense" or folding_pays(shape, profile, moved=group.rows.numel() < rows):
+            if self.route == "dense" or folding_pays(shape, profile, moved=group.span is None):
                 kept.append(group)
         return kept
 
     def _forward_folding(self, x: Tensor, call: BankCall, folded: list[RowGroup]) -> Tensor:
         grouped = by_rows(x, call, self.name)
         rows, n, _ = grouped.shape
-        bias = self.bias
         if len(folded) == 1 and folded[0].rows.numel() == rows:
-            return F.linear(x, self._folded_weight(call.slab, folded[0]), bias)
+            return F.linear(x, self._folded_weight(call.slab, folded[0]), self.bias)
         output = x.new_empty(rows, n, self.out_features)
         rest = torch.ones(rows, dtype=torch.bool, device=x.device)
         for group in folded:
-            product = F.linear(grouped[group.rows], self._folded_weight(call.slab, group), bias)
-            output[group.rows] = product
+            self._multiply(group, grouped, self._folded_weight(call.slab, group), output)
             rest[group.rows] = False
         others = rest.nonzero().flatten()
         if others.numel():
-            some = grouped[others]
-            base = F.linear(some, self._outputs_first(self.base_weight), bias)
-            for source, slots in call.by_source:
-                own = self.projections.get(source)
-                if own is not None:
-                    down = some @ own.group.a.tensor(some.device, some.dtype).t()
-                    base = self._add(base, down, call.slab, own, slots[others])
-            output[others] = base
+            some = grouped.index_select(0, others)
+            products = [
+                (some @ own.group.a.tensor(some.device, some.dtype).t(), own, slots[others])
+                for own, slots in self._kinds(call)
+            ]
+            output.index_copy_(0, others, self._by_rank(some, call.slab, products))
         return output.view(*x.shape[:-1], self.out_features)
+
+    def _multiply(self, group: RowGroup, grouped: Tensor, weight: Tensor, output: Tensor) -> None:
+        """Write the outputs of a group's rows, computed with a weight of their own."""
+        x = group.of(grouped)
+        if group.span is None or gradients_wanted(x, weight, self.bias):
+            output.index_copy_(0, group.rows, F.linear(x, weight, self.bias))
+            return
+        place = output[group.span].flatten(0, 1)
+        if self.bias is None:
+            torch.mm(x.flatten(0, 1), weight.t(), out=place)
+        else:
+            torch.addmm(self.bias, x.flatten(0, 1), weight.t(), out=place)
 
     def _folded_weight(self, slab: Tensor, group: RowGroup) -> Tensor:
         own = self.projections[group.source]
