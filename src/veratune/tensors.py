@@ -1,9 +1,23 @@
-"""Tensors as bytes, for digests and files."""
+"""Tensors as bytes, for digests and files, and as numpy arrays, for pieces too small to be worth torch's calls."""
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
+
+_KNOWN_TO_NUMPY = {torch.float32, torch.float64, torch.float16, torch.int64, torch.int32, torch.uint8, torch.bool}
 
 
 def bytes_of(tensor: Tensor) -> bytes:
     """Return a tensor's values as they are in memory, in order; a tensor of any dtype, shape and device."""
+    if tensor.dtype in _KNOWN_TO_NUMPY:
+        return tensor.numpy(force=True).tobytes()
     return tensor.contiguous().flatten().view(torch.uint8).numpy(force=True).tobytes()
+
+
+def float32_of(tensor: Tensor) -> npt.NDArray[np.float32]:
+    """Return a floating tensor of any dtype and device as float32, sharing its memory where that is possible."""
+    array: npt.NDArray[np.float32] = (
+        tensor if tensor.dtype == torch.float32 else tensor.detach().to("cpu", torch.float32)
+    ).numpy(force=True)
+    return array

@@ -16,7 +16,7 @@ from veratune.layers.banked import Columns, part_slices
 from veratune.layers.kinds import is_conv1d, is_linear
 from veratune.sources import PeftShared, PerDimension, Source, Stored
 from veratune.targets import Target, unwrapped
-from veratune.tensors import bytes_of
+from veratune.tensors import bytes_of, float32_of
 
 
 class BankError(ValueError):
@@ -186,8 +186,8 @@ def make_row(layout: Layout, ready: ReadyAdapter, dtype: torch.dtype, base_heads
     for target in ready.plan.targets:
         place = layout.layers[target.name]
         b, d = loaded.vectors[target.name]
-        own_b = b.to("cpu", torch.float32).numpy()
-        scaled = d.to("cpu", torch.float32).numpy().reshape(-1, target.rank) * source.gain(target.rank)
+        own_b = float32_of(b)
+        scaled = float32_of(d).reshape(-1, target.rank) * source.gain(target.rank)
         rank = max(rank, target.rank)
         for columns, own_d in zip(place.columns, scaled, strict=True):
             row[columns.d : columns.d + target.rank] = own_d

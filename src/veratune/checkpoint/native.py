@@ -220,12 +220,18 @@ def _header(path: Path, metadata: dict[str, str], tensors: dict[str, Tensor]) ->
 
 
 def _digest(header: dict[str, Any], tensors: dict[str, Tensor]) -> str:
-    sha = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
+    sha = hashlib.sha256()
+    # Each update of some kilobytes gives other threads a turn, and an adapter that loads while they compute has to wait.
+    pending = bytearray(json.dumps(header, sort_keys=True).encode())
     for name in sorted(tensors):
         tensor = tensors[name]
         # As json.dumps writes a list of the three, in half the time.
-        sha.update(f'[{json.dumps(name)}, "{tensor.dtype}", {list(tensor.shape)}]'.encode())
-        sha.update(bytes_of(tensor))
+        pending += f'[{json.dumps(name)}, "{tensor.dtype}", {list(tensor.shape)}]'.encode()
+        pending += bytes_of(tensor)
+        if len(pending) > 1 << 20:
+            sha.update(pending)
+            pending.clear()
+    sha.update(pending)
     return sha.hexdigest()
 
 

@@ -314,16 +314,20 @@ class BankedLinear(VeraLinear):
             return []
         per_row = by_rows(x, call, self.name).shape[1]
         profile = device_profile(x.device, x.dtype)
-        kept = []
-        for group in call.groups:
-            own = self.projections.get(group.source)
-            if own is None:
-                continue
-            count = per_row * group.rows.numel()
-            shape = LayerShape(self.in_features, self.out_features, own.group.a.rank, count, own.group.size)
-            if self.route == "dense" or folding_pays(shape, profile, moved=group.span is None):
-                kept.append(group)
-        return kept
+
+        def pays(own: SharedProjections, rows: int, moved: bool) -> bool:
+            shape = LayerShape(self.in_features, self.out_features, own.group.a.rank, per_row * rows, own.group.size)
+            return self.route == "dense" or folding_pays(shape, profile, moved=moved)
+
+        # With many adapters, asking for each of them would take a good part of the layer's time.
+        if not any(pays(own, call.largest, False) for own, _ in self._kinds(call)):
+            return []
+        return [
+            group
+            for group in call.groups
+            if (own := self.projections.get(group.source)) is not None
+            and pays(own, group.rows.shape[0], group.span is None)
+        ]
 
     def _forward_folding(self, x: Tensor, call: BankCall, folded: list[RowGroup]) -> Tensor:
         grouped = by_rows(x, call, self.name)
