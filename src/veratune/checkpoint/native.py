@@ -221,7 +221,7 @@ def _header(path: Path, metadata: dict[str, str], tensors: dict[str, Tensor]) ->
 
 def _digest(header: dict[str, Any], tensors: dict[str, Tensor]) -> str:
     sha = hashlib.sha256()
-    # Each update of some kilobytes gives other threads a turn, and an adapter that loads while they compute has to wait.
+    # An update of more than some kilobytes gives other threads a turn, and this one waits until they are at an end.
     pending = bytearray(json.dumps(header, sort_keys=True).encode())
     for name in sorted(tensors):
         tensor = tensors[name]
