@@ -6,13 +6,16 @@ A small encoder, so that there are many requests. Two threads send batches of mi
 customers and with a Zipf law, while a third one adds, replaces and removes. Every version of an adapter is known by a
 seed, and a request notes which versions it was served by; afterwards every row of every request is computed again by a
 model with nothing but that row's version on it, from vectors made anew of the seed: all rows of a version at once. A
-wrong answer is one that differs by more than rounding; a lost one an error. Then all goes on for a while without
-anything being written down, and the process's memory is watched.
+wrong answer is one that differs by more than rounding, or is of a version that the row's name did not mean when the
+request began; a lost one an error, or a refusal of names of which none was gone. Before all that, the same goes on for
+half as long without anything being written down, and the process's memory is watched: what was written down and freed
+again would hide its growth.
 """
 
 import random
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -57,17 +60,21 @@ class Author:
 class Churn:
     """The bank, its customers, and everything that was asked and answered."""
 
-    def __init__(self, customers: int) -> None:
+    def __init__(self, customers: int, *, recording: bool) -> None:
         self.bank = AdapterBank(encoder(), CONFIG, capacity=customers + 256)
         self.author = Author()
         self.seeds: dict[str, int] = {}  # digest to seed
         self.names = [f"customer {number}" for number in range(customers)]
         self.answers: list[tuple[list[str], Tensor, Tensor]] = []  # digests, inputs, outputs of a request
+        # What each name has meant, None while it is gone; of each request, what was noted for its names by then, before
+        # and after the bank was asked for them, and the digests that it was given, or None.
+        self.meanings: dict[str, list[str | None]] = {name: [] for name in self.names}
+        self.begun: list[tuple[list[str], list[int], list[int], list[str] | None]] = []
         self.errors: list[str] = []
         self.counts = dict.fromkeys(("requests", "added", "replaced", "removed", "unknown"), 0)
         self.lock = threading.Lock()
         self.stop = threading.Event()
-        self.recording = True
+        self.recording = recording
         self.next_seed = 0
         for name in self.names:
             self.put(name, replace=False)
@@ -80,6 +87,7 @@ class Churn:
         if self.recording:
             with self.lock:
                 self.seeds[info.digest] = self.next_seed
+            self.meanings[name].append(info.digest)
 
     def change(self) -> None:
         """Replace, remove and add until told to stop."""
@@ -95,6 +103,7 @@ class Churn:
                     self.counts["replaced"] += 1
                 else:
                     self.bank.remove(name)
+                    self.meanings[name].append(None)
                     self.counts["removed"] += 1
             except Exception as error:
                 self.errors.append(repr(error))
@@ -110,11 +119,16 @@ class Churn:
                 chosen = iter(choose.choices(self.names, weights, k=1000 * ROWS))
                 continue
             ids = torch.randint(0, 99, (ROWS, TOKENS), generator=generator)
+            before = self.noted(names)
             try:
                 lease = self.bank.lease(names)
             except veratune.bank.BankError:
-                self.counts["unknown"] += 1  # one of them is removed at the moment
+                with self.lock:
+                    self.counts["unknown"] += 1  # one of them is removed at the moment
+                    if self.recording:
+                        self.begun.append((names, before, self.noted(names), None))
                 continue
+            after = self.noted(names)
             try:
                 with lease, torch.no_grad(), serving(self.bank.call_of(lease)):
                     output = self.bank.model.base_model(input_ids=ids).last_hidden_state
@@ -125,6 +139,28 @@ class Churn:
                 self.counts["requests"] += 1
                 if self.recording:
                     self.answers.append((lease.digests, ids, output))
+                    self.begun.append((names, before, after, lease.digests))
+
+    def leases(self) -> int:
+        """Return how many requests hold adapters."""
+        return sum(version.leases for version in self.bank._versions.values())
+
+    def noted(self, names: list[str]) -> list[int]:
+        """Return how many meanings of each name are noted by now; one more may be on its way."""
+        return [len(self.meanings[name]) for name in names]
+
+    def misunderstood(self) -> tuple[int, int]:
+        """Return how many rows were of a version that their name did not mean, and how many refusals were wrong."""
+        rows = refusals = 0
+        for names, before, after, digests in self.begun:
+            meant = [
+                self.meanings[name][start - 1 : end + 1] for name, start, end in zip(names, before, after, strict=True)
+            ]
+            if digests is None:
+                refusals += not any(None in own for own in meant)
+            else:
+                rows += sum(digest not in own for digest, own in zip(digests, meant, strict=True))
+        return rows, refusals
 
     def wrong(self) -> int:
         """Return how many answers differ from their adapter's alone."""
@@ -166,26 +202,24 @@ def run(churn: Churn, seconds: float) -> list[int]:
 def measure(customers: int, seconds: float) -> Case:
     """Run it all."""
     case = new_case(f"{customers} adapters", customers=customers, seconds=seconds)
-    progress(f"bank_churn: adding {customers} adapters")
-    churn = Churn(customers)
+    progress(f"bank_churn: watching the memory of {customers} adapters")
+    churn = Churn(customers, recording=False)
+    memory = run(churn, seconds / 2)
+    errors, leases = churn.errors, churn.leases()
+    churn = Churn(customers, recording=True)
     progress("bank_churn: running")
     run(churn, seconds)
     progress(f"bank_churn: comparing {len(churn.answers)} requests")
-    wrong, compared = churn.wrong(), len(churn.answers) * ROWS
-    counts = dict(churn.counts)
-    churn.answers.clear()
-    churn.recording = False
-    progress("bank_churn: watching the memory")
-    memory = run(churn, seconds / 2)
-    still_leased = sum(version.leases for version in churn.bank._versions.values())
+    rows, refusals = churn.misunderstood()
+    errors = errors + churn.errors
     return case | {
-        **counts,
-        "compared": compared,
+        **churn.counts,
+        "compared": len(churn.answers) * ROWS,
         "versions": churn.next_seed,
-        "wrong": wrong,
-        "lost": len(churn.errors),
-        "errors": churn.errors[:5],
-        "leases_left": still_leased,
+        "wrong": churn.wrong() + rows,
+        "lost": len(errors) + refusals,
+        "errors": errors[:5],
+        "leases_left": leases + churn.leases(),
         "resident": memory,
     }
 
@@ -198,7 +232,8 @@ def growth(case: Case) -> float:
 
 def tables(cases: list[Case]) -> list[Table]:
     """Return one table."""
-    names = ("requests", "compared", "versions", "added", "replaced", "removed", "wrong", "lost", "leases_left")
+    names = ("requests", "unknown", "compared", "versions", "added", "replaced", "removed")
+    names += ("wrong", "lost", "leases_left")
     rows = [
         (case["key"], f"{case['seconds']:.0f}", *(str(case[name]) for name in names), f"{growth(case):.1f}")
         for case in cases
@@ -207,6 +242,7 @@ def tables(cases: list[Case]) -> list[Table]:
         "",
         "s",
         "requests of 8 rows",
+        "refused: a name is gone",
         "rows compared",
         "versions",
         "added",
@@ -229,7 +265,22 @@ def targets(cases: list[Case]) -> list[Target]:
     return found
 
 
-BENCHMARK = Benchmark("bank_churn", tables, targets)
+def plot(cases: list[Case], path: Path) -> None:
+    """Draw the resident memory while adapters come and go."""
+    import plots
+
+    figure, (panel,) = plots.panels(1, width=6)
+    for index, case in enumerate(cases):
+        moments = range(1, len(case["resident"]) + 1)
+        seconds = [case["seconds"] / 2 * moment / len(case["resident"]) for moment in moments]
+        plots.line(panel, index, seconds, [resident / 1e6 for resident in case["resident"]], case["key"])
+    panel.set(xlabel="seconds of adapters coming and going", ylabel="resident memory, MB")
+    plots.from_zero(panel)
+    panel.legend()
+    plots.save(figure, path)
+
+
+BENCHMARK = Benchmark("bank_churn", tables, targets, plot)
 
 
 def main() -> None:

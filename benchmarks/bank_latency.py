@@ -157,7 +157,21 @@ def targets(cases: list[Case]) -> list[Target]:
     return found
 
 
-BENCHMARK = Benchmark("bank_latency", tables, targets)
+def plot(cases: list[Case], path: Path) -> None:
+    """Draw the median and the 99th percentile, way by way."""
+    import plots
+
+    figure, axes = plots.panels(2, width=5)
+    titles = {"registered": "until it is registered", "answered": "until its first output"}
+    for panel, (what, title) in zip(axes, titles.items(), strict=True):
+        names = [f"{case['way']}, p{percent}" for case in cases for percent in (50, 99)]
+        values = [percentile(case[what], percent) for case in cases for percent in (50, 99)]
+        plots.bars(panel, names, values, "{:.1f}")
+        panel.set(title=title, xlabel="ms")
+    plots.save(figure, path)
+
+
+BENCHMARK = Benchmark("bank_latency", tables, targets, plot)
 
 
 def main() -> None:

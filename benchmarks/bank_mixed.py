@@ -10,7 +10,7 @@ adapter.
 
 from pathlib import Path
 
-from bank_models import BASE, LORA_8, LORA_16, OURS, OURS_FACTORED, PEFT_VERA, WAYS, Batch, decoder, encoder, serve
+from bank_models import BASE, LORA_8, LORA_16, OURS, OURS_FACTORED, WAYS, Batch, decoder, encoder, serve
 from common import Benchmark, Case, Table, Target, interleave, median_ratio, new_case, progress
 
 ROWS, TOKENS = 64, 32
@@ -37,13 +37,6 @@ def measure(kind: str, r: int, counts: tuple[int, ...], rounds: int) -> Case:
             rows = [names[row * count // ROWS] for row in range(ROWS)]
             variants[key_of(way, count)] = lambda served=served, rows=rows: served(rows)
     return case | {"seconds": interleave(variants, rounds, least_seconds=0.01)}
-
-
-def _counts_of(way: str, counts: tuple[int, ...]) -> tuple[int, ...]:
-    """Return the numbers of adapters that a way is measured with: PEFT's VeRA takes seconds with many."""
-    if way == BASE:
-        return counts[:1]
-    return tuple(count for count in counts if count in (1, 8, 64)) if way == PEFT_VERA else counts
 
 
 def relative(case: Case, way: str, count: int) -> float:

