@@ -20,6 +20,7 @@ EXAMPLES: dict[str, list[str]] = {
     "sentence_embeddings": [],
     "ddp": TORCHRUN,
     "fsdp2": TORCHRUN,
+    "deepspeed_zero": TORCHRUN,
     "pipelines": [],
     "causal_lm_trl": [],
     "causal_lm_cli": [],

@@ -38,8 +38,18 @@ def through_trainer(stage: int, output: Path, base: Path, checkpoint: Path | Non
         "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
         "zero_allow_untested_optimizer": True,
     }
-    trainer = trainer_for(output, int(os.environ["WORLD_SIZE"]), config.model_type, load, settings)
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    count = int(os.environ["WORLD_SIZE"])
+    if checkpoint is None:
+        # The best is the first one, whose adapter is not the last.
+        best = {"eval_strategy": "steps", "eval_steps": 4, "load_best_model_at_end": True}
+        best |= {"metric_for_best_model": "steps_left", "greater_is_better": True}
+        trainer = trainer_for(output, count, config.model_type, load, settings, **best)
+        trainer.compute_metrics = lambda _: {"steps_left": 8.0 - trainer.state.global_step}
+        trainer.train()
+        trainer.save_model(str(output / "best"))
+    else:
+        trainer = trainer_for(output, count, config.model_type, load, settings)
+        trainer.train(resume_from_checkpoint=str(checkpoint))
     fingerprints = gathered(trainer.model.projection_source("default").fingerprint())
     if dist.get_rank() == 0:
         found = {"losses": losses(trainer), "emptied": emptied, "fingerprints": fingerprints}

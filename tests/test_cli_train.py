@@ -581,6 +581,60 @@ def test_going_on_with_other_rows_or_a_finished_run(
     assert (output / "adapter" / "adapter_model.safetensors").read_bytes() == before
 
 
+@pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl", "parquet"])
+def test_the_same_rows_in_files_of_every_kind_train_the_same_adapter(kind: str, encoder: Path, tmp_path: Path) -> None:
+    pandas = pytest.importorskip("pandas")
+    rows = pandas.DataFrame(
+        [{"number": i, "text": text, "label": label} for i, (text, label) in enumerate(sentences())]
+    )
+    write = {
+        "csv": lambda path: rows.to_csv(path, index=False),
+        "tsv": lambda path: rows.to_csv(path, index=False, sep="\t"),
+        "jsonl": lambda path: rows.to_json(path, orient="records", lines=True),
+        "parquet": rows.to_parquet,
+    }
+    steps = ("--rank", 4, "--max-steps", 3)
+    plain = write_lines(tmp_path / "plain.jsonl", [{"text": text, "label": label} for text, label in sentences()])
+    other = tmp_path / f"rows.{kind}"
+    write[kind](other)
+    for data in (other, plain):
+        assert train("--model", encoder, "--data", data, "--output", tmp_path / data.stem, *steps) == 0
+    ours, theirs = (saved_tensors(tmp_path / name) for name in ("rows", "plain"))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.parametrize(
+    ("task", "text", "label"),
+    [("token-classification", "words", "tags"), ("causal-lm", "chat", "label"), ("regression", "text", "score")],
+)
+def test_lists_and_numbers_from_parquet(
+    task: str, text: str, label: str, encoder: Path, decoder: Path, tmp_path: Path
+) -> None:
+    """Which pandas makes arrays of."""
+    pandas = pytest.importorskip("pandas")
+    rows = [
+        {
+            "text": sentence,
+            "words": sentence.split(),
+            "tags": ["O", "X", *["O"] * (len(sentence.split()) - 2)],
+            "chat": [{"role": "user", "content": sentence}, {"role": "assistant", "content": "good"}],
+            "label": name,
+            "score": i / 4,
+        }
+        for i, (sentence, name) in enumerate(sentences())
+    ]
+    pandas.DataFrame(rows).to_parquet(tmp_path / "rows.parquet")
+    write_lines(tmp_path / "rows.jsonl", rows)
+    model = decoder if task == "causal-lm" else encoder
+    given = ("--task", task, "--text-column", text, "--label-column", label, "--rank", 4, "--max-steps", 3)
+    given = (*given, "--chat-loss", "all")
+    for kind in ("parquet", "jsonl"):
+        data = tmp_path / f"rows.{kind}"
+        assert train("--model", model, "--data", data, "--output", tmp_path / kind, *given) == 0
+    ours, theirs = (saved_tensors(tmp_path / kind) for kind in ("parquet", "jsonl"))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
 def test_rows_are_taken_as_they_are_written(tmp_path: Path) -> None:
     from veratune.cli.data import read_rows
 

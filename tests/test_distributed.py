@@ -192,6 +192,19 @@ def test_the_trainer_with_deepspeed(kind: str, stage: int, tmp_path: Path) -> No
     for name, head in expected.saved.items():
         for ours, theirs in zip(saved.saved[name].parameters(), head.parameters(), strict=True):
             torch.testing.assert_close(ours.detach(), theirs.detach(), rtol=1e-3, atol=1e-5)
+    # The engine's own part of a checkpoint holds what is trained, and no tied name of what is not.
+    states = list((tmp_path / "two" / "checkpoint-4").glob("global_step4/*model_states.pt"))
+    trained = {name for name, parameter in alone.model.named_parameters() if parameter.requires_grad}
+    assert len(states) == (2 if stage == 3 else 1)
+    for path in states:
+        held = torch.load(path, weights_only=False)
+        assert held["module"].keys() == trained and not held["frozen_param_fragments"]
+    first, last, best = (
+        [v.clone() for v in vectors(VeraModel.from_pretrained(tiny_model(kind), tmp_path / "two" / name))]
+        for name in ("checkpoint-4", "checkpoint-8", "best")
+    )
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(best, first, strict=True))
+    assert not any(torch.equal(ours, theirs) for ours, theirs in zip(best, last, strict=True))
     again = launched("again", tmp_path / "two" / "checkpoint-4")
     assert again["losses"] == pytest.approx(losses(alone), rel=1e-4)
     assert not (tmp_path / "again" / "checkpoint-4").exists()

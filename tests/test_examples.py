@@ -25,7 +25,7 @@ def test_each_example_is_run_and_listed() -> None:
 
 
 # Those on MiniLM; those on a language model of 135 million parameters take minutes each.
-@pytest.mark.parametrize("name", ["trainer", "peft_plugin", "sentence_embeddings", "ddp", "fsdp2"])
+@pytest.mark.parametrize("name", ["trainer", "peft_plugin", "sentence_embeddings", "ddp", "fsdp2", "deepspeed_zero"])
 @pytest.mark.skipif(importlib.util.find_spec("chatterbot_corpus") is None, reason="its data is not installed")
 def test_an_example_shows_what_it_says(name: str, tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "examples" / "run_all.py"), name]

@@ -42,6 +42,7 @@ def trainer_for(
     kind: str,
     base: Callable[[str], Any] = tiny_model,
     deepspeed: dict[str, Any] | None = None,
+    **settings: Any,
 ) -> VeraTrainer:
     # The arguments come first: with DeepSpeed they tell transformers how to load a model.
     arguments = TrainingArguments(
@@ -56,10 +57,11 @@ def trainer_for(
         seed=3,
         ddp_find_unused_parameters=False,
         deepspeed=deepspeed,
+        **settings,
     )
     torch.manual_seed(0)
     model = get_peft_model(base(kind), VeraConfig(r=4, target_modules="all-linear"))
-    trainer = VeraTrainer(model, arguments, train_dataset=Rows(kind))
+    trainer = VeraTrainer(model, arguments, train_dataset=Rows(kind), eval_dataset=Rows(kind))
     # transformers multiplies the loss by the number of processes, and only language models divide it by all tokens.
     trainer.model_accepts_loss_kwargs = kind != "bert"
     return trainer

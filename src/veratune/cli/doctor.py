@@ -26,6 +26,7 @@ _FEATURES = {
     "peft": ("veratune.integrations.peft; comparing in veratune bench", "veratune[peft]"),
     "trl": ("veratune.integrations.trl", "veratune[trl]"),
     "sentence_transformers": ("veratune.integrations.sentence_transformers", "veratune[sentence-transformers]"),
+    "deepspeed": ("DeepSpeed's ZeRO-2 and ZeRO-3", "deepspeed"),
     "gguf": ("export for llama.cpp", "veratune[gguf]"),
     "bitsandbytes": ("4-bit and 8-bit base models", "bitsandbytes"),
     "torchao": ("quantised base models", "torchao"),

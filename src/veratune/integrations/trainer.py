@@ -1,9 +1,13 @@
 """transformers' `Trainer` with checkpoints that hold adapters alone.
 
-The plain `Trainer` trains a `VeraModel` too, and resumes it, but writes the whole model into each checkpoint.
+The plain `Trainer` trains a `VeraModel` too, and resumes it, but writes the whole model into each checkpoint, unless
+`install()` was called.
 """
 
+import functools
 import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +43,10 @@ class VeraTrainer(transformers.Trainer):
         merged = self._vera_model().merged_adapters
         if merged:
             raise ValueError(f"the adapters {merged} are merged and would not learn: call unmerge_adapter() first")
-        return super().train(*args, **kwargs)
+        if not self.is_deepspeed_enabled:
+            return super().train(*args, **kwargs)
+        with _frozen_may_be_missing(self.accelerator.unwrap_model(self.model, keep_torch_compile=False)):
+            return super().train(*args, **kwargs)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """Make the optimizer where none was given; it says what VeRA wants."""
@@ -60,12 +67,7 @@ class VeraTrainer(transformers.Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the adapters, once; all processes have to call this, as their parts are gathered (FSDP2)."""
-        directory = Path(output_dir or self.args.output_dir or ".")
-        self._vera_model().save_pretrained(directory, is_main_process=self.args.should_save)
-        tokenizer: Any = self.processing_class or getattr(self.data_collator, "tokenizer", None)
-        if tokenizer is not None and self.args.should_save:
-            tokenizer.save_pretrained(directory)
-        self.accelerator.wait_for_everyone()  # none may read it before it is there
+        _write(self, self._vera_model(), output_dir)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
@@ -74,9 +76,112 @@ class VeraTrainer(transformers.Trainer):
         self._vera_model().restore(resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
+        if self.is_deepspeed_enabled:  # whose engine has parts of the parameters, and puts them back itself
+            super()._load_best_model()
+            return
         best = self.state.best_model_checkpoint
         assert best is not None
         self._vera_model().restore(best)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.is_deepspeed_enabled:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        engine: Any = self.model_wrapped
+        # As transformers asks DeepSpeed to where the model is PEFT's. It leaves one name of tied weights in.
+        engine.save_checkpoint = functools.partial(engine.save_checkpoint, exclude_frozen_parameters=True)
+        handle = engine.module.register_state_dict_post_hook(_leave_out_frozen)
+        try:
+            super()._save_optimizer_and_scheduler(output_dir)
+        finally:
+            del engine.save_checkpoint
+            handle.remove()
+
+
+def install() -> None:
+    """Let transformers' own `Trainer`, and classes made from it, write adapters alone where they train a `VeraModel`.
+
+    Their checkpoints, resuming and `load_best_model_at_end` are `VeraTrainer`'s then. All other models are trained,
+    saved and loaded as before. Calling it again changes nothing.
+    """
+    trainer: Any = transformers.Trainer
+    if getattr(trainer._save, "_veratune", False):
+        return
+    for name, ours in (("_save", _save), ("_load_from_checkpoint", _load), ("_load_best_model", _load_best)):
+        setattr(trainer, name, _where_adapted(getattr(trainer, name), ours))
+
+
+def _where_adapted(theirs: Callable[..., Any], ours: Callable[..., None]) -> Callable[..., Any]:
+    """Return a method of a trainer that does what `ours` does where a `VeraModel` is trained."""
+
+    @functools.wraps(theirs)
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        if not isinstance(model, VeraModel):
+            return theirs(self, *args, **kwargs)
+        return ours(theirs, self, model, *args, **kwargs)
+
+    method._veratune = True  # type: ignore[attr-defined]
+    return method
+
+
+def _save(theirs: Any, trainer: Any, model: VeraModel, output_dir: str | None = None, state_dict: Any = None) -> None:
+    _write(trainer, model, output_dir)
+
+
+def _load(theirs: Any, trainer: Any, model: VeraModel, resume_from_checkpoint: str, *wrapped: Any, **more: Any) -> None:
+    if trainer.is_fsdp_enabled or _holds_whole_model(Path(resume_from_checkpoint)):  # from before `install()`
+        theirs(trainer, resume_from_checkpoint, *wrapped, **more)
+        return
+    _check_files(Path(resume_from_checkpoint))
+    model.restore(resume_from_checkpoint)
+
+
+def _load_best(theirs: Any, trainer: Any, model: VeraModel) -> None:
+    best = trainer.state.best_model_checkpoint
+    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled or _holds_whole_model(Path(best)):
+        theirs(trainer)
+    else:
+        model.restore(best)
+
+
+def _holds_whole_model(checkpoint: Path) -> bool:
+    return any(checkpoint.glob("model*.safetensors"))
+
+
+def _write(trainer: Any, model: VeraModel, output_dir: str | None) -> None:
+    """Write adapters, and the tokenizer beside them, once."""
+    directory = Path(output_dir or trainer.args.output_dir or ".")
+    model.save_pretrained(directory, is_main_process=trainer.args.should_save)
+    tokenizer: Any = trainer.processing_class or getattr(trainer.data_collator, "tokenizer", None)
+    if tokenizer is not None and trainer.args.should_save:
+        tokenizer.save_pretrained(directory)
+    trainer.accelerator.wait_for_everyone()  # none may read it before it is there
+
+
+def _frozen(model: nn.Module) -> set[str]:
+    """Return all names of the parameters that are not trained."""
+    return {name for name, value in model.named_parameters(remove_duplicate=False) if not value.requires_grad}
+
+
+def _leave_out_frozen(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    for name in _frozen(module):
+        state.pop(prefix + name, None)
+
+
+@contextmanager
+def _frozen_may_be_missing(model: nn.Module) -> Iterator[None]:
+    """Let `load_state_dict` of a model take one without what is frozen, as DeepSpeed's part of a checkpoint is."""
+
+    def forgive(module: nn.Module, incompatible: Any) -> None:
+        frozen = _frozen(module)
+        incompatible.missing_keys[:] = [name for name in incompatible.missing_keys if name not in frozen]
+
+    handle = model.register_load_state_dict_post_hook(forgive)  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _check_files(checkpoint: Path) -> None:
