@@ -3,14 +3,13 @@
     python benchmarks/bank_mixed.py --ranks 64 256
 
 64 rows on MiniLM's shape, all linear layers adapted; 32 tokens a row, or one after a prompt of 32. Times are relative
-to the base model's, which is also that of a model into which one adapter is merged: the floor. Rows of one adapter
-stand together. Of PEFT's ways, LoRA takes `adapter_names`; its VeRA ignores them, and goes through the batch adapter by
-adapter.
+to the base model's; the floor is a model into which one adapter is merged. Rows of one adapter stand together. Of
+PEFT's ways, LoRA takes `adapter_names`; its VeRA ignores them, and goes through the batch adapter by adapter.
 """
 
 from pathlib import Path
 
-from bank_models import BASE, LORA_8, LORA_16, OURS, OURS_FACTORED, WAYS, Batch, decoder, encoder, serve
+from bank_models import BASE, LORA_8, LORA_16, MERGED, OURS, OURS_FACTORED, WAYS, Batch, decoder, encoder, serve
 from common import Benchmark, Case, Table, Target, interleave, median_ratio, new_case, progress
 
 ROWS, TOKENS = 64, 32
@@ -33,7 +32,7 @@ def measure(kind: str, r: int, counts: tuple[int, ...], rounds: int) -> Case:
         progress(f"bank_mixed: {kind}, r = {r}: making {way}")
         batch = Batch(base, ROWS, TOKENS, decode=kind == "decode")
         served = serve(way, base, names, r, batch)
-        for count in counts[:1] if way == BASE else counts:
+        for count in counts[:1] if way in (BASE, MERGED) else counts:
             rows = [names[row * count // ROWS] for row in range(ROWS)]
             variants[key_of(way, count)] = lambda served=served, rows=rows: served(rows)
     return case | {"seconds": interleave(variants, rounds, least_seconds=0.01)}

@@ -12,9 +12,9 @@ import veratune
 from veratune.bank import AdapterBank
 
 LAYERS, HIDDEN, INTERMEDIATE, HEADS = 6, 384, 1536, 12
-BASE, OURS, OURS_FACTORED = "base model", "veratune", "veratune, route=factored"
+BASE, MERGED, OURS, OURS_FACTORED = "base model", "one adapter, merged", "veratune", "veratune, route=factored"
 LORA_8, LORA_16, LORA_BMM, PEFT_VERA = "PEFT LoRA r=8", "PEFT LoRA r=16", "bmm LoRA r=8", "PEFT VeRA, by adapter"
-WAYS = (OURS, OURS_FACTORED, LORA_8, LORA_16, LORA_BMM, PEFT_VERA)
+WAYS = (MERGED, OURS, OURS_FACTORED, LORA_8, LORA_16, LORA_BMM, PEFT_VERA)
 
 Served = Callable[[list[str]], object]
 """Runs one batch, given the name of each row's adapter."""
@@ -106,6 +106,11 @@ def serve(way: str, base: nn.Module, names: list[str], r: int, batch: Batch) -> 
     model = copy.deepcopy(base)
     if way == BASE:
         return lambda _: batch.run(model)
+    if way == MERGED:
+        tuned = veratune.get_peft_model(model, veratune.VeraConfig(r=r, target_modules="all-linear"))
+        randomise(tuned, "default", 0)
+        merged = tuned.merge_and_unload().eval()
+        return lambda _: batch.run(merged)
     if way in (OURS, OURS_FACTORED):
         return _bank(model, base, names, r, batch, "auto" if way == OURS else "factored")
     if way == LORA_BMM:
@@ -113,8 +118,8 @@ def serve(way: str, base: nn.Module, names: list[str], r: int, batch: Batch) -> 
     if way == PEFT_VERA:
         return _by_adapter(model, names, r, batch)
     config = peft.LoraConfig(r=8 if way == LORA_8 else 16, target_modules="all-linear")
-    tuned = _peft_model(model, config, names)
-    return lambda rows: batch.run(tuned, adapter_names=rows)
+    peer = _peft_model(model, config, names)
+    return lambda rows: batch.run(peer, adapter_names=rows)
 
 
 def _bank(model: nn.Module, base: nn.Module, names: list[str], r: int, batch: Batch, route: str) -> Served:
