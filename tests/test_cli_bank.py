@@ -1,6 +1,7 @@
 """`veratune bank`, as a user or a program calls it, and what it is made of."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,8 @@ def test_building_adding_listing_removing(
     assert values["bytes"] == file.stat().st_size
     assert_serves(base, file, adapters)
 
-    assert run(capsys, "bank", "add", file, base, f"dora={adapters['anna']}")[0] == 0
+    shutil.copytree(adapters["anna"], tmp_path / "dora" / "adapter")  # as a training run leaves it
+    assert run(capsys, "bank", "add", file, base, tmp_path / "dora")[0] == 0
     assert run(capsys, "bank", "add", file, base, f"carl={adapters['bert']}", "--replace")[0] == 0
     assert run(capsys, "bank", "remove", file, "anna")[1] == f"{file}: anna removed\n"
     expected = {"bert": adapters["bert"], "carl": adapters["bert"], "dora": adapters["anna"]}
@@ -96,7 +98,10 @@ def test_a_layout_that_is_given(
 ) -> None:
     file = tmp_path / "given.bank"
     arguments = ("bank", "build", base, file, f"a={adapters['anna']}", "--dtype", "bfloat16", "--r", 16)
-    assert run(capsys, *arguments, "--target-modules", "query", "--target-modules", "value")[0] == 0
+    assert run(capsys, *arguments, "--target-modules", "query, value")[0] == 0
+    again = [tmp_path / "repeated" if x == file else x for x in arguments]
+    assert run(capsys, *again, "--target-modules", "query", "--target-modules", "value")[0] == 0
+    assert BankFile(tmp_path / "repeated").header.layout == BankFile(file).header.layout
     header = BankFile(file).header
     assert header.layout["rank"] == 16 and len(header.layout["layers"]) == 4 and header.dtype == torch.bfloat16
     assert_serves(base, file, {"a": adapters["anna"]}, rtol=5e-2, atol=5e-2)
@@ -131,7 +136,7 @@ def test_nothing_is_written_where_one_does_not_fit(
         ((anna, "--target-modules", "query"), "is none of the 2 layers"),
         ((anna, "--dtype", "int8"), "dtype=torch.int8 is not allowed"),
         ((tmp_path / "elsewhere",), "elsewhere holds no adapter"),
-        ((tmp_path / "run",), "run holds no adapter, but"),
+        ((tmp_path / "run",), "adapter 'run' ("),
     ):
         code, out, err = run(capsys, "bank", "build", base, file, *arguments)
         assert (code, out) == (1, "") and message in err and err.count("\n") == 1, arguments
@@ -205,7 +210,7 @@ def test_a_bank_for_adapters(base: Path, adapters: dict[str, Path], tmp_path: Pa
         torch.testing.assert_close(row, expected, rtol=1e-4, atol=1e-5)
     model = loaded(base)
     modules = dict(model.named_modules())
-    for wrong in ({}, {"": adapters["anna"]}, {"a": tmp_path}):
+    for wrong in ({}, {"": adapters["anna"]}, {"a": tmp_path}, list(adapters.values())):
         with pytest.raises(ValueError, match=r"no adapter|is not allowed"):
             AdapterBank.for_adapters(model, wrong)
         assert dict(model.named_modules()) == modules
@@ -220,6 +225,10 @@ def test_a_file_that_is_refused_leaves_the_model_alone(base: Path, adapters: dic
         AdapterBank(model, _ADAPTERS["anna"], file=file)
     with pytest.raises(BankError, match="cannot be opened"):
         AdapterBank.open(model, tmp_path / "none")
+    before = file.read_bytes()  # the script that made it, run again, with one more adapter
+    with pytest.raises(BankError, match=r"holds 'anna' already: AdapterBank\.open"):
+        AdapterBank.for_adapters(model, {"new": adapters["anna"], **adapters}, file=file)
+    assert file.read_bytes() == before
     data = bytearray(file.read_bytes())
     data[-300] ^= 1
     data[BankFile(file).records_at + 30] ^= 1

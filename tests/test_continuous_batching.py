@@ -437,6 +437,18 @@ def test_requests_at_fault_are_refused_and_hold_nothing() -> None:
         manager.add_request([3, 4])  # type: ignore[call-arg]
     with pytest.raises(BankError, match="input_ids is empty"):
         manager.add_request([], adapter="a")
+    vocabulary = bank.model.config.vocab_size
+    for wrong, message in (
+        ("text", "input_ids='text' is not allowed: give a list of token ids"),
+        ([3, 4.5], "give a list of token ids"),
+        (torch.tensor([[3, 4]]), "give a list of token ids"),
+        ([3, vocabulary], f"input_ids has {vocabulary}, which is none of the {vocabulary} tokens"),
+        ([3, -1], "input_ids has -1"),
+    ):
+        with pytest.raises(BankError, match=re.escape(message)):
+            manager.add_request(wrong, adapter="a")  # type: ignore[arg-type]
+        with pytest.raises(BankError, match=re.escape(message)):
+            generate_batch(bank, [[3], wrong], adapters=["a", None])  # type: ignore[list-item]
     with pytest.raises(BankError, match="1 adapters for 2 inputs"):
         manager.add_requests([[3], [4]], adapters=["a"])
     with pytest.raises(BankError, match="no adapter 'z'"):

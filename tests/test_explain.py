@@ -55,6 +55,17 @@ def test_printing():
     assert any(line.strip().startswith("or ") for line in lines)
 
 
+def test_layers_that_differ_in_numbers_share_a_row():
+    blocks = nn.ModuleList(nn.ModuleDict({"up": nn.Linear(32, 64), "down": nn.Linear(64, 32)}) for _ in range(3))
+    net = nn.ModuleDict({"blocks": blocks, "head": nn.Linear(32, 4)})
+    table = get_peft_model(net, VeraConfig(r=8, target_modules="all-linear", rank_pattern={"2.up": 4})).explain_routes(
+        16
+    )
+    assert len(table) == 7
+    named = [line.split("  ")[0] for line in str(table).splitlines()[1:] if not line.startswith(" ")]
+    assert named == ["blocks.*.up (2)", "blocks.*.down (3)", "blocks.2.up", "head"]
+
+
 def test_bad_calls():
     with pytest.raises(ValueError, match="nobody"):
         model(r=4).explain_routes(10, "nobody")

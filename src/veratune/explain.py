@@ -28,15 +28,15 @@ class LayerRoutes:
 
 
 class RouteTable(list[LayerRoutes]):
-    """The routes of all layers of an adapter; printed as a table."""
+    """The routes of all layers of an adapter; printed as a table, where layers that differ in numbers share a row."""
 
     def __str__(self) -> str:
         header = ("layer", "in", "out", "r", "tokens", "route", "GFLOP", "saved MB", "est. ms")
         rows: list[tuple[str, ...]] = [header]
-        for routes in self:
+        for name, routes in self._grouped():
             shape = routes.shape
             dimensions = (shape.in_features, shape.out_features, shape.rank, shape.tokens)
-            rows.append((routes.layer, *map(str, dimensions), *_cells(routes.chosen)))
+            rows.append((name, *map(str, dimensions), *_cells(routes.chosen)))
             others = (e for e in routes.alternatives if e.plan != routes.chosen.plan)
             rows.extend(("", "", "", "", "", *_cells(other, mark="  or ")) for other in others)
         widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
@@ -49,6 +49,17 @@ class RouteTable(list[LayerRoutes]):
             ]
             lines.append("  ".join(padded).rstrip())
         return "\n".join(lines)
+
+    def _grouped(self) -> list[tuple[str, LayerRoutes]]:
+        """Return a name for each group of layers that differ in nothing but numbers in their names, and one of them."""
+        groups: dict[tuple[str, LayerShape, Estimate, tuple[Estimate, ...]], list[LayerRoutes]] = {}
+        for routes in self:
+            kind = ".".join("*" if part.isdigit() else part for part in routes.layer.split("."))
+            key = kind, routes.shape, routes.chosen, tuple(routes.alternatives)
+            groups.setdefault(key, []).append(routes)
+        return [
+            (own[0].layer if len(own) == 1 else f"{kind} ({len(own)})", own[0]) for (kind, *_), own in groups.items()
+        ]
 
 
 def _cells(estimated: Estimate, mark: str = "") -> tuple[str, str, str, str]:

@@ -321,7 +321,7 @@ def check_bare(model: nn.Module) -> None:
         if isinstance(module, AdaptedModel | VeraLayer | SavedModule):
             raise ValueError(
                 "this model has VeRA adapters already: use add_adapter or load_adapter of the VeraModel for another, or"
-                " unload() to take them off first"
+                " unload() of the VeraModel, or of the bank that it serves, to take them off first"
             )
 
 

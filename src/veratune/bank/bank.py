@@ -162,6 +162,8 @@ class AdapterBank:
             BankError: an adapter that no bank holds, or a name that is not allowed; the model is unchanged then.
             CheckpointError: files that are missing or damaged, or for another model.
         """
+        if not isinstance(adapters, Mapping):
+            raise BankError(f"adapters={adapters!r} is not allowed: give a dictionary of names to directories")
         for name in adapters:
             _check_spelling(name)
         settings.setdefault("capacity", max(64, len(adapters)))
@@ -169,6 +171,11 @@ class AdapterBank:
         is_new = file is not None and not Path(file).exists()
         bank = cls(model, config_for_adapters(model, adapters), **settings)
         try:
+            if held := [name for name in adapters if name in bank]:  # before the file gets any of the others
+                raise BankError(
+                    f"{file} holds {held[0]!r} already: AdapterBank.open(model, {str(file)!r}) makes a bank of all that"
+                    " is in it, and load(..., replace=True) gives a name another adapter"
+                )
             for name, place in adapters.items():
                 bank.load(name, place)
         except BaseException:

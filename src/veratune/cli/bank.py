@@ -13,7 +13,7 @@ from veratune.bank.configs import config_for_adapters
 from veratune.bank.file import BankFile, publish
 from veratune.bank.record import dtype_name
 from veratune.bank.verify import examine
-from veratune.cli.models import is_adapter, load_model
+from veratune.cli.models import adapter_in, load_model
 from veratune.cli.output import bytes_text, print_json, print_table, print_text
 from veratune.config import VeraConfig
 
@@ -27,7 +27,10 @@ FileArgument = Annotated[Path, typer.Argument(help="The bank's file.")]
 ModelArgument = Annotated[str, typer.Argument(help="The base model: a directory or a hub name.")]
 AdaptersArgument = Annotated[
     list[str],
-    typer.Argument(help="Directories of adapters, or NAME=DIRECTORY. Without a name it is the directory's last part."),
+    typer.Argument(
+        help="Directories of adapters or of training runs, or NAME=DIRECTORY. Without a name it is the directory's last"
+        " part."
+    ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
@@ -42,7 +45,9 @@ def build(
     ] = None,
     target_modules: Annotated[
         list[str] | None,
-        typer.Option(help="Layers to hold: names, or all-linear. Without it, those that any of the adapters adapts."),
+        typer.Option(
+            help="Layers to hold: all-linear, or names with commas. Without it, those that any of the adapters adapts."
+        ),
     ] = None,
     dtype: Annotated[str, typer.Option(help="How to hold the vectors: float32, bfloat16 or float16.")] = "float32",
 ) -> None:
@@ -58,7 +63,8 @@ def build(
     if rank is not None:
         config = config.replace(r=rank)
     if target_modules:
-        config = config.replace(target_modules=_targets(target_modules), fused_parts=_parts(config, target_modules))
+        named = [name.strip() for names in target_modules for name in names.split(",")]
+        config = config.replace(target_modules=_targets(named), fused_parts=_parts(config, named))
     temporary = temporary_beside(file)
     try:
         bank = AdapterBank(base, config, dtype=numbers, file=temporary)
@@ -182,11 +188,7 @@ def _places(given: list[str]) -> dict[str, Path]:
             raise BankError(f"{text} and {places[name]} are both named {name!r}: give NAME=DIRECTORY")
         if not Path(place).is_dir():
             raise BankError(f"{place} is no directory of an adapter")
-        if not is_adapter(place):
-            inside = Path(place) / "adapter"
-            hint = f", but {inside} does" if is_adapter(str(inside)) else ""
-            raise BankError(f"{place} holds no adapter{hint}")
-        places[name] = Path(place)
+        places[name] = adapter_in(Path(place))
     return places
 
 

@@ -10,6 +10,8 @@ Requests come and go while others are computed; each batch is a mixture of their
 """
 
 import copy
+import operator
+import reprlib
 import struct
 import threading
 from collections.abc import Iterator, Sequence
@@ -123,8 +125,8 @@ class BankManager(ContinuousBatchingManager):
             the request's id; with `num_return_sequences`, further outputs have `<id>__child#<number>`.
 
         Raises:
-            BankError: an unknown adapter, more different adapters at work than the bank has room for, an empty prompt,
-                or an id that is in use.
+            BankError: an unknown adapter, more different adapters at work than the bank has room for, a prompt that is
+                empty or is no tokens of this model, or an id that is in use.
             RuntimeError: the manager is stopping or has failed.
         """
         with self.bank.lease([adapter]) as lease:
@@ -156,7 +158,7 @@ class BankManager(ContinuousBatchingManager):
             BankError, RuntimeError: as for `add_request`; nothing is added if an adapter or a prompt is at fault.
         """
         with self.bank.lease(adapters) as lease:
-            _check_inputs(inputs, lease, self.num_return_sequences)
+            _check_inputs(inputs, lease, self.num_return_sequences, self.model)
             return self._add_all(inputs, lease, settings)
 
     def _add_all(self, inputs: Sequence[Sequence[int]], lease: Lease, settings: dict[str, Any]) -> list[str]:
@@ -168,7 +170,7 @@ class BankManager(ContinuousBatchingManager):
         return ids
 
     def _add(self, input_ids: Sequence[int], version: Version | None, request_id: str | None, **settings: Any) -> str:
-        _check_prompt(input_ids, self.num_return_sequences)
+        tokens = _check_prompt(input_ids, self.num_return_sequences, self.model)
         request_id = self._new_id() if request_id is None else request_id
         # Sequences that the request forks into outlive it.
         ids = [request_id, *_children(request_id, self.num_return_sequences - 1)]
@@ -178,7 +180,7 @@ class BankManager(ContinuousBatchingManager):
                 raise BankError(f"request_id={taken[0]!r} is that of a request at work: give another one, or none")
             self._leases.update({one: self.bank.lease_versions([version]) for one in ids})
         try:
-            added: str | None = super().add_request(list(input_ids), request_id, **settings)
+            added: str | None = super().add_request(tokens, request_id, **settings)
         except BaseException:
             self._release(ids)
             raise
@@ -420,7 +422,7 @@ def generate_batch(
     generation_config = generation_config or bank.model.generation_config
     sequences = generation_config.num_return_sequences or 1
     with bank.lease(adapters) as lease:
-        _check_inputs(inputs, lease, sequences)
+        _check_inputs(inputs, lease, sequences, bank.model.base_model)
         if not inputs:
             return {}
         longest = generation_config.max_new_tokens if max_new_tokens is None else max_new_tokens
@@ -451,8 +453,20 @@ def _children(request_id: str, number: int) -> list[str]:
     return [f"{request_id}__child#{i}" for i in range(number)]
 
 
-def _check_prompt(input_ids: Sequence[int], sequences: int) -> None:
-    if not len(input_ids):
+def _check_prompt(input_ids: Sequence[int], sequences: int, model: Any) -> list[int]:
+    """Return a prompt's tokens; what is none would end the thread that computes, and all requests with it."""
+    try:
+        tokens = [operator.index(token) for token in input_ids]
+    except TypeError:
+        raise BankError(
+            f"input_ids={reprlib.repr(input_ids)} is not allowed: give a list of token ids, such as"
+            " tokenizer(text).input_ids"
+        ) from None
+    vocabulary = getattr(model.config.get_text_config(), "vocab_size", None)
+    unknown = [token for token in tokens if token < 0 or (vocabulary is not None and token >= vocabulary)]
+    if unknown:
+        raise BankError(f"input_ids has {unknown[0]}, which is none of the {vocabulary} tokens of this model")
+    if not tokens:
         raise BankError("input_ids is empty: a prompt has at least one token")
     if len(input_ids) == 1 and sequences > 1:
         # It forks a request before the prompt's last token, and its batch may be left without any.
@@ -460,13 +474,14 @@ def _check_prompt(input_ids: Sequence[int], sequences: int) -> None:
             f"a prompt of one token cannot have num_return_sequences={sequences}: transformers cannot fork it. Add a"
             " first token (bos_token_id), or add the request several times"
         )
+    return tokens
 
 
-def _check_inputs(inputs: Sequence[Sequence[int]], lease: Lease, sequences: int) -> None:
+def _check_inputs(inputs: Sequence[Sequence[int]], lease: Lease, sequences: int, model: Any) -> None:
     if len(lease.versions) != len(inputs):
         raise BankError(f"{len(lease.versions)} adapters for {len(inputs)} inputs: give one, or None, for each")
     for input_ids in inputs:
-        _check_prompt(input_ids, sequences)
+        _check_prompt(input_ids, sequences, model)
 
 
 def _check_generation(config: GenerationConfig) -> None:
