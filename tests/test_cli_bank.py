@@ -147,6 +147,7 @@ def test_nothing_is_written_where_one_does_not_fit(
         (("build", base, file, anna), "exists already"),
         (("add", file, base, anna), "'anna' is in"),
         (("add", file, base, f"x={anna}", "--replace"), "there is no adapter 'x'"),
+        (("add", file, base, f"x={anna}", f"={anna}"), "name='' is not allowed"),
         (("add", file, base, f"x={anna}", f"y={adapters['carl']}"), "which is none of the"),
         (("remove", file, "anna", "x"), "there is no adapter 'x'"),
         (("list", base), "is no bank's file"),

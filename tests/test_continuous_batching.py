@@ -218,13 +218,18 @@ def test_direct_calls_at_the_same_time() -> None:
     models = _models(ALL_LINEAR)
     bank = _bank(ALL_LINEAR)
     prompts = _prompts(6)
-    batch = torch.tensor([prompt[:1] * 8 for prompt in prompts[:2]])
+    batch = torch.tensor([(prompt * 8)[:8] for prompt in prompts[:2]])  # of tokens that differ, so that a mask matters
+    calls = []
     with torch.no_grad():
         expected = bank.model(batch, adapters=["b", None]).logits
         with BankManager(bank, continuous_batching_config=ContinuousBatchingConfig(**SMALL)) as manager:
             manager.add_request(prompts[0], "long", max_new_tokens=60, adapter="a")
-            calls = [bank.model(batch, adapters=["b", None]).logits for _ in range(20)]
+            while manager.get_result(timeout=0.001) is None:
+                calls.append(bank.model(batch, adapters=["b", None]).logits)
+            assert len(calls) > 10
+            manager.add_request(prompts[0], "long", max_new_tokens=60, adapter="a")
             assert _wait_for(manager, "long") == _alone(models["a"], prompts[0], 60)
+        calls.append(bank.model(batch, adapters=["b", None]).logits)
     for call in calls:  # where tensors lie in memory may change last bits, by no more than float32's default tolerance
         torch.testing.assert_close(call, expected)
 
@@ -437,18 +442,6 @@ def test_requests_at_fault_are_refused_and_hold_nothing() -> None:
         manager.add_request([3, 4])  # type: ignore[call-arg]
     with pytest.raises(BankError, match="input_ids is empty"):
         manager.add_request([], adapter="a")
-    vocabulary = bank.model.config.vocab_size
-    for wrong, message in (
-        ("text", "input_ids='text' is not allowed: give a list of token ids"),
-        ([3, 4.5], "give a list of token ids"),
-        (torch.tensor([[3, 4]]), "give a list of token ids"),
-        ([3, vocabulary], f"input_ids has {vocabulary}, which is none of the {vocabulary} tokens"),
-        ([3, -1], "input_ids has -1"),
-    ):
-        with pytest.raises(BankError, match=re.escape(message)):
-            manager.add_request(wrong, adapter="a")  # type: ignore[arg-type]
-        with pytest.raises(BankError, match=re.escape(message)):
-            generate_batch(bank, [[3], wrong], adapters=["a", None])  # type: ignore[list-item]
     with pytest.raises(BankError, match="1 adapters for 2 inputs"):
         manager.add_requests([[3], [4]], adapters=["a"])
     with pytest.raises(BankError, match="no adapter 'z'"):
@@ -468,6 +461,66 @@ def test_requests_at_fault_are_refused_and_hold_nothing() -> None:
     with pytest.raises(BankError, match="no adapter 'z'"):
         generate_batch(bank, [[3]], adapters=["z"])
     assert generate_batch(bank, [], adapters=[]) == {}
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ("hello", "one list of token ids"),
+        ([1.5, 2.0], "one list of token ids"),
+        ([[3, 4]], "one list of token ids"),
+        (torch.tensor([[3, 4]]), "one list of token ids"),
+        (None, "one list of token ids"),
+        ([3, 50], "50 is no token of this model, which has 50"),
+        ([-1, 3], "-1 is no token"),
+    ],
+)
+def test_what_is_no_prompt_does_not_end_the_requests_of_others(prompt: Any, message: str) -> None:
+    bank = _bank(QKV, ["a"])
+    good = _prompts(1)[0]
+    with BankManager(bank, continuous_batching_config=ContinuousBatchingConfig(**SMALL)) as manager:
+        manager.add_request(good, "good", max_new_tokens=10, adapter="a")
+        with pytest.raises(BankError, match=message):
+            manager.add_request(prompt, adapter="a")
+        with pytest.raises(BankError, match=message):
+            manager.add_requests([good, prompt], adapters=["a", "a"])
+        assert _wait_for(manager, "good") == _alone(_models(QKV)["a"], good, 10)
+    with pytest.raises(BankError, match=message):
+        generate_batch(bank, [prompt], adapters=["a"])
+    assert _in_use(bank) == 0
+
+
+def test_a_request_longer_than_the_cache_does_not_end_those_of_others() -> None:
+    bank = _bank(QKV, ["a"])
+    good = _prompts(1)[0]
+    settings = ContinuousBatchingConfig(**SMALL)
+    manager = BankManager(bank, continuous_batching_config=settings)
+    early = manager.add_request([3] * 5000, adapter="a", max_new_tokens=2)  # nobody knows yet that it is too long
+    with manager:
+        output = manager.get_result(early, timeout=60)
+        assert output is not None
+        assert re.search(r"prompt of 5000 tokens .* whole cache holds \d+", str(output.error))
+        manager.add_request(good, "good", max_new_tokens=10, adapter="a")
+        room = manager.batch_processor.cache.max_tokens_read
+        with pytest.raises(BankError, match=f"the whole cache holds {room}"):
+            manager.add_request([3] * room, adapter="a", max_new_tokens=2)
+        with pytest.raises(BankError, match="give the manager more num_blocks"):
+            manager.add_request([3], adapter="a", max_new_tokens=room + 1)
+        manager.add_request(([*good, 3, 4] * room)[: room - 3], "longest", max_new_tokens=4, adapter="a")
+        assert _wait_for(manager, "good") == _alone(_models(QKV)["a"], good, 10)
+        assert len(_wait_for(manager, "longest")) == 4
+    assert _in_use(bank) == 0
+
+
+def test_prompts_as_one_tensor() -> None:
+    bank = _bank(QKV, ["a"])
+    prompts = torch.tensor([_prompts(1)[0]] * 2)
+    small = ContinuousBatchingConfig(**SMALL)
+    outputs = generate_batch(
+        bank, prompts, adapters=["a", None], max_new_tokens=6, continuous_batching_config=small
+    ).values()
+    for output, row, name in zip(outputs, prompts.tolist(), ("a", None), strict=True):
+        assert output.generated_tokens == _alone(_models(QKV)[name], row, 6)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from veratune.adapters import AdaptedModel, plan_adapter
 from veratune.bank.calls import make_call
 from veratune.bank.configs import config_for_adapters, config_of_layout
-from veratune.bank.file import BankFile
+from veratune.bank.file import BankFile, is_there
 from veratune.bank.layout import (
     AdapterRow,
     BankError,
@@ -35,12 +35,13 @@ from veratune.checkpoint.reading import read_adapter
 from veratune.checkpoint.transfer import LoadedAdapter, ReadyAdapter, layers_named, make_ready, targets_of, tell_apart
 from veratune.config import VeraConfig
 from veratune.layers.banked import BankCall, BankedConv1D, BankedHead, BankedLinear, RowGroup
+from veratune.layers.base import vector_device
 from veratune.layers.kinds import is_conv1d
 from veratune.model import check_bare
 from veratune.profiles import load_calibration
 from veratune.sources import PerDimension, Source
 from veratune.surgery import replace_modules
-from veratune.targets import base_modules
+from veratune.targets import Target, base_modules
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -119,8 +120,8 @@ class AdapterBank:
         self.dtype = dtype
         base_heads = head_row(self.layout, modules)
         self._base_heads = None if base_heads is None else base_heads.cpu()
+        device = _device_of(plan.targets)
         self._file = None if file is None else self._open(Path(file))
-        device = _device_of(plan.targets[0].module)
         self._slots = Slots.empty(capacity, self.layout.numbers, dtype, device, base_heads, grows=file is None)
         self._versions: dict[str, Version] = {}
         self._names: dict[str, Version] = {}
@@ -165,10 +166,10 @@ class AdapterBank:
         if not isinstance(adapters, Mapping):
             raise BankError(f"adapters={adapters!r} is not allowed: give a dictionary of names to directories")
         for name in adapters:
-            _check_spelling(name)
+            check_spelling(name)
         settings.setdefault("capacity", max(64, len(adapters)))
         file = settings.get("file")
-        is_new = file is not None and not Path(file).exists()
+        is_new = file is not None and not is_there(Path(file))
         bank = cls(model, config_for_adapters(model, adapters), **settings)
         try:
             if held := [name for name in adapters if name in bank]:  # before the file gets any of the others
@@ -330,12 +331,17 @@ class AdapterBank:
                     stored = self._file.adapters[digest]
                     self._bind(name, self._known(digest, source_from_json(stored.source), stored.rank))
 
+    def _check_open(self) -> None:
+        if self._closed:
+            raise BankError("this bank was unloaded: its model is the base model again")
+
     def _row(self, ready: ReadyAdapter) -> AdapterRow:
         return make_row(self.layout, ready, self.dtype, self._base_heads)
 
     def _put(self, name: str, row: AdapterRow, replace: bool) -> AdapterInfo:
         with self._changes:
             with self._slots.lock:
+                self._check_open()
                 self._check_name(name, replace)
                 before = self._names.get(name)
             if self._file is not None:
@@ -374,7 +380,7 @@ class AdapterBank:
             self._projections.drop(version.source)
 
     def _check_name(self, name: str, replace: bool) -> None:
-        _check_spelling(name)
+        check_spelling(name)
         if replace:
             self._version(name)
         elif name in self._names:
@@ -414,8 +420,7 @@ class AdapterBank:
             BankError: more different adapters at once than there is room for.
         """
         with self._slots.lock:
-            if self._closed:
-                raise BankError("this bank was unloaded: its model is the base model again")
+            self._check_open()
             self._slots.release_abandoned()
             leased: list[Version] = []
             try:
@@ -427,6 +432,19 @@ class AdapterBank:
                     self._slots.release(version)
                 raise
             return Lease(self._slots, versions, self._forget)
+
+    def lease_again(self, lease: Lease) -> Lease:
+        """Return one more lease of what a lease holds, which it keeps even if that one is released meanwhile.
+
+        Raises:
+            BankError: a lease that has been released, or is another bank's.
+        """
+        with self._slots.lock:
+            if not lease.is_of(self._slots):
+                raise BankError("adapters: this lease is another bank's; take it with this bank's lease()")
+            if not lease.is_open:
+                raise BankError("adapters: this lease has been released")
+            return self.lease_versions(lease.versions)
 
     def _read(self, digest: str) -> AdapterRow:
         assert self._file is not None  # without a file, every version is resident
@@ -489,7 +507,11 @@ class AdapterBank:
     def follow_model(self) -> None:
         """Bring the vectors to the device on which the model is; called when it moves."""
         with self._slots.lock:
-            self._slots.move(next(iter(self._layers.values())).base_weight.device)
+            layer = next(iter(self._layers.values()))
+            self._slots.move(vector_device(layer.base_layer, layer.base_weight))
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise BankError("a bank can neither be copied nor pickled: make another one, on the same file")
 
     def unload(self) -> nn.Module:
         """Take the bank's layers out again, close its file, and return the model as it was.
@@ -518,11 +540,11 @@ class AdapterBank:
 
     def _open(self, path: Path) -> BankFile:
         head_dtype = None if self._base_heads is None else self._base_heads.dtype
-        if not path.exists():
+        if not is_there(path):
             try:
                 return BankFile.create(path, self.layout, self.dtype, head_dtype)
             except BankError:
-                if not path.exists():
+                if not is_there(path):
                     raise  # otherwise another process was quicker
         file = BankFile(path)
         try:
@@ -534,10 +556,19 @@ class AdapterBank:
         return file
 
 
-def _check_spelling(name: object) -> None:
+def check_spelling(name: object) -> None:
+    """Raise BankError unless this may be an adapter's name."""
     if not isinstance(name, str) or not 1 <= len(name) <= 256 or not name.isprintable():
         raise BankError(f"name={name!r} is not allowed: it must be a text of 1 to 256 printable characters")
 
 
-def _device_of(module: nn.Module) -> torch.device:
-    return next(itertools.chain(module.parameters(), module.buffers())).device
+def _device_of(targets: Sequence[Target]) -> torch.device:
+    """Return where all of these layers compute."""
+    devices = set()
+    for target in targets:
+        weight = next(itertools.chain(target.module.parameters(), target.module.buffers()))
+        devices.add(vector_device(target.module, weight))
+    if len(devices) > 1:
+        named = ", ".join(sorted(map(str, devices)))
+        raise BankError(f"the model's layers are on several devices ({named}), and a bank's vectors are on one")
+    return devices.pop()

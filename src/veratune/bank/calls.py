@@ -1,5 +1,6 @@
 """From the adapters of a batch's rows to what the layers have to know of the call."""
 
+import operator
 from collections.abc import Sequence
 
 import torch
@@ -33,8 +34,7 @@ def make_call(
     """
     slots, sources = lease.slots, [-1 if v is None else v.source for v in lease.versions]
     if lengths is not None:
-        if len(lengths) != len(slots) or any(length < 0 for length in lengths):
-            raise BankError(f"adapter_lengths={list(lengths)} must have a length for each of {len(slots)} adapters")
+        lengths = _checked(lengths, len(slots))
         slots = [slot for slot, length in zip(slots, lengths, strict=True) for _ in range(length)]
         sources = [source for source, length in zip(sources, lengths, strict=True) for _ in range(length)]
     if not slots:
@@ -66,3 +66,14 @@ def _group(slot: int, source: int, rows: list[int], device: torch.device) -> Row
     together = rows[-1] - rows[0] == len(rows) - 1
     span = slice(rows[0], rows[-1] + 1) if together else None
     return RowGroup(slot, source, torch.tensor(rows, device=device), span)
+
+
+def _checked(lengths: Sequence[int], count: int) -> list[int]:
+    """Return lengths as whole numbers, one for each of so many adapters, or raise BankError."""
+    try:
+        whole = [operator.index(length) for length in lengths]
+    except TypeError:  # no sequence, or one of something else; of tensors, that is an error of the same kind
+        whole = []
+    if len(whole) != count or any(length < 0 for length in whole):
+        raise BankError(f"adapter_lengths={lengths} must have a length for each of {count} adapters, a whole number")
+    return whole

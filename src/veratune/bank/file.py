@@ -404,6 +404,14 @@ class BankFile:
         raise error
 
 
+def is_there(path: Path) -> bool:
+    """Return whether a path is taken; not so where the system refuses to look, as it will refuse to make it as well."""
+    try:
+        return path.exists()
+    except OSError:
+        return False
+
+
 def publish(temporary: Path, path: Path) -> None:
     """Give a finished file its name, in one step and only if no file has it.
 

@@ -221,6 +221,11 @@ def head_row(layout: Layout, modules: dict[str, nn.Module]) -> Tensor | None:
         return None
     if len({parameter.dtype for parameter in parameters}) > 1:
         raise BankError("modules_to_save: the modules are of several dtypes")
+    if any(parameter.is_meta for parameter in parameters):
+        raise BankError(
+            f"modules_to_save: {list(layout.heads)} have no values, being on the meta device (offloaded), and adapters"
+            " without heads of their own need them"
+        )
     return torch.cat(parameters)
 
 

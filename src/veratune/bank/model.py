@@ -59,7 +59,7 @@ class BankModel(StandsForModel):
         """
         if adapter_lengths is None:
             _check_number(adapters, args, kwargs)
-        call_of, flattened = self._bank.call_of, _is_text_alone(kwargs)
+        call_of, flattened = self._bank.call_of, _is_text_alone(args, kwargs)
         with self._leased(adapters) as lease, serving(call_of(lease, adapter_lengths, flattened=flattened)):
             return self.base_model(*args, **kwargs)
 
@@ -79,19 +79,15 @@ class BankModel(StandsForModel):
         _check_number(adapters, args, kwargs)
         base: Any = self.base_model
         _check_length_of_sounds(base, args, kwargs)
-        copies, flattened = _copies(base, kwargs), _is_text_alone(kwargs)
+        copies, flattened = _copies(base, args, kwargs), _is_text_alone(args, kwargs)
         call_of = self._bank.call_of
         with self._leased(adapters) as lease, serving(call_of(lease, copies=copies, flattened=flattened)):
             return base.generate(*args, **kwargs)
 
     @contextmanager
     def _leased(self, adapters: AdapterNames | Lease) -> Iterator[Lease]:
-        if isinstance(adapters, Lease):
-            if not adapters.is_open:
-                raise BankError("adapters: this lease has been released")
-            yield adapters
-            return
-        with self._bank.lease(adapters) as lease:
+        lease = self._bank.lease_again(adapters) if isinstance(adapters, Lease) else self._bank.lease(adapters)
+        with lease:
             yield lease
 
     def save_pretrained(self, *_: Any, **__: Any) -> NoReturn:
@@ -120,33 +116,40 @@ class BankModel(StandsForModel):
 
 
 def _check_number(adapters: AdapterNames | Lease, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-    """Raise BankError unless there is a name for each row of the main input."""
-    if isinstance(adapters, str):
+    """Raise BankError unless there is a name for each row of the main input, or of any where none is known as that."""
+    if isinstance(adapters, str) or not isinstance(adapters, Sequence | Lease):
         return  # refused as that
     named = [kwargs[name] for name in _MAIN_INPUTS if isinstance(kwargs.get(name), Tensor)]
-    inputs = named + [value for value in args if isinstance(value, Tensor)]
+    main = [value for value in (*args, *named) if isinstance(value, Tensor) and value.ndim][:1]
+    inputs = main or [value for value in kwargs.values() if isinstance(value, Tensor) and value.ndim]
     count = len(adapters.slots) if isinstance(adapters, Lease) else len(adapters)
-    if count and inputs and inputs[0].ndim and inputs[0].shape[0] != count:
+    if count and inputs and all(value.shape[0] != count for value in inputs):
         raise BankError(
             f"adapters has {count} names, and the batch {inputs[0].shape[0]} rows: give a name, or None, for each"
         )
 
 
-def _is_text_alone(kwargs: Mapping[str, Any]) -> bool:
-    """Return whether rows have no images or sounds beside a text."""
-    text = any(kwargs.get(name) is not None for name in ("input_ids", "inputs_embeds"))
-    return not (text and any(name.startswith(_BESIDE_TEXT) and value is not None for name, value in kwargs.items()))
+def _is_text_alone(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Return whether rows have no images or sounds beside a text; what is given by position is taken for a text."""
+    text = [*args, *(kwargs.get(name) for name in ("input_ids", "inputs_embeds", "inputs"))]
+    beside = (name.startswith(_BESIDE_TEXT) and value is not None for name, value in kwargs.items())
+    return not (any(value is not None for value in text) and any(beside))
 
 
-def _copies(model: Any, kwargs: Mapping[str, Any]) -> tuple[int, ...]:
-    """Return how often rows may stand one behind the other in a generation."""
-    config = kwargs.get("generation_config") or getattr(model, "generation_config", None)
+def _copies(model: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[int, ...]:
+    """Return how often rows may stand one behind the other in a generation.
 
-    def setting(name: str) -> int:
-        return kwargs.get(name) or getattr(config, name, None) or 1
+    Where a generation config leaves a setting open, transformers takes the model's own; some versions do so for what is
+    set to 1 as well.
+    """
+    configs = (*args, kwargs.get("generation_config"), getattr(model, "generation_config", None))
 
-    beams, sequences = setting("num_beams"), setting("num_return_sequences")
-    return tuple({1, beams, sequences, beams * sequences})
+    def settings(name: str) -> set[int]:
+        return {1, *((kwargs.get(name) or getattr(config, name, None) or 1) for config in configs)}
+
+    return tuple(
+        {beams * sequences for beams in settings("num_beams") for sequences in settings("num_return_sequences")}
+    )
 
 
 def _check_length_of_sounds(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:

@@ -1,5 +1,7 @@
 """Whether a model keeps the rows of a batch apart, as a bank needs it: what is known of it, and what a trial shows."""
 
+import inspect
+import typing
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,8 +13,8 @@ from veratune.layers.banked import BankCall, serving
 
 # Models whose layers are given time before rows, or that mix them, so that the first dimension is not the batch.
 _TIME_FIRST = {"fsmt", "xlnet", "transfo-xl", "longformer", "led"}
-# Models whose outputs compare each row with each other one, so that no output belongs to one row.
-_EACH_WITH_EACH = {"clip", "chinese_clip", "altclip", "siglip", "siglip2", "align", "x-clip", "groupvit", "metaclip_2"}
+# Outputs of models that compare each row's text with each other row's image, so that no output belongs to one row.
+_EACH_WITH_EACH = "logits_per_"
 
 
 def check_order(model: nn.Module) -> None:
@@ -21,17 +23,31 @@ def check_order(model: nn.Module) -> None:
     Raises:
         BankError: it is one of them.
     """
-    config = getattr(model, "config", None)
-    model_type = getattr(config, "model_type", None)
-    if model_type in _EACH_WITH_EACH:
-        raise BankError(f"a bank cannot serve {model_type}: it compares each text with each image of a batch")
-    if getattr(config, "sparse_prediction", False) is True:
-        raise BankError("a bank cannot serve a model with sparse_prediction=True: its head is given chosen tokens only")
-    if model_type in _TIME_FIRST:
+    if any(_EACH_WITH_EACH in name for name in _declared_outputs(model)):
         raise BankError(
-            f"a bank cannot serve {model_type}: its layers are given time before rows, so that the rows of a batch"
-            " cannot be told apart there"
+            f"a bank cannot serve {type(model).__name__}: it compares each text with each image (or sound) of a batch"
         )
+    for module in model.modules():  # a model may stand in another one
+        config = getattr(module, "config", None)
+        if getattr(config, "sparse_prediction", False) is True:
+            raise BankError(
+                "a bank cannot serve a model with sparse_prediction=True: its head is given chosen tokens only"
+            )
+        model_type = getattr(config, "model_type", None)
+        if isinstance(model_type, str) and model_type in _TIME_FIRST:
+            raise BankError(
+                f"a bank cannot serve {model_type}: its layers are given time before rows, so that the rows of a batch"
+                " cannot be told apart there"
+            )
+
+
+def _declared_outputs(model: nn.Module) -> set[str]:
+    """Return the names of the outputs that a model's `forward` is declared to have."""
+    try:
+        declared = typing.get_type_hints(inspect.unwrap(type(model).forward)).get("return")
+    except (NameError, TypeError):  # written with names that are not there at run time
+        return set()
+    return {name for kind in (declared, *typing.get_args(declared)) for name in getattr(kind, "__annotations__", ())}
 
 
 def check_kept_apart(model: nn.Module, call_of: Callable[[Tensor], BankCall], inputs: Mapping[str, Any]) -> None:

@@ -100,11 +100,11 @@ class Slots:
 
     def _make_room(self) -> None:
         if self.grows:
-            more = max(64, self.capacity // 2)
-            self.free = list(range(self.capacity + more, self.capacity, -1))
-            # Calls that run at the moment keep the former tensors, whose rows have the same numbers.
-            self.slab = _lengthened(self.slab, more)
-            self.heads = None if self.heads is None else _lengthened(self.heads, more)
+            before, more = self.capacity, max(64, self.capacity // 2)
+            # Calls that run at the moment keep the former tensors, whose rows have the same numbers. Without memory for
+            # both, all stays as it is.
+            slab, heads = _lengthened(self.slab, more), None if self.heads is None else _lengthened(self.heads, more)
+            self.slab, self.heads, self.free = slab, heads, list(range(before + more, before, -1))
             return
         if not self.idle:
             raise BankError(
@@ -166,9 +166,8 @@ class Slots:
 
     def move(self, device: torch.device) -> None:
         """Move everything to another device."""
-        self.slab = self.slab.to(device)
-        if self.heads is not None:
-            self.heads = self.heads.to(device)
+        heads = None if self.heads is None else self.heads.to(device)
+        self.slab, self.heads = self.slab.to(device), heads
 
 
 def _zeros(rows: int, numbers: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -217,6 +216,10 @@ class Lease:
         self._held = list({id(version): version for version in self.versions if version is not None}.values())
         self.is_open = True
         owner.open_leases += 1
+
+    def is_of(self, owner: Slots) -> bool:
+        """Return whether it is a lease of these slots, rather than of another bank's."""
+        return self._owner is owner
 
     def release(self) -> None:
         """Let go; a second time does nothing."""

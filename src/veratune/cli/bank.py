@@ -9,8 +9,9 @@ import typer
 
 from veratune.atomic import temporary_beside
 from veratune.bank import AdapterBank, BankError
+from veratune.bank.bank import check_spelling
 from veratune.bank.configs import config_for_adapters
-from veratune.bank.file import BankFile, publish
+from veratune.bank.file import BankFile, is_there, publish
 from veratune.bank.record import dtype_name
 from veratune.bank.verify import examine
 from veratune.cli.models import adapter_in, load_model
@@ -56,7 +57,7 @@ def build(
     if not isinstance(numbers, torch.dtype):
         raise ValueError(f"--dtype {dtype}: not a dtype of torch; try float32 or bfloat16")
     places = _places(adapters)
-    if file.exists():
+    if is_there(file):
         raise BankError(f"{file} exists already")
     base = load_model(model, weights=True, adapter=next(iter(places.values())))
     config = config_for_adapters(base, places)
@@ -93,6 +94,7 @@ def add(
     known = BankFile(file)
     known.close()
     for name in places:
+        check_spelling(name)
         if (name in known.names) != replace:
             wrong = (
                 f"there is no adapter {name!r} in {file} to replace" if replace else f"{name!r} is in {file} already"

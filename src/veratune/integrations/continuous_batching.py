@@ -125,8 +125,9 @@ class BankManager(ContinuousBatchingManager):
             the request's id; with `num_return_sequences`, further outputs have `<id>__child#<number>`.
 
         Raises:
-            BankError: an unknown adapter, more different adapters at work than the bank has room for, a prompt that is
-                empty or is no tokens of this model, or an id that is in use.
+            BankError: an unknown adapter, more different adapters at work than the bank has room for, an empty prompt,
+                one of what are no tokens of the model, an id that is in use, or a request that could come to be longer
+                than the whole cache. One that was added before the manager began fails with this instead.
             RuntimeError: the manager is stopping or has failed.
         """
         with self.bank.lease([adapter]) as lease:
@@ -158,8 +159,7 @@ class BankManager(ContinuousBatchingManager):
             BankError, RuntimeError: as for `add_request`; nothing is added if an adapter or a prompt is at fault.
         """
         with self.bank.lease(adapters) as lease:
-            _check_inputs(inputs, lease, self.num_return_sequences, self.model)
-            return self._add_all(inputs, lease, settings)
+            return self._add_all(_checked_prompts(self.bank, inputs, lease, self.num_return_sequences), lease, settings)
 
     def _add_all(self, inputs: Sequence[Sequence[int]], lease: Lease, settings: dict[str, Any]) -> list[str]:
         # Prompts that begin the same follow each other, so that the first one's memory is there for the next.
@@ -170,7 +170,10 @@ class BankManager(ContinuousBatchingManager):
         return ids
 
     def _add(self, input_ids: Sequence[int], version: Version | None, request_id: str | None, **settings: Any) -> str:
-        tokens = _check_prompt(input_ids, self.num_return_sequences, self.model)
+        prompt = _checked_prompt(self.bank, input_ids, self.num_return_sequences)
+        if self.batch_processor is not None:  # otherwise nobody knows yet how large the cache will be
+            most = settings.get("max_new_tokens")
+            _check_room(self.batch_processor, prompt, self.generation_config.max_new_tokens if most is None else most)
         request_id = self._new_id() if request_id is None else request_id
         # Sequences that the request forks into outlive it.
         ids = [request_id, *_children(request_id, self.num_return_sequences - 1)]
@@ -180,7 +183,7 @@ class BankManager(ContinuousBatchingManager):
                 raise BankError(f"request_id={taken[0]!r} is that of a request at work: give another one, or none")
             self._leases.update({one: self.bank.lease_versions([version]) for one in ids})
         try:
-            added: str | None = super().add_request(tokens, request_id, **settings)
+            added: str | None = super().add_request(prompt, request_id, **settings)
         except BaseException:
             self._release(ids)
             raise
@@ -244,8 +247,12 @@ class BankManager(ContinuousBatchingManager):
         runner: Any = processor.model_runner
         scheduler: Any = processor.scheduler
         compute, clear = runner.compute_batch, scheduler.clear_cancelled_requests
+        add_waiting = scheduler.add_waiting_request
 
         def compute_batch(model: nn.Module, batch_data: dict[str, Any]) -> None:
+            # transformers would set it in the model's config for the time of the call, where calls of other threads see
+            # it and compute without a causal mask. With a mask, or with flash attention, it changes nothing.
+            batch_data.pop("is_causal", None)
             with self._serving(processor, batch_data):
                 compute(model, batch_data)
 
@@ -256,7 +263,13 @@ class BankManager(ContinuousBatchingManager):
                 self._release([state.request_id, *_children(state.request_id, state.num_children)])
             return cancelled
 
+        def add_waiting_request(state: RequestState) -> None:
+            # A request that cannot be in the cache even alone would end all others; an error here ends it alone.
+            _check_room(processor, state.initial_tokens, state.max_new_tokens)
+            add_waiting(state)
+
         runner.compute_batch = compute_batch
+        scheduler.add_waiting_request = add_waiting_request
         scheduler.clear_cancelled_requests = clear_cancelled_requests
         self._keep_apart(processor.cache)
 
@@ -422,19 +435,19 @@ def generate_batch(
     generation_config = generation_config or bank.model.generation_config
     sequences = generation_config.num_return_sequences or 1
     with bank.lease(adapters) as lease:
-        _check_inputs(inputs, lease, sequences, bank.model.base_model)
-        if not inputs:
+        prompts = _checked_prompts(bank, inputs, lease, sequences)
+        if not prompts:
             return {}
         longest = generation_config.max_new_tokens if max_new_tokens is None else max_new_tokens
         hints = WorkloadHints(
-            max_prompt_length=max(len(input_ids) for input_ids in inputs),
+            max_prompt_length=max(map(len, prompts)),
             max_generated_length=longest or 0,
-            num_requests=len(inputs) * sequences,
+            num_requests=len(prompts) * sequences,
         )
         results: dict[str, GenerationOutput] = {}
         with BankManager(bank, generation_config, continuous_batching_config, hints) as manager:
             settings = {"max_new_tokens": max_new_tokens, "record_timestamps": record_timestamps}
-            ids = manager._add_all(inputs, lease, settings)
+            ids = manager._add_all(prompts, lease, settings)
             wanted = [one for request_id in ids for one in (*_children(request_id, sequences - 1), request_id)]
             while len(results) < len(wanted):
                 output = manager.get_result(timeout=1)
@@ -453,35 +466,48 @@ def _children(request_id: str, number: int) -> list[str]:
     return [f"{request_id}__child#{i}" for i in range(number)]
 
 
-def _check_prompt(input_ids: Sequence[int], sequences: int, model: Any) -> list[int]:
-    """Return a prompt's tokens; what is none would end the thread that computes, and all requests with it."""
+def _checked_prompt(bank: AdapterBank, input_ids: Sequence[int], sequences: int) -> list[int]:
+    """Return a prompt's tokens, or raise BankError: an error in a batch would end all requests."""
     try:
-        tokens = [operator.index(token) for token in input_ids]
+        prompt = [operator.index(token) for token in input_ids]
     except TypeError:
         raise BankError(
-            f"input_ids={reprlib.repr(input_ids)} is not allowed: give a list of token ids, such as"
+            f"input_ids={reprlib.repr(input_ids)} is not allowed: a prompt is one list of token ids, such as"
             " tokenizer(text).input_ids"
         ) from None
-    vocabulary = getattr(model.config.get_text_config(), "vocab_size", None)
-    unknown = [token for token in tokens if token < 0 or (vocabulary is not None and token >= vocabulary)]
-    if unknown:
-        raise BankError(f"input_ids has {unknown[0]}, which is none of the {vocabulary} tokens of this model")
-    if not tokens:
+    if not prompt:
         raise BankError("input_ids is empty: a prompt has at least one token")
-    if len(input_ids) == 1 and sequences > 1:
+    embeddings: Any = bank.model.base_model.get_input_embeddings()  # type: ignore[operator]
+    known = getattr(embeddings, "num_embeddings", None)
+    wrong = [token for token in prompt if token < 0 or (known is not None and token >= known)]
+    if wrong:
+        raise BankError(f"input_ids: {wrong[0]} is no token of this model, which has {known}")
+    if len(prompt) == 1 and sequences > 1:
         # It forks a request before the prompt's last token, and its batch may be left without any.
         raise BankError(
             f"a prompt of one token cannot have num_return_sequences={sequences}: transformers cannot fork it. Add a"
             " first token (bos_token_id), or add the request several times"
         )
-    return tokens
+    return prompt
 
 
-def _check_inputs(inputs: Sequence[Sequence[int]], lease: Lease, sequences: int, model: Any) -> None:
+def _check_room(processor: ContinuousBatchProcessor, prompt: Sequence[int], max_new_tokens: int | None) -> None:
+    """Raise BankError for a request that could come to be longer than the whole cache."""
+    room: int = processor.cache.max_tokens_read
+    most = len(prompt) + max(max_new_tokens or 1, 1) - 1  # of the last token nothing is kept
+    if most > room:
+        raise BankError(
+            f"a prompt of {len(prompt)} tokens and max_new_tokens={max_new_tokens} may come to {most} tokens, and the"
+            f" whole cache holds {room}: shorten them, or give the manager more num_blocks"
+        )
+
+
+def _checked_prompts(
+    bank: AdapterBank, inputs: Sequence[Sequence[int]], lease: Lease, sequences: int
+) -> list[list[int]]:
     if len(lease.versions) != len(inputs):
         raise BankError(f"{len(lease.versions)} adapters for {len(inputs)} inputs: give one, or None, for each")
-    for input_ids in inputs:
-        _check_prompt(input_ids, sequences, model)
+    return [_checked_prompt(bank, input_ids, sequences) for input_ids in inputs]
 
 
 def _check_generation(config: GenerationConfig) -> None:

@@ -23,6 +23,7 @@ from veratune.layers.saved import SavedModule
 from veratune.profiles import device_profile
 from veratune.projection import Corner
 from veratune.routing import LayerShape, RouteName, folding_pays
+from veratune.torch_private import transformations_active
 
 
 @dataclass(frozen=True)
@@ -232,8 +233,10 @@ class BankedLinear(VeraLinear):
                 yield own, slots
 
     def _reads_base(self, x: Tensor) -> bool:
-        """Return whether computing with the base layer's weight is the same as calling it."""
-        return x.dtype == self.base_weight.dtype and self._is_plain() and not torch.is_autocast_enabled(x.device.type)
+        """Return whether computing with the base layer's weight, into memory made here, is the same as calling it."""
+        if torch.is_autocast_enabled(x.device.type) or transformations_active():
+            return False
+        return x.dtype == self.base_weight.dtype and self._is_plain()
 
     def _by_rank(self, x: Tensor, slab: Tensor, products: Sequence[tuple[Tensor, SharedProjections, Tensor]]) -> Tensor:
         """Return the outputs of rows (rows, n, in) with what their adapters add, through the rank.
@@ -459,9 +462,15 @@ class BankedHead(SavedModule):
             .view(call.rows.shape[0], *shape)
             for name, (start, shape) in self.places.items()
         }
-        if type(self.original_module) is nn.Linear and len(args) == 1 and not kwargs:
+        if self._is_plain_linear() and len(args) == 1 and not kwargs:
             return self._linear(args[0], call, parameters)
         return self._each(call, parameters, args, kwargs)
+
+    def _is_plain_linear(self) -> bool:
+        """Return whether nothing but its weight and bias matters, such as a hook."""
+        module = self.original_module
+        hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+        return type(module) is nn.Linear and "forward" not in module.__dict__ and not any(hooks)
 
     def _linear(self, x: Tensor, call: BankCall, parameters: dict[str, Tensor]) -> Tensor:
         grouped = by_rows(x, call, self.name)
@@ -481,13 +490,11 @@ class BankedHead(SavedModule):
             )
         rows = call.rows.shape[0]
 
-        def split(value: Any) -> Any:
-            if not isinstance(value, Tensor):
-                return value
-            if value.ndim < 2 or value.shape[0] % rows or not value.shape[0]:
+        def split(value: Tensor) -> Tensor:
+            if value.ndim < 2 or not value.shape[0] or not _is_by_rows(value, call):
                 raise RuntimeError(
-                    f"{self.name} was given a tensor of shape {tuple(value.shape)}, whose first dimension is no"
-                    f" multiple of the {rows} rows of this batch"
+                    f"{self.name} was given a tensor of shape {tuple(value.shape)}, whose first dimension does not"
+                    f" stand for the {rows} rows of this batch: leave it out of modules_to_save"
                 )
             return value.reshape(rows, value.shape[0] // rows, *value.shape[1:])
 
@@ -496,11 +503,11 @@ class BankedHead(SavedModule):
             own = {name: value.to(dtypes[name]) for name, value in own.items()}
             return torch.func.functional_call(self.original_module, own, args, kwargs)
 
-        args, kwargs = tuple(split(value) for value in args), {name: split(value) for name, value in kwargs.items()}
-        places = tuple(0 if isinstance(value, Tensor) else None for value in args)
-        named = {name: 0 if isinstance(value, Tensor) else None for name, value in kwargs.items()}
-        output = torch.vmap(one, in_dims=(0, places, named))(parameters, args, kwargs)
-        return torch.utils._pytree.tree_map_only(Tensor, lambda value: value.flatten(0, 1), output)
+        tree = torch.utils._pytree
+        args, kwargs = tree.tree_map_only(Tensor, split, (args, kwargs))
+        places = tree.tree_map(lambda value: 0 if isinstance(value, Tensor) else None, (args, kwargs))
+        output = torch.vmap(one, in_dims=(0, *places))(parameters, args, kwargs)
+        return tree.tree_map_only(Tensor, lambda value: value.flatten(0, 1), output)
 
     def __getattr__(self, name: str) -> Any:
         call = active_call()

@@ -20,7 +20,7 @@ from veratune.routing import LayerShape, MemoryName, RouteName
 from veratune.sources import Source
 
 
-def _vector_device(base_layer: nn.Module, weight: Tensor) -> torch.device:
+def vector_device(base_layer: nn.Module, weight: Tensor) -> torch.device:
     """Return where a layer's vectors belong: with its weight, or where accelerate brings an offloaded weight."""
     hook = getattr(base_layer, "_hf_hook", None)
     device = getattr(hook, "execution_device", None)
@@ -300,7 +300,7 @@ class VeraLayer(nn.Module):
         parts: tuple[int, ...] = (),
     ) -> None:
         """Give this layer the vectors of another adapter; it is not active yet."""
-        device, rank = _vector_device(self.base_layer, self.base_weight), init.rank
+        device, rank = vector_device(self.base_layer, self.base_weight), init.rank
         b = torch.zeros(self.geometry.b_shape, dtype=init.dtype, device=device)
         d = torch.full(self.geometry.d_shape(rank, parts), init.d_initial, dtype=init.dtype, device=device)
         if not init.standard:
