@@ -16,8 +16,9 @@ import veratune.bank.slots
 from reference import relative
 from test_bank import CUSTOMERS, alone, assert_alone, bank_of, inputs_of, tiny, with_adapters
 from tiny_models import tiny_model
-from veratune import VeraConfig
+from veratune import VeraConfig, get_peft_model
 from veratune.bank import AdapterBank, BankError
+from veratune.layers.banked import BankedLinear
 
 CONFIG = VeraConfig(r=4, target_modules=["linear"], modules_to_save=["head"])
 
@@ -298,3 +299,43 @@ def test_a_bank_is_neither_copied_nor_pickled() -> None:
     for attempt in (copy.copy, copy.deepcopy, pickle.dumps):
         with pytest.raises(BankError, match="a bank can neither be copied nor pickled"):
             attempt(bank)
+
+
+@pytest.mark.parametrize(
+    ("in_bank", "in_adapter", "message"),
+    [
+        ([], None, r"trains \['classifier'\] in full, .*: make it with modules_to_save=\['classifier'\]"),
+        (
+            None,
+            [],
+            "adapts classifier, but this bank holds classifier in full .* without 'classifier' in modules_to_save",
+        ),
+    ],
+)
+def test_heads_that_one_adapts_and_the_other_trains_in_full(
+    in_bank: list[str] | None, in_adapter: list[str] | None, message: str, tmp_path: Path
+) -> None:
+    config = VeraConfig(r=4, target_modules="all-linear", task_type="SEQ_CLS")
+    get_peft_model(tiny_model("bert"), config.replace(modules_to_save=in_adapter)).save_pretrained(tmp_path)
+    bank = AdapterBank(tiny_model("bert"), config.replace(modules_to_save=in_bank))
+    with pytest.raises(BankError, match=message):
+        bank.load("anna", tmp_path)
+    assert len(bank) == 0
+
+
+def test_what_a_bank_says_of_itself(tmp_path: Path) -> None:
+    config = VeraConfig(r=4, target_modules=["query"], task_type="SEQ_CLS")
+    bank = AdapterBank(tiny_model("bert"), config, capacity=2, dtype=torch.bfloat16)
+    rows = 3  # the base model's as well
+    numbers = sum(4 + layer.out_features for layer in bank.model.modules() if isinstance(layer, BankedLinear))
+    head = sum(parameter.numel() for parameter in tiny_model("bert").classifier.parameters())
+    assert (bank.capacity, bank.nbytes) == (2, rows * (2 * numbers + 4 * head))
+    model = get_peft_model(tiny_model("bert"), config)
+    for name in ("anna", "bert", "carl"):
+        with torch.no_grad():
+            next(iter(model.adapter_state("default").parameters())).add_(1.0)
+        bank.add(name, model)
+    assert bank.capacity == 66
+    assert f"{bank!r}".startswith(
+        "AdapterBank(3 adapters of 66 at a time, r <= 4, 2 layers, heads: classifier, torch.bf"
+    )

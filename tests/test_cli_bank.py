@@ -150,7 +150,7 @@ def test_nothing_is_written_where_one_does_not_fit(
         (("add", file, base, f"x={anna}", f"={anna}"), "name='' is not allowed"),
         (("add", file, base, f"x={anna}", f"y={adapters['carl']}"), "which is none of the"),
         (("remove", file, "anna", "x"), "there is no adapter 'x'"),
-        (("list", base), "is no bank's file"),
+        (("list", base), "is a directory, and no bank's file"),
         (("verify", tmp_path / "nothing"), "cannot be opened: No such file"),
     ):
         code, out, err = run(capsys, "bank", *arguments)

@@ -289,6 +289,5 @@ def test_pushing_while_training(strategy: str, hub: NoHub, tmp_path: Path) -> No
 
 
 def test_another_model_is_refused(tmp_path: Path) -> None:
-    trainer = VeraTrainer(tiny_model("bert"), arguments(tmp_path, max_steps=1), train_dataset=Rows())
     with pytest.raises(TypeError, match="VeraTrainer trains a VeraModel, not a BertFor"):
-        trainer.save_model()
+        VeraTrainer(tiny_model("bert"), arguments(tmp_path, max_steps=1), train_dataset=Rows())

@@ -143,7 +143,7 @@ class AdapterBank:
         self.refresh()
         self._modes = [(module, module.training) for module in model.modules()]
         replace_modules(model, replacements)
-        self._modules = base_modules(model)  # a bank's model does not change, whatever adapters come
+        self._modules = modules  # as they were: what an adapter does not fit is this bank, no other adapter
         self._named: tuple[VeraConfig, list[str]] = plan.config, [target.name for target in plan.targets]
         load_calibration(device)
         self.model = BankModel(model, self).eval()
@@ -207,6 +207,26 @@ class AdapterBank:
 
     def __len__(self) -> int:
         return len(self._names)
+
+    def __repr__(self) -> str:
+        layout = self.layout
+        heads = f", heads: {', '.join(layout.heads)}" if layout.heads else ""
+        return (
+            f"AdapterBank({len(self)} adapters of {self.capacity} at a time, r <= {layout.rank}, {len(layout.layers)}"
+            f" layers{heads}, {self.dtype}, {self.nbytes / 1e6:.1f} MB)"
+        )
+
+    @property
+    def capacity(self) -> int:
+        """How many adapters there is room for on the device; in memory, a bank that is full grows."""
+        with self._slots.lock:
+            return self._slots.capacity
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of all rows on the device, free ones included; each adapter's vectors and heads are one row."""
+        with self._slots.lock:
+            return self._slots.slab.nbytes + (0 if self._slots.heads is None else self._slots.heads.nbytes)
 
     def __contains__(self, name: object) -> bool:
         return name in self._names

@@ -99,7 +99,8 @@ class BankFile:
         self._map: mmap.mmap | None = None
         try:
             if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait for a writer
-                raise BankError(f"{path} is no bank's file")
+                what = "a directory" if path.is_dir() else "no file"
+                raise BankError(f"{path} is {what}, and no bank's file")
             self._descriptor = os.open(path, os.O_RDONLY | _BINARY)
         except OSError as error:
             raise BankError(f"{path} cannot be opened: {error.strerror}") from None
@@ -273,7 +274,10 @@ class BankFile:
             raise DamagedRecordError(f"a record of the kind {kind!r} is unknown to this veratune")
 
     def _damaged(self, position: int, damage: DamagedRecordError) -> NoReturn:
-        raise BankError(f"{self.path} is damaged at byte {position}: {damage}") from None
+        raise BankError(
+            f"{self.path} is damaged at byte {position}: {damage}. Put back a copy of it, or build it anew from the"
+            " adapters' directories"
+        ) from None
 
     def _bytes(self, start: int, length: int) -> bytes:
         with self._lock:

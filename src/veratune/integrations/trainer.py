@@ -33,6 +33,15 @@ class VeraTrainer(transformers.Trainer):
     adapters that the model has.
     """
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """Make a trainer, as `transformers.Trainer`.
+
+        Raises:
+            TypeError: the model is no `VeraModel`.
+        """
+        super().__init__(*args, **kwargs)
+        self._vera_model()
+
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train, as `transformers.Trainer.train`.
 
