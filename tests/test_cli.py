@@ -386,3 +386,14 @@ def test_the_program_itself(adapter: Path) -> None:
     )
     assert "\x1b" not in result.stdout and "─" not in result.stdout
     assert tiny_inputs("bert")  # the same tiny model as everywhere
+
+
+def test_packages_do_not_write_between_the_output(base: Path, adapter: Path, tmp_path: Path) -> None:
+    """DeepSpeed, which transformers imports to save a model, logs to the standard output."""
+    result = subprocess.run(
+        [sys.executable, "-m", "veratune", "merge", str(adapter), str(tmp_path / "merged")],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert result.stdout == f"{tmp_path / 'merged'}: {base} with {adapter} merged in\n"

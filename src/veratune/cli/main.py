@@ -30,7 +30,7 @@ _USAGE_ERROR: Any = typer.BadParameter.__mro__[1]  # click's, or typer's own cop
 # What a user's files or words can cause: the message is enough. Anything else is named with its kind.
 _EXPECTED = (ValueError, TypeError, OSError, ImportError)
 # What packages say of their own missing parts when transformers imports them: nothing that a user could act on.
-_CHATTY = ("torchao", "bitsandbytes", "torch.utils._pytree")
+_CHATTY = ("torchao", "bitsandbytes", "torch.utils._pytree", "DeepSpeed")
 # What typer says of values in the words of the library that checks them.
 _PLAINLY = {
     "Value error, ": "",
@@ -74,6 +74,8 @@ def main(arguments: list[str] | None = None) -> int:
     given = [argument for argument in given if argument != "--traceback"]
     for name in _CHATTY:
         logging.getLogger(name).setLevel(logging.ERROR)
+        # DeepSpeed sets its own level when it is imported, and logs to the standard output.
+        logging.getLogger(name).addFilter(_is_error)
     app.rich_markup_mode = "rich" if sys.stdout.isatty() else None
     try:
         with warnings.catch_warnings():
@@ -94,6 +96,10 @@ def main(arguments: list[str] | None = None) -> int:
     if not given:
         return 2
     return result if isinstance(result, int) else 0
+
+
+def _is_error(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.ERROR
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:
