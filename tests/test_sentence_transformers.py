@@ -100,6 +100,5 @@ def test_resuming_gives_the_losses_of_a_whole_run_to_the_bit(tmp_path: Path) -> 
 
 
 def test_a_model_without_an_adapter_is_refused(tmp_path: Path) -> None:
-    trainer = trainer_for(base(), tmp_path)
     with pytest.raises(TypeError, match="VeraSentenceTransformerTrainer trains a VeraModel, not a SentenceTransformer"):
-        trainer.train()
+        trainer_for(base(), tmp_path)
