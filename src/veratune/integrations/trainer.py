@@ -70,7 +70,7 @@ class VeraTrainer(transformers.Trainer):
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         found = [module for module in model.modules() if isinstance(module, VeraModel)]
         if len(found) != 1:
-            remedy = "give it one, or use the trainer without adapters" if not found else f"it holds {len(found)} of them"
+            remedy = "give it one, or use its own trainer" if not found else f"it holds {len(found)} of them"
             raise TypeError(f"{type(self).__name__} trains a VeraModel, not a {type(model).__name__}: {remedy}")
         return found[0]
 
