@@ -9,10 +9,13 @@ model with nothing but that row's version on it, from vectors made anew of the s
 wrong answer is one that differs by more than rounding, or is of a version that the row's name did not mean when the
 request began; a lost one an error, or a refusal of names of which none was gone. Before all that, the same goes on for
 half as long without anything being written down, and the process's memory is watched: what was written down and freed
-again would hide its growth.
+again would hide its growth. All of it once in memory, and once with a file and room for a twentieth of the adapters, so
+that others have to make room all the time; pages of the file, which the system may drop, are not counted.
 """
 
+import os
 import random
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -23,7 +26,6 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertModel
 
 import veratune
-from bank_memory import resident_bytes
 from common import Benchmark, Case, Table, Target, new_case, progress
 from veratune.bank import AdapterBank
 from veratune.layers.banked import serving
@@ -31,6 +33,12 @@ from veratune.layers.banked import serving
 CONFIG = veratune.VeraConfig(r=32, target_modules="all-linear")
 ROWS, TOKENS = 8, 8
 LAWS = ("uniform", "Zipf")
+
+
+def private_bytes() -> int:
+    """Return how much of this process's memory is resident and no file's."""
+    _, resident, shared, *_ = Path("/proc/self/statm").read_text(encoding="ascii").split()
+    return (int(resident) - int(shared)) * os.sysconf("SC_PAGE_SIZE")
 
 
 def encoder() -> nn.Module:
@@ -60,8 +68,9 @@ class Author:
 class Churn:
     """The bank, its customers, and everything that was asked and answered."""
 
-    def __init__(self, customers: int, *, recording: bool) -> None:
-        self.bank = AdapterBank(encoder(), CONFIG, capacity=customers + 256)
+    def __init__(self, customers: int, file: Path | None, *, recording: bool) -> None:
+        room = customers + 256 if file is None else max(4 * ROWS, customers // 20)
+        self.bank = AdapterBank(encoder(), CONFIG, capacity=room, file=file)
         self.author = Author()
         self.seeds: dict[str, int] = {}  # digest to seed
         self.names = [f"customer {number}" for number in range(customers)]
@@ -192,21 +201,22 @@ def run(churn: Churn, seconds: float) -> list[int]:
     memory = []
     for _ in range(20):
         time.sleep(seconds / 20)
-        memory.append(resident_bytes())
+        memory.append(private_bytes())
     churn.stop.set()
     for thread in threads:
         thread.join()
     return memory
 
 
-def measure(customers: int, seconds: float) -> Case:
-    """Run it all."""
-    case = new_case(f"{customers} adapters", customers=customers, seconds=seconds)
-    progress(f"bank_churn: watching the memory of {customers} adapters")
-    churn = Churn(customers, recording=False)
+def measure(customers: int, seconds: float, directory: Path | None) -> Case:
+    """Run it all, with files in a directory or without."""
+    key = f"{customers} adapters" + ("" if directory is None else ", with a file")
+    case = new_case(key, customers=customers, seconds=seconds)
+    progress(f"bank_churn: watching the memory of {key}")
+    churn = Churn(customers, directory and directory / "watched.bank", recording=False)
     memory = run(churn, seconds / 2)
     errors, leases = churn.errors, churn.leases()
-    churn = Churn(customers, recording=True)
+    churn = Churn(customers, directory and directory / "recorded.bank", recording=True)
     progress("bank_churn: running")
     run(churn, seconds)
     progress(f"bank_churn: comparing {len(churn.answers)} requests")
@@ -291,7 +301,9 @@ def main() -> None:
     torch.set_num_threads(1)
     customers = options.customers or (500 if options.quick else 10_000)
     seconds = 60 * (options.minutes or (0.25 if options.quick else 3))
-    BENCHMARK.finish([measure(customers, seconds)], options.output)
+    with tempfile.TemporaryDirectory() as directory:
+        for place in (None, Path(directory)):
+            BENCHMARK.finish([measure(customers, seconds, place)], options.output)
 
 
 if __name__ == "__main__":
