@@ -19,7 +19,8 @@ from veratune import TargetError, VeraConfig, VeraModel, get_peft_model
 from veratune.bank import AdapterBank, BankError
 from veratune.functional import project_down
 from veratune.layers import banked
-from veratune.layers.banked import BankedLinear, serving
+from veratune.layers.bank_call import serving
+from veratune.layers.banked import BankedLinear
 
 CUSTOMERS = ("anna", "bert", "carl")
 ROWS: list[str | None] = ["anna", None, "carl", "bert", "anna"]

@@ -34,7 +34,9 @@ from veratune.checkpoint.hub import find_directory
 from veratune.checkpoint.reading import read_adapter
 from veratune.checkpoint.transfer import LoadedAdapter, ReadyAdapter, layers_named, make_ready, targets_of, tell_apart
 from veratune.config import VeraConfig
-from veratune.layers.banked import BankCall, BankedConv1D, BankedHead, BankedLinear, RowGroup
+from veratune.layers.bank_call import BankCall, RowGroup
+from veratune.layers.banked import BankedConv1D, BankedLinear
+from veratune.layers.banked_head import BankedHead
 from veratune.layers.base import vector_device
 from veratune.layers.kinds import is_conv1d
 from veratune.model import check_bare

@@ -7,7 +7,7 @@ import torch
 
 from veratune.bank.layout import BankError
 from veratune.bank.slots import Lease
-from veratune.layers.banked import BankCall, RowGroup
+from veratune.layers.bank_call import BankCall, RowGroup
 
 
 def make_call(

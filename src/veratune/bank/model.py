@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from veratune.bank.layout import BankError
 from veratune.bank.slots import Lease
 from veratune.forwarding import StandsForModel
-from veratune.layers.banked import serving
+from veratune.layers.bank_call import serving
 
 if TYPE_CHECKING:
     from veratune.bank.bank import AdapterBank

@@ -40,7 +40,9 @@ from torch import nn
 from veratune.bank import AdapterBank, BankError
 from veratune.bank.model import AdapterNames
 from veratune.bank.slots import Lease, Version
-from veratune.layers.banked import BankCall, BankedHead, BankedLinear, active_call, serving
+from veratune.layers.bank_call import BankCall, active_call, serving
+from veratune.layers.banked import BankedLinear
+from veratune.layers.banked_head import BankedHead
 
 # What is built on here is no public interface of transformers, so other versions are refused rather than hoped for.
 if not transformers.__version__.startswith("5.23."):

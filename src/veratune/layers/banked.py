@@ -1,13 +1,7 @@
-"""Layers of a model that serves many adapters at once: each row of a batch has vectors of its own.
-
-What a call serves is found in a `BankCall` of the calling thread, as a model hands its layers nothing but their inputs.
-A layer that finds none refuses to compute, rather than let some other adapter, or none, stand in for the one wanted.
-"""
+"""Linear layers of a model that serves many adapters at once: each row of a batch has vectors of its own."""
 
 import math
-import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,145 +10,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from veratune.functional import add_delta, add_for_rows, for_rows, gradients_wanted, project_down
+from veratune.layers.bank_call import BankCall, RowGroup, active_call, by_rows, current_call
 from veratune.layers.base import InputGroup
 from veratune.layers.geometry import Geometry, slices
 from veratune.layers.linear import VeraConv1D, VeraLinear
-from veratune.layers.saved import SavedModule
 from veratune.profiles import device_profile
 from veratune.projection import Corner
 from veratune.routing import LayerShape, RouteName, folding_pays
 from veratune.torch_private import transformations_active
-
-
-@dataclass(frozen=True)
-class RowGroup:
-    """The rows of a call that have the same adapter.
-
-    Attributes:
-        slot: the adapter's row in the slab.
-        source: which projections it has.
-        rows: int64 (n,), the rows.
-        span: the same as a slice, if they stand together.
-    """
-
-    slot: int
-    source: int
-    rows: Tensor
-    span: slice | None
-
-    def of(self, x: Tensor) -> Tensor:
-        """Return its rows of a tensor."""
-        return x.index_select(0, self.rows) if self.span is None else x[self.span]
-
-
-@dataclass(frozen=True)
-class BankCall:
-    """What the layers have to know of one call of the model.
-
-    Attributes:
-        owner: the bank; layers of another one refuse the call.
-        slab: (slots, numbers), the vectors of all resident adapters; row 0 is zero, which is the base model.
-        heads: (slots, numbers), what adapters train in full; row 0 is the base model's own. None without heads.
-        rows: int64 (n,), the slot of each row of the batch or, if `packed`, of each token.
-        by_source: for each kind of projections that occurs the same, with 0 in rows of other kinds; for all kinds that
-            the bank has if the model is compiled, so that it need not be compiled anew for other combinations.
-        packed: whether `rows` are tokens.
-        groups: the rows by adapter, the base model left out.
-        largest: the number of rows that the commonest adapter has.
-        has_base: whether there may be rows of the base model.
-        copies: how often a row may stand in a layer's input, one behind the other: beams and returned sequences.
-        flattened: whether layers may be given (rows * tokens, in). Not so where a row also has images or sounds, whose
-            number nothing tells.
-        held: what keeps the slots as they are while the call is there.
-    """
-
-    owner: object
-    slab: Tensor
-    heads: Tensor | None
-    rows: Tensor
-    by_source: tuple[tuple[int, Tensor], ...]
-    packed: bool
-    groups: tuple[RowGroup, ...]
-    largest: int
-    has_base: bool = True
-    copies: tuple[int, ...] = (1,)
-    flattened: bool = True
-    held: object = None
-
-    @property
-    def plain(self) -> bool:
-        """Whether all rows are the base model's."""
-        return len(self.by_source) == 0  # in words that a compiler can follow
-
-
-class _Calls(threading.local):
-    current: BankCall | None = None
-
-
-_calls = _Calls()
-
-
-@contextmanager
-def serving(call: BankCall) -> Iterator[None]:
-    """Let the layers that this thread calls serve this call."""
-    before = _calls.current
-    _calls.current = call
-    try:
-        yield
-    finally:
-        _calls.current = before
-
-
-def active_call() -> BankCall | None:
-    """Return the call that this thread is serving, whichever bank's it is."""
-    return _calls.current
-
-
-def current_call(owner: object) -> BankCall:
-    """Return what this thread's call of a bank's model serves.
-
-    Raises:
-        RuntimeError: the model was not called through this bank.
-    """
-    call = active_call()
-    if call is None or call.owner is not owner:
-        raise RuntimeError(
-            "this model serves the adapters of a bank and was called without any: call bank.model(..., adapters=[...])"
-            " or bank.model.generate(..., adapters=[...]), with None for rows of the base model; bank.unload() gives"
-            " the model back"
-        )
-    return call
-
-
-def by_rows(x: Tensor, call: BankCall, what: str) -> Tensor:
-    """Return an input (..., in) as (rows, n, in), where the n vectors of each row belong to one adapter.
-
-    Raises:
-        RuntimeError: the input's first dimension does not stand for the rows (or their beams, or rows and tokens in
-            one), so that nothing tells what belongs to which adapter.
-    """
-    rows = call.rows.shape[0]
-    tokens = math.prod(x.shape[:-1])
-    if call.packed:
-        if tokens != rows:
-            raise RuntimeError(
-                f"{what} was given an input of shape {tuple(x.shape)}, {tokens} tokens, while adapter_lengths add up to"
-                f" {rows}"
-            )
-    elif x.ndim < 2 or not _is_by_rows(x, call):
-        raise RuntimeError(
-            f"{what} was given an input of shape {tuple(x.shape)}, whose first dimension does not stand for the {rows}"
-            " rows of this batch: it cannot be told which adapter belongs to what. Leave that layer out of the bank"
-        )
-    return x.reshape(rows, tokens // rows, x.shape[-1])
-
-
-def _is_by_rows(x: Tensor, call: BankCall) -> bool:
-    """Return whether an input's first dimension is that of the rows, or of their copies, or rows and tokens in one."""
-    rows = call.rows.shape[0]
-    if x.ndim == 2 and call.flattened:
-        return x.shape[0] % rows == 0
-    return any(x.shape[0] == rows * copies for copies in call.copies)
 
 
 @dataclass(frozen=True)
@@ -414,106 +277,3 @@ class BankedConv1D(BankedLinear):
 def part_slices(parts: tuple[int, ...], out_features: int) -> list[slice]:
     """Return the outputs of each part, or of the one that a layer without parts is."""
     return slices(parts or (out_features,))
-
-
-class BankedHead(SavedModule):
-    """A module that adapters train in full, such as a classification head: each row computes with its own copy.
-
-    Attributes:
-        owner: what tells this bank's calls from another's.
-        name: the module's name in the model.
-        places: parameter name to (first column in the slab of heads, shape).
-    """
-
-    def __init__(
-        self, original_module: nn.Module, owner: object, name: str, places: dict[str, tuple[int, tuple[int, ...]]]
-    ) -> None:
-        super().__init__(original_module)
-        self.owner = owner
-        self.name = name
-        self.places = places
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        call = current_call(self.owner)
-        if call.plain:
-            return self.original_module(*args, **kwargs)
-        output = self._own(call, args, kwargs)
-        if not call.has_base:
-            return output
-        # The base model's own, as it is now, rather than as the bank found it.
-        base = call.rows == 0
-
-        def choose(own: Any, plain: Any) -> Any:
-            if not isinstance(own, Tensor):
-                return own
-            mask = base.repeat_interleave(own.shape[0] // len(base)) if not call.packed else base
-            shape = own.shape[: 1 if not call.packed else own.ndim - 1]
-            mask = mask.view(*shape, *[1] * (own.ndim - len(shape)))
-            return torch.where(mask, plain, own)
-
-        return torch.utils._pytree.tree_map(choose, output, self.original_module(*args, **kwargs))
-
-    def _own(self, call: BankCall, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Return what each row's own copy computes."""
-        assert call.heads is not None
-        parameters = {
-            name: call.heads[:, start : start + math.prod(shape)]
-            .index_select(0, call.rows)
-            .view(call.rows.shape[0], *shape)
-            for name, (start, shape) in self.places.items()
-        }
-        if self._is_plain_linear() and len(args) == 1 and not kwargs:
-            return self._linear(args[0], call, parameters)
-        return self._each(call, parameters, args, kwargs)
-
-    def _is_plain_linear(self) -> bool:
-        """Return whether nothing but its weight and bias matters, such as a hook."""
-        module = self.original_module
-        hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-        return type(module) is nn.Linear and "forward" not in module.__dict__ and not any(hooks)
-
-    def _linear(self, x: Tensor, call: BankCall, parameters: dict[str, Tensor]) -> Tensor:
-        grouped = by_rows(x, call, self.name)
-        weight, bias = parameters["weight"].mT.to(x.dtype), parameters.get("bias")
-        product = torch.bmm(grouped, weight)
-        if bias is not None:
-            product = product + bias.to(x.dtype).unsqueeze(1)
-        return product.reshape(*x.shape[:-1], weight.shape[-1])
-
-    def _each(
-        self, call: BankCall, parameters: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
-        if call.packed:
-            raise RuntimeError(
-                f"{self.name} is a {type(self.original_module).__name__} of each adapter's own, which cannot be served"
-                " to packed sequences: give a batch with a row for each sequence"
-            )
-        rows = call.rows.shape[0]
-
-        def split(value: Tensor) -> Tensor:
-            if value.ndim < 2 or not value.shape[0] or not _is_by_rows(value, call):
-                raise RuntimeError(
-                    f"{self.name} was given a tensor of shape {tuple(value.shape)}, whose first dimension does not"
-                    f" stand for the {rows} rows of this batch: leave it out of modules_to_save"
-                )
-            return value.reshape(rows, value.shape[0] // rows, *value.shape[1:])
-
-        def one(own: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            dtypes = {name: parameter.dtype for name, parameter in self.original_module.named_parameters()}
-            own = {name: value.to(dtypes[name]) for name, value in own.items()}
-            return torch.func.functional_call(self.original_module, own, args, kwargs)
-
-        tree = torch.utils._pytree
-        args, kwargs = tree.tree_map_only(Tensor, split, (args, kwargs))
-        places = tree.tree_map(lambda value: 0 if isinstance(value, Tensor) else None, (args, kwargs))
-        output = torch.vmap(one, in_dims=(0, *places))(parameters, args, kwargs)
-        return tree.tree_map_only(Tensor, lambda value: value.flatten(0, 1), output)
-
-    def __getattr__(self, name: str) -> Any:
-        call = active_call()
-        if call is not None and not call.plain and name in self.__dict__.get("places", {}):
-            raise RuntimeError(
-                f"the model reads {name} of {self.name} itself instead of calling the module, so that rows cannot have"
-                " heads of their own: leave it out of modules_to_save"
-            )
-        return super().__getattr__(name)
