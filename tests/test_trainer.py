@@ -103,9 +103,10 @@ def test_checkpoints_hold_the_adapter_and_nothing_of_the_model(tmp_path: Path) -
         assert torch.equal(loaded(**tiny_inputs("bert")).logits, expected)
 
 
-def test_the_best_checkpoint_is_put_back_and_evaluation_has_loss_and_metrics(tmp_path: Path) -> None:
+def trained_with_its_best(kind: type[transformers.Trainer], tmp_path: Path) -> transformers.Trainer:
+    """A trainer after eight steps, of which a made-up metric finds the second checkpoint's the best."""
     settings = {"eval_strategy": "steps", "eval_steps": 2, "save_steps": 2, "load_best_model_at_end": True}
-    trainer = VeraTrainer(
+    trainer = kind(
         model_of(),
         arguments(tmp_path, **settings, metric_for_best_model="accuracy", max_steps=8),
         train_dataset=Rows(),
@@ -114,6 +115,11 @@ def test_the_best_checkpoint_is_put_back_and_evaluation_has_loss_and_metrics(tmp
     )
     trainer.train()
     assert trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-2")
+    return trainer
+
+
+def test_the_best_checkpoint_is_put_back_and_evaluation_has_loss_and_metrics(tmp_path: Path) -> None:
+    trainer = trained_with_its_best(VeraTrainer, tmp_path)
     best = VeraModel.from_pretrained(tiny_model("bert"), tmp_path / "checkpoint-2")
     assert all(torch.equal(a, b) for a, b in zip(state(trainer.model), state(best), strict=True))
     assert {"eval_loss", "eval_accuracy"} <= set(trainer.evaluate())

@@ -9,7 +9,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from test_trainer import NoHub, Rows, arguments, hub, losses, state
+from test_trainer import NoHub, Rows, arguments, hub, losses, state, trained_with_its_best
 from tiny_models import TARGETS, main_output, tiny_inputs, tiny_model
 from veratune import CheckpointError, VeraConfig, VeraModel, get_peft_model
 from veratune.integrations.trainer import VeraTrainer, install
@@ -94,16 +94,7 @@ def test_checkpoints_are_adapters_and_training_goes_on_from_them_to_the_bit(
 
 
 def test_the_best_checkpoint_is_put_back(tmp_path: Path) -> None:
-    settings = {"eval_strategy": "steps", "eval_steps": 2, "save_steps": 2, "load_best_model_at_end": True}
-    trainer = transformers.Trainer(
-        model_of("bert"),
-        arguments(tmp_path, **settings, metric_for_best_model="accuracy", max_steps=8),
-        train_dataset=Rows(),
-        eval_dataset=Rows(7),
-        compute_metrics=lambda output: {"accuracy": -float(trainer.state.global_step)},
-    )
-    trainer.train()
-    assert trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-2")
+    trainer = trained_with_its_best(transformers.Trainer, tmp_path)
     best = VeraModel.from_pretrained(tiny_model("bert"), tmp_path / "checkpoint-2")
     last = VeraModel.from_pretrained(tiny_model("bert"), tmp_path / "checkpoint-8")
     assert all(torch.equal(a, b) for a, b in zip(state(trainer.model), state(best), strict=True))

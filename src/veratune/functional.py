@@ -451,10 +451,14 @@ def select_and_add(
     return added
 
 
+def _up_for_rows(down: Tensor, b_projection: Tensor, d: Tensor) -> Tensor:
+    scaled = (down * d.unsqueeze(1)).to(down.dtype)
+    return (scaled.flatten(0, 1) @ b_projection).view(*down.shape[:2], -1)
+
+
 def for_rows(down: Tensor, b_projection: Tensor, b: Tensor, d: Tensor) -> Tensor:
     """Return b * (B (d * u)), (rows, n, out), in the dtype of u; as for `add_for_rows`, of at least 32 bits."""
-    scaled = (down * d.unsqueeze(1)).to(down.dtype).flatten(0, 1)
-    return (scaled @ b_projection).view(*down.shape[:2], -1).mul_(b.unsqueeze(1))
+    return _up_for_rows(down, b_projection, d).mul_(b.unsqueeze(1))
 
 
 def add_for_rows(start: Tensor, down: Tensor, b_projection: Tensor, b: Tensor, d: Tensor) -> Tensor:
@@ -467,8 +471,7 @@ def add_for_rows(start: Tensor, down: Tensor, b_projection: Tensor, b: Tensor, d
         b: the vectors b, (rows, out), of any floating dtype.
         d: the vectors d with the projections' gain, (rows, r), of any floating dtype.
     """
-    scaled = (down * d.unsqueeze(1)).to(down.dtype)
-    up = (scaled.flatten(0, 1) @ b_projection).view(start.shape)
+    up = _up_for_rows(down, b_projection, d)
     if torch.promote_types(b.dtype, start.dtype) == start.dtype:
         return torch.addcmul(start, up, b.to(start.dtype).unsqueeze(1))
     return start + (up * b.unsqueeze(1)).to(start.dtype)

@@ -237,13 +237,13 @@ def _check_fits(layout: Layout, ready: ReadyAdapter) -> None:
         )
     for target in ready.plan.targets:
         place = layout.layers.get(target.name)
-        head = next((name for name in layout.heads if f"{target.name}.".startswith(f"{name}.")), None)
-        if head is not None:
-            raise BankError(
-                f"{origin} adapts {target.name}, but this bank holds {head} in full for each adapter: make it without"
-                f" {head!r} in modules_to_save"
-            )
         if place is None:
+            head = next((name for name in layout.heads if f"{target.name}.".startswith(f"{name}.")), None)
+            if head is not None:
+                raise BankError(
+                    f"{origin} adapts {target.name}, but this bank holds {head} in full for each adapter: make it"
+                    f" without {head!r} in modules_to_save"
+                )
             raise BankError(
                 f"{origin} adapts {target.name}, which is none of the {len(layout.layers)} layers of this bank: make"
                 " the bank with target_modules that include it"

@@ -134,7 +134,7 @@ class BankManager(ContinuousBatchingManager):
         """
         with self.bank.lease([adapter]) as lease:
             return self._add(
-                input_ids,
+                _checked_prompt(self.bank, input_ids, self.num_return_sequences),
                 lease.versions[0],
                 request_id,
                 max_new_tokens=max_new_tokens,
@@ -163,16 +163,15 @@ class BankManager(ContinuousBatchingManager):
         with self.bank.lease(adapters) as lease:
             return self._add_all(_checked_prompts(self.bank, inputs, lease, self.num_return_sequences), lease, settings)
 
-    def _add_all(self, inputs: Sequence[Sequence[int]], lease: Lease, settings: dict[str, Any]) -> list[str]:
+    def _add_all(self, prompts: list[list[int]], lease: Lease, settings: dict[str, Any]) -> list[str]:
         # Prompts that begin the same follow each other, so that the first one's memory is there for the next.
-        order = sorted(range(len(inputs)), key=lambda i: (lease.digests[i], list(inputs[i])), reverse=True)
-        ids = [self._new_id() for _ in inputs]
+        order = sorted(range(len(prompts)), key=lambda i: (lease.digests[i], prompts[i]), reverse=True)
+        ids = [self._new_id() for _ in prompts]
         for i in order:
-            self._add(inputs[i], lease.versions[i], ids[i], **settings)
+            self._add(prompts[i], lease.versions[i], ids[i], **settings)
         return ids
 
-    def _add(self, input_ids: Sequence[int], version: Version | None, request_id: str | None, **settings: Any) -> str:
-        prompt = _checked_prompt(self.bank, input_ids, self.num_return_sequences)
+    def _add(self, prompt: list[int], version: Version | None, request_id: str | None, **settings: Any) -> str:
         if self.batch_processor is not None:  # otherwise nobody knows yet how large the cache will be
             most = settings.get("max_new_tokens")
             _check_room(self.batch_processor, prompt, self.generation_config.max_new_tokens if most is None else most)

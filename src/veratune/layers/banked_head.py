@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from veratune.layers.bank_call import BankCall, active_call, by_rows, current_call, is_by_rows
+from veratune.layers.base import only_computes
 from veratune.layers.saved import SavedModule
 
 
@@ -56,15 +57,10 @@ class BankedHead(SavedModule):
             .view(call.rows.shape[0], *shape)
             for name, (start, shape) in self.places.items()
         }
-        if self._is_plain_linear() and len(args) == 1 and not kwargs:
+        module = self.original_module
+        if type(module) is nn.Linear and only_computes(module) and len(args) == 1 and not kwargs:
             return self._linear(args[0], call, parameters)
         return self._each(call, parameters, args, kwargs)
-
-    def _is_plain_linear(self) -> bool:
-        """Return whether nothing but its weight and bias matters, such as a hook."""
-        module = self.original_module
-        hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-        return type(module) is nn.Linear and "forward" not in module.__dict__ and not any(hooks)
 
     def _linear(self, x: Tensor, call: BankCall, parameters: dict[str, Tensor]) -> Tensor:
         grouped = by_rows(x, call, self.name)

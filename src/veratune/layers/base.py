@@ -491,6 +491,17 @@ class TransparentLayer(VeraLayer):
             return getattr(modules["base_layer"], name)
 
 
+def only_computes(module: nn.Module) -> bool:
+    """Return whether calling a module does what its class does, and nothing else: no hooks, no forward of its own."""
+    return (
+        "forward" not in module.__dict__
+        and not module._forward_hooks
+        and not module._forward_pre_hooks
+        and not module._backward_hooks
+        and not module._backward_pre_hooks
+    )
+
+
 def plain_tensor(weight: Tensor) -> bool:
     """Return whether a weight is an ordinary tensor, rather than one of a class that computes in its own way."""
     return type(weight) in (Tensor, nn.Parameter)

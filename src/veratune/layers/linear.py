@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from veratune.functional import gradients_wanted, project_down
-from veratune.layers.base import VeraLayer, call_with, plain_tensor
+from veratune.layers.base import VeraLayer, call_with, only_computes, plain_tensor
 from veratune.layers.geometry import Geometry
 from veratune.layers.products import add, compute_dtype, multiply, plan_for
 from veratune.layers.quantised import (
@@ -125,11 +125,7 @@ class VeraLinear(VeraLayer):
         base = self.base_layer
         return (
             self._plain_class
-            and "forward" not in base.__dict__
-            and not base._forward_hooks
-            and not base._forward_pre_hooks
-            and not base._backward_hooks
-            and not base._backward_pre_hooks
+            and only_computes(base)
             and plain_tensor(self.base_weight)
             and self.base_weight.is_floating_point()
         )
