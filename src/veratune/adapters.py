@@ -17,6 +17,8 @@ from veratune.forwarding import ForwardOfBase, StandsForModel
 from veratune.layers import ComputeSettings, InputGroup, SavedModule, VectorInit, VeraLayer, VeraModule, VeraParameter
 from veratune.layers.biases import AdapterBiases, bias_owners
 from veratune.layers.kinds import adapt, adapt_parameter
+from veratune.layers.offloading import check_at_hand
+from veratune.layers.quantised import keep_differentiable
 from veratune.layers.shared import SharedDown
 from veratune.profiles import load_calibration
 from veratune.projection import projection_pool
@@ -67,6 +69,13 @@ class AdapterState:
     vectors: dict[str, tuple[Tensor, Tensor]]
     saved: dict[str, nn.Module]
     biases: dict[str, nn.Parameter]
+
+    def check_values(self, operation: str) -> None:
+        """Raise ValueError, saying what cannot be done, if any of this is offloaded or on the meta device."""
+        named = {f"a vector of {name}": vector for name, pair in self.vectors.items() for vector in pair}
+        for name, module in self.saved.items():
+            named.update({f"{name}.{key}": tensor for key, tensor in module.state_dict(keep_vars=True).items()})
+        check_at_hand({**named, **self.biases}, operation)
 
     def parameters(self) -> Iterator[Tensor]:
         for b, d in self.vectors.values():
@@ -391,8 +400,13 @@ class AdaptedModel(StandsForModel):
             for parameter in self.adapter_state(name).parameters():
                 if parameter.is_floating_point():
                     parameter.requires_grad_(trainable)
+            if trainable:
+                keep_differentiable(self.base_model)
 
     def _activate(self, names: Sequence[str]) -> None:
+        for name, biases in self._biases.items():
+            if biases.installed != (name in names):
+                biases.check_swappable()
         self._active = list(dict.fromkeys(names))
         for module in self.modules():
             if isinstance(module, VeraLayer | SavedModule):
@@ -431,7 +445,8 @@ class AdaptedModel(StandsForModel):
                 if not module.modules_to_save:
                     replacements[id(module)] = module.original_module
         replace_modules(self, replacements)
-        self._biases.pop(adapter_name, None)
+        if adapter_name in self._biases:
+            self._biases.pop(adapter_name).release()
         del self.peft_config[adapter_name], self._sources[adapter_name]
         projection_pool.trim()
 
@@ -499,7 +514,13 @@ class AdaptedModel(StandsForModel):
         self._release_projections()
 
     def unmerge_adapter(self) -> None:
-        """Undo `merge_adapter`, to the exact bits."""
+        """Undo `merge_adapter`, to the exact bits.
+
+        Raises:
+            ValueError: merged weights were offloaded since; nothing is changed then.
+        """
+        for layer in self._layers():
+            layer.check_unmergeable()
         for layer in self._layers():
             layer.unmerge()
 
@@ -533,7 +554,7 @@ class AdaptedModel(StandsForModel):
         untied = self._tied_weights(names)
         self._activate(names)
         self._carry_flags()
-        self._biases.clear()  # the installed ones stay
+        self._forget_biases()  # the installed ones stay
         layers = self._layers()
         for done, layer in enumerate(layers, start=1):
             merged = [name for name in names if name in layer.slots]
@@ -576,10 +597,15 @@ class AdaptedModel(StandsForModel):
             self._inputs_require_grad = False
         self.peft_config.clear()
         self._sources.clear()
-        self._biases.clear()
+        self._forget_biases()
         self._active = []
         projection_pool.trim()
         return self.base_model
+
+    def _forget_biases(self) -> None:
+        for biases in self._biases.values():
+            biases.release()
+        self._biases.clear()
 
     def _carry_flags(self) -> None:
         """Let the parameters that stay in the place of the model's own ones be trainable if those were."""

@@ -114,6 +114,7 @@ class VeraModel(AdaptedModel):
         ready = {name: _read(self.base_model, directory) for name, directory in directories.items()}
         for name, adapter in ready.items():
             adapter.check_equal_to(self, name)
+            self.adapter_state(name).check_values(f"restore adapter {name!r}")
         for name, adapter in ready.items():
             adapter.copy_into(self, name)
 
@@ -144,7 +145,10 @@ class VeraModel(AdaptedModel):
             raise ValueError(
                 f"safe_serialization={safe_serialization!r} is not allowed: veratune writes safetensors, never pickles"
             )
-        for name, directory in self._directories(save_directory, selected_adapters).items():
+        directories = self._directories(save_directory, selected_adapters)
+        for name in directories:
+            self.adapter_state(name).check_values(f"save adapter {name!r}")
+        for name, directory in directories.items():
             save_native(self, name, directory, write=is_main_process)
             if not is_main_process:
                 continue
@@ -255,6 +259,7 @@ class VeraModel(AdaptedModel):
     def _to_export(self, adapter_name: str | None) -> str:
         """Return the name of the adapter to export, after making sure that all of it is in this process."""
         name = self.active_adapter if adapter_name is None else adapter_name
+        self.adapter_state(name).check_values(f"export adapter {name!r}")
         for parameter in self.adapter_state(name).parameters():
             spread = how_spread(parameter)
             if spread is not None:

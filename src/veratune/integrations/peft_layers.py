@@ -14,6 +14,8 @@ from veratune.layers.kinds import geometry, layer_class, parameter_layout
 class TunedLayer(BaseTunerLayer):
     """What PEFT wants of a layer, on top of a `VeraLayer`."""
 
+    _choose_added = VeraLayer._choose_added
+
     adapter_layer_names = ("vera_lambda_b", "vera_lambda_d")
     other_param_names = ("vera_dropout", "slots")
 
@@ -35,10 +37,8 @@ class TunedLayer(BaseTunerLayer):
         self.active_adapters = list(names)
         self._choose_added()
 
-    def _choose_added(self) -> None:
-        layer: Any = self
-        active = [] if self.disable_adapters else self.active_adapters
-        layer.added_adapters = [n for n in active if n in layer.slots and n not in layer.merged_adapters]
+    def _computing(self) -> list[str]:
+        return [] if self.disable_adapters else self.active_adapters
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """Choose the active adapters, trainable unless for inference."""

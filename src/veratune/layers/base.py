@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -11,8 +11,20 @@ from torch import Tensor, nn
 
 from veratune.functional import add_delta, delta_weight, select_and_add, without_autocast
 from veratune.layers.adapted_weight import View
+from veratune.layers.biases import check_biases, only_bias_checks
 from veratune.layers.geometry import Geometry, slices
+from veratune.layers.offloading import (
+    HOOK_ATTRIBUTES,
+    ResidentParameters,
+    execution_device,
+    is_hooked,
+    is_offloaded,
+    loaded,
+    through_hooks,
+    why_no_values,
+)
 from veratune.layers.products import add, compute_dtype, multiply
+from veratune.layers.recomputation import State, StateLog, recomputing
 from veratune.layers.shared import SharedDown
 from veratune.layers.spread import how_spread
 from veratune.projection import Corner, projection_pool
@@ -22,9 +34,8 @@ from veratune.sources import Source
 
 def vector_device(base_layer: nn.Module, weight: Tensor) -> torch.device:
     """Return where a layer's vectors belong: with its weight, or where accelerate brings an offloaded weight."""
-    hook = getattr(base_layer, "_hf_hook", None)
-    device = getattr(hook, "execution_device", None)
-    return torch.device(device) if weight.is_meta and device is not None else weight.device
+    device = execution_device(base_layer) if weight.is_meta else None
+    return weight.device if device is None else device
 
 
 @dataclass(frozen=True)
@@ -145,19 +156,25 @@ class VeraLayer(nn.Module):
         self.geometry = geometry
         self.in_features = geometry.in_features
         self.out_features = geometry.out_features
-        self.vera_lambda_b = nn.ParameterDict()
-        self.vera_lambda_d = nn.ParameterDict()
+        self.vera_lambda_b = ResidentParameters()
+        self.vera_lambda_d = ResidentParameters()
         self.vera_dropout = nn.ModuleDict()
         self.slots: dict[str, Slot] = {}
         self.active_adapters: list[str] = []
         self.merged_adapters: list[str] = []
         self.added_adapters: list[str] = []
+        self._log = StateLog()
         # In a dict, so that nn.Module does not register the parameter that waits there while a merged one stands in.
         self._unmerged: dict[str, nn.Parameter] = {}
         self.training = base_layer.training
 
     def _hold(self, base_layer: nn.Module) -> None:
         self.base_layer = base_layer
+
+    @property
+    def device(self) -> torch.device:
+        """Where the layer computes."""
+        return vector_device(self.base_layer, self.base_weight)
 
     @property
     def base_weight(self) -> Tensor:
@@ -189,6 +206,9 @@ class VeraLayer(nn.Module):
 
     def weight_over(self, base: Tensor) -> Tensor:
         """Return the same for a W0 that is given, such as a replica's."""
+        self.check_recomputation()
+        if base.is_meta and is_offloaded(self.base_layer, self.weight_name):
+            base = loaded(self.base_layer, self.weight_name)
         if not self.added_adapters:
             return base
         matrix = self.matrix(base)
@@ -325,6 +345,7 @@ class VeraLayer(nn.Module):
         del self.vera_lambda_b[name], self.vera_lambda_d[name], self.slots[name]
         if name in self.vera_dropout:
             del self.vera_dropout[name]
+        self._log.forget(name)
         self.activate(self.active_adapters)
 
     def activate(self, names: Sequence[str]) -> None:
@@ -332,8 +353,20 @@ class VeraLayer(nn.Module):
         self.active_adapters = [name for name in names if name in self.slots]
         self._choose_added()
 
+    def _computing(self) -> list[str]:
+        """Return the active adapters, unless something disables them."""
+        return self.active_adapters
+
     def _choose_added(self) -> None:
-        self.added_adapters = [name for name in self.active_adapters if name not in self.merged_adapters]
+        computing = [name for name in self._computing() if name in self.slots]
+        self.added_adapters = [name for name in computing if name not in self.merged_adapters]
+        self._log.record(State(tuple(self.added_adapters), tuple(self.merged_adapters)))
+
+    def check_recomputation(self) -> None:
+        """Raise RuntimeError if this is a recomputation of what was computed with other adapters."""
+        if recomputing():
+            self._log.check(next((slot.name for slot in self.slots.values()), type(self.base_layer).__name__))
+            check_biases(self.base_layer)
 
     def weight_at_hand(self, name: str) -> bool:
         """Return whether an adapter's output may be computed from the weight itself, if it is the only active one."""
@@ -353,12 +386,12 @@ class VeraLayer(nn.Module):
         dtype = torch.promote_types(self.vectors(name)[0].dtype, torch.float32)
         if self.base_weight.is_floating_point() and self.base_weight.dtype.itemsize > 1:
             dtype = torch.promote_types(dtype, self.base_weight.dtype)
-        with torch.no_grad(), without_autocast(self.base_weight.device):
+        with torch.no_grad(), without_autocast(self.device):
             return self.like_weight(self._outputs_first(self._delta_matrices(name, dtype)))
 
     def _delta_matrices(self, name: str, dtype: torch.dtype) -> Tensor:
         """Return an adapter's delta as (..., out, in)."""
-        slot, device = self.slots[name], self.base_weight.device
+        slot, device = self.slots[name], self.device
         a_projection = slot.a.tensor(device, dtype)
         deltas = []
         for piece in self.pieces(name, device, dtype):
@@ -372,7 +405,9 @@ class VeraLayer(nn.Module):
         return torch.cat(deltas) if self.geometry.count is None else torch.stack(deltas)
 
     def full_weight(self) -> Tensor:
-        """Return W0 as a floating-point tensor of the shape that the layer computes with."""
+        """Return W0 as a floating-point tensor of the shape that the layer computes with, loaded if it is offloaded."""
+        if is_offloaded(self.base_layer, self.weight_name):
+            return loaded(self.base_layer, self.weight_name)
         return self.base_weight
 
     def merged_weight(self, names: Sequence[str]) -> Tensor:
@@ -390,7 +425,7 @@ class VeraLayer(nn.Module):
         if weight is None:
             return "its weight is computed from other parameters"
         if weight.is_meta:
-            return "its weight is on the meta device and has no values"
+            return why_no_values(self.base_layer, self.weight_name)
         if not weight.is_floating_point():
             return f"its weight is of the type {weight.dtype}"
         return None
@@ -448,6 +483,7 @@ class VeraLayer(nn.Module):
         """Put the weight from before `merge` back, on the device and in the dtype the layer has now."""
         if not self.merged_adapters:
             return
+        self.check_unmergeable()
         original, merged = self._unmerged["weight"], self.base_weight
         if original.device != merged.device or original.dtype != merged.dtype:
             original.data = original.data.to(merged.device, merged.dtype)
@@ -455,6 +491,12 @@ class VeraLayer(nn.Module):
         del self._unmerged["weight"]
         self.merged_adapters = []
         self._choose_added()
+
+    def check_unmergeable(self) -> None:
+        """Raise ValueError if `unmerge` cannot work, as the merged weight was offloaded; nothing is changed."""
+        if self.merged_adapters and self.base_weight.is_meta and not self._unmerged["weight"].is_meta:
+            reason = why_no_values(self.base_layer, self.weight_name)
+            raise ValueError(f"cannot unmerge {self.merged_adapters}: {reason}")
 
     def release_projections(self) -> None:
         """Free this layer's hold on drawn projections; the next use draws them again."""
@@ -496,7 +538,7 @@ def only_computes(module: nn.Module) -> bool:
     return (
         "forward" not in module.__dict__
         and not module._forward_hooks
-        and not module._forward_pre_hooks
+        and (not module._forward_pre_hooks or only_bias_checks(module))
         and not module._backward_hooks
         and not module._backward_pre_hooks
     )
@@ -510,22 +552,31 @@ def plain_tensor(weight: Tensor) -> bool:
 def stand_in_for(module: nn.Module, weights: Mapping[str, Tensor | None]) -> nn.Module:
     """Return what shares all with a module but some parameters, in whose places other tensors are."""
     stand_in = object.__new__(type(module))
-    stand_in.__dict__.update(module.__dict__)
+    stand_in.__dict__.update({name: value for name, value in module.__dict__.items() if name not in HOOK_ATTRIBUTES})
     stand_in.__dict__["_parameters"] = {**module._parameters, **weights}
     return stand_in
 
 
 def call_with(
-    module: nn.Module, weights: Mapping[str, Tensor | None], args: tuple[Any, ...], kwargs: dict[str, Any]
+    module: nn.Module, weights: Callable[[], Mapping[str, Tensor]], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
-    """Call a module with other tensors in the places of some of its parameters.
+    """Call a module with other tensors, which `weights` makes, in the places of some of its parameters.
 
     Nothing is written to the module, so that several threads may do this at once: a stand-in, which shares all else
     with the module, is called. A forward that was bound to the module itself would not see that, and a compiler would
-    not follow it; there the parameters are exchanged for the time of the call.
+    not follow it; there the parameters are exchanged for the time of the call. Hooks of accelerate load the module's own
+    parameters first.
     """
+    if is_hooked(module):
+        return through_hooks(module, lambda *a, **k: _call_stand_in(module, weights(), a, k), args, kwargs)
     if torch.compiler.is_compiling() or "forward" in module.__dict__:
-        return torch.func.functional_call(module, dict(weights), args, kwargs)  # type: ignore[arg-type]
+        return torch.func.functional_call(module, dict(weights()), args, kwargs)
+    return _call_stand_in(module, weights(), args, kwargs)
+
+
+def _call_stand_in(
+    module: nn.Module, weights: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
     stand_in = stand_in_for(module, weights)
     result = stand_in(*args, **kwargs)
     for name, value in stand_in.__dict__.items():

@@ -2,11 +2,51 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
+from veratune.layers.offloading import is_offloaded, why_no_values
+from veratune.layers.recomputation import State, StateLog, recomputing
 from veratune.layers.spread import whole
+
+
+class BiasCheck:
+    """A hook before the forward of a module whose bias adapters exchange.
+
+    It raises RuntimeError where the bias is not the one to compute with, or would learn nothing.
+    """
+
+    def __init__(self, log: StateLog, name: str) -> None:
+        self._log = log
+        self._name = name
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        if recomputing():
+            self.check()
+        bias = module._parameters.get("bias")
+        if bias is not None and bias.is_meta and bias.requires_grad and torch.is_grad_enabled():
+            if is_offloaded(module, "bias"):
+                raise RuntimeError(
+                    f"{self._name} cannot be trained: {why_no_values(module, 'bias')}, or compute under torch.no_grad()"
+                )
+
+    def check(self) -> None:
+        self._log.check(self._name)
+
+
+def only_bias_checks(module: nn.Module) -> bool:
+    """Return whether what is called before a module's forward is nothing but checks of its bias."""
+    return all(type(hook) is BiasCheck for hook in module._forward_pre_hooks.values())
+
+
+def check_biases(module: nn.Module) -> None:
+    """Make the checks of a module's bias where the module itself is not called."""
+    for hook in module._forward_pre_hooks.values():
+        if isinstance(hook, BiasCheck):
+            hook.check()
 
 
 @dataclass
@@ -24,6 +64,8 @@ class AdapterBiases:
     owners: dict[str, list[nn.Module]]
     waiting: dict[str, nn.Parameter] = field(default_factory=dict)
     installed: bool = False
+    log: StateLog = field(default_factory=StateLog)
+    handles: list[RemovableHandle] = field(default_factory=list)
 
     @classmethod
     def copies_of(cls, owners: dict[str, list[nn.Module]]) -> "AdapterBiases":
@@ -33,12 +75,29 @@ class AdapterBiases:
             assert isinstance(current, nn.Parameter)
             with whole([current]):
                 biases.waiting[name] = nn.Parameter(current.detach().clone(), requires_grad=False)
+        for name, modules in owners.items():
+            check = BiasCheck(biases.log, name)
+            biases.handles += [module.register_forward_pre_hook(check) for module in modules]
         return biases
+
+    def release(self) -> None:
+        """Take the checks off the modules, where the adapter is removed or its biases stay."""
+        for handle in self.handles:
+            handle.remove()
+        self.handles.clear()
+
+    def check_swappable(self) -> None:
+        """Raise ValueError if biases were offloaded since, so that they cannot be exchanged; nothing is changed."""
+        for name, modules in self.owners.items():
+            for module in modules:
+                if is_offloaded(module, "bias"):
+                    raise ValueError(f"{name} cannot be exchanged for another: {why_no_values(module, 'bias')}")
 
     def swap(self, *, install: bool) -> None:
         """Put the adapter's biases into the model, or the model's own back."""
         if install == self.installed:
             return
+        self.check_swappable()
         for name, modules in self.owners.items():
             leaving = modules[0].bias
             assert isinstance(leaving, nn.Parameter)
@@ -49,6 +108,7 @@ class AdapterBiases:
                 module.bias = entering
             self.waiting[name] = leaving
         self.installed = install
+        self.log.record(State(own_bias=install))
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """Return the adapter's own biases by name, wherever they are at the moment."""
@@ -66,6 +126,8 @@ def bias_owners(named: Iterable[tuple[str, nn.Module]]) -> dict[str, list[nn.Mod
     """Return the floating-point bias parameters of these modules by dotted name, each once, with all that hold it."""
     owners: dict[str, list[nn.Module]] = {}
     for _, first_name, module in _biases(named):
+        if is_offloaded(module, "bias"):
+            raise ValueError(f"{first_name} cannot be trained: {why_no_values(module, 'bias')}, or use bias='none'")
         holders = owners.setdefault(first_name, [])
         if module not in holders:
             holders.append(module)

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from veratune.layers.base import TransparentLayer, call_with, stand_in_for
@@ -24,10 +25,13 @@ class VeraConv(TransparentLayer):
         return matrix.view(self.base_weight.shape)
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        self.check_recomputation()
         dropped = [name for name in self.added_adapters if self.training and name in self.vera_dropout]
         added = self.added_adapters
         if added and not dropped:
-            adapted: Tensor = call_with(self.base_layer, {"weight": self.adapted_weight()}, (input, *args), kwargs)
+            adapted: Tensor = call_with(
+                self.base_layer, lambda: {"weight": self.adapted_weight()}, (input, *args), kwargs
+            )
             return adapted
         # What is dropped out of an adapter's input is not dropped out of the base layer's.
         output: Tensor = self.base_layer(input, *args, **kwargs)
@@ -38,10 +42,11 @@ class VeraConv(TransparentLayer):
 
     def _alone(self, name: str, x: Tensor) -> Tensor:
         """Return what an adapter adds for an input of its own."""
-        weight = self.matrix(self.base_weight)
-        a_projection = self.slots[name].a.tensor(weight.device, weight.dtype)
-        (piece,) = self.pieces(name, weight.device, weight.dtype)
-        delta = self._with_delta(weight.new_zeros(weight.shape), a_projection, piece, name, None)
+        weight, device = self.matrix(self.base_weight), self.device
+        a_projection = self.slots[name].a.tensor(device, weight.dtype)
+        (piece,) = self.pieces(name, device, weight.dtype)
+        zeros = torch.zeros(weight.shape, dtype=weight.dtype, device=device)
+        delta = self._with_delta(zeros, a_projection, piece, name, None)
         stand_in = stand_in_for(self.base_layer, {"weight": self.like_weight(delta), "bias": None})
         alone: Tensor = stand_in.forward(x)  # without hooks, which have been called with the base layer's output
         return alone

@@ -38,15 +38,15 @@ class VeraEmbedding(TransparentLayer):
 
     def _rows(self, name: str, tokens: Tensor) -> Tensor:
         """Return an adapter's deltas of these rows of the table, (n, out), in the table's dtype."""
-        weight = self.base_weight
         b, d = self.vectors(name)
         dtype = torch.promote_types(b.dtype, torch.float32)
         slot = self.slots[name]
         columns = self._columns(name, tokens, dtype)
-        up = (columns * (d * slot.gain)) @ slot.b[0].tensor(weight.device, dtype)
-        return (up * b).to(weight.dtype)
+        up = (columns * (d * slot.gain)) @ slot.b[0].tensor(self.device, dtype)
+        return (up * b).to(self.base_weight.dtype)
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        self.check_recomputation()
         output: Tensor = self.base_layer(input, *args, **kwargs)
         if not self.added_adapters:
             return output
@@ -64,18 +64,19 @@ class VeraEmbedding(TransparentLayer):
         return output
 
     def adapted_weight(self) -> Tensor:
-        tokens = torch.arange(self.in_features, device=self.base_weight.device)
-        weight = self.base_weight
+        weight = self.full_weight()
+        tokens = torch.arange(self.in_features, device=weight.device)
         for name in self.added_adapters:
             weight = weight + self._rows(name, tokens)
         return weight
 
     @property
     def weight(self) -> Tensor:
-        return self.adapted_weight() if self.added_adapters else self.base_weight
+        self.check_recomputation()
+        return self.adapted_weight()
 
     def _delta_matrices(self, name: str, dtype: torch.dtype) -> Tensor:
-        slot, device = self.slots[name], self.base_weight.device
+        slot, device = self.slots[name], self.device
         b, d = (vector.to(dtype) for vector in self.vectors(name))
         b_projection = slot.b[0].tensor(device, dtype)
         rows = torch.arange(self.in_features, device=device)

@@ -41,6 +41,7 @@ class VeraLinear(VeraLayer):
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         x = input  # called by name, as in torch.nn.Linear
+        self.check_recomputation()
         active = self.added_adapters
         if not active:
             output: Tensor = self.base_layer(x, *args, **kwargs)
@@ -49,7 +50,7 @@ class VeraLinear(VeraLayer):
         special = not self._plain_class or bool(self.slots[first].parts) or len(active) > 1
         if special and self._reads_weight(active, x):
             weight = self.adapted_weight() if self._plain_class else self.weight
-            read: Tensor = call_with(self.base_layer, {"weight": weight}, (x, *args), kwargs)
+            read: Tensor = call_with(self.base_layer, lambda: {"weight": weight}, (x, *args), kwargs)
             return read
         dtype = None
         alone = not self.slots[first].parts and not args and not kwargs and x.shape[-1:] == (self.in_features,)
@@ -96,7 +97,7 @@ class VeraLinear(VeraLayer):
         return not self._drops(name) and self._is_plain()
 
     def full_weight(self) -> Tensor:
-        return dequantised(self.base_layer) if is_quantised(self.base_layer) else self.base_weight
+        return dequantised(self.base_layer) if is_quantised(self.base_layer) else super().full_weight()
 
     def why_not_mergeable(self) -> str | None:
         return why_not_readable(self.base_layer) if is_quantised(self.base_layer) else super().why_not_mergeable()

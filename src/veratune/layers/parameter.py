@@ -70,10 +70,11 @@ class VeraModule(nn.Module):
                 del self.adapted[own]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        weights = self._weights()
-        if not weights:
+        for layer in self.parameter_layers().values():
+            layer.check_recomputation()
+        if not any(layer.added_adapters for layer in self.parameter_layers().values()):
             return self.base_layer(*args, **kwargs)
-        return call_with(self.base_layer, weights, args, kwargs)
+        return call_with(self.base_layer, self._weights, args, kwargs)
 
     def _weights(self) -> dict[str, Tensor]:
         return {

@@ -41,11 +41,7 @@ def dequantised(module: nn.Module) -> Tensor:
 
         codes, state = weight.data, weight.quant_state
         if getattr(state, "packing_format_for_cpu", False):
-            # In evaluation on a CPU the codes and scales are put into an order that only its own kernel reads. Its
-            # inverse restores the codes alone.
-            state = copy.copy(state)
-            state.absmax, state.original_nested = state.absmax.t().reshape(-1).float(), False
-            codes, state = functional._convert_weight_packed_for_cpu_inverse(codes, state)
+            codes, state = _usual_form(weight)
         full: Tensor = functional.dequantize_4bit(codes, state)
         return full
     if kind == "Int8Params":
@@ -55,6 +51,31 @@ def dequantised(module: nn.Module) -> Tensor:
         return codes.float() * (scales.float() / 127.0)[:, None]
     plain: Tensor = weight.dequantize()
     return plain
+
+
+def keep_differentiable(model: nn.Module) -> None:
+    """Keep bitsandbytes' 4-bit layers in a form that they can be differentiated through, now and from now on.
+
+    In evaluation on a CPU they exchange their codes for others that only an inference kernel reads, and backward passes
+    from then on, or under way, take these for the usual ones. The way back rounds the scales.
+    """
+    for module in model.modules():
+        if "support_avx512bf16_for_cpu" in module.__dict__:
+            module.__dict__["support_avx512bf16_for_cpu"] = False
+            weight: Any = module._parameters["weight"]
+            if getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False):
+                weight.data, weight.quant_state = _usual_form(weight)
+
+
+def _usual_form(weight: Any) -> tuple[Tensor, Any]:
+    """Return the codes and the state that a 4-bit weight had before it was packed for a CPU; scales in float32."""
+    from bitsandbytes import functional
+
+    state = copy.copy(weight.quant_state)
+    # The inverse restores the codes alone.
+    state.absmax, state.original_nested = state.absmax.t().reshape(-1).float(), False
+    codes, state = functional._convert_weight_packed_for_cpu_inverse(weight.data, state)
+    return codes, state
 
 
 def loss_of_merging(module: nn.Module) -> str:

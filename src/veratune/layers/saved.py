@@ -1,12 +1,15 @@
 """Modules that are trained in full beside the vectors (a new classification head), one copy for each adapter."""
 
-import copy
 from collections.abc import Sequence
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from veratune.layers.offloading import resident_copy
+from veratune.layers.recomputation import State, StateLog, recomputing
 from veratune.layers.spread import whole
+from veratune.torch_private import tree_leaves
 
 
 class SavedModule(nn.Module):
@@ -23,26 +26,37 @@ class SavedModule(nn.Module):
         self.original_module = original_module
         self.modules_to_save = nn.ModuleDict()
         self.active_adapters: list[str] = []
+        self._log = StateLog()
         self.training = original_module.training
 
     def add_adapter(self, name: str) -> None:
         with whole(self.original_module.parameters()):
-            self.modules_to_save[name] = copy.deepcopy(self.original_module).requires_grad_(False)
+            self.modules_to_save[name] = resident_copy(self.original_module).requires_grad_(False)
 
     def delete_adapter(self, name: str) -> None:
         del self.modules_to_save[name]
+        self._log.forget(name)
         self.activate(self.active_adapters)
 
     def activate(self, names: Sequence[str]) -> None:
         """Let the copy of the one of these adapters that has any compute."""
         self.active_adapters = [name for name in names if name in self.modules_to_save]
+        self._log.record(State(tuple(self.active_adapters)))
 
     def current(self) -> nn.Module:
         """Return the module that computes now."""
         return self.modules_to_save[self.active_adapters[0]] if self.active_adapters else self.original_module
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.current()(*args, **kwargs)
+        if recomputing():
+            self._log.check(f"a {type(self.original_module).__name__} that adapters train in full")
+        module = self.current()
+        output = module(*args, **kwargs)
+        if self.active_adapters and torch.is_grad_enabled() and _is_offloaded(module):
+            for value in tree_leaves(output):
+                if isinstance(value, Tensor) and value.requires_grad:
+                    value.register_hook(_refuse_gradient)
+        return output
 
     def __getitem__(self, index: Any) -> Any:
         module: Any = self.current()
@@ -52,6 +66,22 @@ class SavedModule(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name.startswith("__") or "active_adapters" not in self.__dict__:  # being copied or unpickled
+            # Private: hooks on the module inside, say. Without the attribute, this is being copied or unpickled.
+            if name.startswith("_") or "active_adapters" not in self.__dict__:
                 raise
             return getattr(self.current(), name)
+
+
+def _is_offloaded(module: nn.Module) -> bool:
+    return not torch.compiler.is_compiling() and any(
+        parameter.is_meta and parameter.requires_grad for parameter in module.parameters()
+    )
+
+
+def _refuse_gradient(gradient: Tensor) -> Tensor:
+    if gradient.is_meta:
+        return gradient
+    raise RuntimeError(
+        "what an adapter trains in full (modules_to_save) is offloaded by accelerate, which loses its gradients: call"
+        " accelerate.hooks.remove_hook_from_submodules(model) before training, or offload before adding the adapter"
+    )
