@@ -185,3 +185,75 @@ def test_a_layer_whose_weight_cannot_be_read_is_not_merged() -> None:
     with pytest.raises(ValueError, match="cannot merge into 0: Opaque keeps its weight in a form of its own"):
         model.merge_adapter()
     assert model.merged_adapters == []
+
+
+def gradients_of(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    model.zero_grad(set_to_none=True)
+    model(x).square().sum().backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+def in_peft(base: nn.Module) -> nn.Module:
+    peft = pytest.importorskip("peft")
+    from veratune.integrations.peft import VeratuneConfig
+
+    model: nn.Module = peft.get_peft_model(base, VeratuneConfig(r=4, target_modules=["0", "2"]), adapter_name="one")
+    randomise(model, scale=0.2)
+    return model
+
+
+def partly(base: nn.Module) -> nn.Module:
+    """Adapt the first layer alone: its gradients come through one that is not adapted."""
+    model = get_peft_model(base, VeraConfig(r=4, target_modules=["0"]))
+    randomise(model, scale=0.2)
+    return model
+
+
+def natively(base: nn.Module) -> nn.Module:
+    model = get_peft_model(base, copy.deepcopy(CONFIG))
+    randomise(model, scale=0.2)
+    return model
+
+
+@pytest.mark.parametrize("adapt", [natively, partly, in_peft], ids=lambda adapt: adapt.__name__)
+@pytest.mark.parametrize("kind", MAKERS)
+def test_gradients_after_an_evaluation_are_those_of_before(kind: str, adapt: Callable[[nn.Module], nn.Module]) -> None:
+    model, x = adapt(MAKERS[kind]()).train(), x_of()
+    before = gradients_of(model, x)
+    pending = model(x).square().sum()
+    model.eval()
+    with torch.no_grad():
+        model(x)
+        model.train()
+        model(x)
+        model.eval()
+    evaluated = gradients_of(model, x)  # as some do who want no dropout
+    model.train()
+    after = gradients_of(model, x)
+    model.zero_grad(set_to_none=True)
+    pending.backward()
+    late = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+    assert len(before) == (2 if adapt is partly else 4)
+    for name, gradient in before.items():
+        for other in (after, late):
+            torch.testing.assert_close(other[name], gradient, rtol=1e-4, atol=1e-4)
+        # In evaluation on a CPU the 8-bit layers round their inputs too, to one in 127.
+        tolerance = 2 / 127 if kind == "int8" else 1e-4
+        assert float((evaluated[name] - gradient).norm() / gradient.norm()) < tolerance
+
+
+@pytest.mark.parametrize("adapt", [natively, partly, in_peft], ids=lambda adapt: adapt.__name__)
+@pytest.mark.parametrize("kind", ["nf4", "nf4 doubly", "fp4"])
+def test_a_model_that_was_evaluated_before_it_was_adapted_learns_right(
+    kind: str, adapt: Callable[[nn.Module], nn.Module]
+) -> None:
+    base, x = MAKERS[kind]().eval(), x_of()
+    with torch.no_grad():
+        base(x)
+    fresh = MAKERS[kind]()
+    torch.manual_seed(1)
+    model = adapt(base).train()
+    torch.manual_seed(1)
+    expected = gradients_of(adapt(fresh).train(), x)
+    for name, gradient in gradients_of(model, x).items():  # scales were rounded to bfloat16
+        assert float((gradient - expected[name]).norm() / expected[name].norm()) < 0.01

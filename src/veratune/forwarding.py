@@ -64,8 +64,11 @@ class StandsForModel(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name.startswith("__") or "base_model" not in self.__dict__.get("_modules", {}):
-                raise  # being copied or unpickled
+            # accelerate's hooks on the model inside are not the wrapper's. Without a model, this is being copied or
+            # unpickled.
+            inside = "base_model" in self.__dict__.get("_modules", {})
+            if name.startswith("__") or name in ("_hf_hook", "_old_forward") or not inside:
+                raise
             return getattr(self.base_model, name)
 
     def __setattr__(self, name: str, value: Any) -> None:

@@ -37,7 +37,7 @@ def gradients_wanted(*values: object) -> bool:
     return torch.is_grad_enabled() and any(isinstance(value, Tensor) and value.requires_grad for value in values)
 
 
-def _check_values(x: Tensor, *operands: Tensor | None) -> None:
+def check_values(x: Tensor, *operands: Tensor | None) -> None:
     """Raise RuntimeError if operands have no values where x has: torch would compute rubbish with some of them."""
     for operand in operands:
         if operand is not None and operand.is_meta != x.is_meta:
@@ -63,7 +63,7 @@ def delta_weight(a_projection: Tensor, b_projection: Tensor, b: Tensor, d: Tenso
 
     With leading dimensions of b and d, (..., out) and (..., r), a delta for each pair, (..., out, in).
     """
-    _check_values(a_projection, b_projection, b, d)
+    check_values(a_projection, b_projection, b, d)
     return fold_vectors(b_projection, b, d, gain).mT @ a_projection
 
 
@@ -377,7 +377,7 @@ def add_delta(weight: Tensor, a_projection: Tensor, b_projection: Tensor, b: Ten
     Gradients flow to weight, b and d, once; a compiler, and torch.func, differentiate torch's own operations.
     """
     arguments = (weight, a_projection, b_projection, b, d)
-    _check_values(*arguments)
+    check_values(*arguments)
     if transformations_active() or torch.compiler.is_compiling():
         scaled = (d * gain).unsqueeze(-1) * b.unsqueeze(-2) * b_projection
         return (weight + scaled.mT @ a_projection).to(weight.dtype)
@@ -460,7 +460,7 @@ def select_and_add(
     if transformations_active() or torch.compiler.is_compiling():
         return _with_own_vectors(start, x @ a_projection.t(), b_projection, b[groups], d[groups], gain)
     arguments = (start, x, a_projection, b_projection, b, d, groups, gain)
-    _check_values(start, x, b, d)
+    check_values(start, x, b, d)
     added: Tensor = _SelectAndAdd.apply(*arguments)  # type: ignore[no-untyped-call]
     return added
 
@@ -493,7 +493,7 @@ def add_for_rows(start: Tensor, down: Tensor, b_projection: Tensor, b: Tensor, d
 
 def _apply(*arguments: Any) -> Tensor:
     x, start, weight, bias, _, _, b, d = arguments[:8]
-    _check_values(x, start, weight, bias, b, d)
+    check_values(x, start, weight, bias, b, d)
     if transformations_active():
         return _composed(*arguments)
     # Autograd's own bookkeeping can take longer than a small layer: there is none where nothing is differentiated, and

@@ -38,6 +38,7 @@ from veratune.integrations.peft_layers import TunedLayer, TunedModule, tuned_lay
 from veratune.layers import ComputeSettings, InputGroup, Slot, VectorInit, VeraLinear
 from veratune.layers.fastpath import choose_paths
 from veratune.layers.kinds import adaptable_parameters, geometry, layer_class, why_not_adaptable
+from veratune.layers.quantised import keep_differentiable
 from veratune.layers.shared import SharedDown
 from veratune.profiles import load_calibration
 from veratune.projection import projection_pool
@@ -325,6 +326,12 @@ class VeratuneTuner(BaseTuner):
         )
         load_calibration(weight.device)
         layer.activate(self.active_adapters)
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Choose the active adapters, trainable unless for inference."""
+        super().set_adapter(adapter_name, inference_mode=inference_mode)
+        if not inference_mode:
+            keep_differentiable(self.model)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Merge, after all layers have been checked."""

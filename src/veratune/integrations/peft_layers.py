@@ -14,8 +14,6 @@ from veratune.layers.kinds import geometry, layer_class, parameter_layout
 class TunedLayer(BaseTunerLayer):
     """What PEFT wants of a layer, on top of a `VeraLayer`."""
 
-    _choose_added = VeraLayer._choose_added
-
     adapter_layer_names = ("vera_lambda_b", "vera_lambda_d")
     other_param_names = ("vera_dropout", "slots")
 
@@ -35,7 +33,8 @@ class TunedLayer(BaseTunerLayer):
 
     def activate(self, names: Sequence[str]) -> None:
         self.active_adapters = list(names)
-        self._choose_added()
+        layer: Any = self
+        layer._choose_added()
 
     def _computing(self) -> list[str]:
         return [] if self.disable_adapters else self.active_adapters
@@ -43,17 +42,21 @@ class TunedLayer(BaseTunerLayer):
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """Choose the active adapters, trainable unless for inference."""
         super().set_adapter(adapter_names, inference_mode=inference_mode)
-        self._choose_added()
+        layer: Any = self
+        layer._choose_added()
 
     def enable_adapters(self, enabled: bool) -> None:
         """Turn all adapters on or off."""
         super().enable_adapters(enabled)
-        self._choose_added()
+        layer: Any = self
+        layer._choose_added()
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter; PEFT chooses another one if it was active."""
         super().delete_adapter(adapter_name)
-        self._choose_added()
+        layer: Any = self
+        layer._log.forget(adapter_name)
+        layer._choose_added()
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Let a weight with these adapters' deltas stand in for the layer's."""
@@ -81,6 +84,7 @@ class TunedLayer(BaseTunerLayer):
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         layer: Any = self
+        layer.check_recomputation()
         if self.disable_adapters and layer.merged_adapters:
             self.unmerge()
         output: Tensor = self._vera_class().forward(layer, input, *args, **kwargs)
@@ -123,6 +127,7 @@ class TunedModule(VeraModule):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         for layer in self.parameter_layers().values():
             tuned: Any = layer
+            tuned.check_recomputation()
             if tuned.disable_adapters and tuned.merged_adapters:
                 tuned.unmerge()
         return super().forward(*args, **kwargs)

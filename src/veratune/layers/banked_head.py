@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from veratune.layers.bank_call import BankCall, active_call, by_rows, current_call, is_by_rows
 from veratune.layers.base import only_computes
+from veratune.layers.offloading import is_hooked
 from veratune.layers.saved import SavedModule
 
 
@@ -32,6 +33,12 @@ class BankedHead(SavedModule):
         call = current_call(self.owner)
         if call.plain:
             return self.original_module(*args, **kwargs)
+        if any(is_hooked(module) for module in self.original_module.modules()):
+            raise RuntimeError(
+                f"{self.name} was given hooks by accelerate after the bank was made, which would put the base model's"
+                " values in the place of each adapter's: call accelerate.hooks.remove_hook_from_submodules on it, or"
+                " offload the model without it"
+            )
         output = self._own(call, args, kwargs)
         if not call.has_base:
             return output

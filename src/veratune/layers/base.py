@@ -564,8 +564,8 @@ def call_with(
 
     Nothing is written to the module, so that several threads may do this at once: a stand-in, which shares all else
     with the module, is called. A forward that was bound to the module itself would not see that, and a compiler would
-    not follow it; there the parameters are exchanged for the time of the call. Hooks of accelerate load the module's own
-    parameters first.
+    not follow it; there the parameters are exchanged for the time of the call. Where accelerate has put hooks, they
+    load the module's own parameters first.
     """
     if is_hooked(module):
         return through_hooks(module, lambda *a, **k: _call_stand_in(module, weights(), a, k), args, kwargs)

@@ -27,11 +27,11 @@ class BiasCheck:
         if recomputing():
             self.check()
         bias = module._parameters.get("bias")
-        if bias is not None and bias.is_meta and bias.requires_grad and torch.is_grad_enabled():
-            if is_offloaded(module, "bias"):
-                raise RuntimeError(
-                    f"{self._name} cannot be trained: {why_no_values(module, 'bias')}, or compute under torch.no_grad()"
-                )
+        learns = bias is not None and bias.requires_grad and torch.is_grad_enabled()
+        if learns and is_offloaded(module, "bias"):
+            raise RuntimeError(
+                f"{self._name} cannot be trained: {why_no_values(module, 'bias')}, or compute under torch.no_grad()"
+            )
 
     def check(self) -> None:
         self._log.check(self._name)

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from veratune.functional import delta_weight
+from veratune.functional import check_values, delta_weight
 from veratune.layers.base import TransparentLayer
 from veratune.sources import PerDimension
 
@@ -42,6 +42,7 @@ class VeraEmbedding(TransparentLayer):
         dtype = torch.promote_types(b.dtype, torch.float32)
         slot = self.slots[name]
         columns = self._columns(name, tokens, dtype)
+        check_values(columns, b, d)
         up = (columns * (d * slot.gain)) @ slot.b[0].tensor(self.device, dtype)
         return (up * b).to(self.base_weight.dtype)
 

@@ -16,7 +16,9 @@ from veratune.layers.quantised import (
     dequantised,
     hand_back,
     is_quantised,
+    keep_differentiable,
     loss_of_merging,
+    packs_in_evaluation,
     requantised,
     why_not_readable,
 )
@@ -83,6 +85,10 @@ class VeraLinear(VeraLayer):
         return plan.output == "dense"
 
     def _checked_base_output(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if packs_in_evaluation(self.base_layer) and gradients_wanted(
+            x, *self.vera_lambda_b.values(), *self.vera_lambda_d.values()
+        ):
+            keep_differentiable(self.base_layer)
         output: Tensor = self.base_layer(x, *args, **kwargs)
         if not isinstance(output, Tensor) or output.shape != (*x.shape[:-1], self.out_features):
             result = tuple(output.shape) if isinstance(output, Tensor) else f"a {type(output).__name__}"

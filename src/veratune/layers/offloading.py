@@ -59,7 +59,9 @@ def loaded(module: nn.Module, name: str) -> Tensor:
             continue
         if value is not None:
             return value.to(execution_device(module) or "cpu", parameter.dtype)
-    raise RuntimeError(f"{name} of a {type(module).__name__} is offloaded, and its hook has no values for it: {_REMEDY}")
+    raise RuntimeError(
+        f"{name} of a {type(module).__name__} is offloaded, and its hook has no values for it: {_REMEDY}"
+    )
 
 
 def check_at_hand(named: Mapping[str, Tensor], operation: str) -> None:
@@ -98,9 +100,7 @@ def is_hooked(module: nn.Module) -> bool:
     return "_hf_hook" in module.__dict__
 
 
-def through_hooks(
-    module: nn.Module, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
+def through_hooks(module: nn.Module, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Call something else between a module's hooks of accelerate, which load its parameters, than its `forward`.
 
     Raises:

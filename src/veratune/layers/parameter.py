@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from veratune.layers.base import VeraLayer, call_with, stand_in_for
 from veratune.layers.geometry import Geometry
+from veratune.layers.offloading import HOOK_ATTRIBUTES
 
 
 class VeraParameter(VeraLayer):
@@ -88,7 +89,8 @@ class VeraModule(nn.Module):
             return super().__getattr__(name)
         except AttributeError:
             modules = self.__dict__.get("_modules", {})
-            if name.startswith("__") or "adapted" not in modules:  # being copied or unpickled
+            # accelerate's hooks are those of the module inside. Without adapters, this is being copied or unpickled.
+            if name.startswith("__") or name in HOOK_ATTRIBUTES or "adapted" not in modules:
                 raise
             if name in modules["adapted"]:
                 return modules["adapted"][name].weight

@@ -9,6 +9,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+# What bitsandbytes' 4-bit layers decide by whether they pack.
+_PACKS = "support_avx512bf16_for_cpu"
+
 
 def is_quantised(module: nn.Module) -> bool:
     """Return whether a module's weight is none that ordinary operations compute with."""
@@ -53,6 +56,11 @@ def dequantised(module: nn.Module) -> Tensor:
     return plain
 
 
+def packs_in_evaluation(module: nn.Module) -> bool:
+    """Return whether this is a 4-bit layer of bitsandbytes that packs its codes in evaluation on a CPU."""
+    return bool(module.__dict__.get(_PACKS))
+
+
 def keep_differentiable(model: nn.Module) -> None:
     """Keep bitsandbytes' 4-bit layers in a form that they can be differentiated through, now and from now on.
 
@@ -60,8 +68,8 @@ def keep_differentiable(model: nn.Module) -> None:
     from then on, or under way, take these for the usual ones. The way back rounds the scales.
     """
     for module in model.modules():
-        if "support_avx512bf16_for_cpu" in module.__dict__:
-            module.__dict__["support_avx512bf16_for_cpu"] = False
+        if packs_in_evaluation(module):
+            module.__dict__[_PACKS] = False
             weight: Any = module._parameters["weight"]
             if getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False):
                 weight.data, weight.quant_state = _usual_form(weight)

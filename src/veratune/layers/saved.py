@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from veratune.layers.offloading import resident_copy
+from veratune.layers.offloading import HOOK_ATTRIBUTES, resident_copy
 from veratune.layers.recomputation import State, StateLog, recomputing
 from veratune.layers.spread import whole
 from veratune.torch_private import tree_leaves
@@ -55,7 +55,7 @@ class SavedModule(nn.Module):
         if self.active_adapters and torch.is_grad_enabled() and _is_offloaded(module):
             for value in tree_leaves(output):
                 if isinstance(value, Tensor) and value.requires_grad:
-                    value.register_hook(_refuse_gradient)
+                    value.register_hook(_refuse_gradient)  # type: ignore[no-untyped-call]
         return output
 
     def __getitem__(self, index: Any) -> Any:
@@ -66,8 +66,8 @@ class SavedModule(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            # Private: hooks on the module inside, say. Without the attribute, this is being copied or unpickled.
-            if name.startswith("_") or "active_adapters" not in self.__dict__:
+            # accelerate's hooks are those of the module inside. Without adapters, this is being copied or unpickled.
+            if name.startswith("__") or name in HOOK_ATTRIBUTES or "active_adapters" not in self.__dict__:
                 raise
             return getattr(self.current(), name)
 
