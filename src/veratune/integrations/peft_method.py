@@ -3,8 +3,13 @@
 Everything that reaches into PEFT's tables is here, with the versions that it was tried with.
 """
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import wraps
 from importlib.metadata import version
 from typing import Any
+
+from torch import nn
 
 # The minor versions that the plug-in works in. From 0.21 on, PEFT asks a method's own class what its files hold; older
 # versions know their own methods by name, and leave trained biases of others out without a word.
@@ -74,6 +79,38 @@ def add_reader(name: str, config_class: Any, reading: Any, placing: Any) -> None
     functions: Any = peft_model
     functions.load_peft_weights = reading(functions.load_peft_weights)
     functions.set_peft_model_state_dict = placing(functions.set_peft_model_state_dict)
+
+
+def wrap_changes(undone: Callable[[Any], AbstractContextManager[None]]) -> None:
+    """Let what puts adapters on models in PEFT undo itself when it fails.
+
+    Args:
+        undone: returns a context that undoes changes to a model.
+    """
+    from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftModel
+
+    for kind in {PeftModel, *MODEL_TYPE_TO_PEFT_MODEL_MAPPING.values()}:
+        for name in ("add_adapter", "load_adapter"):
+            if name in vars(kind):
+                setattr(kind, name, _within(vars(kind)[name], undone, of_first=False))
+        if "__init__" in vars(kind):
+            setattr(kind, "__init__", _within(vars(kind)["__init__"], undone, of_first=True))  # noqa: B010
+    from_pretrained = vars(PeftModel)["from_pretrained"].__func__
+    setattr(PeftModel, "from_pretrained", classmethod(_within(from_pretrained, undone, of_first=True)))  # noqa: B010
+
+
+def _within(method: Callable[..., Any], undone: Callable[[Any], Any], *, of_first: bool) -> Callable[..., Any]:
+    """Return a method that undoes its changes to its object, or to the model that is its first argument."""
+
+    @wraps(method)
+    def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
+        model = self if not of_first else args[0] if args else kwargs.get("model")
+        if not isinstance(model, nn.Module):
+            return method(self, *args, **kwargs)
+        with undone(model):
+            return method(self, *args, **kwargs)
+
+    return wrapped
 
 
 def replace_vera(tuner_class: type) -> None:
