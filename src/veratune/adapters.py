@@ -588,7 +588,8 @@ class AdaptedModel(StandsForModel):
             merged = [name for name in names if name in layer.slots]
             if merged:
                 original = layer.base_weight
-                layer.merge(merged)
+                with undone_on_error(layer, layer.base_layer):
+                    layer.merge(merged)
                 self._inherit_flag(original, layer.base_weight)
                 layer._unmerged.clear()
             if progressbar and done * 100 // len(remaining) > (done - 1) * 100 // len(remaining):
