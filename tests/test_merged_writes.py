@@ -1,6 +1,7 @@
 """Who may write while adapters are merged, and methods of models that replace layers."""
 
 import copy
+import inspect
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +10,6 @@ from typing import Any
 import peft
 import pytest
 import torch
-import transformers
 from torch import Tensor, nn
 
 from reference import randomise
@@ -313,4 +313,4 @@ def test_tying_ties_the_model_s_own_weights(case: str, merge: bool) -> None:
 def test_guarded_methods_look_as_before() -> None:
     model = adapted("q_proj")
     assert model.base_model.resize_token_embeddings.__name__ == "resize_token_embeddings"
-    assert "new_num_tokens" in str(transformers.utils.generic.inspect.signature(model.resize_token_embeddings))
+    assert "new_num_tokens" in str(inspect.signature(model.resize_token_embeddings))

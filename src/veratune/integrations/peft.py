@@ -428,6 +428,7 @@ class VeratuneTuner(BaseTuner):
         state_dict: dict[str, Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
+        peft_method.let_trainer_find_best(VeratuneTuner)  # whose checkpoints are written by this
         # PEFT has taken away every key with another adapter's name in it, which may be that of a layer.
         dropped = {
             key: vector.detach()

@@ -3,10 +3,12 @@
 Everything that reaches into PEFT's tables is here, with the versions that it was tried with.
 """
 
+import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import wraps
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -111,6 +113,38 @@ def _within(method: Callable[..., Any], undone: Callable[[Any], Any], *, of_firs
             return method(self, *args, **kwargs)
 
     return wrapped
+
+
+def let_trainer_find_best(tuner_class: type) -> None:
+    """Let transformers' `Trainer`, where it is in use, load the best values of an adapter not called "default".
+
+    It looks for files in the checkpoint's directory itself, where PEFT writes no other adapter, and so keeps the last
+    values, or takes those of "default".
+
+    Args:
+        tuner_class: the tuner of the models that this is for.
+    """
+    trainer: Any = getattr(sys.modules.get("transformers.trainer"), "Trainer", None)
+    if trainer is None or getattr(trainer._load_best_model, "_finds_adapters", False):
+        return
+    load_default = trainer._load_best_model
+
+    @wraps(load_default)
+    def load_best_model(self: Any) -> None:
+        model = self.model
+        spread = self.is_deepspeed_enabled or self.is_fsdp_enabled
+        if spread or not isinstance(getattr(model, "base_model", None), tuner_class):
+            load_default(self)
+            return
+        best, names = Path(self.state.best_model_checkpoint), model.active_adapters
+        missing = [name for name in names if name != "default" and not (best / name).is_dir()]
+        if missing:
+            raise ValueError(f"{best} has no files of the adapters {missing}, so that their best values are lost")
+        for name in names:
+            model.load_adapter(str(best if name == "default" else best / name), name)
+
+    load_best_model._finds_adapters = True  # type: ignore[attr-defined]
+    trainer._load_best_model = load_best_model
 
 
 def replace_vera(tuner_class: type) -> None:
