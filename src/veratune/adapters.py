@@ -4,7 +4,7 @@ import re
 import warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -16,6 +16,7 @@ from veratune.explain import RouteTable, explain_routes
 from veratune.forwarding import ForwardOfBase, StandsForModel
 from veratune.layers import ComputeSettings, InputGroup, SavedModule, VectorInit, VeraLayer, VeraModule, VeraParameter
 from veratune.layers.biases import AdapterBiases, bias_owners
+from veratune.layers.guards import guard_loading
 from veratune.layers.kinds import adapt, adapt_parameter
 from veratune.layers.offloading import check_at_hand
 from veratune.layers.quantised import keep_differentiable
@@ -23,7 +24,7 @@ from veratune.layers.shared import SharedDown
 from veratune.profiles import load_calibration
 from veratune.projection import projection_pool
 from veratune.sources import PeftShared, PerDimension, Source
-from veratune.surgery import replace_modules
+from veratune.surgery import replace_modules, undone_on_error
 from veratune.targets import (
     Target,
     adapted_layers,
@@ -84,6 +85,12 @@ class AdapterState:
         for module in self.saved.values():
             yield from module.parameters()
         yield from self.biases.values()
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Yield the parameters, and the buffers of what is trained in full."""
+        yield from self.parameters()
+        for module in self.saved.values():
+            yield from module.buffers()
 
 
 def notify(sentence: str) -> None:
@@ -332,22 +339,23 @@ class AdaptedModel(StandsForModel):
             )
 
     def install_adapter(self, adapter_name: str, plan: AdapterPlan) -> None:
-        """Carry out a plan that `plan_adapter` made for this model as it is now."""
+        """Carry out a plan that `plan_adapter` made for this model as it is now, or leave the model unchanged."""
         check_whole(plan.targets)
+        with self.undone_on_error():
+            self._install(adapter_name, plan)
+
+    def _install(self, adapter_name: str, plan: AdapterPlan) -> None:
         replacements: dict[int, nn.Module] = {}
         self._swap_biases([])  # the new adapter starts from the model's own
-        try:
-            # What can fail comes first: copying somebody else's modules.
-            modules = base_modules(self.base_model)
-            for name in plan.config.modules_to_save or []:
-                original = modules[name]
-                saved = original if isinstance(original, SavedModule) else SavedModule(original)
-                saved.add_adapter(adapter_name)
-                if saved is not original:
-                    replacements[id(original)] = saved
-            biases = AdapterBiases.copies_of(plan.bias_owners)
-        finally:
-            self._swap_biases(self._active)
+        modules = base_modules(self.base_model)
+        for name in plan.config.modules_to_save or []:
+            original = modules[name]
+            saved = original if isinstance(original, SavedModule) else SavedModule(original)
+            saved.add_adapter(adapter_name)
+            if saved is not original:
+                replacements[id(original)] = saved
+        biases = AdapterBiases.copies_of(plan.bias_owners)
+        self._swap_biases(self._computing())
         if plan.bias_owners:
             self._biases[adapter_name] = biases
         groups = input_groups(plan.targets, plan.source)
@@ -368,6 +376,13 @@ class AdaptedModel(StandsForModel):
             load_calibration(device)
         self._sources[adapter_name] = plan.source
         self.peft_config[adapter_name] = plan.config
+
+    def undone_on_error(self) -> AbstractContextManager[None]:
+        """Return a context whose changes to the model and its adapters are undone if anything is raised.
+
+        Numbers that are written into tensors in place are not among them.
+        """
+        return undone_on_error(self, *self._biases.values())
 
     def _vector_init(self, config: VeraConfig, rank: int, weight_dtype: torch.dtype) -> VectorInit:
         dtype = vector_dtype(weight_dtype, autocast=self.autocast_adapter_dtype)
@@ -394,24 +409,36 @@ class AdaptedModel(StandsForModel):
             )
         self._check_unmerged("set_adapter")
         self._check_together(names)
-        self._activate(names)
-        for name in self.peft_config:
-            trainable = name in names and not inference_mode and not self.peft_config[name].inference_mode
-            for parameter in self.adapter_state(name).parameters():
-                if parameter.is_floating_point():
-                    parameter.requires_grad_(trainable)
-            if trainable:
-                keep_differentiable(self.base_model)
+        with self.undone_on_error():
+            self._activate(names)
+            for name in self.peft_config:
+                trainable = name in names and not inference_mode and not self.peft_config[name].inference_mode
+                for parameter in self.adapter_state(name).parameters():
+                    if parameter.is_floating_point():
+                        parameter.requires_grad_(trainable)
+                if trainable:
+                    keep_differentiable(self.base_model)
 
     def _activate(self, names: Sequence[str]) -> None:
         for name, biases in self._biases.items():
             if biases.installed != (name in names):
                 biases.check_swappable()
         self._active = list(dict.fromkeys(names))
+        for layer in self._layers():
+            layer.activate(self._active)
+        self._choose_saved()
+
+    def _computing(self) -> list[str]:
+        """Return the adapters that compute: those merged into the weights, and the active ones."""
+        return list(dict.fromkeys([*self.merged_adapters, *self._active]))
+
+    def _choose_saved(self) -> None:
+        """Let the saved modules and biases of the adapters compute whose vectors do."""
+        names = self._computing()
         for module in self.modules():
-            if isinstance(module, VeraLayer | SavedModule):
-                module.activate(self._active)
-        self._swap_biases(self._active)
+            if isinstance(module, SavedModule):
+                module.activate(names)
+        self._swap_biases(names)
 
     def _swap_biases(self, names: Sequence[str]) -> None:
         # All out before one is in: two adapters may own the same bias.
@@ -429,6 +456,11 @@ class AdaptedModel(StandsForModel):
         """
         self._check_known([adapter_name])
         self._check_unmerged("delete_adapter")
+        with self.undone_on_error():
+            self._delete(adapter_name)
+        projection_pool.trim()
+
+    def _delete(self, adapter_name: str) -> None:
         self._activate([name for name in self._active if name != adapter_name])
         replacements: dict[int, nn.Module] = {}
         for module in list(self.modules()):
@@ -448,7 +480,6 @@ class AdaptedModel(StandsForModel):
         if adapter_name in self._biases:
             self._biases.pop(adapter_name).release()
         del self.peft_config[adapter_name], self._sources[adapter_name]
-        projection_pool.trim()
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
@@ -468,9 +499,10 @@ class AdaptedModel(StandsForModel):
         self._check_known(adapter_names)
         self._check_together(adapter_names)
         active, merged = self._active, self.merged_adapters
-        if merged:
-            self.unmerge_adapter()
-        self._activate(adapter_names)
+        with self.undone_on_error():
+            if merged:
+                self.unmerge_adapter()
+            self._activate(adapter_names)
         self._disabled += 1
         try:
             yield
@@ -485,7 +517,8 @@ class AdaptedModel(StandsForModel):
     def merge_adapter(self, adapter_names: str | Sequence[str] | None = None, safe_merge: bool = False) -> None:
         """Add adapters' deltas to the weights, so that they cost nothing in the forward pass.
 
-        A merged adapter does not learn: its vectors get no gradients until `unmerge_adapter`.
+        A merged adapter does not learn: its vectors get no gradients until `unmerge_adapter`. What it trains in full,
+        and its biases, compute while it is merged, whether it is active or not.
 
         The weights from before are kept beside the merged ones (this doubles the memory of the adapted layers), and
         `unmerge_adapter` puts the same bits back. What a weight is tied to is not changed.
@@ -499,18 +532,22 @@ class AdaptedModel(StandsForModel):
             safe_merge: check that all merged weights are finite before any is changed.
 
         Raises:
-            ValueError: an unknown name, a weight that cannot be merged into, or, with `safe_merge`, a result that is
-                not finite; nothing is changed then.
+            ValueError: an unknown name, adapters that cannot be active together, a weight that cannot be merged into,
+                or, with `safe_merge`, a result that is not finite; nothing is changed then, nor by any other error.
         """
         names = self._names_to_merge(adapter_names)
+        self._check_together([*self._computing(), *names])
         self._check_mergeable(names, safe_merge)
         self._tell_of_losses(names)
-        for layer in self._layers():
-            merged = [*layer.merged_adapters, *(name for name in names if name not in layer.merged_adapters)]
-            merged = [name for name in merged if name in layer.slots]
-            if merged != layer.merged_adapters:
-                layer.unmerge()
-                layer.merge(merged)
+        with self.undone_on_error():
+            for layer in self._layers():
+                merged = [*layer.merged_adapters, *(name for name in names if name not in layer.merged_adapters)]
+                merged = [name for name in merged if name in layer.slots]
+                if merged != layer.merged_adapters:
+                    layer.unmerge()
+                    layer.merge(merged)
+            self._choose_saved()
+            guard_loading(self)
         self._release_projections()
 
     def unmerge_adapter(self) -> None:
@@ -521,8 +558,11 @@ class AdaptedModel(StandsForModel):
         """
         for layer in self._layers():
             layer.check_unmergeable()
-        for layer in self._layers():
-            layer.unmerge()
+        with self.undone_on_error():
+            for layer in self._layers():
+                layer.unmerge()
+            self._choose_saved()
+            guard_loading(self)
 
     def merge_and_unload(
         self, progressbar: bool = False, safe_merge: bool = False, adapter_names: str | Sequence[str] | None = None
@@ -531,6 +571,10 @@ class AdaptedModel(StandsForModel):
 
         The result has new weight parameters in the adapted layers; a layer that was tied to another is no longer, and
         a `tie_word_embeddings` of the model's configuration is then set to False.
+
+        If this is interrupted, or runs out of memory, while it merges, the layers that are done stay merged and the
+        others keep their adapters: the outputs are right, and the same call goes on from there. Whatever else fails
+        changes nothing.
 
         Args:
             progressbar: print a line for each hundredth of the layers done.
@@ -542,40 +586,46 @@ class AdaptedModel(StandsForModel):
         """
         names = self._names_to_merge(adapter_names)
         self._check_together(names)
-        before = self.merged_adapters
-        self.unmerge_adapter()
-        try:
-            self._check_mergeable(names, safe_merge)
-        except ValueError:
-            if before:
-                self.merge_adapter(before)
-            raise
-        self._tell_of_losses(names)
-        untied = self._tied_weights(names)
-        self._activate(names)
-        self._carry_flags()
-        self._forget_biases()  # the installed ones stay
         layers = self._layers()
-        for done, layer in enumerate(layers, start=1):
+        for layer in layers:
+            if layer.merged_for_good and layer.merged_adapters != [name for name in names if name in layer.slots]:
+                raise ValueError(
+                    f"merge_and_unload was interrupted while it merged {layer.merged_adapters}: call it again with"
+                    " adapter_names of these before anything else"
+                )
+        remaining = [layer for layer in layers if not layer.merged_for_good]
+        with self.undone_on_error():
+            for layer in remaining:
+                layer.unmerge()
+            self._activate(names)
+            guard_loading(self)
+            self._check_mergeable(names, safe_merge)
+            self._tell_of_losses(names)
+        model_config: Any = getattr(self.base_model, "config", None)
+        if self._tied_weights(names) and getattr(model_config, "tie_word_embeddings", False):
+            model_config.tie_word_embeddings = False
+        # Not undone on errors, which would take the weights from before beside the merged ones.
+        for done, layer in enumerate(remaining, start=1):
             merged = [name for name in names if name in layer.slots]
             if merged:
                 original = layer.base_weight
-                layer.merge(merged)
-                layer._unmerged.clear()
+                with undone_on_error(layer, layer.base_layer):
+                    layer.merge(merged)
                 self._inherit_flag(original, layer.base_weight)
-            if progressbar and done * 100 // len(layers) > (done - 1) * 100 // len(layers):
-                print(f"merged {done} of {len(layers)} layers")
-        model = self._take_apart()
-        model_config: Any = getattr(model, "config", None)
-        if untied and getattr(model_config, "tie_word_embeddings", False):
-            model_config.tie_word_embeddings = False
-        return model
+                layer._unmerged.clear()
+            if progressbar and done * 100 // len(remaining) > (done - 1) * 100 // len(remaining):
+                print(f"merged {done} of {len(remaining)} layers")
+        with self.undone_on_error():
+            self._carry_flags()
+            self._forget_biases()  # the installed ones stay
+            return self._take_apart()
 
     def unload(self) -> nn.Module:
         """Remove all adapters and return the model as it was before them."""
-        self.unmerge_adapter()
-        self._activate([])
-        return self._take_apart()
+        with self.undone_on_error():
+            self.unmerge_adapter()
+            self._activate([])
+            return self._take_apart()
 
     def _take_apart(self) -> nn.Module:
         """Put what computes now in the place of each wrapper, forget all adapters, and return the model."""

@@ -23,6 +23,7 @@ from veratune.checkpoint.vllm import check_vllm
 from veratune.config import VeraConfig
 from veratune.layers import SavedModule, VeraLayer
 from veratune.layers.spread import how_spread
+from veratune.surgery import kept_on_error, undone_on_error
 from veratune.targets import base_modules
 
 DEFAULT_ADAPTER = "default"
@@ -64,16 +65,13 @@ class VeraModel(AdaptedModel):
         check_adapter_name(adapter_name)
         directory = _find(model_id, location)
         ready = _read(model, directory)
-        adapted = cls(model, autocast_adapter_dtype=autocast_adapter_dtype)
-        try:
+        with undone_on_error(model):
+            adapted = cls(model, autocast_adapter_dtype=autocast_adapter_dtype)
             ready.put_on(adapted, adapter_name, frozen=not is_trainable)
-        except BaseException:
-            adapted.unload()
-            raise
-        adapted.set_adapter(adapter_name)
+            adapted.set_adapter(adapter_name)
+            if not is_trainable:
+                adapted.eval()
         name_classes(model, ready)
-        if not is_trainable:
-            adapted.eval()
         return adapted
 
     def load_adapter(
@@ -109,14 +107,17 @@ class VeraModel(AdaptedModel):
 
         Raises:
             CheckpointError: an adapter is missing there, or is for other layers or of another rank than here.
+            ValueError: adapters are merged.
         """
+        self._check_unmerged("restore")
         directories = self._directories(save_directory, None)
         ready = {name: _read(self.base_model, directory) for name, directory in directories.items()}
         for name, adapter in ready.items():
             adapter.check_equal_to(self, name)
             self.adapter_state(name).check_values(f"restore adapter {name!r}")
-        for name, adapter in ready.items():
-            adapter.copy_into(self, name)
+        with kept_on_error([tensor for name in ready for tensor in self.adapter_state(name).tensors()]):
+            for name, adapter in ready.items():
+                adapter.copy_into(self, name)
 
     def save_pretrained(
         self,
@@ -306,13 +307,10 @@ def get_peft_model(
     check_bare(model)
     check_adapter_name(adapter_name)
     plan = plan_adapter(model, peft_config)
-    adapted = VeraModel(model, autocast_adapter_dtype=autocast_adapter_dtype)
-    try:
+    with undone_on_error(model):
+        adapted = VeraModel(model, autocast_adapter_dtype=autocast_adapter_dtype)
         adapted.install_adapter(adapter_name, plan)
-    except BaseException:
-        adapted.unload()
-        raise
-    adapted.set_adapter(adapter_name)
+        adapted.set_adapter(adapter_name)
     return adapted
 
 

@@ -165,7 +165,7 @@ def make_ready(
 
 @dataclass(frozen=True)
 class ReadyAdapter:
-    """A loaded adapter that fits a model: putting it there cannot fail any more."""
+    """A loaded adapter that fits a model."""
 
     loaded: LoadedAdapter
     plan: AdapterPlan
@@ -173,8 +173,12 @@ class ReadyAdapter:
     def put_on(self, host: AdaptedModel, name: str, *, frozen: bool) -> None:
         """Add the adapter to the model it was made ready for, under a free name; `frozen` is for inference only."""
         plan = replace(self.plan, config=self.plan.config.replace(inference_mode=frozen))
-        host.install_adapter(name, plan)
-        self.copy_into(host, name)
+        with host.undone_on_error():
+            try:
+                host.install_adapter(name, plan)
+            except ValueError as error:
+                raise CheckpointError(f"{self.loaded.origin}: {error}") from error
+            self.copy_into(host, name)
 
     def check_equal_to(self, host: AdaptedModel, name: str) -> None:
         """Raise CheckpointError unless an adapter on a model has the same layers, ranks, projections and heads."""

@@ -10,7 +10,7 @@ writes the files: the vectors, and modules trained in full; no projections. `ver
 what a `VeraModel` has written.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import InitVar, dataclass, field, replace
 from typing import Any, Self
@@ -36,7 +36,7 @@ from veratune.config import PEFT_TYPE, VeraConfig
 from veratune.integrations import peft_method, peft_native
 from veratune.integrations.peft_layers import TunedLayer, TunedModule, tuned_layer, tuned_parameter
 from veratune.layers import ComputeSettings, InputGroup, Slot, VectorInit, VeraLinear
-from veratune.layers.fastpath import choose_paths
+from veratune.layers.guards import guard_loading
 from veratune.layers.kinds import adaptable_parameters, geometry, layer_class, why_not_adaptable
 from veratune.layers.quantised import keep_differentiable
 from veratune.layers.shared import SharedDown
@@ -44,6 +44,7 @@ from veratune.profiles import load_calibration
 from veratune.projection import projection_pool
 from veratune.routing import MemoryName, RouteName
 from veratune.sources import Side, Source, Stored
+from veratune.surgery import StructureBefore, prepare, undone_on_error
 from veratune.targets import Target, adapted_layers, check_settings, check_whole, parameter_targets, parts_of, unwrapped
 
 
@@ -61,6 +62,7 @@ def install(*, replace_vera: bool = False) -> None:
     if not peft_method.has_method(PLUGIN_TYPE):
         peft_method.add_method(PLUGIN_TYPE, VeratuneConfig, VeratuneTuner)
         peft_method.add_reader(PEFT_TYPE, VeratuneConfig, peft_native.reading, peft_native.placing)
+        peft_method.wrap_changes(_undone_if_adapted)
     if replace_vera:
         peft_method.replace_vera(PeftVeraTuner)
 
@@ -170,6 +172,8 @@ class VeratuneTuner(BaseTuner):
     target_module_mapping: Any = TRANSFORMERS_MODELS_TO_VERA_TARGET_MODULES_MAPPING
     _plan: _Plan | None = None
     _named: set[str] | None = None
+    # Parameters of modules trained in full that were trainable when the adapters were disabled.
+    _frozen: Sequence[nn.Parameter] = ()
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *_: Any, **kwargs: Any) -> Iterator[None]:
@@ -178,19 +182,56 @@ class VeratuneTuner(BaseTuner):
             raise ValueError("veratune's layers in PEFT cannot take adapter_names: choose one adapter with set_adapter")
         yield
 
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the model, and refuse an adapter for each row here as well."""
+        with self._enable_peft_forward_hooks(*args, **kwargs):
+            return super().forward(*args, **kwargs)
+
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Add an adapter; whatever is wrong with it is found before the model is changed."""
         # What a file holds says which layers it is for, where PEFT is given it.
         state = kwargs.get("state_dict")
         self._named = None if state is None else {key.rsplit(f".{self.prefix}", 1)[0] for key in state}
         try:
-            super().inject_adapter(model, adapter_name, *args, **kwargs)
+            with undone_on_error(self):
+                super().inject_adapter(model, adapter_name, *args, **kwargs)
+                prepare(model)
         finally:
             self._plan = self._named = None
         config: Any = self.peft_config[adapter_name]
         if isinstance(config, VeratuneConfig):
             config._native = None  # what it is on has names in the configuration now
-        choose_paths(model)
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Choose the active adapters; those that were loaded or configured for inference only stay frozen."""
+        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+        with undone_on_error(self):
+            self._frozen = []
+            super().set_adapter(adapter_name, inference_mode=inference_mode)
+            for name in names:
+                if name in self.peft_config and self.peft_config[name].inference_mode:
+                    self.set_requires_grad(name, False)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter, or leave all as it is if that fails."""
+        with undone_on_error(self):
+            super().delete_adapter(adapter_name)
+
+    def _enable_adapter_layers(self, enabled: bool = True) -> None:
+        # PEFT makes copies of modules trainable again that were frozen before.
+        copies = [
+            parameter
+            for wrapper in self.model.modules()
+            if isinstance(wrapper, AuxiliaryTrainingWrapper)
+            for parameter in wrapper.parameters()
+        ]
+        trainable = [*self._frozen, *(parameter for parameter in copies if parameter.requires_grad)]
+        with undone_on_error(self):
+            super()._enable_adapter_layers(enabled)
+            if enabled:
+                for parameter in copies:
+                    parameter.requires_grad_(any(parameter is other for other in trainable))
+            self._frozen = [] if enabled else trainable
 
     def _unload_and_optionally_merge(  # type: ignore[override]  # PEFT's says None, and returns the model
         self,
@@ -199,6 +240,10 @@ class VeratuneTuner(BaseTuner):
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
+        if not merge:
+            for layer in adapted_layers(self.model).values():
+                if layer.merged_adapters:
+                    layer.unmerge()
         # First the wrappers that hold tuned layers themselves, which PEFT would take off with what is in them.
         for wrapper in [module for module in self.model.modules() if isinstance(module, TunedModule)]:
             if merge:
@@ -206,7 +251,8 @@ class VeratuneTuner(BaseTuner):
             _put_in_place_of(self.model, wrapper, wrapper.base_layer)
         unload: Any = super()._unload_and_optionally_merge
         model: nn.Module = unload(merge, progressbar, safe_merge, adapter_names)
-        choose_paths(model)
+        prepare(model)
+        guard_loading(model)
         return model
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: Any) -> Any:
@@ -336,22 +382,49 @@ class VeratuneTuner(BaseTuner):
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Merge, after all layers have been checked."""
         self._check_mergeable(adapter_names, safe_merge)
-        super().merge_adapter(adapter_names, safe_merge=False)
+        with undone_on_error(self):
+            super().merge_adapter(adapter_names, safe_merge=False)
+            guard_loading(self)
+
+    def unmerge_adapter(self) -> None:
+        """Undo `merge_adapter`, to the exact bits."""
+        with undone_on_error(self):
+            super().unmerge_adapter()  # type: ignore[no-untyped-call]
+            guard_loading(self)
 
     def merge_and_unload(
         self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
     ) -> nn.Module:
         """Merge for good, after all layers have been checked."""
-        self._check_mergeable(adapter_names, safe_merge)
+        self._check_mergeable(adapter_names, safe_merge, for_good=True)
         merged: nn.Module = super().merge_and_unload(progressbar, safe_merge=False, adapter_names=adapter_names)
         return merged
 
-    def _check_mergeable(self, adapter_names: list[str] | None, safe: bool) -> None:
+    def _check_mergeable(self, adapter_names: list[str] | None, safe: bool, *, for_good: bool = False) -> None:
         """Raise ValueError if adapters cannot be merged into some layer; nothing has been changed then."""
         names = self.active_adapters if adapter_names is None else adapter_names
+        for called, wrapper in self.model.named_modules():
+            if isinstance(wrapper, AuxiliaryTrainingWrapper):
+                self._check_saved(called, wrapper, names, for_good)
         for called, layer in adapted_layers(self.model).items():
             new = [name for name in names if name not in layer.merged_adapters]
             layer.check_mergeable(new, safe=safe, called=called)
+
+    def _check_saved(self, called: str, wrapper: Any, names: list[str], for_good: bool) -> None:
+        """Raise ValueError where merging would leave an adapter's vectors with another's copy of a module."""
+        active = wrapper.active_adapters
+        for name in names:
+            if name in wrapper._get_available_adapters() and name not in active:
+                raise ValueError(
+                    f"cannot merge {name!r} while it is inactive, because it trains {called} in full, and merging"
+                    f" would leave that out: call set_adapter({name!r}) first"
+                )
+        for name in active if for_good else []:
+            if name not in names:
+                raise ValueError(
+                    f"cannot merge {names} for good while {name!r} is active, because its copy of {called} would stay"
+                    f" in the model: call set_adapter({names!r}) first"
+                )
 
     @classmethod
     def _get_adapter_state_dict(
@@ -362,6 +435,7 @@ class VeratuneTuner(BaseTuner):
         state_dict: dict[str, Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
+        peft_method.let_trainer_find_best(VeratuneTuner)  # whose checkpoints are written by this
         # PEFT has taken away every key with another adapter's name in it, which may be that of a layer.
         dropped = {
             key: vector.detach()
@@ -482,6 +556,23 @@ def _vectors(layer: Any, name: str, adapter_name: str) -> dict[str, Tensor]:
         return {}
     b, d = layer.vectors(adapter_name)
     return {f"{name}.vera_lambda_b.{adapter_name}": b, f"{name}.vera_lambda_d.{adapter_name}": d}
+
+
+@contextmanager
+def _undone_if_adapted(model: nn.Module) -> Iterator[None]:
+    """Undo all changes to a model with veratune's layers, or that has got them, if anything is raised."""
+    before = StructureBefore(model)
+    adapted = _is_adapted(model)
+    try:
+        yield
+    except BaseException:
+        if adapted or _is_adapted(model):
+            before.put_back()
+        raise
+
+
+def _is_adapted(model: nn.Module) -> bool:
+    return any(isinstance(module, TunedLayer | TunedModule) for module in model.modules())
 
 
 def _put_in_place_of(model: nn.Module, module: nn.Module, other: nn.Module) -> None:

@@ -16,6 +16,10 @@ class TunedLayer(BaseTunerLayer):
 
     adapter_layer_names = ("vera_lambda_b", "vera_lambda_d")
     other_param_names = ("vera_dropout", "slots")
+    # What was merged when the adapters were disabled.
+    _taken_out: Sequence[str] = ()
+    # What was trainable then.
+    _frozen: Sequence[str] = ()
 
     # PEFT's own do not know adapted weights.
     weight = VeraLayer.weight
@@ -41,15 +45,49 @@ class TunedLayer(BaseTunerLayer):
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """Choose the active adapters, trainable unless for inference."""
+        self._taken_out = self._frozen = []
         super().set_adapter(adapter_names, inference_mode=inference_mode)
         layer: Any = self
         layer._choose_added()
 
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Make adapters trainable, or freeze them."""
+        super().set_requires_grad(adapter_names, requires_grad)
+        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        self._frozen = [name for name in self._frozen if name not in names]
+
     def enable_adapters(self, enabled: bool) -> None:
-        """Turn all adapters on or off."""
-        super().enable_adapters(enabled)
+        """Turn all adapters on or off; what was trainable or merged before is so again afterwards.
+
+        PEFT's own makes active adapters trainable here that were frozen, and forgets what was merged.
+        """
         layer: Any = self
+        vectors = [(own, name) for own in (layer.vera_lambda_b, layer.vera_lambda_d) for name in own]
+        if not enabled:
+            self._take_out()
+            self._frozen = [*self._frozen, *(name for own, name in vectors if own[name].requires_grad)]
+        for own, name in vectors:
+            if not enabled or name in self._frozen:
+                own[name].requires_grad_(enabled)
+        self._disable_adapters = not enabled
         layer._choose_added()
+        if enabled:
+            self.merge_again([name for name in self._taken_out if name in layer.slots])
+            self._taken_out = self._frozen = []
+
+    def _take_out(self) -> None:
+        """Unmerge until adapters are enabled again."""
+        layer: Any = self
+        if layer.merged_adapters:
+            merged = list(layer.merged_adapters)
+            self._vera_class().unmerge(layer)
+            self._taken_out = merged
+
+    def merge_again(self, names: Sequence[str]) -> None:
+        """Merge adapters that were merged before."""
+        layer: Any = self
+        if names:
+            self._vera_class().merge(layer, names)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter; PEFT chooses another one if it was active."""
@@ -73,6 +111,9 @@ class TunedLayer(BaseTunerLayer):
     def unmerge(self) -> None:
         """Put the layer's own weight back, to the bit."""
         layer: Any = self
+        if self._taken_out:
+            self._taken_out = []
+            return
         if not layer.merged_adapters:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
@@ -86,7 +127,7 @@ class TunedLayer(BaseTunerLayer):
         layer: Any = self
         layer.check_recomputation()
         if self.disable_adapters and layer.merged_adapters:
-            self.unmerge()
+            self._take_out()
         output: Tensor = self._vera_class().forward(layer, input, *args, **kwargs)
         return output
 
@@ -129,7 +170,7 @@ class TunedModule(VeraModule):
             tuned: Any = layer
             tuned.check_recomputation()
             if tuned.disable_adapters and tuned.merged_adapters:
-                tuned.unmerge()
+                tuned._take_out()
         return super().forward(*args, **kwargs)
 
     def merge(self, adapter_names: list[str] | None) -> None:

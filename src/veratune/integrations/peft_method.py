@@ -3,8 +3,15 @@
 Everything that reaches into PEFT's tables is here, with the versions that it was tried with.
 """
 
+import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import wraps
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
+
+from torch import nn
 
 # The minor versions that the plug-in works in. From 0.21 on, PEFT asks a method's own class what its files hold; older
 # versions know their own methods by name, and leave trained biases of others out without a word.
@@ -74,6 +81,70 @@ def add_reader(name: str, config_class: Any, reading: Any, placing: Any) -> None
     functions: Any = peft_model
     functions.load_peft_weights = reading(functions.load_peft_weights)
     functions.set_peft_model_state_dict = placing(functions.set_peft_model_state_dict)
+
+
+def wrap_changes(undone: Callable[[Any], AbstractContextManager[None]]) -> None:
+    """Let what puts adapters on models in PEFT undo itself when it fails.
+
+    Args:
+        undone: returns a context that undoes changes to a model.
+    """
+    from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftModel
+
+    for kind in {PeftModel, *MODEL_TYPE_TO_PEFT_MODEL_MAPPING.values()}:
+        for name in ("add_adapter", "load_adapter"):
+            if name in vars(kind):
+                setattr(kind, name, _within(vars(kind)[name], undone, of_first=False))
+        if "__init__" in vars(kind):
+            setattr(kind, "__init__", _within(vars(kind)["__init__"], undone, of_first=True))  # noqa: B010
+    from_pretrained = vars(PeftModel)["from_pretrained"].__func__
+    setattr(PeftModel, "from_pretrained", classmethod(_within(from_pretrained, undone, of_first=True)))  # noqa: B010
+
+
+def _within(method: Callable[..., Any], undone: Callable[[Any], Any], *, of_first: bool) -> Callable[..., Any]:
+    """Return a method that undoes its changes to its object, or to the model that is its first argument."""
+
+    @wraps(method)
+    def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
+        model = self if not of_first else args[0] if args else kwargs.get("model")
+        if not isinstance(model, nn.Module):
+            return method(self, *args, **kwargs)
+        with undone(model):
+            return method(self, *args, **kwargs)
+
+    return wrapped
+
+
+def let_trainer_find_best(tuner_class: type) -> None:
+    """Let transformers' `Trainer`, where it is in use, load the best values of an adapter not called "default".
+
+    It looks for files in the checkpoint's directory itself, where PEFT writes no other adapter, and so keeps the last
+    values, or takes those of "default".
+
+    Args:
+        tuner_class: the tuner of the models that this is for.
+    """
+    trainer: Any = getattr(sys.modules.get("transformers.trainer"), "Trainer", None)
+    if trainer is None or getattr(trainer._load_best_model, "_finds_adapters", False):
+        return
+    load_default = trainer._load_best_model
+
+    @wraps(load_default)
+    def load_best_model(self: Any) -> None:
+        model = self.model
+        spread = self.is_deepspeed_enabled or self.is_fsdp_enabled
+        if spread or not isinstance(getattr(model, "base_model", None), tuner_class):
+            load_default(self)
+            return
+        best, names = Path(self.state.best_model_checkpoint), model.active_adapters
+        missing = [name for name in names if name != "default" and not (best / name).is_dir()]
+        if missing:
+            raise ValueError(f"{best} has no files of the adapters {missing}, so that their best values are lost")
+        for name in names:
+            model.load_adapter(str(best if name == "default" else best / name), name)
+
+    load_best_model._finds_adapters = True  # type: ignore[attr-defined]
+    trainer._load_best_model = load_best_model
 
 
 def replace_vera(tuner_class: type) -> None:

@@ -54,6 +54,15 @@ class VectorInit:
     standard: bool
     dtype: torch.dtype
 
+    def check(self, layer_name: str) -> None:
+        """Raise ValueError if the dtype has no number for `d_initial`."""
+        limits = torch.finfo(self.dtype)
+        if abs(self.d_initial) > limits.max or 0.0 < abs(self.d_initial) < limits.smallest_normal:
+            raise ValueError(
+                f"d_initial={self.d_initial!r} is out of range for {layer_name}, whose vectors are {self.dtype}: its"
+                f" magnitude must be between {limits.smallest_normal:.3g} and {limits.max:.3g}"
+            )
+
 
 @dataclass(frozen=True)
 class InputGroup:
@@ -305,6 +314,11 @@ class VeraLayer(nn.Module):
     def __setattr__(self, name: str, value: Any) -> None:
         # Whoever sets a linear layer's weight or bias (tying weights, swapping a bias) means the base layer's.
         if name in ("weight", "bias"):
+            if name == "weight" and self.merged_adapters:
+                raise ValueError(
+                    f"the weight cannot be set while the adapters {self.merged_adapters} are merged into it, as"
+                    " unmerging would put the old one back: call unmerge_adapter first"
+                )
             setattr(self.base_layer, name, value)
         else:
             super().__setattr__(name, value)
@@ -320,6 +334,7 @@ class VeraLayer(nn.Module):
         parts: tuple[int, ...] = (),
     ) -> None:
         """Give this layer the vectors of another adapter; it is not active yet."""
+        init.check(layer_name)
         device, rank = vector_device(self.base_layer, self.base_weight), init.rank
         b = torch.zeros(self.geometry.b_shape, dtype=init.dtype, device=device)
         d = torch.full(self.geometry.d_shape(rank, parts), init.d_initial, dtype=init.dtype, device=device)
@@ -476,13 +491,27 @@ class VeraLayer(nn.Module):
         self.merged_adapters = list(names)
         self._choose_added()
 
+    def merge_again(self, names: Sequence[str]) -> None:
+        """Merge adapters that were merged before, after `unmerge`."""
+        self.merge(names)
+
     def _as_parameter(self, merged: Tensor, original: nn.Parameter) -> nn.Parameter:
         return nn.Parameter(merged, requires_grad=original.requires_grad)
+
+    @property
+    def merged_for_good(self) -> bool:
+        """Whether the weight from before merging is gone, as in an interrupted `merge_and_unload`."""
+        return bool(self.merged_adapters) and not self._unmerged
 
     def unmerge(self) -> None:
         """Put the weight from before `merge` back, on the device and in the dtype the layer has now."""
         if not self.merged_adapters:
             return
+        if self.merged_for_good:
+            raise ValueError(
+                f"{self.merged_adapters} cannot be unmerged, because an interrupted merge_and_unload has let go of the"
+                " weights from before: call merge_and_unload again, which goes on from there"
+            )
         self.check_unmergeable()
         original, merged = self._unmerged["weight"], self.base_weight
         if original.device != merged.device or original.dtype != merged.dtype:

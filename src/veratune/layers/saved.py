@@ -62,6 +62,13 @@ class SavedModule(nn.Module):
         module: Any = self.current()
         return module[index]
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Whoever sets a head's weight or bias means what computes, as for reading them.
+        if name in ("weight", "bias"):
+            setattr(self.current(), name, value)
+        else:
+            super().__setattr__(name, value)
+
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
