@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import threading
+from itertools import pairwise
 from pathlib import Path
 from types import FrameType
 
@@ -21,7 +22,9 @@ def _stop(number: int, frame: FrameType | None) -> None:
 
 
 def _is_command() -> bool:
-    return Path(sys.argv[0]).stem == "veratune" or sys.orig_argv[1:3] == ["-m", "veratune"]
+    if sys.argv[0] == "-m":  # as long as the package is imported whose __main__ will run
+        return "-mveratune" in sys.orig_argv or ("-m", "veratune") in pairwise(sys.orig_argv)
+    return Path(sys.argv[0]).stem == "veratune"
 
 
 def handle_interrupts_as_usual() -> None:
