@@ -284,7 +284,7 @@ def test_errors_are_one_line_and_nothing_is_overwritten(
         (("merge", adapter, full), 1, "nothing is overwritten"),
         (("merge", adapter, full / "precious" / "x"), 1, "cannot be written (Not a directory)"),
         (("inspect", tmp_path / "nowhere"), 1, "is not a directory"),
-        (("inspect", full), 1, "neither a model"),
+        (("inspect", full), 1, "holds no model"),
         (("export", adapter, tmp_path / "x", "--format", "lora", "--dtype", "int8"), 2, "--dtype int8"),
         (("inspect", base, "--plot", tmp_path / "p.png"), 1, "is no adapter"),
         (("export", adapter, tmp_path / "x"), 2, "--format"),
@@ -295,6 +295,7 @@ def test_errors_are_one_line_and_nothing_is_overwritten(
         (("bench", base, "--r", 0), 2, "--r 0"),
         (("bench", base, "--dtype", "int8"), 2, "--dtype int8"),
         (("bench", base, "--device", "toaster"), 2, "--device toaster"),
+        (("bench", base, "--device", "meta"), 2, "--device meta cannot be computed on here"),
         (("bench", base, "--length", 1000), 1, "32 positions"),
     ):
         found, out, err = run(capsys, *arguments)

@@ -523,7 +523,7 @@ def test_wrong_calls_are_told_before_any_work(
         (("--model", encoder, "--data", table, "--output", full), 1, "nothing is overwritten: choose another --output"),
         (("--model", encoder, "--data", table, "--output", full / "precious" / "x"), 1, "cannot be written"),
         (("--model", encoder, *rows, "--target-modules", "quary"), 2, "no module is called 'quary'"),
-        (("--model", tmp_path, *rows), 1, "neither a model"),
+        (("--model", tmp_path, *rows), 1, "holds no model"),
         (("--model", without, *rows), 1, "has no tokenizer that can be read"),
         (("--model", larger, *rows), 1, "the model knows 9 tokens only"),
         (("--model", "some/model", *rows), 1, "some/model"),

@@ -1,9 +1,14 @@
+import copy
+import inspect
 import json
+import pickle
 
+import peft
 import pytest
+import torch
 from peft import TaskType
 
-from veratune import VeRAConfig, VeraConfig
+from veratune import VeRAConfig, VeraConfig, get_peft_model
 
 
 def test_defaults_are_the_papers_and_pefts():
@@ -143,6 +148,60 @@ def test_foreign_and_unknown_fields_are_refused():
         VeraConfig.from_dict({"peft_type": "LORA", "r": 8})
     with pytest.raises(ValueError, match="lora_alpha"):
         VeraConfig.from_dict({"r": 8, "lora_alpha": 16})
+
+
+@pytest.mark.parametrize(
+    ("field", "remedy"),
+    [
+        ("lora_alpha", "VeRA has no alpha"),
+        ("lora_dropout", "use vera_dropout"),
+        ("lora_rank", "use r, which is higher"),
+        ("fan_in_fan_out", "Conv1D is recognised"),
+        ("use_rslora", "leave it out"),
+        ("use_dora", "leave it out"),
+        ("init_lora_weights", "init_weights"),
+        ("target_module", "use target_modules"),
+        ("modules_to_sav", "do you mean modules_to_save?"),
+        ("xyz", "there are r, target_modules"),
+    ],
+)
+def test_the_habits_of_lora_are_told_what_serves_instead(field, remedy):
+    from veratune.integrations.peft import VeratuneConfig
+
+    for config in (VeraConfig, VeratuneConfig):
+        if field == "xyz" and config is not VeraConfig:
+            continue
+        with pytest.raises(TypeError) as caught:
+            config(**{field: 16, "lora_dropout": 0.1})
+        assert f"unexpected keyword argument {field!r}: " in str(caught.value) and remedy in str(caught.value)
+        assert "'lora_dropout': use vera_dropout" in str(caught.value)
+    assert list(inspect.signature(VeraConfig).parameters)[:2] == ["r", "target_modules"]
+
+
+def test_configurations_in_the_wrong_function():
+    def linear():
+        return torch.nn.Sequential(torch.nn.Linear(2, 2))
+
+    for wrong, message in (
+        (peft.LoraConfig(), "whose fields are not those of LoraConfig; peft.get_peft_model takes a LoraConfig"),
+        (peft.VeraConfig(), "the same fields but fan_in_fan_out"),
+        ({"r": 4}, "make one with veratune.VeraConfig"),
+    ):
+        with pytest.raises(TypeError) as caught:
+            get_peft_model(linear(), wrong)
+        assert message in str(caught.value) and ("same fields" in message) == ("same fields" in str(caught.value))
+    for task in (None, "SEQ_CLS"):
+        for ask in (peft.get_peft_model, peft.PeftModel, lambda m, c: peft.inject_adapter_in_model(c, m)):
+            with pytest.raises(AttributeError, match=r"veratune\.get_peft_model.* VeratuneConfig"):
+                ask(linear(), VeraConfig(task_type=task))
+
+
+def test_configurations_are_copied_pickled_and_compared():
+    config = VeraConfig(r=8, rank_pattern={"a": 4})
+    assert copy.copy(config) == copy.deepcopy(config) == pickle.loads(pickle.dumps(config)) == config != VeraConfig()
+    assert not hasattr(config, "is_prompt_learning") and not hasattr(config, "nothing")
+    with pytest.raises(AttributeError, match="'VeraConfig' object has no attribute 'nothing'"):
+        _ = config.nothing
 
 
 def test_replace_validates():

@@ -13,6 +13,7 @@ import pytest
 import sentence_transformers
 import torch
 import transformers
+import yaml
 from sentence_transformers import SentenceTransformer
 
 import veratune
@@ -192,6 +193,21 @@ def test_the_blocks_of_a_page_run(page: str) -> None:
 def test_no_page_is_left_out() -> None:
     pages = {path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").rglob("*.md")}
     assert {page for page in pages if blocks(page)} == PAGES.keys()
+
+
+@pytest.mark.parametrize("public", [VeraModel, AdapterBank])
+def test_every_public_method_is_on_the_api_page(public: type) -> None:
+    """By the rule that the page has for the class: mkdocstrings shows what has a docstring."""
+    found = re.search(
+        rf"^::: veratune\.{public.__name__}\n((?: .*\n)*)", (ROOT / "docs/api.md").read_text(), re.MULTILINE
+    )
+    assert found is not None
+    options = yaml.safe_load(found[1])["options"]
+    assert options == {"inherited_members": True}  # not a list of names, which would be all that is shown
+    ours = [cls for cls in public.__mro__ if cls.__module__.startswith("veratune.")]
+    methods = {name: value for cls in reversed(ours) for name, value in vars(cls).items() if not name.startswith("_")}
+    assert {"load", "remove"} <= methods.keys() or {"merge_adapter", "set_adapter", "explain_routes"} <= methods.keys()
+    assert not [name for name, value in methods.items() if callable(value) and not value.__doc__]
 
 
 def outline(page: str) -> list[str]:

@@ -294,6 +294,41 @@ def test_pushing_while_training(strategy: str, hub: NoHub, tmp_path: Path) -> No
     assert all(torch.equal(a, b) for a, b in zip(state(loaded), state(trainer.model), strict=True))
 
 
+def test_vectors_and_heads_have_rates_of_their_own(tmp_path: Path) -> None:
+    """The vectors the one given, or VeRA's in place of transformers' default; heads and biases a tenth."""
+    default = TrainingArguments("x").learning_rate
+    for given, vectors_rate in ((2e-2, 2e-2), (default, 1e-2)):
+        model = get_peft_model(tiny_model("bert"), VeraConfig(r=4, bias="all"))
+        settings = arguments(tmp_path, learning_rate=given, weight_decay=0.1, max_steps=1)
+        trainer = VeraTrainer(model, settings, train_dataset=Rows())
+        if given == default:
+            with pytest.warns(UserWarning, match="is the default of TrainingArguments.* trained with 0.01"):
+                trainer.create_optimizer()
+        else:
+            trainer.create_optimizer()
+        rates = {id(p): group["lr"] for group in trainer.optimizer.param_groups for p in group["params"]}
+        decay = {id(p): group["weight_decay"] for group in trainer.optimizer.param_groups for p in group["params"]}
+        named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        assert rates.keys() == {id(p) for p in named.values()}
+        for name, parameter in named.items():
+            expected = vectors_rate if "vera_lambda_" in name else vectors_rate / 10
+            assert rates[id(parameter)] == pytest.approx(expected), name
+            assert decay[id(parameter)] == (0.0 if "bias" in name else 0.1), name
+    optimizer = torch.optim.SGD(parameter_groups(model, lr=2e-2))
+    given_one = VeraTrainer(model, arguments(tmp_path), train_dataset=Rows(), optimizers=(optimizer, None))
+    assert given_one.create_optimizer() is optimizer and optimizer.param_groups[0]["lr"] == 2e-2
+
+
+def test_rates_that_will_not_do_are_warned_of(tmp_path: Path) -> None:
+    for rate, message in ((1e-4, "is low for VeRA"), (2.0, "is high for VeRA")):
+        with pytest.warns(UserWarning, match=message):
+            parameter_groups(model_of(), lr=rate)
+        with pytest.warns(UserWarning, match=message):
+            VeraTrainer(model_of(), arguments(tmp_path, learning_rate=rate), train_dataset=Rows()).create_optimizer()
+    for usual in (1e-3, 3e-2, 0.1):
+        parameter_groups(model_of(), lr=usual)
+
+
 def test_another_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="VeraTrainer trains a VeraModel, not a BertFor"):
         VeraTrainer(tiny_model("bert"), arguments(tmp_path, max_steps=1), train_dataset=Rows())

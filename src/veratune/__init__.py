@@ -1,5 +1,6 @@
 """VeRA (Vector-based Random Matrix Adaptation) on all linear layers of a model, whatever their shapes."""
 
+import veratune.startup  # noqa: F401  # before what takes long to import
 from veratune.adapters import AdapterState
 from veratune.bank import AdapterBank, BankError
 from veratune.checkpoint.files import CheckpointError

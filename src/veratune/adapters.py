@@ -1,6 +1,7 @@
 """Adapters on a model: adding, choosing, merging and removing them. Nothing here reads or writes files."""
 
 import re
+import threading
 import warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -11,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from veratune.config import VeraConfig
+from veratune.config import VeraConfig, check_config
 from veratune.explain import RouteTable, explain_routes
 from veratune.forwarding import ForwardOfBase, StandsForModel
 from veratune.layers import ComputeSettings, InputGroup, SavedModule, VectorInit, VeraLayer, VeraModule, VeraParameter
@@ -37,7 +38,12 @@ from veratune.targets import (
 )
 
 _Kind = TypeVar("_Kind", bound=nn.Module)
+# Held from the look at a model to the end of its change: two threads must not take one name, or replace one layer. It
+# is not a model's own, so that models can be copied.
+ADDING = threading.RLock()
 _NAME = re.compile(r"[\w\-]{1,128}")
+# A file's name has 255 bytes at most, of which a name that is not final yet needs some.
+_MOST_NAME_BYTES = 255 - 32
 
 
 @dataclass(frozen=True)
@@ -110,6 +116,11 @@ def check_adapter_name(name: str) -> None:
             f"adapter_name={name!r} is not allowed: it must be 1 to 128 letters, digits, '_' or '-', as it becomes part"
             " of parameter names and the name of a folder"
         )
+    if len(name.encode("utf-8", "surrogatepass")) > _MOST_NAME_BYTES:
+        raise ValueError(
+            f"adapter_name={name!r} is not allowed: it has {len(name.encode())} bytes in UTF-8, and a folder of that"
+            f" name at most {_MOST_NAME_BYTES}"
+        )
     if hasattr(nn.ModuleDict(), name) or hasattr(nn.ParameterDict(), name):
         raise ValueError(f"adapter_name={name!r} is not allowed: torch.nn.Module uses the name itself; choose another")
 
@@ -135,11 +146,7 @@ def plan_adapter(model: nn.Module, config: VeraConfig, source: Source | None = N
     Raises:
         TargetError: the configuration matches nothing in this model.
     """
-    if not isinstance(config, VeraConfig):
-        raise TypeError(
-            f"the configuration must be a veratune.VeraConfig, not {type(config).__module__}."
-            f"{type(config).__qualname__}: veratune.VeraConfig takes the same fields"
-        )
+    check_config(config)
     resolved = resolve_config(model, config, notify)
     targets = find_targets(model, resolved, notify)
     modules = base_modules(model)
@@ -326,8 +333,9 @@ class AdaptedModel(StandsForModel):
             ValueError: the name is taken or not allowed.
             TargetError: the configuration matches nothing in this model.
         """
-        self.check_new_name(adapter_name)
-        self.install_adapter(adapter_name, plan_adapter(self.base_model, peft_config))
+        with ADDING:
+            self.check_new_name(adapter_name)
+            self.install_adapter(adapter_name, plan_adapter(self.base_model, peft_config))
 
     def check_new_name(self, adapter_name: str) -> None:
         """Raise ValueError unless the name is allowed and free."""

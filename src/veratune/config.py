@@ -1,11 +1,15 @@
 """The configuration of one adapter: validated when it is made, with PEFT's field names where PEFT has the field."""
 
 import dataclasses
+import difflib
+import functools
+import inspect
 import math
 import re
+import reprlib
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn, TypeVar
 
 from veratune.routing import MEMORY_NAMES, ROUTE_NAMES, MemoryName, RouteName
 
@@ -20,7 +24,72 @@ _PROJECTIONS = ("per_dimension", "peft")
 _KEY_RANGE = range(-(1 << 63), 1 << 64)
 _LARGEST_RANK = 1 << 20
 
+_Config = TypeVar("_Config")
 
+# Settings of other adapters in PEFT, and what serves in their place.
+_FOREIGN = {
+    "lora_alpha": "VeRA has no alpha: the trained vectors scale each layer, and d_initial is where d starts",
+    "alpha_pattern": "VeRA has no alpha: the trained vectors scale each layer",
+    "lora_dropout": "use vera_dropout",
+    "dropout": "use vera_dropout",
+    "lora_rank": "use r, which is higher than LoRA's: 256 to 1024",
+    "rank": "use r",
+    "lora_bias": "use bias",
+    "init_lora_weights": "leave it out: a new adapter changes nothing; init_weights=False is for tests",
+    "use_rslora": "leave it out: VeRA has no alpha that the rank would divide",
+    "use_dora": "leave it out: veratune has no counterpart of DoRA",
+    "fan_in_fan_out": "leave it out: transformers' Conv1D is recognised by its class",
+    "prng_key": "use projection_prng_key",
+    "ensure_weight_tying": "leave it out: tied weights are found",
+    "target_module": "use target_modules",
+}
+# What PEFT asks a configuration for, and this one cannot answer.
+_ASKED_BY_PEFT = ("is_prompt_learning", "is_adaption_prompt", "auto_mapping", "peft_version", "runtime_config")
+
+
+def foreign_field(name: str) -> str:
+    """Return what serves in place of another adapter's setting; empty for a name that is none."""
+    return _FOREIGN.get(name, "")
+
+
+def explains_unknown_fields(config: type[_Config]) -> type[_Config]:
+    """Decorate a dataclass so that a keyword which is none of its fields is refused with the remedy."""
+    made = config.__init__
+    known = list(inspect.signature(made).parameters)[1:]
+
+    @functools.wraps(made)
+    def init(self: object, *args: Any, **kwargs: Any) -> None:
+        unknown = [f"{name!r}: {_remedy(name, known)}" for name in kwargs if name not in known]
+        if unknown:
+            # PEFT looks for these words where it reads a file of a later version.
+            raise TypeError(f"{config.__name__} got an unexpected keyword argument {'; '.join(unknown)}")
+        made(self, *args, **kwargs)
+
+    config.__init__ = init  # type: ignore[method-assign]
+    return config
+
+
+def _remedy(name: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1)
+    return foreign_field(name) or (f"do you mean {near[0]}?" if near else f"there are {', '.join(known)}")
+
+
+def check_config(config: object) -> None:
+    """Raise TypeError, with what to give instead, unless this is a `VeraConfig`."""
+    if isinstance(config, VeraConfig):
+        return
+    kind, package = type(config).__qualname__, type(config).__module__.partition(".")[0]
+    remedy = "make one with veratune.VeraConfig(r=256, target_modules=...)"
+    if kind == "VeraConfig":
+        remedy = "veratune.VeraConfig takes the same fields but fan_in_fan_out, which it has no need of"
+    elif kind == "VeratuneConfig":
+        remedy = "it is for peft.get_peft_model; veratune.VeraConfig takes the same fields"
+    elif package == "peft":
+        remedy += f", whose fields are not those of {kind}; peft.get_peft_model takes a {kind}"
+    raise TypeError(f"the configuration must be a veratune.VeraConfig, not {type(config).__module__}.{kind}: {remedy}")
+
+
+@explains_unknown_fields
 @dataclass
 class VeraConfig:
     """Settings of a VeRA adapter (Kopiczko, Blankevoort & Asano, ICLR 2024).
@@ -123,6 +192,14 @@ class VeraConfig:
                 raise _bad(name, getattr(self, name), "a string or None", TypeError)
         self._check_combinations()
 
+    def __getattr__(self, name: str) -> NoReturn:
+        if name in _ASKED_BY_PEFT:
+            raise AttributeError(
+                f"a veratune.VeraConfig has no {name!r}: it is for veratune.get_peft_model. For PEFT's functions there"
+                " is VeratuneConfig, with the same fields, in veratune.integrations.peft"
+            )
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
     def _check_combinations(self) -> None:
         if self.layers_pattern is not None and self.layers_to_transform is None:
             raise ValueError(
@@ -198,8 +275,18 @@ def ends_in_match(name: str, pattern: str) -> bool:
     return re.fullmatch(rf"(?:.*\.)?(?:{pattern})", name) is not None
 
 
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 3, 200, 200
+_SHORT.maxlist = _SHORT.maxtuple = _SHORT.maxset = _SHORT.maxfrozenset = _SHORT.maxdict = 20
+
+
+def shown(value: object) -> str:
+    """Return a value for a message, of bounded length: a file may hold anything."""
+    return _SHORT.repr(value)
+
+
 def _bad(field: str, value: object, allowed: str, error: type[Exception] = ValueError) -> Exception:
-    return error(f"{field}={value!r} is not allowed: it must be {allowed}")
+    return error(f"{field}={shown(value)} is not allowed: it must be {allowed}")
 
 
 def _check_integer(field: str, value: object, allowed: range, description: str) -> None:

@@ -9,7 +9,7 @@ from typing import Any, Literal, Self
 import torch
 from torch import nn
 
-from veratune.adapters import AdaptedModel, as_names, check_adapter_name, notify, plan_adapter
+from veratune.adapters import ADDING, AdaptedModel, as_names, check_adapter_name, notify, plan_adapter
 from veratune.checkpoint.card import write_card
 from veratune.checkpoint.gguf import export_gguf
 from veratune.checkpoint.hub import find_directory, hub_name, upload_directory
@@ -64,13 +64,15 @@ class VeraModel(AdaptedModel):
         check_bare(model)
         check_adapter_name(adapter_name)
         directory = _find(model_id, location)
-        ready = _read(model, directory)
-        with undone_on_error(model):
-            adapted = cls(model, autocast_adapter_dtype=autocast_adapter_dtype)
-            ready.put_on(adapted, adapter_name, frozen=not is_trainable)
-            adapted.set_adapter(adapter_name)
-            if not is_trainable:
-                adapted.eval()
+        with ADDING:
+            check_bare(model)
+            ready = _read(model, directory)
+            with undone_on_error(model):
+                adapted = cls(model, autocast_adapter_dtype=autocast_adapter_dtype)
+                ready.put_on(adapted, adapter_name, frozen=not is_trainable)
+                adapted.set_adapter(adapter_name)
+                if not is_trainable:
+                    adapted.eval()
         name_classes(model, ready)
         return adapted
 
@@ -94,8 +96,11 @@ class VeraModel(AdaptedModel):
             CheckpointError: as for `from_pretrained`.
         """
         self.check_new_name(adapter_name)
-        ready = _read(self.base_model, _find(model_id, location))
-        ready.put_on(self, adapter_name, frozen=not is_trainable)
+        directory = _find(model_id, location)
+        with ADDING:
+            self.check_new_name(adapter_name)
+            ready = _read(self.base_model, directory)
+            ready.put_on(self, adapter_name, frozen=not is_trainable)
 
     def restore(self, save_directory: str | os.PathLike[str]) -> None:
         """Put the values that `save_pretrained` wrote back into the adapters that the model has.
@@ -304,13 +309,14 @@ def get_peft_model(
         TargetError: the configuration matches nothing in this model, which is unchanged then.
         ValueError: the model has adapters already, or the name is not allowed.
     """
-    check_bare(model)
     check_adapter_name(adapter_name)
-    plan = plan_adapter(model, peft_config)
-    with undone_on_error(model):
-        adapted = VeraModel(model, autocast_adapter_dtype=autocast_adapter_dtype)
-        adapted.install_adapter(adapter_name, plan)
-        adapted.set_adapter(adapter_name)
+    with ADDING:
+        check_bare(model)
+        plan = plan_adapter(model, peft_config)
+        with undone_on_error(model):
+            adapted = VeraModel(model, autocast_adapter_dtype=autocast_adapter_dtype)
+            adapted.install_adapter(adapter_name, plan)
+            adapted.set_adapter(adapter_name)
     return adapted
 
 

@@ -10,7 +10,7 @@ import typer
 from veratune.checkpoint.files import WEIGHTS_NAME, CheckpointError
 from veratune.checkpoint.native import is_native, read_native
 from veratune.checkpoint.vllm import max_lora_rank
-from veratune.cli.directories import check_new
+from veratune.cli.directories import check_new, writing_new
 from veratune.cli.models import adapter_in, base_of, load_model
 from veratune.cli.output import print_json, print_table, print_text
 from veratune.cli.settings import dtype_of
@@ -72,8 +72,9 @@ def merge(
     adapter = adapter_in(adapter)
     place = base_of(adapter, base)
     model: Any = _adapted(place, adapter).merge_and_unload(safe_merge=safe)
-    model.save_pretrained(output)
-    _copy_tokenizer(place, output)
+    with writing_new(output):
+        model.save_pretrained(output)
+        _copy_tokenizer(place, output)
     print_text(f"{output}: {place} with {adapter} merged in")
 
 
@@ -98,12 +99,13 @@ def export(
     check_new(output)
     adapter = adapter_in(adapter)
     model = _adapted(base_of(adapter, base), adapter)
-    if to is Format.PEFT:
-        model.export_peft(output)
-    elif to is Format.GGUF:
-        model.export_gguf(output, dtype=numbers)
-    else:
-        model.export_lora(output, dtype=numbers, rank=rank, engine="vllm" if engine is Engine.VLLM else None)
+    with writing_new(output):
+        if to is Format.PEFT:
+            model.export_peft(output)
+        elif to is Format.GGUF:
+            model.export_gguf(output, dtype=numbers)
+        else:
+            model.export_lora(output, dtype=numbers, rank=rank, engine="vllm" if engine is Engine.VLLM else None)
     print_text(f"{output}: {adapter} as {to.value}")
     if engine is Engine.VLLM:
         largest = max(slot.rank for layer in model.vera_layers().values() for slot in layer.slots.values())
@@ -126,7 +128,8 @@ def convert(
     if is_native(adapter / WEIGHTS_NAME):
         raise CheckpointError(f"{adapter} is in veratune's format already")
     model = _adapted(base_of(adapter, base), adapter)
-    model.save_pretrained(output)
+    with writing_new(output):
+        model.save_pretrained(output)
     print_text(f"{output}: {adapter} in veratune's format")
 
 
@@ -179,7 +182,8 @@ def diff(
 
 
 def _adapted(place: str, adapter: Path) -> VeraModel:
-    return VeraModel.from_pretrained(load_model(place, weights=True, adapter=adapter), adapter)
+    base = load_model(place, weights=True, adapter=adapter, remedy="give the base model with --base")
+    return VeraModel.from_pretrained(base, adapter)
 
 
 def _print_differences(

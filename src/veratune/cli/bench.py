@@ -181,6 +181,10 @@ def _device(name: str | None) -> torch.device:
         raise SettingsError(f"--device {name} is none that torch knows: try cpu or cuda") from None
     if place.type == "cuda" and not torch.cuda.is_available():
         raise SettingsError(f"--device {name}: there is no GPU that torch can use here")
+    try:
+        torch.zeros(1, device=place).cpu()
+    except (RuntimeError, NotImplementedError, AssertionError) as error:
+        raise SettingsError(f"--device {name} cannot be computed on here: {str(error).splitlines()[0]}") from None
     return place
 
 

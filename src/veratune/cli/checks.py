@@ -12,10 +12,13 @@ from torch import nn
 from veratune.cli.data import Examples
 from veratune.cli.output import bytes_text
 from veratune.cli.settings import TrainSettings
-from veratune.training import why_rate_is_low
+from veratune.training import rate_advice
 
-# Fewer steps than these seldom suffice for b, which starts at zero.
-_FEW_STEPS = 150
+# How far b has to be able to move from zero: its largest numbers are near 1 after a training that has learned.
+_LITTLE_REACH = 0.25
+# LoRA's ranks, which mean another thing in VeRA.
+_LOW_RANK = 64
+_HIGH_HEAD_RATE = 1e-1
 # As many classes as this are seldom meant, where there is a row or two of each.
 _MANY_CLASSES = 50
 
@@ -47,9 +50,16 @@ def warnings_of(
     train, evaluation = examples
     if importlib.util.find_spec("matplotlib") is None:
         yield "there will be no picture of the curves, since matplotlib is missing: pip install 'veratune[cli]'"
-    low = why_rate_is_low(settings.learning_rate)
-    if low is not None:
-        yield f"{low}: it may not learn"
+    advice = rate_advice(settings.learning_rate)
+    if advice is not None:
+        yield advice
+    if labels and settings.head_learning_rate > _HIGH_HEAD_RATE:
+        yield f"head_learning_rate={settings.head_learning_rate} is high for a new head: it may diverge"
+    if settings.rank < _LOW_RANK:
+        yield (
+            f"rank={settings.rank} is low for VeRA, whose ranks are 256 and more: unlike LoRA's, a higher one trains"
+            " only that many more numbers in each layer"
+        )
     if settings.precision == "bfloat16" and not torch.cuda.is_available():
         yield "precision=bfloat16 is slower than float32 on many a CPU"
     left_out = train.left_out + evaluation.left_out
@@ -63,10 +73,13 @@ def warnings_of(
         yield f"{cut} of {len(train)} texts fill max_length={settings.max_length} tokens: what is beyond is not seen"
     if len(train) < settings.batch_size:
         yield f"there are {len(train)} rows to train with, fewer than batch_size={settings.batch_size}"
-    if steps < _FEW_STEPS:
+    # Adam moves a number by about the learning rate in a step, which is half of its highest value on average.
+    reach = settings.learning_rate * steps / 2
+    if reach < _LITTLE_REACH:
         yield (
-            f"{steps} steps are few for VeRA, whose b starts at zero: more epochs, more rows or a smaller batch_size"
-            " make more"
+            f"{steps} steps are few: with learning_rate={settings.learning_rate} they move b, which starts at zero, by"
+            f" about {reach:.2g} at most, and a trained b reaches 1. More epochs, more rows or a smaller batch_size"
+            " make more steps"
         )
     evaluations = evaluations_of(settings, len(train), steps)
     if settings.early_stopping >= evaluations:

@@ -1,9 +1,21 @@
 """Directories that a command is to write: new or empty ones, and writable, before any work is done."""
 
+import errno
+import os
+import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from veratune.checkpoint.files import CheckpointError
+from veratune.cli.output import bytes_text
+
+# Less than this is left of a disk where a write has failed for want of space.
+_NEARLY_NOTHING = 1 << 20
+# What torch, safetensors and others say in place of an OSError.
+_NOT_WRITTEN = ("iostream error", "file write failed", "unexpected pos", "os error 28", "No space left", "os error 27")
+_OF_SPACE = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the quota is used up", errno.EFBIG: "a file is too large"}
 
 
 def check_new(directory: Path, otherwise: str = "choose another one") -> None:
@@ -28,3 +40,60 @@ def check_new(directory: Path, otherwise: str = "choose another one") -> None:
     finally:
         for path in reversed(made):
             path.rmdir()
+
+
+@contextmanager
+def writing(place: Path) -> Iterator[None]:
+    """Name the place in errors of a disk that cannot hold what is written within this context.
+
+    Raises:
+        CheckpointError: the disk is full, or would not write.
+    """
+    try:
+        yield
+    except Exception as error:
+        reason = why_not_written(error, place)
+        if reason is None:
+            raise
+        raise CheckpointError(reason) from error
+
+
+@contextmanager
+def writing_new(directory: Path) -> Iterator[None]:
+    """Write a directory that `check_new` found empty; whatever ends this context early leaves nothing in it."""
+    there = directory.exists()
+    try:
+        with writing(directory):
+            yield
+    except BaseException:
+        shutil.rmtree(directory, ignore_errors=True)
+        if there:
+            directory.mkdir(exist_ok=True)
+        raise
+
+
+def why_not_written(error: Exception, place: Path | None = None) -> str | None:
+    """Return a sentence about a disk that did not take what was written to it; None for other errors."""
+    number = error.errno if isinstance(error, OSError) else None
+    words = str(error)
+    if number not in _OF_SPACE and not any(theirs in words for theirs in _NOT_WRITTEN):
+        return None
+    named = getattr(error, "filename", None)
+    where = Path(os.fsdecode(named)) if named is not None else place
+    known = place or (where.parent if where is not None else None)
+    free = None if known is None else _free_bytes(known)
+    if number is None and (
+        (free is not None and free < _NEARLY_NOTHING) or "os error 28" in words or "No space left" in words
+    ):
+        number = errno.ENOSPC
+    reason = _OF_SPACE[number] if number is not None else "a write failed, as on a full disk"
+    left = "" if free is None else f" ({bytes_text(free)} left)"
+    return f"{where or 'the output'} cannot be written: {reason}{left}"
+
+
+def _free_bytes(place: Path) -> int | None:
+    try:
+        absolute = place.absolute()
+        return shutil.disk_usage(next(path for path in (absolute, *absolute.parents) if path.exists())).free
+    except OSError:
+        return None

@@ -10,6 +10,7 @@ import typer
 
 from veratune.checkpoint.contents import LoraContents, read_contents
 from veratune.checkpoint.files import WEIGHTS_NAME
+from veratune.cli.directories import writing
 from veratune.cli.models import ADAPTER_NAME, adapter_in, is_adapter, load_model
 from veratune.cli.output import bytes_text, print_json, print_table, print_text
 from veratune.config import VeraConfig
@@ -163,7 +164,8 @@ def _inspect_adapter(directory: Path, *, every: bool, plot: Path | None, as_json
         for name, (b, d) in contents.vectors.items()
     ]
     if plot is not None:
-        _plot(layers, plot)
+        with writing(plot):
+            _plot(layers, plot)
     others = sum(tensor.numel() for tensor in contents.others.values())
     summary = _summary(directory, contents.kind, contents.config) | {
         "base": contents.base,

@@ -15,8 +15,10 @@ import torch
 
 from veratune import __version__
 from veratune.cli import adapters, bank, bench, doctor, inspecting, train
+from veratune.cli.directories import why_not_written
 from veratune.cli.output import error_line, warning_line
 from veratune.cli.settings import SettingsError
+from veratune.startup import INTERRUPTED, handle_interrupts_as_usual
 
 app = typer.Typer(
     name="veratune",
@@ -68,7 +70,7 @@ app.add_typer(bank.app, name="bank")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command line and return its exit code: 0, 1 for an error, 2 for a wrong call."""
+    """Run a command line and return its exit code: 0, 1 for an error, 2 for a wrong call, 130 for Ctrl-C."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     traceback = "--traceback" in given  # at any place, since it is what one adds to the end
     given = [argument for argument in given if argument != "--traceback"]
@@ -78,24 +80,44 @@ def main(arguments: list[str] | None = None) -> int:
         logging.getLogger(name).addFilter(_is_error)
     app.rich_markup_mode = "rich" if sys.stdout.isatty() else None
     try:
+        handle_interrupts_as_usual()
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
             result = app(given or ["--help"], standalone_mode=False, prog_name="veratune")
-    except (typer.Abort, KeyboardInterrupt):
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        result = INTERRUPTED
+    except typer.Abort:
         error_line("stopped")
         return 1
     except BrokenPipeError:
-        # Whoever read the output has seen enough. What is still in the buffer must not be written at the exit.
-        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: PTH123, SIM115
+        # Whoever read the output has seen enough.
+        _drop_output()
         return 1
     except Exception as error:
         if traceback:
             raise
+        _drop_output_that_fails()
         error_line(_told(error))
         return 2 if isinstance(error, _USAGE_ERROR | SettingsError) else 1
+    if result == INTERRUPTED:  # as typer returns a KeyboardInterrupt, too
+        error_line("stopped")
+        return INTERRUPTED
     if not given:
         return 2
     return result if isinstance(result, int) else 0
+
+
+def _drop_output() -> None:
+    """Leave out what is still in the buffer of the output, which must not be written at the exit."""
+    sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: PTH123, SIM115
+
+
+def _drop_output_that_fails() -> None:
+    try:
+        sys.stdout.flush()
+    except OSError:
+        _drop_output()
 
 
 def _is_error(record: logging.LogRecord) -> bool:
@@ -119,6 +141,13 @@ def _told(error: Exception) -> str:
         return f"{message}; see {command} --help"
     if isinstance(error, _OUT_OF_MEMORY):
         return f"out of memory: a smaller batch or shorter texts need less ({_first_line(error)})"
+    if isinstance(error, RecursionError):
+        return f"a file or a setting is nested too deeply to be read ({_first_line(error)})"
+    full = why_not_written(error)
+    if full is not None:
+        return full
+    if isinstance(error, OSError) and error.errno is not None and error.filename is not None:
+        return f"{os.fsdecode(error.filename)}: {error.strerror}"
     if isinstance(error, _EXPECTED) and str(error):
         return str(error)
     return f"{type(error).__name__}: {_first_line(error)} (veratune --traceback shows where it came from)"

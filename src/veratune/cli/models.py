@@ -1,10 +1,13 @@
 """Base models for the command line: from a directory or a hub name, with or without their weights."""
 
+import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
 from veratune.checkpoint.files import CONFIG_NAME, WEIGHTS_NAME, CheckpointError, read_json, read_tensors
@@ -42,6 +45,33 @@ def base_of(adapter: Path, given: str | None) -> str:
     return named
 
 
+def _is_here(place: str) -> bool:
+    """Return whether a model's configuration is in a directory of this name, or in the hub's cache."""
+    if (Path(place).expanduser() / "config.json").is_file():
+        return True
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        return isinstance(try_to_load_from_cache(place, "config.json"), str)
+    except (HFValidationError, OSError):
+        return False
+
+
+def _joined(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _unreadable(place: str, error: Exception, remedy: str) -> str:
+    """Return what to say of a model that could not be loaded."""
+    if _is_here(place):
+        return f"{place} is no model that can be read: {_joined(error)}"
+    first = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    offline = "connect" in first or os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "ON", "YES", "TRUE")
+    reason = "the hub cannot be reached" if offline else f"the hub answers: {first}"
+    return f"{place}: there is no such directory, it is not in the hub's cache, and {reason}: {remedy}"
+
+
 def quieten_transformers() -> None:
     """Leave out reports that say nothing new here, and progress bars where no terminal shows them."""
     import transformers
@@ -64,7 +94,9 @@ def load_tokenizer(place: str) -> Any:
     _check_place(place)
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(place)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except _FROM_ANYWHERE as error:
+        if isinstance(error, OSError) and not _is_here(place):
+            raise ValueError(_unreadable(place, error, _CHECK_NAME)) from None
         raise ValueError(f"{place} has no tokenizer that can be read: {error}") from None
     # Where there are no files, transformers may make one of the model's type that knows no words.
     if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
@@ -75,24 +107,29 @@ def load_tokenizer(place: str) -> Any:
     return tokenizer
 
 
-def load_model(place: str, *, weights: bool, adapter: Path | None = None) -> nn.Module:
+_FROM_ANYWHERE = (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, StrictDataclassError)
+_CHECK_NAME = "check the name, or give a directory"
+
+
+def load_model(place: str, *, weights: bool, adapter: Path | None = None, remedy: str = _CHECK_NAME) -> nn.Module:
     """Return a transformers model of the class that an adapter was trained on, or that its configuration names.
 
     Args:
         place: a directory or a name on the hub.
         weights: whether to load them; without them the model is on the meta device.
         adapter: an adapter that is for this model.
+        remedy: what to do where there is no such model.
 
     Raises:
         ImportError: transformers is missing.
-        ValueError: neither names a class that transformers has.
+        ValueError: there is no such model, or none that transformers has a class for.
     """
     try:
         import transformers
     except ImportError as error:
         raise ImportError(f"reading a model needs transformers: pip install 'veratune[hf]' ({error})") from None
     quieten_transformers()
-    _check_place(place)
+    _check_place(place, remedy)
     wanted = {} if adapter is None else _base_of_adapter(adapter)
     settings: dict[str, Any] = {}
     if wanted.get("id2label"):
@@ -102,18 +139,34 @@ def load_model(place: str, *, weights: bool, adapter: Path | None = None) -> nn.
         settings["problem_type"] = wanted["problem_type"]
     try:
         config: Any = transformers.AutoConfig.from_pretrained(place, **settings)
-    except OSError as error:
-        raise ValueError(f"{place} is no model that can be read: {error}") from None
+    except _FROM_ANYWHERE as error:
+        raise ValueError(_unreadable(place, error, remedy)) from None
     names = [wanted["class"]] if wanted.get("class") else config.architectures or []
     model_class: Any = next((getattr(transformers, name) for name in names if hasattr(transformers, name)), None)
     if model_class is None:
         raise ValueError(f"{place}: there is no class {' or '.join(names) or 'named'} in transformers to make it of")
     if weights:
-        model: nn.Module = model_class.from_pretrained(place, config=config, dtype="auto")
-        return model.eval()
-    with torch.device("meta"):
-        shape: nn.Module = model_class(config)
-    return shape.eval()
+        return loaded(place, lambda: model_class.from_pretrained(place, config=config, dtype="auto")).eval()
+
+    def empty() -> Any:
+        with torch.device("meta"):
+            return model_class(config)
+
+    return loaded(place, empty).eval()
+
+
+def loaded(place: str, make: Callable[[], nn.Module]) -> nn.Module:
+    """Return the model that a function of transformers makes of files.
+
+    Raises:
+        ValueError: it could not.
+    """
+    try:
+        return make()
+    except (MemoryError, torch.OutOfMemoryError, ImportError):
+        raise
+    except Exception as error:  # of transformers, safetensors, huggingface_hub, torch
+        raise ValueError(f"{place} is no model that can be read: {_joined(error)}") from error
 
 
 # PEFT notes the task rather than the class, and the number of labels only in the head's shape.
@@ -145,10 +198,23 @@ def _base_of_adapter(adapter: Path) -> dict[str, Any]:
     return {"class": kind, "id2label": labels}
 
 
-def _check_place(place: str) -> None:
+def _check_place(place: str, remedy: str = _CHECK_NAME) -> None:
     """Raise FileNotFoundError for what is neither a model's directory here nor a hub's name."""
     local = Path(place).expanduser()
     if not local.is_dir() and (place.count("/") != 1 or place.startswith((".", "/", "~"))) and "/" in place:
-        raise FileNotFoundError(f"{place} is not a directory on this machine, nor the name of a hub repository")
+        what = (
+            "is a file" if local.is_file() else "is not a directory on this machine, nor the name of a hub repository"
+        )
+        raise FileNotFoundError(f"{place} {what}: {remedy}")
     if local.is_dir() and not (local / "config.json").is_file():
-        raise FileNotFoundError(f"{place} holds neither a model (config.json) nor an adapter ({WEIGHTS_NAME})")
+        adapter = next((x for x in (local, local / ADAPTER_NAME) if is_adapter(str(x))), None)
+        if adapter is not None:
+            raise FileNotFoundError(f"{adapter} is an adapter, not a model; {_its_base(adapter)}")
+        raise FileNotFoundError(f"{place} holds no model: there is no config.json in it")
+
+
+def _its_base(adapter: Path) -> str:
+    try:
+        return f"its base model is {base_of(adapter, None)}: give that"
+    except CheckpointError:
+        return "it does not say what its base model is: give that"

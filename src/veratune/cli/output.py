@@ -3,6 +3,7 @@
 import json
 import platform
 import sys
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,25 @@ from rich.table import Table
 
 # Wide enough that nothing is folded where a program or a file reads it.
 _UNBOUNDED = 10_000
+# An error says what is wrong in fewer characters, whatever a file holds that it quotes.
+_LONGEST_LINE = 2_000
+
+
+def printable(text: str) -> str:
+    """Return text with what is no character to print, such as a terminal's escapes, as it would stand in Python."""
+    if text.isprintable():
+        return text
+    kept = (x if x.isprintable() or x in "\n\t" or unicodedata.category(x) == "Zs" else _escaped(x) for x in text)
+    return "".join(kept)
+
+
+def _escaped(character: str) -> str:
+    return character.encode("unicode_escape").decode()
+
+
+def _one_line(message: str) -> str:
+    line = printable(next(iter(message.strip().splitlines()), "an error without a message"))
+    return line if len(line) <= _LONGEST_LINE else f"{line[:_LONGEST_LINE]}... ({len(line):,} characters)"
 
 
 def _console() -> Console:
@@ -23,18 +43,20 @@ def _console() -> Console:
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]], title: str = "") -> None:
     """Print a table: framed on a terminal, plain columns elsewhere. Columns of numbers are aligned to the right."""
     console = _console()
-    table = Table(box=box.SIMPLE_HEAD if console.is_terminal else None, title=title or None, title_justify="left")
+    table = Table(
+        box=box.SIMPLE_HEAD if console.is_terminal else None, title=printable(title) or None, title_justify="left"
+    )
     for position, name in enumerate(header):
         numbers = all(_is_number(row[position]) for row in rows)
         table.add_column(name, justify="right" if numbers else "left", overflow="fold")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(printable, row))
     console.print(table)
 
 
 def print_text(text: str) -> None:
-    """Print text as it is."""
-    print(text)
+    """Print text."""
+    print(printable(text))
 
 
 def print_json(value: Any) -> None:
@@ -44,12 +66,12 @@ def print_json(value: Any) -> None:
 
 def error_line(message: str) -> None:
     """Print an error's first line to standard error."""
-    print(f"veratune: {message.strip().splitlines()[0]}", file=sys.stderr)
+    print(f"veratune: {_one_line(message)}", file=sys.stderr)
 
 
 def warning_line(message: str) -> None:
     """Print a warning to standard error."""
-    print(f"veratune: warning: {message}", file=sys.stderr)
+    print(f"veratune: warning: {_one_line(message)}", file=sys.stderr)
 
 
 def _is_number(text: str) -> bool:

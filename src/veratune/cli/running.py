@@ -14,14 +14,14 @@ from veratune.cli.checks import check_vocabulary, steps_of_run, warnings_of
 from veratune.cli.curves import draw_curves
 from veratune.cli.data import Examples, Row, check_columns, digest, label_names, read_rows, split
 from veratune.cli.directories import check_new
-from veratune.cli.measures import evaluated
-from veratune.cli.models import ADAPTER_NAME, load_tokenizer
+from veratune.cli.measures import evaluated, trivial_answer
+from veratune.cli.models import ADAPTER_NAME, load_tokenizer, loaded
 from veratune.cli.output import bytes_text, print_table, print_text, warning_line
 from veratune.cli.settings import SETTINGS_NAME, SettingsError, TrainSettings
 from veratune.cli.tasks import Task, make_task
 from veratune.model import VeraModel, get_peft_model
 from veratune.targets import TargetError
-from veratune.training import parameter_groups
+from veratune.training import trained_parts
 
 RESULTS_NAME, CURVES_NAME, ROWS_NAME = "results.json", "curves.png", "rows.json"
 CHECKPOINTS_NAME = "checkpoints"
@@ -60,7 +60,7 @@ def run(settings: TrainSettings, *, resuming: bool) -> None:
         _check_same(output, identity)
     task = make_task(settings, tokenizer, labels)
     _set_seed(settings.seed)
-    base = task.model()
+    base = loaded(settings.model, task.model)
     try:
         model = get_peft_model(base, settings.vera_config())
     except TargetError as error:
@@ -92,6 +92,7 @@ def run(settings: TrainSettings, *, resuming: bool) -> None:
     metrics = evaluated(trainer.evaluate())  # of the best checkpoint, which is loaded now
     if settings.task == "causal-lm":
         metrics["perplexity"] = math.exp(min(metrics["loss"], 700.0))
+    trivial = trivial_answer(settings, examples, labels)
     model.save_pretrained(output / ADAPTER_NAME)
     tokenizer.save_pretrained(output / ADAPTER_NAME)
     size = (output / ADAPTER_NAME / "adapter_model.safetensors").stat().st_size
@@ -99,6 +100,7 @@ def run(settings: TrainSettings, *, resuming: bool) -> None:
     best = trainer.state.best_global_step
     results = {
         "metrics": metrics,
+        "trivial": None if trivial is None else dataclasses.asdict(trivial),
         "labels": labels,
         "best_step": best,
         "steps": trainer.state.global_step,
@@ -109,6 +111,10 @@ def run(settings: TrainSettings, *, resuming: bool) -> None:
     }
     write_json(output / RESULTS_NAME, results)
     print_table((f"step {best or trainer.state.global_step}", "value"), [(k, f"{v:.4f}") for k, v in metrics.items()])
+    if trivial is not None:
+        print_text(f"always answering {trivial.answer}: {trivial.metric} {trivial.score:.4f}")
+        if not trivial.is_beaten_by(metrics):
+            warning_line(f"the adapter does no better than always answering {trivial.answer}: it has learned nothing")
     print_text(f"adapter ({bytes_text(size)}): {output / ADAPTER_NAME}")
     print_text(f"to use it: veratune merge {output / ADAPTER_NAME} NEW_DIRECTORY, or VeraModel.from_pretrained")
 
@@ -130,6 +136,8 @@ def last_checkpoint(output: Path) -> Path:
 
 
 def _rows(settings: TrainSettings) -> tuple[list[Row], list[Row]]:
+    if settings.subset is not None and Path(settings.data).exists():
+        raise SettingsError("subset names a part of a data set on the hub: leave it out for a file")
     rows = read_rows(settings.data, settings.subset, settings.split)
     check_columns(settings.data, rows, settings)
     if settings.eval_data is None and settings.eval_split is None:
@@ -260,8 +268,10 @@ def _trainer(
         eval_steps=settings.eval_steps if by_steps else None,
         save_steps=settings.eval_steps if by_steps else 500,  # unused, and 500 is its default
     )
+    # As parameter_groups makes them, which would warn again of the rates.
+    groups = zip(trained_parts(model), (settings.learning_rate, settings.head_learning_rate), strict=True)
     optimizer = torch.optim.AdamW(
-        parameter_groups(model, settings.learning_rate, settings.head_learning_rate, settings.weight_decay)
+        [{"params": part, "lr": rate, "weight_decay": settings.weight_decay} for part, rate in groups if part]
     )
     if settings.early_stopping:
         callbacks = [*callbacks, EarlyStoppingCallback(settings.early_stopping)]

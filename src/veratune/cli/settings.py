@@ -1,6 +1,7 @@
 """The settings of `veratune train`: defaults, a YAML file, options; checked, and written back in full."""
 
 import dataclasses
+import difflib
 import math
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 
 from veratune.checkpoint.files import write_text
-from veratune.config import VeraConfig
+from veratune.config import VeraConfig, foreign_field, shown
 
 # PEFT's names of the tasks.
 TASKS = {
@@ -22,6 +23,12 @@ TASKS = {
 PRECISIONS = ("float32", "bfloat16")
 CHAT_LOSSES = ("assistant", "all")
 SETTINGS_NAME = "train.yaml"
+
+# Far beyond all use, and still within what an optimizer computes with in float32.
+_LARGEST_RATE, _LARGEST_FLOAT = 1e30, float(torch.finfo(torch.float32).max)
+_MOST_EPOCHS = 1e6
+_LARGEST_INTEGER = (1 << 31) - 1
+_LARGEST_FILE = 1 << 20
 
 # Fields of VeraConfig that a run sets itself, or that have settings of their own.
 _NOT_IN_VERA = {
@@ -116,14 +123,14 @@ class TrainSettings:
 
     def __post_init__(self) -> None:
         for name in ("model", "data", "output"):
-            if not isinstance(getattr(self, name), str) or not getattr(self, name):
+            if getattr(self, name) in ("", None):
                 raise SettingsError(f"{name} is missing: give it as --{name}, or in the --config file")
+            _text(name, getattr(self, name), "a path or a name")
         for name in ("split", "text_column", "label_column"):
-            if not isinstance(getattr(self, name), str):
-                raise SettingsError(f"{name}={getattr(self, name)!r} is not allowed: it must be a name")
+            _text(name, getattr(self, name), "a name")
         for name in ("subset", "eval_data", "eval_split", "text_pair_column"):
-            if not isinstance(getattr(self, name), str | None):
-                raise SettingsError(f"{name}={getattr(self, name)!r} is not allowed: it must be a name, or nothing")
+            if getattr(self, name) is not None:
+                _text(name, getattr(self, name), "a name, or nothing")
         _one_of("task", self.task, TASKS)
         _one_of("precision", self.precision, PRECISIONS)
         _one_of("chat_loss", self.chat_loss, CHAT_LOSSES)
@@ -131,23 +138,29 @@ class TrainSettings:
             _whole(name, getattr(self, name), least=1)
         for name in ("seed", "early_stopping", "max_steps", "eval_steps"):
             _whole(name, getattr(self, name), least=0)
-        for name in ("learning_rate", "head_learning_rate", "epochs"):
-            setattr(self, name, _number(name, getattr(self, name), above=0.0))
+        for name, most in (
+            ("learning_rate", _LARGEST_RATE),
+            ("head_learning_rate", _LARGEST_RATE),
+            ("epochs", _MOST_EPOCHS),
+        ):
+            setattr(self, name, _number(name, getattr(self, name), above=0.0, most=most))
         for name in ("eval_fraction", "warmup", "weight_decay", "vera_dropout"):
             value = _number(name, getattr(self, name))
             if not 0.0 <= value < 1.0:
-                raise SettingsError(f"{name}={value!r} is not allowed: it must be in [0, 1)")
+                raise _bad(name, value, "in [0, 1)")
             setattr(self, name, value)
-        self.d_initial = _number("d_initial", self.d_initial)
+        self.d_initial = _number("d_initial", self.d_initial, most=_LARGEST_FLOAT)
         self._complete_vera()
 
     def _complete_vera(self) -> None:
         known = {field.name for field in dataclasses.fields(VeraConfig)} - _NOT_IN_VERA
         if not isinstance(self.vera, dict):
-            raise SettingsError(f"vera={self.vera!r} is not allowed: it must hold lines of 'name: value'")
+            raise _bad("vera", self.vera, "lines of 'name: value'")
         unknown = sorted(set(map(str, self.vera)) - known)
         if unknown:
-            raise SettingsError(f"vera has unknown settings {unknown}: there are {sorted(known)}")
+            remedy = foreign_field(unknown[0])
+            own = f" ({remedy})" if remedy else _meant(unknown, known)
+            raise SettingsError(f"vera has unknown settings {shown(unknown)}{own}: there are {sorted(known)}")
         try:
             every = self.vera_config().to_dict()
         except (TypeError, ValueError) as error:
@@ -187,41 +200,67 @@ def read_settings(path: Path) -> dict[str, Any]:
     import yaml
 
     try:
+        if path.exists() and not path.is_file():
+            raise SettingsError(f"{path} is {'a directory' if path.is_dir() else 'no regular file'}, not a YAML file")
+        if path.is_file() and path.stat().st_size > _LARGEST_FILE:
+            raise SettingsError(f"{path} has {path.stat().st_size:,} bytes, too many for settings")
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise SettingsError(f"{path} does not exist") from None
-    except IsADirectoryError:
-        raise SettingsError(f"{path} is a directory, not a YAML file") from None
+    except OSError as error:
+        raise SettingsError(f"{path} cannot be read: {error.strerror or error}") from None
     except UnicodeDecodeError as error:
         raise SettingsError(f"{path} is not a text file: {error}") from None
     except yaml.YAMLError as error:
         raise SettingsError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    except RecursionError:
+        raise SettingsError(f"{path} is not settings: it is nested too deeply") from None
+    except SettingsError:
+        raise
+    except (ValueError, TypeError, OverflowError) as error:  # of a number, a date or a key
+        raise SettingsError(f"{path} has a value that cannot be read: {error}") from None
     if not isinstance(values, dict):
         raise SettingsError(f"{path} holds no settings: it must be lines of 'name: value'")
     known = [field.name for field in dataclasses.fields(TrainSettings)]
     unknown = sorted(set(map(str, values)) - set(known))
     if unknown:
-        raise SettingsError(f"{path} has unknown settings {unknown}: there are {known}")
+        raise SettingsError(f"{path} has unknown settings {shown(unknown)}{_meant(unknown, known)}: there are {known}")
     return values
 
 
+def _meant(unknown: list[str], known: Collection[str]) -> str:
+    near = difflib.get_close_matches(unknown[0], known, n=1)
+    return f" (do you mean {near[0]!r}?)" if near else ""
+
+
+def _bad(name: str, value: object, wanted: str) -> SettingsError:
+    return SettingsError(f"{name}={shown(value)} is not allowed: it must be {wanted}")
+
+
 def _one_of(name: str, value: object, allowed: Collection[str]) -> None:
-    if value not in allowed:
-        raise SettingsError(f"{name}={value!r} is not allowed: it must be one of {', '.join(allowed)}")
+    if not isinstance(value, str) or value not in allowed:
+        raise _bad(name, value, f"one of {', '.join(allowed)}")
+
+
+def _text(name: str, value: object, wanted: str) -> None:
+    if not isinstance(value, str):
+        raise _bad(name, value, f"{wanted}; in a YAML file, put it in quotes")
+    if not value or "\0" in value:
+        raise _bad(name, value, wanted)
 
 
 def _whole(name: str, value: object, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise SettingsError(f"{name}={value!r} is not allowed: it must be an integer from {least}")
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= _LARGEST_INTEGER:
+        raise _bad(name, value, f"an integer from {least} to {_LARGEST_INTEGER}")
 
 
-def _number(name: str, value: Any, above: float | None = None) -> float:
+def _number(name: str, value: Any, above: float | None = None, most: float = math.inf) -> float:
     # YAML reads 1e-2 as a string, since its numbers want a dot.
     try:
-        number = float(value)
-    except (TypeError, ValueError):
-        raise SettingsError(f"{name}={value!r} is not allowed: it must be a number") from None
-    if not math.isfinite(number) or (above is not None and number <= above):
+        number = math.nan if isinstance(value, bool) or not isinstance(value, int | float | str) else float(value)
+    except (ValueError, OverflowError):
+        raise _bad(name, value, "a number") from None
+    if not math.isfinite(number) or (above is not None and number <= above) or abs(number) > most:
         wanted = "a finite number" if above is None else f"a finite number above {above:g}"
-        raise SettingsError(f"{name}={value!r} is not allowed: it must be {wanted}")
+        raise _bad(name, value, wanted if most == math.inf else f"{wanted}, of at most {most:g}")
     return number

@@ -9,6 +9,7 @@ import numpy as np
 from veratune.cli.chats import IGNORED, chat_tokens, check_chats
 from veratune.cli.data import Row
 from veratune.cli.settings import TrainSettings
+from veratune.cli.values import class_name
 
 
 @dataclass(frozen=True)
@@ -54,21 +55,21 @@ def _sequence(settings: TrainSettings, tokenizer: Any, labels: list[str]) -> Tas
     numbers = {name: number for number, name in enumerate(labels)}
 
     def encode(row: Row) -> Row:
-        pair = None if settings.text_pair_column is None else str(row[settings.text_pair_column])
-        text = str(row[settings.text_column])
+        pair = None if settings.text_pair_column is None else row[settings.text_pair_column]
+        text = row[settings.text_column]
         encoded: Row = dict(tokenizer(text, pair, truncation=True, max_length=settings.max_length))
         label = row[settings.label_column]
-        encoded["labels"] = float(label) if regression else numbers[str(label)]
+        encoded["labels"] = float(label) if regression else numbers[class_name("the label", label)]
         return encoded
 
     def model() -> Any:
         kind = {"problem_type": "regression", "num_labels": 1} if regression else _names(labels)
-        loaded = transformers.AutoModelForSequenceClassification.from_pretrained(
+        made: Any = transformers.AutoModelForSequenceClassification.from_pretrained(
             settings.model, ignore_mismatched_sizes=True, **kind
         )
-        if loaded.config.pad_token_id is None:
-            loaded.config.pad_token_id = tokenizer.pad_token_id
-        return loaded
+        if made.config.pad_token_id is None:
+            made.config.pad_token_id = tokenizer.pad_token_id
+        return made
 
     def metrics(output: Any) -> dict[str, float]:
         logits = output.predictions[0] if isinstance(output.predictions, tuple) else output.predictions
@@ -97,13 +98,14 @@ def _token_classification(settings: TrainSettings, tokenizer: Any, labels: list[
         raise ValueError(f"token classification needs a fast tokenizer, and {settings.model} has none")
 
     def encode(row: Row) -> Row:
-        words = [str(word) for word in row[settings.text_column]]
+        words = row[settings.text_column]
         encoded = tokenizer(words, is_split_into_words=True, truncation=True, max_length=settings.max_length)
-        given, places = list(row[settings.label_column]), encoded.word_ids()
+        given, places = row[settings.label_column], encoded.word_ids()
         # The first token of a word stands for it.
         first = [place is not None and (i == 0 or places[i - 1] != place) for i, place in enumerate(places)]
         targets = [
-            numbers[str(given[place])] if is_first else IGNORED for place, is_first in zip(places, first, strict=True)
+            numbers[class_name("a label", given[place])] if is_first else IGNORED
+            for place, is_first in zip(places, first, strict=True)
         ]
         return {**dict(encoded), "labels": targets}
 
@@ -137,11 +139,11 @@ def _causal_lm(settings: TrainSettings, tokenizer: Any) -> Task:
 
     def encode(row: Row) -> Row:
         text = row[settings.text_column]
-        if isinstance(text, list | tuple | np.ndarray):
+        if isinstance(text, list):
             check_chats(tokenizer, every=every)
-            ids, labels = chat_tokens(tokenizer, list(text), every=every)
+            ids, labels = chat_tokens(tokenizer, text, every=every)
         else:
-            ids = list(tokenizer(str(text))["input_ids"])
+            ids = list(tokenizer(text)["input_ids"])
             if tokenizer.eos_token_id is not None and ids[-1:] != [tokenizer.eos_token_id]:
                 ids.append(tokenizer.eos_token_id)
             labels = ids

@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
+from veratune.cli.directories import writing
 from veratune.cli.running import run
 from veratune.cli.settings import SETTINGS_NAME, SettingsError, TrainSettings, read_settings
 
@@ -159,7 +160,9 @@ def train(
     }
     if "target_modules" in options and options["target_modules"] != "all-linear":
         options["target_modules"] = [name.strip() for name in options["target_modules"].split(",")]
-    run(_settings(options, config, resume), resuming=resume is not None)
+    settings = _settings(options, config, resume)
+    with writing(Path(settings.output)):
+        run(settings, resuming=resume is not None)
 
 
 def _settings(options: dict[str, Any], config: Path | None, resume: Path | None) -> TrainSettings:

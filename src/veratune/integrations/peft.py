@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from veratune.adapters import input_groups, make_source, vector_dtype
 from veratune.checkpoint.plugin_format import PLUGIN_TYPE
 from veratune.checkpoint.transfer import LoadedAdapter, other_projections
-from veratune.config import PEFT_TYPE, VeraConfig
+from veratune.config import PEFT_TYPE, VeraConfig, explains_unknown_fields
 from veratune.integrations import peft_method, peft_native
 from veratune.integrations.peft_layers import TunedLayer, TunedModule, tuned_layer, tuned_parameter
 from veratune.layers import ComputeSettings, InputGroup, Slot, VectorInit, VeraLinear
@@ -67,6 +67,7 @@ def install(*, replace_vera: bool = False) -> None:
         peft_method.replace_vera(PeftVeraTuner)
 
 
+@explains_unknown_fields
 @dataclass
 class VeratuneConfig(peft.PeftConfig):
     """A configuration for PEFT, with the fields of `veratune.VeraConfig` that PEFT does not handle itself.

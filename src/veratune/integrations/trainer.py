@@ -22,7 +22,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from veratune.adapters import notify
 from veratune.checkpoint.files import CheckpointError, read_json
 from veratune.model import VeraModel
-from veratune.training import parameter_groups, why_rate_is_low
+from veratune.training import HEAD_RATE, VECTOR_RATE, rate_advice, trained_parts
 
 
 class VeraTrainer(transformers.Trainer):
@@ -58,12 +58,27 @@ class VeraTrainer(transformers.Trainer):
             return super().train(*args, **kwargs)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
-        """Make the optimizer where none was given; it says what VeRA wants."""
-        parameter_groups(self._vera_model())  # tells of a model without anything to train
-        low = why_rate_is_low(self.args.learning_rate)
-        if self.optimizer is None and low is not None:
-            notify(f"{low}: give it in the arguments, or an optimizer made with parameter_groups")
-        return super().create_optimizer(*args, **kwargs)
+        """Make the optimizer where none was given, with a learning rate each for the vectors and for all else.
+
+        The vectors have that of the arguments, heads and biases a tenth of it. Where the arguments have transformers'
+        default, which is for full fine-tuning, both have those of `parameter_groups`, and a warning says so.
+        """
+        vectors, rest = trained_parts(self._vera_model())  # raises for a model without anything to train
+        if self.optimizer is not None:
+            return super().create_optimizer(*args, **kwargs)
+        rate = self.args.learning_rate
+        if rate == type(self.args).__dataclass_fields__["learning_rate"].default:
+            notify(
+                f"learning_rate={rate} is the default of {type(self.args).__name__}, and not for VeRA: the vectors are"
+                f" trained with {VECTOR_RATE:g}, heads and biases with {HEAD_RATE:g}. Give another learning_rate, or"
+                " an optimizer made with parameter_groups"
+            )
+            rate = VECTOR_RATE
+        elif (advice := rate_advice(rate)) is not None and vectors:
+            notify(f"{advice}; give another one in the arguments, or an optimizer made with parameter_groups")
+        optimizer = super().create_optimizer(*args, **kwargs)
+        _set_rates(optimizer, {id(parameter) for parameter in rest}, rate, rate * HEAD_RATE / VECTOR_RATE)
+        return optimizer
 
     def _vera_model(self) -> VeraModel:
         """Return the model that is trained, or the one inside it that has the adapters."""
@@ -105,6 +120,17 @@ class VeraTrainer(transformers.Trainer):
         finally:
             del engine.save_checkpoint
             handle.remove()
+
+
+def _set_rates(optimizer: Any, others: set[int], rate: float, other_rate: float) -> None:
+    """Give an optimizer's parameters their rates; a group that has some of both kinds becomes two."""
+    for group in list(optimizer.param_groups):
+        rest = [parameter for parameter in group["params"] if id(parameter) in others]
+        vectors = [parameter for parameter in group["params"] if id(parameter) not in others]
+        if rest and vectors:
+            group["params"] = vectors
+            optimizer.add_param_group({**group, "params": rest, "lr": other_rate})
+        group["lr"] = rate if vectors else other_rate
 
 
 def install() -> None:
