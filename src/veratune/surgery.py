@@ -3,6 +3,7 @@
 from torch import nn
 
 from veratune.layers.fastpath import choose_paths
+from veratune.torch_private import follow_replacement
 
 
 def replace_modules(model: nn.Module, replacements: dict[int, nn.Module]) -> None:
@@ -14,4 +15,5 @@ def replace_modules(model: nn.Module, replacements: dict[int, nn.Module]) -> Non
             # A wrapper just made holds what it wraps, and is not to be put into itself.
             if id(child) in replacements and replacements[id(child)] is not parent:
                 parent._modules[name] = replacements[id(child)]
+                follow_replacement(parent)
     choose_paths(model)

@@ -10,9 +10,10 @@ writes the files: the vectors, and modules trained in full; no projections. `ver
 what a `VeraModel` has written.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import InitVar, dataclass, field, replace
+from functools import partial
 from typing import Any, Self
 
 try:
@@ -29,12 +30,13 @@ except ImportError:
 import torch
 from torch import Tensor, nn
 
-from veratune.adapters import input_groups, make_source, vector_dtype
+from veratune.adapters import check_adapter_name, input_groups, make_source, vector_dtype
 from veratune.checkpoint.plugin_format import PLUGIN_TYPE
 from veratune.checkpoint.transfer import LoadedAdapter, other_projections
 from veratune.config import PEFT_TYPE, VeraConfig
 from veratune.integrations import peft_method, peft_native
 from veratune.integrations.peft_layers import TunedLayer, TunedModule, tuned_layer, tuned_parameter
+from veratune.integrations.peft_state import tensors_to_load, tensors_to_save, without_adapter_name
 from veratune.layers import ComputeSettings, InputGroup, Slot, VectorInit, VeraLinear
 from veratune.layers.fastpath import choose_paths
 from veratune.layers.kinds import adaptable_parameters, geometry, layer_class, why_not_adaptable
@@ -43,7 +45,18 @@ from veratune.profiles import load_calibration
 from veratune.projection import projection_pool
 from veratune.routing import MemoryName, RouteName
 from veratune.sources import Side, Source, Stored
-from veratune.targets import Target, adapted_layers, check_settings, check_whole, parameter_targets, parts_of, unwrapped
+from veratune.targets import (
+    ModuleName,
+    Target,
+    adapted_layers,
+    check_settings,
+    check_whole,
+    module_names,
+    parameter_targets,
+    parts_of,
+    unwrapped,
+)
+from veratune.torch_private import follow_replacement
 
 
 def install(*, replace_vera: bool = False) -> None:
@@ -59,7 +72,9 @@ def install(*, replace_vera: bool = False) -> None:
     peft_method.check_version()
     if not peft_method.has_method(PLUGIN_TYPE):
         peft_method.add_method(PLUGIN_TYPE, VeratuneConfig, VeratuneTuner)
-        peft_method.add_reader(PEFT_TYPE, VeratuneConfig, peft_native.reading, peft_native.placing)
+        peft_method.add_reader(
+            PEFT_TYPE, VeratuneConfig, peft_native.reading, partial(peft_native.placing, own_tuner=VeratuneTuner)
+        )
     if replace_vera:
         peft_method.replace_vera(PeftVeraTuner)
 
@@ -169,6 +184,17 @@ class VeratuneTuner(BaseTuner):
     target_module_mapping: Any = TRANSFORMERS_MODELS_TO_VERA_TARGET_MODULES_MAPPING
     _plan: _Plan | None = None
     _named: set[str] | None = None
+    _names: Mapping[str, ModuleName] | None = None
+
+    def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        # A PeftModel gives all its configurations by name, inject_adapter_in_model gives one.
+        if getattr(peft_config, "_native", None) is not None:
+            raise ValueError(
+                f"{peft_config._native.origin} is in veratune's own format, which transformers' load_adapter and"
+                " inject_adapter_in_model cannot read: use peft.PeftModel.from_pretrained or"
+                " veratune.VeraModel.from_pretrained"
+            )
+        super().__init__(model, peft_config, adapter_name, *args, **kwargs)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *_: Any, **kwargs: Any) -> Iterator[None]:
@@ -179,13 +205,14 @@ class VeratuneTuner(BaseTuner):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Add an adapter; whatever is wrong with it is found before the model is changed."""
+        check_adapter_name(adapter_name)
         # What a file holds says which layers it is for, where PEFT is given it.
         state = kwargs.get("state_dict")
         self._named = None if state is None else {key.rsplit(f".{self.prefix}", 1)[0] for key in state}
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         finally:
-            self._plan = self._named = None
+            self._plan = self._named = self._names = None
         config: Any = self.peft_config[adapter_name]
         if isinstance(config, VeratuneConfig):
             config._native = None  # what it is on has names in the configuration now
@@ -223,7 +250,12 @@ class VeratuneTuner(BaseTuner):
         native: LoadedAdapter | None = getattr(peft_config, "_native", None)
         if native is not None:
             peft_native.name_targets(peft_config, native, model)
-        _maybe_include_all_linear_layers(peft_config, model)
+        if peft_config.target_modules == "all-linear":
+            _maybe_include_all_linear_layers(peft_config, model)
+            names = module_names(model)
+            peft_config.target_modules = {
+                names[name].public if name in names else name for name in peft_config.target_modules
+            }
         config = self._settings(peft_config)
         layers = self._matched_layers(peft_config, config, model)
         parameters = self._matched_parameters(config, model)
@@ -241,26 +273,41 @@ class VeratuneTuner(BaseTuner):
     def _matched_layers(self, peft_config: Any, config: VeraConfig, model: nn.Module) -> dict[int, Target]:
         """Return the layers that PEFT is about to hand over, having checked that they can be adapted."""
         found: dict[int, Target] = {}
+        names = self._names = module_names(model)
         inside: tuple[str, ...] = ()
         for name, module in model.named_modules():
-            if not name or (inside and name.startswith(inside)):
+            public = names[name].public
+            if not name or names[name].wrapper or (inside and name.startswith(inside)):
                 continue
             if isinstance(module, TunedLayer):
                 inside = (*inside, f"{name}.")
             if self._named is None:
-                wanted = self._check_target_module_exists(peft_config, name)
+                wanted = super()._check_target_module_exists(peft_config, public)
             else:
-                wanted = name.removeprefix("_orig_mod.") in self._named
+                wanted = public in self._named
             if not wanted:
                 continue
+            if self._named is not None and name.removeprefix("_orig_mod.") != public:
+                raise ValueError(
+                    f"{public} is in a wrapper ({name}), where PEFT does not find it by the names of a state dict: put"
+                    " the adapter on the model before it is wrapped"
+                )
             base = unwrapped(module)
             reason = why_not_adaptable(base)
             if reason is not None:
                 instead = ", and name its weights in target_parameters" if adaptable_parameters(base) else ""
-                raise ValueError(f"{name} cannot be adapted by VeRA, because {reason}: exclude it{instead}")
+                raise ValueError(f"{public} cannot be adapted by VeRA, because {reason}: exclude it{instead}")
             size = geometry(base)
-            found[id(module)] = Target(name, module, None, config.rank_of(name), size, parts_of(name, size, config))
+            parts = parts_of(public, size, config)
+            found[id(module)] = Target(public, module, None, config.rank_of(public), size, parts)
         return found
+
+    def _check_target_module_exists(self, peft_config: Any, key: str) -> Any:  # type: ignore[override]
+        """Go by names without torch's wrappers, which are no targets themselves."""
+        name = None if self._names is None else self._names.get(key)
+        if name is None:
+            return super()._check_target_module_exists(peft_config, key)
+        return False if name.wrapper else super()._check_target_module_exists(peft_config, name.public)
 
     def _matched_parameters(self, config: VeraConfig, model: nn.Module) -> list[Target]:
         """Return the parameters that target_parameters names."""
@@ -290,6 +337,7 @@ class VeratuneTuner(BaseTuner):
         if not isinstance(target, TunedLayer):
             layer = tuned_layer(target)
             self._replace_module(parent, target_name, layer, target)
+            follow_replacement(parent)
         self._add(plan, adapter_name, layer, plan.layers[id(target)])
 
     def _inject_parameters(
@@ -355,17 +403,17 @@ class VeratuneTuner(BaseTuner):
         state_dict: dict[str, Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
-        # PEFT has taken away every key with another adapter's name in it, which may be that of a layer.
-        dropped = {
-            key: vector.detach()
-            for name, module in model.named_modules()
-            if isinstance(module, TunedLayer) and any(f".{other}." in f".{name}." for other in unwanted_adapter_names)
-            for key, vector in _vectors(module, name, adapter_name).items()
-        }
-        found: dict[str, Tensor] = super()._get_adapter_state_dict(
-            model, config, adapter_name, {**dropped, **state_dict}, unwanted_adapter_names
-        )
-        return found
+        return tensors_to_save(model, config.bias, adapter_name, state_dict, unwanted_adapter_names)
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        return without_adapter_name(key, adapter_name)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        return tensors_to_load(model, adapter_name, state_dict)
 
     def _settings(self, peft_config: Any) -> VeraConfig:
         """Return a configuration's settings as veratune has them."""
@@ -382,6 +430,9 @@ class VeratuneTuner(BaseTuner):
 
 class PeftVeraTuner(VeratuneTuner):
     """What PEFT makes of a model for its own `VeraConfig` after `install(replace_vera=True)`."""
+
+    # As PEFT says of its own: transformers' load_adapter and inject_adapter_in_model would pass over stored A and B.
+    uses_shared_state = True
 
     def _settings(self, peft_config: Any) -> VeraConfig:
         same = ("r", "d_initial", "vera_dropout", "init_weights", "projection_prng_key")
@@ -469,17 +520,10 @@ def _use_projections(model: nn.Module, adapter_name: str, a: Tensor, b: Tensor) 
             layer.slots[adapter_name] = replace(slot, group=group, b=(own,), gain=stored.gain(slot.rank))
 
 
-def _vectors(layer: Any, name: str, adapter_name: str) -> dict[str, Tensor]:
-    """Return an adapter's vectors on one layer by their keys in the model's state."""
-    if adapter_name not in layer.slots:
-        return {}
-    b, d = layer.vectors(adapter_name)
-    return {f"{name}.vera_lambda_b.{adapter_name}": b, f"{name}.vera_lambda_d.{adapter_name}": d}
-
-
 def _put_in_place_of(model: nn.Module, module: nn.Module, other: nn.Module) -> None:
     """Put another module wherever a module stands, but into the other one itself."""
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
             if child is module and parent is not other:
                 parent._modules[name] = other
+                follow_replacement(parent)
