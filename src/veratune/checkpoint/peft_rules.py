@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from veratune.adapters import notify
 from veratune.checkpoint.weight_reads import reader_of
 from veratune.layers import VeraLayer, VeraParameter
 from veratune.layers.kinds import is_out_proj
@@ -33,8 +34,8 @@ def check_called(model: nn.Module, layers: Mapping[str, VeraLayer], whose: str) 
     """Raise ValueError for a layer whose weight the model computes with without calling the layer.
 
     Such a layer is right here, but PEFT's layers act only when they are called. Known are layers whose weight was read
-    while the model ran, those where the source of the model's classes shows it, and the output projection of
-    `torch.nn.MultiheadAttention`.
+    while the model ran, those where the source of the model's classes shows it, and those of torch's own attention and
+    encoder. Where only a branch of the source reads the weight (a kernel for one device), a warning says so.
 
     Args:
         model: the model without a wrapper, with its adapters.
@@ -42,20 +43,31 @@ def check_called(model: nn.Module, layers: Mapping[str, VeraLayer], whose: str) 
         whose: what the message calls the layers that would lose it.
     """
     modules = base_modules(model)
+    sometimes: dict[str, str] = {}
     for name, layer in layers.items():
-        reader = None
-        if is_out_proj(layer.base_layer):
-            reader = "torch.nn.MultiheadAttention"
-        elif layer.weight_was_read:
+        own = name if isinstance(layer, VeraParameter) else joined(name, layer.weight_name)
+        found = reader_of(modules, own)
+        reader = found.name if found is not None and found.always else None
+        if layer.weight_was_read:
             reader = "the model"
-        else:
-            own = name if isinstance(layer, VeraParameter) else joined(name, layer.weight_name)
-            reader = reader_of(modules, own)
+        elif is_out_proj(layer.base_layer):
+            reader = "torch.nn.MultiheadAttention"
+        elif found is not None and isinstance(modules.get(name.rpartition(".")[0]), nn.TransformerEncoderLayer):
+            reader = "torch.nn.TransformerEncoderLayer, in evaluation,"
         if reader is not None:
             raise ValueError(
                 f"{whose} cannot hold the adapter on {name}: {reader} computes with its weight without calling it,"
-                f" where PEFT's layers do not act. Name it in exclude_modules, or merge the adapter (merge_and_unload)"
+                " where PEFT's layers do not act. Name it in exclude_modules, or merge the adapter (merge_and_unload)"
             )
+        if found is not None:
+            sometimes[name] = found.name
+    if sometimes:
+        name, reader = next(iter(sometimes.items()))
+        more = f" (and {len(sometimes) - 1} more)" if len(sometimes) > 1 else ""
+        notify(
+            f"{reader} has a branch that computes with the weight of {name}{more} without calling it: there {whose}"
+            " loses the adapter. Compare outputs where the model will run, or merge the adapter (merge_and_unload)"
+        )
 
 
 def taken_for_experts(model: nn.Module, name: str) -> bool:

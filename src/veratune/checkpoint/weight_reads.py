@@ -3,8 +3,9 @@
 import ast
 import inspect
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cache
+from typing import NamedTuple
 
 from torch import nn
 
@@ -18,8 +19,20 @@ _ASKING = {"isinstance", "hasattr", "getattr", "type", "id", "len"}
 Path = tuple[str, ...]
 
 
-def reader_of(modules: dict[str, nn.Module], parameter: str) -> str | None:
-    """Return the class whose forward computes with a parameter of a module inside it, or None if no source shows that.
+class Reader(NamedTuple):
+    """A class whose forward computes with a weight of a module inside it.
+
+    Attributes:
+        name: the class's.
+        always: whether it does so in every call, rather than in some branch.
+    """
+
+    name: str
+    always: bool
+
+
+def reader_of(modules: Mapping[str, nn.Module], parameter: str) -> Reader | None:
+    """Return the class that computes with a parameter of a module inside it, or None if no source shows that.
 
     Seen are reads such as `self.attention.dense.weight` in `forward` and in the methods it uses. Not seen are weights
     that are read through other variables or by functions that are given the module.
@@ -31,8 +44,11 @@ def reader_of(modules: dict[str, nn.Module], parameter: str) -> str | None:
     parts = parameter.split(".")
     for depth in range(len(parts) - 1):  # the module that has the parameter is no reader from outside
         module = modules.get(".".join(parts[:depth]))
-        if module is not None and any(_is(tuple(parts[depth:]), read) for read in _reads(type(unwrapped(module)))):
-            return type(unwrapped(module)).__name__
+        if module is not None:
+            kind = type(unwrapped(module))
+            found = [always for read, always in _reads(kind).items() if _is(tuple(parts[depth:]), read)]
+            if found:
+                return Reader(kind.__name__, any(found))
     return None
 
 
@@ -44,35 +60,31 @@ def _is(path: Path, read: Path) -> bool:
 
 
 @cache
-def _reads(kind: type[nn.Module]) -> frozenset[Path]:
-    """Return the parameters of inner modules that a class computes with in `forward`."""
-    found: set[Path] = set()
-    seen: set[tuple[type, str]] = set()
-    waiting = [(kind, "forward")]
+def _reads(kind: type) -> dict[Path, bool]:
+    """Return what a class reads of itself in `forward`, and whether it does so in every call."""
+    found: dict[Path, bool] = {}
+    seen: dict[tuple[type, str], bool] = {}
+    waiting: list[tuple[type, str, bool]] = [(kind, "forward", True)]
     while waiting:
-        start, name = waiting.pop()
+        start, name, always = waiting.pop()
         owner = next((cls for cls in start.__mro__ if name in vars(cls)), None)
-        if owner is None or owner is nn.Module or (owner, name) in seen:
+        if owner is None or owner is nn.Module or seen.get((owner, name), not always) >= always:
             continue
-        seen.add((owner, name))
+        seen[owner, name] = always
         function = _source(owner, name)
         if function is None or not function.args.args:
             continue
-        own = function.args.args[0].arg
-        found.update(_paths_read(function, own))
-        for node in ast.walk(function):
-            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == own:
-                waiting.append((kind, node.attr))
-            elif isinstance(node, ast.Attribute) and _is_super(node.value):
-                following = kind.__mro__[kind.__mro__.index(owner) + 1 :]
-                after = next((cls for cls in following if node.attr in vars(cls)), None)
-                if after is not None:
-                    waiting.append((after, node.attr))
-    return frozenset(found)
-
-
-def _is_super(node: ast.expr) -> bool:
-    return isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "super"
+        for statement in function.body:
+            for path, every_time in _uses(statement, function.args.args[0].arg, always):
+                if path[0] == "super()":
+                    following = kind.__mro__[kind.__mro__.index(owner) + 1 :]
+                    after = next((cls for cls in following if path[1] in vars(cls)), None)
+                    if after is not None:
+                        waiting.append((after, path[1], every_time))
+                    continue
+                waiting.append((kind, path[0], every_time))
+                found[path] = found.get(path, False) or every_time
+    return found
 
 
 def _source(owner: type, name: str) -> ast.FunctionDef | None:
@@ -88,25 +100,28 @@ def _source(owner: type, name: str) -> ast.FunctionDef | None:
     return next((node for node in tree.body if isinstance(node, ast.FunctionDef)), None)
 
 
-def _paths_read(node: ast.AST, own: str) -> Iterator[Path]:
-    """Yield the paths from `own` to what is computed with somewhere in a piece of source."""
+def _uses(node: ast.AST, own: str, always: bool) -> Iterator[tuple[Path, bool]]:
+    """Yield the paths from `own` to what is used somewhere in a piece of source, and whether each always is."""
     if isinstance(node, ast.Attribute):
         path = _path(node, own)
         if path is not None:
-            if isinstance(node.ctx, ast.Load):
-                yield path
+            if path and isinstance(node.ctx, ast.Load):
+                yield path, always
             return
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in _ASKING:
         return
     if isinstance(node, ast.Compare) and all(isinstance(operator, ast.Is | ast.IsNot) for operator in node.ops):
         return
+    test = node.test if isinstance(node, ast.If | ast.IfExp) else None
     for child in ast.iter_child_nodes(node):
-        yield from _paths_read(child, own)
+        yield from _uses(child, own, always and (test is None or child is test))
 
 
 def _path(node: ast.expr, own: str) -> Path | None:
     if isinstance(node, ast.Name):
         return () if node.id == own else None
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "super":
+        return ("super()",)
     if isinstance(node, ast.Attribute | ast.Subscript):
         before = _path(node.value, own)
         return None if before is None else (*before, node.attr if isinstance(node, ast.Attribute) else "*")

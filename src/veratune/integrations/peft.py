@@ -114,6 +114,11 @@ class VeratuneConfig(peft.PeftConfig):
         self._native: LoadedAdapter | None = None
         self._of_native_json = self.peft_type == PEFT_TYPE
         self.peft_type = PeftType[PLUGIN_TYPE]
+        if save_projection and not self._of_native_json:
+            raise ValueError(
+                "save_projection=True cannot be had in PEFT: a VeratuneConfig's files have no projections, only their"
+                " fingerprint. Leave it out, or save with veratune.VeraModel, whose VeraConfig has save_projection"
+            )
         self._expected = self.fingerprint  # what a file says, where this comes from one
         self.checked()
         for name in ("target_modules", "exclude_modules"):

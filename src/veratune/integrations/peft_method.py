@@ -76,6 +76,14 @@ def add_reader(name: str, config_class: Any, reading: Any, placing: Any) -> None
     functions.set_peft_model_state_dict = placing(functions.set_peft_model_state_dict)
 
 
+def add_writer(saving: Any) -> None:
+    """Make of `PeftModel.save_pretrained` what `saving` returns for it."""
+    from peft import PeftModel
+
+    kind: Any = PeftModel
+    kind.save_pretrained = saving(kind.save_pretrained)
+
+
 def replace_vera(tuner_class: type) -> None:
     """Let PEFT's own `VeraConfig` make a tuner of this class."""
     from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
