@@ -45,7 +45,7 @@ def reader_of(modules: Mapping[str, nn.Module], parameter: str) -> Reader | None
     for depth in range(len(parts) - 1):  # the module that has the parameter is no reader from outside
         module = modules.get(".".join(parts[:depth]))
         if module is not None:
-            kind = type(unwrapped(module))
+            kind: type = type(unwrapped(module))
             found = [always for read, always in _reads(kind).items() if _is(tuple(parts[depth:]), read)]
             if found:
                 return Reader(kind.__name__, any(found))
@@ -63,12 +63,12 @@ def _is(path: Path, read: Path) -> bool:
 def _reads(kind: type) -> dict[Path, bool]:
     """Return what a class reads of itself in `forward`, and whether it does so in every call."""
     found: dict[Path, bool] = {}
-    seen: dict[tuple[type, str], bool] = {}
+    seen: dict[tuple[type, str], int] = {}  # whether every call comes there
     waiting: list[tuple[type, str, bool]] = [(kind, "forward", True)]
     while waiting:
         start, name, always = waiting.pop()
         owner = next((cls for cls in start.__mro__ if name in vars(cls)), None)
-        if owner is None or owner is nn.Module or seen.get((owner, name), not always) >= always:
+        if owner is None or owner is nn.Module or seen.get((owner, name), -1) >= always:
             continue
         seen[owner, name] = always
         function = _source(owner, name)

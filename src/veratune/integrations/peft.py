@@ -36,6 +36,7 @@ from veratune.checkpoint.transfer import LoadedAdapter, other_projections
 from veratune.config import PEFT_TYPE, VeraConfig
 from veratune.integrations import peft_method, peft_native
 from veratune.integrations.peft_layers import TunedLayer, TunedModule, tuned_layer, tuned_parameter
+from veratune.integrations.peft_saving import saving
 from veratune.integrations.peft_state import tensors_to_load, tensors_to_save, without_adapter_name
 from veratune.layers import ComputeSettings, InputGroup, Slot, VectorInit, VeraLinear
 from veratune.layers.fastpath import choose_paths
@@ -72,9 +73,9 @@ def install(*, replace_vera: bool = False) -> None:
     peft_method.check_version()
     if not peft_method.has_method(PLUGIN_TYPE):
         peft_method.add_method(PLUGIN_TYPE, VeratuneConfig, VeratuneTuner)
-        peft_method.add_reader(
-            PEFT_TYPE, VeratuneConfig, peft_native.reading, partial(peft_native.placing, own_tuner=VeratuneTuner)
-        )
+        placing = partial(peft_native.placing, own_tuner=VeratuneTuner)
+        peft_method.add_reader(PEFT_TYPE, VeratuneConfig, peft_native.reading, placing)
+        peft_method.add_writer(partial(saving, own_tuner=VeratuneTuner))
     if replace_vera:
         peft_method.replace_vera(PeftVeraTuner)
 
