@@ -446,6 +446,7 @@ def test_an_export_interrupted_between_its_files_is_refused_by_all(tmp_path, mon
 
     from veratune.checkpoint import files
 
+    (tmp_path / "folder").mkdir()  # so that directories cannot be exchanged
     adapted(projection="peft").export_peft(tmp_path)
     original = files.Path.replace
     replaced = []
@@ -458,7 +459,7 @@ def test_an_export_interrupted_between_its_files_is_refused_by_all(tmp_path, mon
 
     monkeypatch.setattr(files.Path, "replace", killed_before_the_second)
     with pytest.raises(KeyboardInterrupt):
-        adapted(projection="peft", projection_prng_key=1).export_peft(tmp_path)
+        adapted(projection="peft", projection_prng_key=1, r=3).export_peft(tmp_path)
     monkeypatch.undo()
     assert not any(path.suffix == ".tmp" for path in tmp_path.iterdir())
     with pytest.raises(CheckpointError):

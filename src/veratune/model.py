@@ -61,7 +61,6 @@ class VeraModel(AdaptedModel):
         Raises:
             CheckpointError: the files are missing or damaged, or for another model, which is unchanged then.
         """
-        check_bare(model)
         check_adapter_name(adapter_name)
         directory = _find(model_id, location)
         with ADDING:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from veratune.layers.fastpath import choose_paths
 from veratune.layers.guards import guard_surgeries
+from veratune.torch_private import follow_replacement
 
 
 def replace_modules(model: nn.Module, replacements: dict[int, nn.Module]) -> None:
@@ -20,6 +21,7 @@ def replace_modules(model: nn.Module, replacements: dict[int, nn.Module]) -> Non
             # A wrapper just made holds what it wraps, and is not to be put into itself.
             if id(child) in replacements and replacements[id(child)] is not parent:
                 parent._modules[name] = replacements[id(child)]
+                follow_replacement(parent)
     prepare(model)
 
 

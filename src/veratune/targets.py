@@ -21,6 +21,7 @@ from veratune.layers.kinds import (
     why_not_parameter,
 )
 from veratune.layers.spread import how_spread, is_emptied, is_engines
+from veratune.torch_private import in_state_dict, name_in_wrapper
 
 # The attention's query and value projections, as in the paper's experiments, under their names in transformers.
 _QUERY_AND_VALUE = {
@@ -90,7 +91,7 @@ def _ends_in(name: str, suffix: str) -> bool:
 
 
 def base_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the model's modules by dotted name, as if it had no adapters.
+    """Return the model's modules by dotted name, as if it had no adapters and no wrappers of torch's.
 
     A module that stands in several places has several names. Adapted layers and saved modules stand under the names
     of what they wrap, and nothing inside them is listed but the saved module's original.
@@ -98,15 +99,80 @@ def base_modules(model: nn.Module) -> dict[str, nn.Module]:
     found: dict[str, nn.Module] = {}
 
     def visit(module: nn.Module, name: str) -> None:
+        module = without_wrappers(module)
         found[name] = module
         if isinstance(module, VeraLayer):
             return
         for child_name, child in unwrapped(module)._modules.items():
             if child is not None:
-                visit(child, f"{name}.{child_name}" if name else child_name)
+                visit(child, joined(name, child_name))
 
     visit(model, "")
     return found
+
+
+def without_wrappers(module: nn.Module) -> nn.Module:
+    """Return the module inside torch's wrappers: torch.compile, checkpoint_wrapper, DataParallel, FSDP 1."""
+    while (name := name_in_wrapper(module)) is not None:
+        inside = module._modules[name]
+        assert inside is not None
+        module = inside
+    return module
+
+
+class ModuleName(NamedTuple):
+    """The names of one module.
+
+    Attributes:
+        public: without torch's wrappers; the only one for files, targets and messages. A wrapper has the same as
+            the module inside.
+        state: what its keys in a state dict begin with, where some wrappers show and some do not.
+        wrapper: whether it is a wrapper.
+    """
+
+    public: str
+    state: str
+    wrapper: bool
+
+
+def module_names(model: nn.Module) -> dict[str, ModuleName]:
+    """Return the names of all modules, adapters and wrappers included, by those that `named_modules` gives.
+
+    A module that stands in several places has several names.
+    """
+    found: dict[str, ModuleName] = {}
+
+    def visit(module: nn.Module, name: str, public: str, state: str) -> None:
+        held = name_in_wrapper(module)
+        found[name] = ModuleName(public, state, held is not None)
+        for child_name, child in module._modules.items():
+            if child is not None:
+                hidden = child_name == held
+                shown = not hidden or in_state_dict(child_name)
+                visit(
+                    child,
+                    joined(name, child_name),
+                    public if hidden else joined(public, child_name),
+                    joined(state, child_name) if shown else state,
+                )
+
+    visit(model, "", "", "")
+    return found
+
+
+def public_key(key: str, names: Mapping[str, str]) -> str:
+    """Return a key of a state dict without torch's wrappers.
+
+    Args:
+        key: the key.
+        names: what modules' keys begin with, to the modules' public names.
+    """
+    owner, rest = key, ""
+    while owner and owner not in names:
+        owner, _, last = owner.rpartition(".")
+        rest = joined(last, rest) if rest else last
+    public = names.get(owner, owner)
+    return joined(public, rest) if rest else public
 
 
 def adapted_layers(model: nn.Module) -> dict[str, VeraLayer]:
@@ -122,10 +188,11 @@ def adapted_layers(model: nn.Module) -> dict[str, VeraLayer]:
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
-    """Return the model's own module that a wrapper stands for, or the module itself."""
+    """Return the model's own module that one of veratune's holds, or the module itself, without torch's wrappers."""
+    module = without_wrappers(module)
     if isinstance(module, VeraLayer | VeraModule):
-        return module.base_layer
-    return module.original_module if isinstance(module, SavedModule) else module
+        return without_wrappers(module.base_layer)
+    return without_wrappers(module.original_module) if isinstance(module, SavedModule) else module
 
 
 def joined(module_name: str, name: str) -> str:
@@ -142,6 +209,7 @@ def resolve_config(model: nn.Module, config: VeraConfig, notify: Callable[[str],
         notify: called with a sentence where a choice may surprise.
     """
     changes: dict[str, object] = {}
+    model = without_wrappers(model)
     model_config = getattr(model, "config", None)
     if config.target_modules is None and config.target_parameters is None:
         model_type = getattr(model_config, "model_type", None)
@@ -210,6 +278,7 @@ def find_targets(model: nn.Module, config: VeraConfig, notify: Callable[[str], N
         TargetError: a name or pattern that matches nothing, or nothing that can be adapted, or something that cannot
             be adapted in this way; the message lists what the model does have.
     """
+    model = without_wrappers(model)
     modules = base_modules(model)
     saved = config.modules_to_save or []
     inside_saved = {name for name in modules if any(name == top or name.startswith(f"{top}.") for top in saved)}

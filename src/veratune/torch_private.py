@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.utils._pytree
+from torch import nn
 
 # Whether a transformation of torch.func is at work. Without the name, every call counts as transformed.
 transformations_active: Callable[[], bool] = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
@@ -65,3 +66,28 @@ def node_number_of_backward() -> int | None:
     """Return the number of the node whose backward is being computed in this thread, or None if there is none."""
     number: Callable[[], int] | None = getattr(_current_node(), "_sequence_nr", None)
     return None if number is None else number()
+
+
+# What torch's wrappers call the module inside: torch.compile, checkpoint_wrapper (and offload_wrapper), FSDP 1.
+_WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+# Those of them that leave the name out of a state dict.
+_NOT_IN_STATE = ("_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+
+
+def name_in_wrapper(module: nn.Module) -> str | None:
+    """Return the name under which one of torch's wrappers holds a module; None for every other module."""
+    if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        return "module"
+    return next((name for name in _WRAPPED if module._modules.get(name) is not None), None)
+
+
+def in_state_dict(name: str) -> bool:
+    """Return whether state dicts show what a wrapper calls the module inside."""
+    return name not in _NOT_IN_STATE
+
+
+def follow_replacement(parent: nn.Module) -> None:
+    """Make a compiled module call the module that it holds now, rather than the one that it was made around."""
+    initialize: Callable[[nn.Module], None] | None = getattr(type(parent), "_initialize", None)
+    if initialize is not None and "_orig_mod" in parent._modules:
+        initialize(parent)

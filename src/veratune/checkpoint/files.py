@@ -8,7 +8,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save
 from torch import Tensor
 
-from veratune.atomic import sync_directory, temporary_beside, write_atomically, write_through
+from veratune.atomic import write_atomically
+from veratune.checkpoint.exchange import replace_together
 from veratune.layers.spread import is_emptied, whole
 
 CONFIG_NAME = "adapter_config.json"
@@ -23,25 +24,12 @@ class CheckpointError(ValueError):
 def write_pair(directory: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
     """Write PEFT's two files, neither of which says which other one it belongs to.
 
-    Both new files are complete on the disk before an old one is touched. Then the old configuration goes first and the
-    new one comes last: a process killed between leaves no configuration, which every reader refuses, and never one
-    adapter's configuration beside another's weights.
+    Whoever is killed leaves the old pair or the new one; where a system cannot exchange both at once, perhaps no
+    configuration, which every reader refuses, and never one adapter's configuration with another's weights.
     """
-    weights, settings = directory / WEIGHTS_NAME, directory / CONFIG_NAME
-    new_weights, new_settings = temporary_beside(weights), temporary_beside(settings)
-    directory.mkdir(parents=True, exist_ok=True)
-    try:
-        write_through(new_weights, _tensor_bytes(tensors, {"format": "pt"}))
-        write_through(new_settings, _json_bytes(config))
-        settings.unlink(missing_ok=True)
-        sync_directory(directory)
-        new_weights.replace(weights)
-        sync_directory(directory)
-        new_settings.replace(settings)
-    finally:
-        new_weights.unlink(missing_ok=True)
-        new_settings.unlink(missing_ok=True)
-    sync_directory(directory)
+    replace_together(
+        directory, {WEIGHTS_NAME: _tensor_bytes(tensors, {"format": "pt"}), CONFIG_NAME: _json_bytes(config)}
+    )
 
 
 def write_text(path: Path, text: str) -> None:

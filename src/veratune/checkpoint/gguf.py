@@ -18,6 +18,7 @@ from veratune.adapters import AdaptedModel
 from veratune.atomic import replacing
 from veratune.checkpoint.lora import check_dtype, check_vectors_only, lora_matrices, why_not_lora
 from veratune.layers import VeraEmbedding, VeraLayer, VeraLinear, VeraParameter
+from veratune.targets import without_wrappers
 
 GGUF_NAME = "adapter_model.gguf"
 
@@ -102,7 +103,7 @@ def export_gguf(host: AdaptedModel, adapter_name: str, directory: Path, *, dtype
     architecture, order = _architecture(host.base_model)
     check_vectors_only(host, adapter_name, "a LoRA of llama.cpp", "convert the model")
     layers = {name: layer for name, layer in host.vera_layers().items() if adapter_name in layer.slots}
-    config: Any = host.base_model.config
+    config: Any = without_wrappers(host.base_model).config
     architectures = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
     names = gguf.get_tensor_name_map(architectures[architecture], config.num_hidden_layers)
     tied = bool(getattr(config, "tie_word_embeddings", None))
@@ -126,7 +127,7 @@ def export_gguf(host: AdaptedModel, adapter_name: str, directory: Path, *, dtype
 
 
 def _architecture(model: nn.Module) -> tuple[str, Literal["pairs", "parts"] | None]:
-    kind = type(model).__name__
+    kind = type(without_wrappers(model)).__name__
     if kind not in _ARCHITECTURES:
         raise ValueError(
             f"{kind} cannot be exported for llama.cpp: known are {', '.join(_ARCHITECTURES)}. If llama.cpp has it,"

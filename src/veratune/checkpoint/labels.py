@@ -6,6 +6,7 @@ from torch import nn
 
 from veratune.adapters import notify
 from veratune.checkpoint.transfer import ReadyAdapter
+from veratune.targets import without_wrappers
 
 
 def name_classes(model: nn.Module, ready: ReadyAdapter) -> None:
@@ -18,7 +19,7 @@ def name_classes(model: nn.Module, ready: ReadyAdapter) -> None:
         model: the base model; its `config.id2label` and `config.label2id` may be changed.
         ready: the adapter.
     """
-    config: Any = getattr(model, "config", None)
+    config: Any = getattr(without_wrappers(model), "config", None)
     here, there = getattr(config, "id2label", None), ready.loaded.labels
     if not isinstance(here, dict) or not ready.loaded.saved or here.keys() != there.keys() or here == there:
         return

@@ -14,9 +14,11 @@ from torch import Tensor, nn
 from veratune.adapters import AdaptedModel
 from veratune.checkpoint.files import write_pair
 from veratune.checkpoint.peft_format import PREFIX, common_values, other_tensors
+from veratune.checkpoint.peft_rules import check_called, check_read_back, taken_for_experts, why_not_as_parameter
 from veratune.checkpoint.ranks import with_rank
 from veratune.layers import VeraConv, VeraEmbedding, VeraLayer, VeraParameter
 from veratune.sources import PerDimension
+from veratune.targets import joined
 
 # Rows of an embedding beyond which its lora_A is not written out.
 _LARGEST_TABLE = 1 << 20
@@ -51,6 +53,8 @@ def export_lora(
         reason = why_not_lora(layer)
         if reason is not None:
             raise ValueError(f"PEFT's LoRA cannot hold the adapter on {name}: {reason}. Merge it instead")
+    check_called(host.base_model, layers, "PEFT's LoRA")
+    as_parameters = _as_parameters(host, layers)
     ranks = {name: rank or layer.slots[adapter_name].rank for name, layer in layers.items()}
     tensors: dict[str, Tensor] = {}
     for name, layer in layers.items():
@@ -62,23 +66,43 @@ def export_lora(
     tensors |= other_tensors(host, adapter_name)
     usual = Counter(ranks.values()).most_common(1)[0][0]
     # PEFT compares a pattern with the end of a name; the anchor makes it the whole name.
-    other_ranks = {f"^{re.escape(name)}": other for name, other in ranks.items() if other != usual}
-    values = common_values(host, adapter_name) | {
+    other_ranks = {
+        f"^{re.escape(as_parameters.get(name, name))}": other for name, other in ranks.items() if other != usual
+    }
+    values = common_values(host, adapter_name, leave_out=as_parameters) | {
         "peft_type": "LORA",
         "r": usual,
         "lora_alpha": usual,
         "rank_pattern": other_ranks,
         "alpha_pattern": other_ranks,
-        "lora_dropout": config.vera_dropout,
+        "lora_dropout": 0.0 if as_parameters else config.vera_dropout,  # which PEFT has not for parameters
         "bias": _BIASES[config.bias],
         "use_rslora": False,
         "use_dora": False,
         "init_lora_weights": True,
     }
     parameters = sorted(name for name, layer in layers.items() if isinstance(layer, VeraParameter))
-    if parameters:
-        values["target_parameters"] = parameters
+    if parameters or as_parameters:
+        values["target_parameters"] = sorted([*parameters, *as_parameters.values()])
+    check_read_back(host.base_model, values, tensors)
     write_pair(directory, tensors, values)
+
+
+def _as_parameters(host: AdaptedModel, layers: dict[str, VeraLayer]) -> dict[str, str]:
+    """Return the linear layers that PEFT would not find by their names, and the names of their weights."""
+    found: dict[str, str] = {}
+    for name, layer in layers.items():
+        if isinstance(layer, VeraParameter) or not taken_for_experts(host.base_model, name):
+            continue
+        reason = why_not_as_parameter(layer)
+        if reason is not None:
+            raise ValueError(
+                f"PEFT's LoRA cannot hold the adapter on {name}: PEFT takes layers of this name in this type of model"
+                f" for experts, and cannot adapt its weight as a parameter, because {reason}. Merge the adapter"
+                " (merge_and_unload) instead"
+            )
+        found[name] = joined(name, layer.weight_name)
+    return found
 
 
 def check_dtype(dtype: torch.dtype) -> None:

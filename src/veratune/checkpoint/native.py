@@ -39,7 +39,7 @@ from veratune.checkpoint.transfer import LoadedAdapter, ReadyAdapter, make_ready
 from veratune.config import VeraConfig
 from veratune.layers import VeraEmbedding
 from veratune.sources import PerDimension, Side, Source, Stored
-from veratune.targets import Target
+from veratune.targets import Target, without_wrappers
 from veratune.tensors import bytes_of
 
 FORMAT_VERSION = 1
@@ -85,6 +85,7 @@ def save_native(host: AdaptedModel, adapter_name: str, directory: Path, *, write
 
 def describe_base(model: nn.Module) -> dict[str, Any]:
     """Return what has to be known of a base model to make it again: its class, and the names of its classes."""
+    model = without_wrappers(model)
     config: Any = getattr(model, "config", None)
     labels = getattr(config, "id2label", None)
     described: dict[str, Any] = {"class": type(model).__name__}

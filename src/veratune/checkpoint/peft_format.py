@@ -17,13 +17,14 @@ from veratune.checkpoint.files import (
     read_json,
     write_pair,
 )
+from veratune.checkpoint.peft_rules import check_called
 from veratune.checkpoint.transfer import LoadedAdapter, ReadyAdapter, make_ready, targets_of
 from veratune.config import VeraConfig
 from veratune.layers import SavedModule, VeraLayer, VeraLinear, VeraParameter
 from veratune.layers.biases import bias_first_names
 from veratune.layers.kinds import is_conv1d
 from veratune.sources import PeftShared, PerDimension, Side, Source, Stored
-from veratune.targets import Target, base_modules, configured_names, matches, unwrapped
+from veratune.targets import Target, base_modules, configured_names, matches, unwrapped, without_wrappers
 
 PEFT_VERA = "VERA"
 PREFIX = "base_model.model."
@@ -227,6 +228,7 @@ def export_peft(host: AdaptedModel, adapter_name: str, directory: Path, *, save_
                 f"{' in parts' if layer.slots[adapter_name].parts else ''}): it adapts whole linear layers only. Use"
                 " export_lora, or merge the adapter"
             )
+    check_called(host.base_model, layers, "PEFT's VeRA")
     shared = _shared_projections(source, layers, adapter_name)
     tensors: dict[str, Tensor] = {}
     for name, layer in layers.items():
@@ -301,15 +303,24 @@ def other_tensors(host: AdaptedModel, adapter_name: str) -> dict[str, Tensor]:
     return tensors
 
 
-def common_values(host: AdaptedModel, adapter_name: str) -> dict[str, Any]:
-    """Return the entries that PEFT's configurations of VeRA and of LoRA have in common."""
+def common_values(host: AdaptedModel, adapter_name: str, leave_out: Collection[str] = ()) -> dict[str, Any]:
+    """Return the entries that PEFT's configurations of VeRA and of LoRA have in common.
+
+    Args:
+        host: the model.
+        adapter_name: which adapter.
+        leave_out: layers that target_modules does not name.
+    """
     config = host.peft_config[adapter_name]
     layers = host.vera_layers()
     names = [
-        name for name, layer in layers.items() if adapter_name in layer.slots and not isinstance(layer, VeraParameter)
+        name
+        for name, layer in layers.items()
+        if adapter_name in layer.slots and not isinstance(layer, VeraParameter) and name not in leave_out
     ]
+    base = type(without_wrappers(host.base_model))
     return {
-        "auto_mapping": None,
+        "auto_mapping": {"base_model_class": base.__name__, "parent_library": base.__module__},
         "base_model_name_or_path": config.base_model_name_or_path,
         "fan_in_fan_out": any(is_conv1d(layers[name].base_layer) for name in names),
         "inference_mode": True,

@@ -126,7 +126,7 @@ def _inspect_model(place: str, rank: int, tokens: int, *, every: bool, as_json: 
 
 def _how(info: WeightInfo) -> str:
     """Return how a weight can be adapted, or why it cannot."""
-    if info.by is None:
+    if not info.by:
         return f"nothing: {info.why_not}"
     return info.by if info.by == "all-linear" else f"{info.by}, by its name"
 

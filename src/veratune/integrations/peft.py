@@ -10,9 +10,10 @@ writes the files: the vectors, and modules trained in full; no projections. `ver
 what a `VeraModel` has written.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import InitVar, dataclass, field, replace
+from functools import partial
 from typing import Any, Self
 
 try:
@@ -29,12 +30,14 @@ except ImportError:
 import torch
 from torch import Tensor, nn
 
-from veratune.adapters import input_groups, make_source, vector_dtype
+from veratune.adapters import check_adapter_name, input_groups, make_source, vector_dtype
 from veratune.checkpoint.plugin_format import PLUGIN_TYPE
 from veratune.checkpoint.transfer import LoadedAdapter, other_projections
 from veratune.config import PEFT_TYPE, VeraConfig, explains_unknown_fields
 from veratune.integrations import peft_method, peft_native
 from veratune.integrations.peft_layers import TunedLayer, TunedModule, tuned_layer, tuned_parameter
+from veratune.integrations.peft_saving import saving
+from veratune.integrations.peft_state import tensors_to_load, tensors_to_save, without_adapter_name
 from veratune.layers import ComputeSettings, InputGroup, Slot, VectorInit, VeraLinear
 from veratune.layers.guards import guard_loading
 from veratune.layers.kinds import adaptable_parameters, geometry, layer_class, why_not_adaptable
@@ -45,7 +48,18 @@ from veratune.projection import projection_pool
 from veratune.routing import MemoryName, RouteName
 from veratune.sources import Side, Source, Stored
 from veratune.surgery import StructureBefore, prepare, undone_on_error
-from veratune.targets import Target, adapted_layers, check_settings, check_whole, parameter_targets, parts_of, unwrapped
+from veratune.targets import (
+    ModuleName,
+    Target,
+    adapted_layers,
+    check_settings,
+    check_whole,
+    module_names,
+    parameter_targets,
+    parts_of,
+    unwrapped,
+)
+from veratune.torch_private import follow_replacement
 
 
 def install(*, replace_vera: bool = False) -> None:
@@ -61,8 +75,10 @@ def install(*, replace_vera: bool = False) -> None:
     peft_method.check_version()
     if not peft_method.has_method(PLUGIN_TYPE):
         peft_method.add_method(PLUGIN_TYPE, VeratuneConfig, VeratuneTuner)
-        peft_method.add_reader(PEFT_TYPE, VeratuneConfig, peft_native.reading, peft_native.placing)
+        placing = partial(peft_native.placing, own_tuner=VeratuneTuner)
+        peft_method.add_reader(PEFT_TYPE, VeratuneConfig, peft_native.reading, placing)
         peft_method.wrap_changes(_undone_if_adapted)
+        peft_method.add_writer(partial(saving, own_tuner=VeratuneTuner))
     if replace_vera:
         peft_method.replace_vera(PeftVeraTuner)
 
@@ -103,6 +119,11 @@ class VeratuneConfig(peft.PeftConfig):
         self._native: LoadedAdapter | None = None
         self._of_native_json = self.peft_type == PEFT_TYPE
         self.peft_type = PeftType[PLUGIN_TYPE]
+        if save_projection and not self._of_native_json:
+            raise ValueError(
+                "save_projection=True cannot be had in PEFT: a VeratuneConfig's files have no projections, only their"
+                " fingerprint. Leave it out, or save with veratune.VeraModel, whose VeraConfig has save_projection"
+            )
         self._expected = self.fingerprint  # what a file says, where this comes from one
         self.checked()
         for name in ("target_modules", "exclude_modules"):
@@ -175,6 +196,17 @@ class VeratuneTuner(BaseTuner):
     _named: set[str] | None = None
     # Parameters of modules trained in full that were trainable when the adapters were disabled.
     _frozen: Sequence[nn.Parameter] = ()
+    _names: Mapping[str, ModuleName] | None = None
+
+    def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        # A PeftModel gives all its configurations by name, inject_adapter_in_model gives one.
+        if getattr(peft_config, "_native", None) is not None:
+            raise ValueError(
+                f"{peft_config._native.origin} is in veratune's own format, which transformers' load_adapter and"
+                " inject_adapter_in_model cannot read: use peft.PeftModel.from_pretrained or"
+                " veratune.VeraModel.from_pretrained"
+            )
+        super().__init__(model, peft_config, adapter_name, *args, **kwargs)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *_: Any, **kwargs: Any) -> Iterator[None]:
@@ -190,6 +222,7 @@ class VeratuneTuner(BaseTuner):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Add an adapter; whatever is wrong with it is found before the model is changed."""
+        check_adapter_name(adapter_name)
         # What a file holds says which layers it is for, where PEFT is given it.
         state = kwargs.get("state_dict")
         self._named = None if state is None else {key.rsplit(f".{self.prefix}", 1)[0] for key in state}
@@ -198,7 +231,7 @@ class VeratuneTuner(BaseTuner):
                 super().inject_adapter(model, adapter_name, *args, **kwargs)
                 prepare(model)
         finally:
-            self._plan = self._named = None
+            self._plan = self._named = self._names = None
         config: Any = self.peft_config[adapter_name]
         if isinstance(config, VeratuneConfig):
             config._native = None  # what it is on has names in the configuration now
@@ -212,6 +245,8 @@ class VeratuneTuner(BaseTuner):
             for name in names:
                 if name in self.peft_config and self.peft_config[name].inference_mode:
                     self.set_requires_grad(name, False)
+            if not inference_mode:
+                keep_differentiable(self.model)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter, or leave all as it is if that fails."""
@@ -271,7 +306,12 @@ class VeratuneTuner(BaseTuner):
         native: LoadedAdapter | None = getattr(peft_config, "_native", None)
         if native is not None:
             peft_native.name_targets(peft_config, native, model)
-        _maybe_include_all_linear_layers(peft_config, model)
+        if peft_config.target_modules == "all-linear":
+            _maybe_include_all_linear_layers(peft_config, model)
+            names = module_names(model)
+            peft_config.target_modules = {
+                names[name].public if name in names else name for name in peft_config.target_modules
+            }
         config = self._settings(peft_config)
         layers = self._matched_layers(peft_config, config, model)
         parameters = self._matched_parameters(config, model)
@@ -289,26 +329,41 @@ class VeratuneTuner(BaseTuner):
     def _matched_layers(self, peft_config: Any, config: VeraConfig, model: nn.Module) -> dict[int, Target]:
         """Return the layers that PEFT is about to hand over, having checked that they can be adapted."""
         found: dict[int, Target] = {}
+        names = self._names = module_names(model)
         inside: tuple[str, ...] = ()
         for name, module in model.named_modules():
-            if not name or (inside and name.startswith(inside)):
+            public = names[name].public
+            if not name or names[name].wrapper or (inside and name.startswith(inside)):
                 continue
             if isinstance(module, TunedLayer):
                 inside = (*inside, f"{name}.")
             if self._named is None:
-                wanted = self._check_target_module_exists(peft_config, name)
+                wanted = super()._check_target_module_exists(peft_config, public)
             else:
-                wanted = name.removeprefix("_orig_mod.") in self._named
+                wanted = public in self._named
             if not wanted:
                 continue
+            if self._named is not None and name.removeprefix("_orig_mod.") != public:
+                raise ValueError(
+                    f"{public} is in a wrapper ({name}), where PEFT does not find it by the names of a state dict: put"
+                    " the adapter on the model before it is wrapped"
+                )
             base = unwrapped(module)
             reason = why_not_adaptable(base)
             if reason is not None:
                 instead = ", and name its weights in target_parameters" if adaptable_parameters(base) else ""
-                raise ValueError(f"{name} cannot be adapted by VeRA, because {reason}: exclude it{instead}")
+                raise ValueError(f"{public} cannot be adapted by VeRA, because {reason}: exclude it{instead}")
             size = geometry(base)
-            found[id(module)] = Target(name, module, None, config.rank_of(name), size, parts_of(name, size, config))
+            parts = parts_of(public, size, config)
+            found[id(module)] = Target(public, module, None, config.rank_of(public), size, parts)
         return found
+
+    def _check_target_module_exists(self, peft_config: Any, key: str) -> Any:  # type: ignore[override]
+        """Go by names without torch's wrappers, which are no targets themselves."""
+        name = None if self._names is None else self._names.get(key)
+        if name is None:
+            return super()._check_target_module_exists(peft_config, key)
+        return False if name.wrapper else super()._check_target_module_exists(peft_config, name.public)
 
     def _matched_parameters(self, config: VeraConfig, model: nn.Module) -> list[Target]:
         """Return the parameters that target_parameters names."""
@@ -338,6 +393,7 @@ class VeratuneTuner(BaseTuner):
         if not isinstance(target, TunedLayer):
             layer = tuned_layer(target)
             self._replace_module(parent, target_name, layer, target)
+            follow_replacement(parent)
         self._add(plan, adapter_name, layer, plan.layers[id(target)])
 
     def _inject_parameters(
@@ -373,12 +429,6 @@ class VeratuneTuner(BaseTuner):
         )
         load_calibration(weight.device)
         layer.activate(self.active_adapters)
-
-    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
-        """Choose the active adapters, trainable unless for inference."""
-        super().set_adapter(adapter_name, inference_mode=inference_mode)
-        if not inference_mode:
-            keep_differentiable(self.model)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Merge, after all layers have been checked."""
@@ -437,17 +487,17 @@ class VeratuneTuner(BaseTuner):
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
         peft_method.let_trainer_find_best(VeratuneTuner)  # whose checkpoints are written by this
-        # PEFT has taken away every key with another adapter's name in it, which may be that of a layer.
-        dropped = {
-            key: vector.detach()
-            for name, module in model.named_modules()
-            if isinstance(module, TunedLayer) and any(f".{other}." in f".{name}." for other in unwanted_adapter_names)
-            for key, vector in _vectors(module, name, adapter_name).items()
-        }
-        found: dict[str, Tensor] = super()._get_adapter_state_dict(
-            model, config, adapter_name, {**dropped, **state_dict}, unwanted_adapter_names
-        )
-        return found
+        return tensors_to_save(model, config.bias, adapter_name, state_dict, unwanted_adapter_names)
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        return without_adapter_name(key, adapter_name)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        return tensors_to_load(model, adapter_name, state_dict)
 
     def _settings(self, peft_config: Any) -> VeraConfig:
         """Return a configuration's settings as veratune has them."""
@@ -464,6 +514,9 @@ class VeratuneTuner(BaseTuner):
 
 class PeftVeraTuner(VeratuneTuner):
     """What PEFT makes of a model for its own `VeraConfig` after `install(replace_vera=True)`."""
+
+    # As PEFT says of its own: transformers' load_adapter and inject_adapter_in_model would pass over stored A and B.
+    uses_shared_state = True
 
     def _settings(self, peft_config: Any) -> VeraConfig:
         same = ("r", "d_initial", "vera_dropout", "init_weights", "projection_prng_key")
@@ -551,14 +604,6 @@ def _use_projections(model: nn.Module, adapter_name: str, a: Tensor, b: Tensor) 
             layer.slots[adapter_name] = replace(slot, group=group, b=(own,), gain=stored.gain(slot.rank))
 
 
-def _vectors(layer: Any, name: str, adapter_name: str) -> dict[str, Tensor]:
-    """Return an adapter's vectors on one layer by their keys in the model's state."""
-    if adapter_name not in layer.slots:
-        return {}
-    b, d = layer.vectors(adapter_name)
-    return {f"{name}.vera_lambda_b.{adapter_name}": b, f"{name}.vera_lambda_d.{adapter_name}": d}
-
-
 @contextmanager
 def _undone_if_adapted(model: nn.Module) -> Iterator[None]:
     """Undo all changes to a model with veratune's layers, or that has got them, if anything is raised."""
@@ -582,3 +627,4 @@ def _put_in_place_of(model: nn.Module, module: nn.Module, other: nn.Module) -> N
         for name, child in parent._modules.items():
             if child is module and parent is not other:
                 parent._modules[name] = other
+                follow_replacement(parent)

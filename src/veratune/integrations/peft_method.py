@@ -147,6 +147,14 @@ def let_trainer_find_best(tuner_class: type) -> None:
     trainer._load_best_model = load_best_model
 
 
+def add_writer(saving: Any) -> None:
+    """Make of `PeftModel.save_pretrained` what `saving` returns for it."""
+    from peft import PeftModel
+
+    kind: Any = PeftModel
+    kind.save_pretrained = saving(kind.save_pretrained)
+
+
 def replace_vera(tuner_class: type) -> None:
     """Let PEFT's own `VeraConfig` make a tuner of this class."""
     from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
@@ -17,9 +17,10 @@ from veratune.checkpoint.peft_format import PREFIX, TASK_HEADS, exact_targets, p
 from veratune.checkpoint.plugin_format import PLUGIN_TYPE
 from veratune.checkpoint.transfer import LoadedAdapter, other_projections, targets_of
 from veratune.config import PEFT_TYPE
+from veratune.integrations.peft_state import with_module_names
 from veratune.layers import VeraLayer
 from veratune.sources import Stored
-from veratune.targets import adapted_layers, base_modules, joined, unwrapped
+from veratune.targets import adapted_layers, base_modules, joined, module_names, unwrapped
 
 _LOCATION = ("subfolder", "revision", "token", "cache_dir", "local_files_only")
 # What a tuned layer or a tuned module has inside.
@@ -143,7 +144,8 @@ class AdapterWeights(dict[str, Tensor]):
 def _peft_tensors(native: LoadedAdapter, peft_model: Any, adapter_name: str) -> dict[str, Tensor]:
     """Return a native adapter's tensors under PEFT's names, for an adapter that a PEFT model has."""
     base: nn.Module = peft_model.get_base_model()
-    places = {id(module): name for name, module in peft_model.named_modules()}
+    names = module_names(peft_model)
+    places = {id(module): name for name, module in peft_model.named_modules() if not names[name].wrapper}
     layers = {name: layer for name, layer in adapted_layers(base).items() if adapter_name in layer.slots}
     check_named(peft_model.peft_config[adapter_name], native, set(layers))
     tensors: dict[str, Tensor] = {}
@@ -158,7 +160,7 @@ def _peft_tensors(native: LoadedAdapter, peft_model: Any, adapter_name: str) -> 
     for place, module in wrappers.items():
         if module.adapter_state_dict_load_map(adapter_name):
             # What PEFT takes for a saved module as well goes on with the weights that it has.
-            own = saved.pop(place.removeprefix(PREFIX), None)
+            own = saved.pop(names[place].public.removeprefix(PREFIX), None)
             if own is None:
                 own = {key: tensor.clone() for key, tensor in module.original_module.state_dict().items()}
             tensors |= {f"{place}.{key}": tensor for key, tensor in own.items()}
@@ -196,8 +198,13 @@ def reading(load: Callable[..., Any]) -> Callable[..., Any]:
     return load_weights
 
 
-def placing(put: Callable[..., Any]) -> Callable[..., Any]:
-    """Return PEFT's `set_peft_model_state_dict` that takes what `reading` returns."""
+def placing(put: Callable[..., Any], own_tuner: type) -> Callable[..., Any]:
+    """Return PEFT's `set_peft_model_state_dict` that takes what `reading` returns, also on a wrapped model.
+
+    Args:
+        put: PEFT's own.
+        own_tuner: the class of the tuners of veratune's layers.
+    """
 
     @wraps(put)
     def put_weights(
@@ -210,6 +217,9 @@ def placing(put: Callable[..., Any]) -> Callable[..., Any]:
         state = peft_model_state_dict
         if isinstance(state, AdapterWeights):
             state = state.for_model(model, adapter_name)
+        peft_model: Any = model
+        if issubclass(PEFT_TYPE_TO_TUNER_MAPPING[peft_model.peft_config[adapter_name].peft_type], own_tuner):
+            state = with_module_names(model, adapter_name, state)
         return put(model, state, adapter_name, *args, **kwargs)
 
     return put_weights

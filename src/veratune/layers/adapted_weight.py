@@ -39,12 +39,14 @@ class View:
         base: the shown part of W0 in the layer's own layout.
         index: which matrices of the stack were chosen: None for all, or what the stack was indexed with.
         flipped: whether the last two dimensions are shown the other way round than in `base`.
+        outside: whether it was read from the layer by code that may not call the layer.
     """
 
     layer: "VeraLayer"
     base: Tensor
     index: Any = None
     flipped: bool = False
+    outside: bool = False
 
     @property
     def outputs_first(self) -> bool:
@@ -54,7 +56,13 @@ class View:
     def shown(self) -> Tensor:
         return self.base.mT if self.flipped else self.base
 
+    def note_use(self) -> None:
+        """Note on the layer that something was computed with its weight outside of its forward."""
+        if self.outside:
+            self.layer.weight_was_read = True
+
     def added_up(self) -> Tensor:
+        self.note_use()
         added = self.layer.adapted_part(self.base, self.index)
         return added.mT if self.flipped else added
 
@@ -165,6 +173,7 @@ def _grouped_mm(func: Any, left: Any, right: Any, *, offs: Any = None, bias: Any
     view = right._view
     if left.ndim != 2 or right.ndim != 3 or view.index is not None or view.outputs_first:
         return NotImplemented
+    view.note_use()
     start = func(left, view.shown(), offs=offs, **settings)
     rows = torch.arange(len(left), device=left.device)
     groups = torch.searchsorted(offs.long(), rows, right=True).clamp_(max=len(offs) - 1)
@@ -178,6 +187,7 @@ def _product(x: Tensor, view: View, bias: Tensor | None = None) -> Any:
     """Return x W^T + bias, (..., out), with W the adapted weight, or x W^T with a stack of them."""
     if type(x) is not Tensor or x.shape[-1] != view.layer.in_features:
         return NotImplemented
+    view.note_use()
     return view.layer.product(x, view.base, view.index, bias)
 
 

@@ -243,7 +243,7 @@ class BankedLinear(VeraLinear):
 
     # Models that read the weight rather than call the layer cannot be given a weight for each row.
 
-    def weight_over(self, base: Tensor) -> Tensor:
+    def weight_over(self, base: Tensor, *, outside: bool = False) -> Tensor:
         call = active_call()
         if call is None or call.plain:
             return base

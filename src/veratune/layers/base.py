@@ -152,12 +152,14 @@ class VeraLayer(nn.Module):
         active_adapters: the active adapters that this layer has, in order.
         merged_adapters: the adapters whose deltas are in the base layer's weight at the moment.
         added_adapters: the adapters whose deltas `forward` adds: the active ones that are not merged.
+        weight_was_read: whether something has computed with the adapted weight without calling the layer.
     """
 
     kind: ClassVar[str] = "linear"
     # The weight's axis of output features, as `matrix` sees it: 0 for (..., out, in), 1 for (..., in, out).
     out_axis: Literal[0, 1] = 0
     weight_name: str = "weight"
+    weight_was_read: bool = False
 
     def __init__(self, base_layer: nn.Module, geometry: Geometry) -> None:
         super().__init__()
@@ -211,10 +213,15 @@ class VeraLayer(nn.Module):
         Some models compute with it themselves (Mamba's dt_proj, WavLM's attention). It is differentiable to the
         vectors, and made only when something is computed with it: asking for its dtype or shape costs nothing.
         """
-        return self.weight_over(self.base_weight)
+        return self.weight_over(self.base_weight, outside=True)
 
-    def weight_over(self, base: Tensor) -> Tensor:
-        """Return the same for a W0 that is given, such as a replica's."""
+    def weight_over(self, base: Tensor, *, outside: bool = False) -> Tensor:
+        """Return the same for a W0 that is given, such as a replica's.
+
+        Args:
+            base: W0.
+            outside: whether code that may not call the layer asks, which is noted when it computes with the weight.
+        """
         self.check_recomputation()
         if base.is_meta and is_offloaded(self.base_layer, self.weight_name):
             base = loaded(self.base_layer, self.weight_name)
@@ -223,7 +230,7 @@ class VeraLayer(nn.Module):
         matrix = self.matrix(base)
         if torch.compiler.is_compiling() or matrix.shape != base.shape or not plain_tensor(base):
             return self.like_weight(self.adapted_part(matrix, None))
-        return View(self, base).stand_in()
+        return View(self, base, outside=outside).stand_in()
 
     def adapted_weight(self) -> Tensor:
         """Return W0 with the deltas of the adapters that `forward` adds, in W0's layout and dtype, differentiably."""

@@ -51,7 +51,7 @@ class VeraLinear(VeraLayer):
         first = active[0]
         special = not self._plain_class or bool(self.slots[first].parts) or len(active) > 1
         if special and self._reads_weight(active, x):
-            weight = self.adapted_weight() if self._plain_class else self.weight
+            weight = self.adapted_weight() if self._plain_class else self.weight_over(self.base_weight)
             read: Tensor = call_with(self.base_layer, lambda: {"weight": weight}, (x, *args), kwargs)
             return read
         dtype = None

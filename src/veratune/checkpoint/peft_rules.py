@@ -1,0 +1,147 @@
+"""What PEFT does with the names and layers of an adapter that it loads, so that an export does not lose any."""
+
+import importlib.util
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from veratune.adapters import notify
+from veratune.checkpoint.weight_reads import reader_of
+from veratune.layers import VeraLayer, VeraParameter
+from veratune.layers.kinds import is_out_proj
+from veratune.layers.quantised import is_quantised
+from veratune.targets import base_modules, joined, without_wrappers
+
+# From 0.19 on, PEFT takes targets that end in one of these for the experts of a checkpoint of transformers 4, and
+# adapts the stacked experts instead: also where they are dense layers or shared experts.
+_EXPERTS = {
+    "mixtral": ("gate", "w1", "w2", "w3"),
+    "qwen2_moe": ("gate", "gate_proj", "up_proj", "down_proj"),
+}
+_MODEL_TYPES = {
+    "mixtral": "minimax minimax_m2 mixtral",
+    "qwen2_moe": (
+        "Dots3NoteTextModel UnlimitedOcrTextModel afmoe beam cohere2_moe deepseek_v2 deepseek_v3 deepseek_v32 dots1"
+        " ernie4_5_moe exaone_moe flex_olmo glm4_moe glm4_moe_lite glm4v_moe glm_moe_dsa hunyuan_v1_moe longcat_flash"
+        " mellum olmoe qwen3_moe qwen3_next qwen3_omni_moe qwen3_omni_moe_text qwen3_omni_moe_thinker solar_open"
+    ),
+}
+
+
+def check_called(model: nn.Module, layers: Mapping[str, VeraLayer], whose: str) -> None:
+    """Raise ValueError for a layer whose weight the model computes with without calling the layer.
+
+    Such a layer is right here, but PEFT's layers act only when they are called. Known are layers whose weight was read
+    while the model ran, those where the source of the model's classes shows it, and those of torch's own attention and
+    encoder. Where only a branch of the source reads the weight (a kernel for one device), a warning says so.
+
+    Args:
+        model: the model without a wrapper, with its adapters.
+        layers: the adapter's layers by name.
+        whose: what the message calls the layers that would lose it.
+    """
+    modules = base_modules(model)
+    sometimes: dict[str, str] = {}
+    for name, layer in layers.items():
+        own = name if isinstance(layer, VeraParameter) else joined(name, layer.weight_name)
+        found = reader_of(modules, own)
+        reader = found.name if found is not None and found.always else None
+        if layer.weight_was_read:
+            reader = "the model"
+        elif is_out_proj(layer.base_layer):
+            reader = "torch.nn.MultiheadAttention"
+        elif found is not None and isinstance(modules.get(name.rpartition(".")[0]), nn.TransformerEncoderLayer):
+            reader = "torch.nn.TransformerEncoderLayer, in evaluation,"
+        if reader is not None:
+            raise ValueError(
+                f"{whose} cannot hold the adapter on {name}: {reader} computes with its weight without calling it,"
+                " where PEFT's layers do not act. Name it in exclude_modules, or merge the adapter (merge_and_unload)"
+            )
+        if found is not None:
+            sometimes[name] = found.name
+    if sometimes:
+        name, reader = next(iter(sometimes.items()))
+        more = f" (and {len(sometimes) - 1} more)" if len(sometimes) > 1 else ""
+        notify(
+            f"{reader} has a branch that computes with the weight of {name}{more} without calling it: there {whose}"
+            " loses the adapter. Compare outputs where the model will run, or merge the adapter (merge_and_unload)"
+        )
+
+
+def taken_for_experts(model: nn.Module, name: str) -> bool:
+    """Return whether PEFT would take a linear layer for one of a stack of experts, and lose it.
+
+    Args:
+        model: the model without a wrapper.
+        name: the layer's name.
+    """
+    config: Any = getattr(without_wrappers(model), "config", None)
+    model_type = getattr(config, "model_type", None)
+    if model_type is None:
+        return False
+    ends = {end for kind, types in _MODEL_TYPES.items() if model_type in types.split() for end in _EXPERTS[kind]}
+    return name.rpartition(".")[2] in ends | _installed_ends(model_type)
+
+
+def _installed_ends(model_type: str) -> set[str]:
+    """Return the endings that the installed PEFT takes for experts; a later one may know more models."""
+    if importlib.util.find_spec("peft") is None:
+        return set()
+    try:
+        from peft.utils import transformers_weight_conversion as conversion
+    except ImportError:
+        return set()
+    kinds = getattr(conversion, "_MODEL_TO_CONVERSION_PATTERN", {})
+    return set(getattr(conversion, "_MOE_TARGET_MODULE_MAPPING", {}).get(kinds.get(model_type), ()))
+
+
+def why_not_as_parameter(layer: VeraLayer) -> str | None:
+    """Return None if PEFT's LoRA can adapt a layer's weight as a parameter instead, otherwise the reason."""
+    base = layer.base_layer
+    if not isinstance(base, nn.Linear) or is_quantised(base) or not layer.base_weight.is_floating_point():
+        return f"it is a {type(base).__name__}"
+    return None
+
+
+def check_read_back(model: nn.Module, values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Raise ValueError if the installed PEFT would look for a LoRA's layers or tensors under other names.
+
+    Args:
+        model: the model without a wrapper.
+        values: the configuration that is about to be written.
+        tensors: the tensors that are about to be written.
+    """
+    model = without_wrappers(model)
+    if importlib.util.find_spec("peft") is None or not hasattr(getattr(model, "config", None), "model_type"):
+        return
+    try:
+        import peft
+        from peft.utils.transformers_weight_conversion import (
+            convert_peft_adapter_state_dict_for_transformers,
+            convert_peft_config_for_transformers,
+        )
+    except ImportError:
+        return
+    known = peft.LoraConfig.__dataclass_fields__
+    config: Any = peft.LoraConfig(**{name: value for name, value in values.items() if name in known})
+    before = [_as_set(config.target_modules), _as_set(config.target_parameters)]
+    convert_peft_config_for_transformers(config, model, None)
+    lost = [
+        one ^ other
+        for one, other in zip(before, [_as_set(config.target_modules), _as_set(config.target_parameters)], strict=True)
+    ]
+    shapes = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}
+    read = convert_peft_adapter_state_dict_for_transformers(model, config, dict(shapes))
+    odd = sorted(lost[0] | lost[1] | (shapes.keys() ^ read.keys()))
+    if odd:
+        raise ValueError(
+            f"PEFT {peft.__version__} would not read this LoRA as it is written: for model_type="
+            f"{getattr(model.config, 'model_type', None)!r} it goes by other names than {odd[0]}. Merge the adapter"
+            " (merge_and_unload) instead"
+        )
+
+
+def _as_set(names: Any) -> set[str]:
+    return {names} if isinstance(names, str) else set(names or ())
