@@ -9,7 +9,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from veratune.atomic import sync_directory, temporary_beside, write_atomically, write_through
+from veratune.atomic import remove_abandoned, sync_directory, temporary_beside, write_atomically, write_through
 from veratune.checkpoint.header import memory_of_machine, read_header
 from veratune.layers.spread import is_emptied, whole
 from veratune.outside import LARGEST_TEXT, OutsideFileError, opened, parse_json, read_bounded
@@ -44,6 +44,8 @@ def write_pair(directory: Path, tensors: dict[str, Tensor], config: dict[str, An
     weights, settings = directory / WEIGHTS_NAME, directory / CONFIG_NAME
     new_weights, new_settings = temporary_beside(weights), temporary_beside(settings)
     directory.mkdir(parents=True, exist_ok=True)
+    for path in (weights, settings):
+        remove_abandoned(path)
     try:
         write_through(new_weights, _tensor_bytes(tensors, {"format": "pt"}))
         write_through(new_settings, _json_bytes(config))

@@ -17,7 +17,7 @@ from typing import Any, Self
 
 try:
     import peft
-    from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers
+    from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule, _maybe_include_all_linear_layers
     from peft.utils import TRANSFORMERS_MODELS_TO_VERA_TARGET_MODULES_MAPPING, AuxiliaryTrainingWrapper, PeftType
     from peft.utils.integrations import init_empty_weights
 except ImportError:
@@ -35,6 +35,7 @@ from veratune.checkpoint.transfer import LoadedAdapter, other_projections
 from veratune.config import PEFT_TYPE, VeraConfig
 from veratune.integrations import peft_method, peft_native
 from veratune.integrations.peft_layers import TunedLayer, TunedModule, tuned_layer, tuned_parameter
+from veratune.integrations.peft_matching import is_meant
 from veratune.layers import ComputeSettings, InputGroup, Slot, VectorInit, VeraLinear
 from veratune.layers.fastpath import choose_paths
 from veratune.layers.kinds import adaptable_parameters, geometry, layer_class, why_not_adaptable
@@ -237,6 +238,12 @@ class VeratuneTuner(BaseTuner):
         source = make_source(config, targets)
         self._check_projections(peft_config, source)
         self._plan = _Plan(config, source, layers, parameters, input_groups(targets, source))
+
+    @staticmethod
+    def _check_target_module_exists(peft_config: Any, key: str) -> Any:
+        """Return whether PEFT's rules mean this module; its own way gives patterns from files to `re`."""
+        meant = is_meant(peft_config, key)
+        return _ExcludedModule() if meant is None else meant
 
     def _matched_layers(self, peft_config: Any, config: VeraConfig, model: nn.Module) -> dict[int, Target]:
         """Return the layers that PEFT is about to hand over, having checked that they can be adapted."""
