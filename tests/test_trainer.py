@@ -1,6 +1,7 @@
 """transformers' Trainer on a VeraModel: as it is, and with checkpoints that hold adapters alone."""
 
 import inspect
+import random
 import re
 import struct
 import zipfile
@@ -15,7 +16,7 @@ from transformers import TrainingArguments
 
 from tiny_models import randomise_trainable, tiny_inputs, tiny_model
 from veratune import CheckpointError, VeraConfig, VeraModel, get_peft_model, parameter_groups
-from veratune.integrations.trainer import VeraTrainer
+from veratune.integrations.trainer import DIGESTS_NAME, VeraTrainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:'pin_memory' argument is set:UserWarning")
 
@@ -332,3 +333,40 @@ def test_rates_that_will_not_do_are_warned_of(tmp_path: Path) -> None:
 def test_another_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="VeraTrainer trains a VeraModel, not a BertFor"):
         VeraTrainer(tiny_model("bert"), arguments(tmp_path, max_steps=1), train_dataset=Rows())
+
+
+@pytest.mark.parametrize("digests", [True, False])
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
+def test_a_checkpoint_without_a_file_is_refused(name: str, digests: bool, tmp_path: Path) -> None:
+    VeraTrainer(model_of(), arguments(tmp_path, max_steps=4), train_dataset=Rows()).train()
+    (tmp_path / "checkpoint-4" / name).unlink()
+    if not digests:
+        if name == "rng_state.pth":
+            pytest.skip("other trainers do not always write it")
+        (tmp_path / "checkpoint-4" / DIGESTS_NAME).unlink()
+    model = model_of()
+    before = state(model)
+    trainer = VeraTrainer(model, arguments(tmp_path, max_steps=8), train_dataset=Rows())
+    with pytest.raises(CheckpointError, match=f"{name} does not exist"):
+        trainer.train(resume_from_checkpoint=True)
+    assert all(torch.equal(a, b) for a, b in zip(before, state(model), strict=True))
+
+
+def test_any_flipped_bit_beside_the_adapter_is_found_before_anything_changes(tmp_path: Path) -> None:
+    VeraTrainer(model_of(), arguments(tmp_path, max_steps=4), train_dataset=Rows()).train()
+    model = model_of()
+    before = state(model)
+    trainer = VeraTrainer(model, arguments(tmp_path, max_steps=8), train_dataset=Rows())
+    checkpoint, generator = tmp_path / "checkpoint-4", random.Random(0)
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+        data = (checkpoint / name).read_bytes()
+        for place in [0, 5, len(data) - 1, *(generator.randrange(len(data)) for _ in range(60))]:
+            damaged = bytearray(data)
+            damaged[place] ^= 1 << generator.randrange(8)
+            (checkpoint / name).write_bytes(damaged)
+            with pytest.raises(CheckpointError, match=rf"{re.escape(name)} is damaged"):
+                trainer._load_from_checkpoint(str(checkpoint))
+        (checkpoint / name).write_bytes(data)
+    assert all(torch.equal(a, b) for a, b in zip(before, state(model), strict=True))
+    trainer._load_from_checkpoint(str(checkpoint))
+    assert any(not torch.equal(a, b) for a, b in zip(before, state(model), strict=True))

@@ -22,6 +22,7 @@ from veratune.layers.kinds import adapt, adapt_parameter
 from veratune.layers.offloading import check_at_hand
 from veratune.layers.quantised import keep_differentiable
 from veratune.layers.shared import SharedDown
+from veratune.layers.spread import how_spread
 from veratune.profiles import load_calibration
 from veratune.projection import projection_pool
 from veratune.sources import PeftShared, PerDimension, Source
@@ -36,6 +37,8 @@ from veratune.targets import (
     resolve_config,
     unwrapped,
 )
+from veratune.tensors import is_finite
+from veratune.text import clipped
 
 _Kind = TypeVar("_Kind", bound=nn.Module)
 # Held from the look at a model to the end of its change: two threads must not take one name, or replace one layer. It
@@ -101,7 +104,7 @@ class AdapterState:
 
 def notify(sentence: str) -> None:
     """Tell the user something that is no error but may surprise."""
-    warnings.warn(f"veratune: {sentence}", UserWarning, stacklevel=2)
+    warnings.warn(clipped(f"veratune: {sentence}"), UserWarning, stacklevel=2)
 
 
 def as_names(names: str | Sequence[str]) -> list[str]:
@@ -695,7 +698,14 @@ class AdaptedModel(StandsForModel):
         for name, layer in self.vera_layers().items():
             layer.check_mergeable(names, safe=safe_merge, called=name or "the model")
 
+    def _tell_of_values(self, names: Sequence[str]) -> None:
+        for name in names:
+            values = (value for value in self.adapter_state(name).parameters() if how_spread(value) is None)
+            if not all(map(is_finite, values)):
+                notify(f"adapter {name!r} holds NaN or infinity, and so will what it is merged into or written to")
+
     def _tell_of_losses(self, names: Sequence[str]) -> None:
+        self._tell_of_values(names)
         layers = (layer for layer in self._layers() if any(name in layer.slots for name in names))
         for loss, count in Counter(layer.loss_of_merging() for layer in layers).items():
             if loss is not None:

@@ -5,13 +5,14 @@ import difflib
 import functools
 import inspect
 import math
-import re
 import reprlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, NoReturn, TypeVar
 
+from veratune.patterns import PatternError, pattern
 from veratune.routing import MEMORY_NAMES, ROUTE_NAMES, MemoryName, RouteName
+from veratune.text import clipped
 
 PEFT_TYPE = "VERATUNE"
 
@@ -23,6 +24,10 @@ _BIASES = ("none", "all", "vera_only")
 _PROJECTIONS = ("per_dimension", "peft")
 _KEY_RANGE = range(-(1 << 63), 1 << 64)
 _LARGEST_RANK = 1 << 20
+_LARGEST_INDEX = (1 << 63) - 1
+# float32's smallest normal and largest number.
+_SMALLEST, _LARGEST = 2.0**-126, (2 - 2.0**-23) * 2.0**127
+_LONGEST_VALUE = 500
 
 _Config = TypeVar("_Config")
 
@@ -97,7 +102,8 @@ class VeraConfig:
     Args:
         r: rank: the number of rows of A and of columns of B. VeRA's ranks are high (256 to 1024).
         target_modules: which linear layers to adapt. A list of names, each matching a module of that name or whose
-            dotted name ends in it; a string, a regular expression that must match the whole dotted name; "all-linear"
+            dotted name ends in it; a string, a regular expression that must match the whole dotted name (without
+            backreferences, as it is matched in bounded time); "all-linear"
             for every linear layer but a language model's output head and what `modules_to_save` trains; None for a
             choice by `model.config.model_type`.
         target_parameters: which parameters to adapt that a module's own forward computes with, such as expert tensors:
@@ -164,18 +170,17 @@ class VeraConfig:
         self.fused_parts = _fused_parts(self.fused_parts)
         self.exclude_modules = _names("exclude_modules", self.exclude_modules)
         self.layers_pattern = _names("layers_pattern", self.layers_pattern, regex=False)
-        for pattern in [self.layers_pattern] if isinstance(self.layers_pattern, str) else self.layers_pattern or []:
-            _check_regex("layers_pattern", pattern, r"(?:.*\.)?(?:{})\.(?P<layer_index>\d+)\.")
+        for stack in [self.layers_pattern] if isinstance(self.layers_pattern, str) else self.layers_pattern or []:
+            _check_regex("layers_pattern", stack, "(?:{})")
         self.modules_to_save = _listed_names("modules_to_save", self.modules_to_save)
         self.layers_to_transform = _layer_indices(self.layers_to_transform)
         self.rank_pattern = _rank_pattern(self.rank_pattern)
         _check_integer("r", self.r, range(1, _LARGEST_RANK + 1), f"an integer from 1 to {_LARGEST_RANK}")
         _check_integer("projection_prng_key", self.projection_prng_key, _KEY_RANGE, "an integer of 64 bits")
         self.d_initial = _finite("d_initial", self.d_initial)
-        if self.d_initial == 0.0:
-            raise _bad(
-                "d_initial", self.d_initial, "a number other than 0: with b = 0 as well nothing could ever learn"
-            )
+        if not _SMALLEST <= abs(self.d_initial) <= _LARGEST:
+            allowed = "a number other than 0 that float32 holds: with b = 0 as well nothing could ever learn"
+            raise _bad("d_initial", self.d_initial, allowed)
         self.vera_dropout = _finite("vera_dropout", self.vera_dropout)
         if not 0.0 <= self.vera_dropout < 1.0:
             raise _bad("vera_dropout", self.vera_dropout, "a probability in [0, 1)")
@@ -235,6 +240,13 @@ class VeraConfig:
         """The name under which files of this configuration are told from PEFT's own."""
         return PEFT_TYPE
 
+    def names_only(self) -> bool:
+        """Return whether nothing in this is a regular expression but names, or names joined by "|"."""
+        texts = [self.target_modules, self.exclude_modules, *self.rank_pattern]
+        stacks = self.layers_pattern
+        texts += [stacks] if isinstance(stacks, str) else stacks or []
+        return all(pattern(text).is_list for text in texts if isinstance(text, str))
+
     def rank_of(self, name: str) -> int:
         """Return the rank on the layer of this dotted name: that of the first fitting `rank_pattern`, or `r`."""
         return next((rank for key, rank in self.rank_pattern.items() if ends_in_match(name, key)), self.r)
@@ -258,21 +270,23 @@ class VeraConfig:
         peft_type = values.pop("peft_type", PEFT_TYPE)
         if peft_type != PEFT_TYPE:
             raise ValueError(
-                f"peft_type={peft_type!r} is not a veratune configuration, whose peft_type is {PEFT_TYPE!r}"
+                f"peft_type={clipped(repr(peft_type), _LONGEST_VALUE)} is not a veratune configuration, whose peft_type"
+                f" is {PEFT_TYPE!r}"
             )
         known = {field.name for field in dataclasses.fields(cls)}
         unknown = sorted(set(values) - known)
         if unknown:
-            raise ValueError(f"unknown configuration fields {unknown}: allowed are {sorted(known)}")
+            shown = clipped(str(unknown), _LONGEST_VALUE)
+            raise ValueError(f"unknown configuration fields {shown}: allowed are {sorted(known)}")
         return cls(**values)
 
 
 VeRAConfig = VeraConfig
 
 
-def ends_in_match(name: str, pattern: str) -> bool:
+def ends_in_match(name: str, key: str) -> bool:
     """Return whether a dotted name, or its end behind some dot, matches a regular expression."""
-    return re.fullmatch(rf"(?:.*\.)?(?:{pattern})", name) is not None
+    return pattern(key).matches_end(name)
 
 
 _SHORT = reprlib.Repr()
@@ -286,7 +300,7 @@ def shown(value: object) -> str:
 
 
 def _bad(field: str, value: object, allowed: str, error: type[Exception] = ValueError) -> Exception:
-    return error(f"{field}={shown(value)} is not allowed: it must be {allowed}")
+    return error(f"{clipped(f'{field}={value!r}', _LONGEST_VALUE)} is not allowed: it must be {allowed}")
 
 
 def _check_integer(field: str, value: object, allowed: range, description: str) -> None:
@@ -313,11 +327,12 @@ def _finite(field: str, value: object) -> float:
     return number
 
 
-def _check_regex(field: str, pattern: str, around: str = "{}") -> None:
+def _check_regex(field: str, text: str, around: str = "{}") -> None:
     try:
-        re.compile(around.format(pattern))
-    except (re.error, OverflowError, RecursionError) as error:
-        raise ValueError(f"{field}={pattern!r} is not a regular expression: {error}") from None
+        pattern(around.format(text))
+    except PatternError as error:
+        shown = clipped(f"{field}={text!r}", _LONGEST_VALUE)
+        raise ValueError(f"{shown} is not a regular expression that can be used here: {error}") from None
 
 
 def _name_list(field: str, value: Iterable[object]) -> list[str]:
@@ -363,7 +378,7 @@ def _fused_parts(value: object) -> dict[str, int | list[int]]:
         if not isinstance(name, str) or not name:
             raise _bad("fused_parts", value, "a dictionary whose keys are non-empty strings", TypeError)
         sizes = list(parts) if isinstance(parts, list | tuple) else [parts]
-        if not sizes or any(isinstance(size, bool) or not isinstance(size, int) or size < 1 for size in sizes):
+        if not sizes or any(type(size) is not int or not 1 <= size <= _LARGEST_INDEX for size in sizes):
             raise _bad(f"fused_parts[{name!r}]", parts, "a number of parts, or a list of their outputs", TypeError)
         if len(sizes) == 1 and (sizes[0] < 2 or isinstance(parts, list | tuple)):
             raise _bad(f"fused_parts[{name!r}]", parts, "at least two parts")
@@ -374,13 +389,13 @@ def _fused_parts(value: object) -> dict[str, int | list[int]]:
 def _layer_indices(value: object) -> list[int] | int | None:
     if value is None:
         return None
-    indices = [value] if isinstance(value, int) else value
+    indices = [value] if isinstance(value, int) else value  # a boolean is refused below
     if not isinstance(indices, list | tuple | set | frozenset | range) or not indices:
         raise _bad("layers_to_transform", value, "an index, a non-empty list of indices, or None", TypeError)
     for index in indices:
         if isinstance(index, bool) or not isinstance(index, int):
             raise _bad("layers_to_transform", value, "made of integers", TypeError)
-        if index < 0:
+        if not 0 <= index <= _LARGEST_INDEX:
             raise _bad("layers_to_transform", value, "made of indices from 0 up")
     return value if isinstance(value, int) else sorted(set(indices))
 
@@ -390,12 +405,12 @@ def _rank_pattern(value: object) -> dict[str, int]:
         return {}
     if not isinstance(value, dict):
         raise _bad("rank_pattern", value, "a dictionary of patterns to ranks", TypeError)
-    for pattern, rank in value.items():
-        if not isinstance(pattern, str) or not pattern:
+    for key, rank in value.items():
+        if not isinstance(key, str) or not key:
             raise _bad("rank_pattern", value, "a dictionary whose keys are non-empty strings", TypeError)
-        _check_regex("rank_pattern", pattern, r"(?:.*\.)?(?:{})")
+        _check_regex("rank_pattern", key, "(?:{})")
         description = f"an integer from 1 to {_LARGEST_RANK}"
-        _check_integer(f"rank_pattern[{pattern!r}]", rank, range(1, _LARGEST_RANK + 1), description)
+        _check_integer(f"rank_pattern[{key!r}]", rank, range(1, _LARGEST_RANK + 1), description)
     return dict(value)
 
 
@@ -403,6 +418,6 @@ def _task_type(value: object) -> str | None:
     if value is None:
         return None
     name = getattr(value, "value", value)  # PEFT's TaskType is an enum of strings
-    if name not in TASK_TYPES:
+    if not isinstance(name, str) or name not in TASK_TYPES:
         raise _bad("task_type", value, "one of " + ", ".join(TASK_TYPES) + ", or None")
     return str(name)

@@ -272,6 +272,7 @@ class VeraModel(AdaptedModel):
                     f"adapter {name!r} cannot be exported while it is spread over processes ({spread}): let all of them"
                     " call save_pretrained, and export it after loading it in one process"
                 )
+        self._tell_of_values([name])
         return name
 
     def _directories(

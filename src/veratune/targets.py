@@ -21,6 +21,8 @@ from veratune.layers.kinds import (
     why_not_parameter,
 )
 from veratune.layers.spread import how_spread, is_emptied, is_engines
+from veratune.patterns import Budget, pattern
+from veratune.text import clipped
 from veratune.torch_private import in_state_dict, name_in_wrapper
 
 # The attention's query and value projections, as in the paper's experiments, under their names in transformers.
@@ -78,12 +80,24 @@ class Target:
 class TargetError(ValueError):
     """The configuration names nothing in this model that can be adapted."""
 
+    def __init__(self, message: str) -> None:
+        super().__init__(clipped(message))
 
-def matches(name: str, patterns: list[str] | str) -> bool:
-    """Return whether a dotted module name is meant by a list of names or by a regular expression."""
+
+def matcher(patterns: list[str] | str, budget: Budget | None = None) -> Callable[[str], bool]:
+    """Return whether a dotted module name is meant by a list of names or by a regular expression, as a function.
+
+    The function raises PatternError where an expression takes more than the budget.
+    """
     if isinstance(patterns, str):
-        return re.fullmatch(patterns, name) is not None
-    return any(_ends_in(name, pattern) for pattern in patterns)
+        expression = pattern(patterns)
+        return lambda name: expression.matches(name, budget)
+    ends = frozenset(patterns)
+
+    def is_listed(name: str) -> bool:
+        return name in ends or any(name[i + 1 :] in ends for i, letter in enumerate(name) if letter == ".")
+
+    return is_listed
 
 
 def _ends_in(name: str, suffix: str) -> bool:
@@ -363,7 +377,8 @@ def _matched_modules(
             and name not in inside_saved
             and not any(name == top or name.startswith(f"{top}.") for top in trained)
         ]
-    matched = [name for name in modules if name and matches(name, wanted)]
+    meant = matcher(wanted)
+    matched = [name for name in modules if name and meant(name)]
     _check_each_pattern(wanted, matched, inside_saved, modules)
     return matched
 
@@ -404,7 +419,7 @@ def _check_narrowing(
 ) -> None:
     """Tell of an exclusion that excludes nothing, and refuse an index that no layer has."""
     names = [*modules, *(joined(name, own) for name, m in modules.items() for own in unwrapped(m)._parameters)]
-    if config.exclude_modules is not None and not any(matches(name, config.exclude_modules) for name in names):
+    if config.exclude_modules is not None and not any(map(matcher(config.exclude_modules), names)):
         types = {name: type(unwrapped(module)).__name__ for name, module in modules.items() if name}
         wanted_out = [config.exclude_modules] if isinstance(config.exclude_modules, str) else config.exclude_modules
         notify(
@@ -441,7 +456,10 @@ def parts_of(name: str, size: Geometry, config: VeraConfig) -> tuple[int, ...]:
         return ()
     key = max(keys, key=len)  # the one that says most
     parts = config.fused_parts[key]
-    sizes = [size.out_features // parts] * parts if isinstance(parts, int) else parts
+    if not isinstance(parts, int):
+        sizes = parts
+    else:  # no list of what may be a huge number
+        sizes = [size.out_features // parts] * parts if parts <= size.out_features else []
     if sum(sizes) != size.out_features or 0 in sizes:
         raise TargetError(
             f"fused_parts[{key!r}]={parts!r} does not fit {name}, which has {size.out_features} outputs: give a number"
@@ -450,8 +468,20 @@ def parts_of(name: str, size: Geometry, config: VeraConfig) -> tuple[int, ...]:
     return tuple(sizes)
 
 
+def largest_rank(targets: Iterable[Target]) -> int:
+    """Return the largest rank that an adapter of these targets may have on any of them."""
+    return max(target.geometry.largest_rank for target in targets)
+
+
 def check_settings(config: VeraConfig, targets: list[Target]) -> None:
     """Raise TargetError for a setting that some of the targets cannot have."""
+    most = largest_rank(targets)
+    large = next((target for target in targets if target.rank > most), None)
+    if large is not None:
+        raise TargetError(
+            f"a rank of {large.rank} is not allowed on {large.name}: {most} is the most for layers of these sizes, and"
+            " 256 to 1024 are usual"
+        )
     for key in config.fused_parts:
         if not any(_ends_in(target.name, key) for target in targets):
             raise TargetError(
@@ -551,24 +581,40 @@ def _usable(module: nn.Module) -> bool:
     return _reason(module) is None or bool(adaptable_parameters(unwrapped(module)))
 
 
-def _narrowed(names: list[str], config: VeraConfig) -> list[str]:
+def _narrowed(names: list[str], config: VeraConfig, budget: Budget | None = None) -> list[str]:
     if config.exclude_modules is not None:
-        names = [name for name in names if not matches(name, config.exclude_modules)]
+        excluded = matcher(config.exclude_modules, budget)
+        names = [name for name in names if not excluded(name)]
     if config.layers_to_transform is not None:
-        names = [name for name in names if _layer_index(name, config) in _indices(config)]
+        indices = set(_indices(config))
+        names = [name for name in names if _layer_index(name, config, budget) in indices]
     return names
 
 
-def configured_names(modules: Mapping[str, nn.Module], config: VeraConfig) -> list[str]:
-    """Return the adaptable modules that a configuration with names or a pattern is for, each under its first name.
+def configured_names(modules: Mapping[str, nn.Module], config: VeraConfig, budget: Budget) -> list[str]:
+    """Return the adaptable modules that a file's configuration is for, each under its first name.
 
     Nothing is complained about: this is for checking a file against its own configuration.
+
+    Raises:
+        PatternError: its expressions take more than the budget.
     """
     wanted = config.target_modules
     assert wanted is not None
-    names = _narrowed([name for name in modules if name and matches(name, wanted)], config)
+    meant = matcher(wanted, budget)
+    names = _narrowed([name for name in modules if name and meant(name)], config, budget)
     first_names = {id(modules[name]): name for name in reversed(names) if _reason(modules[name]) is None}
     return [name for name in names if first_names.get(id(modules[name])) == name]
+
+
+def configured_parameters(modules: Mapping[str, nn.Module], config: VeraConfig, budget: Budget) -> list[str]:
+    """Return the names of the parameters that a file's configuration is for.
+
+    Raises:
+        TargetError: a name that is no parameter's, or only those of parameters that cannot be adapted.
+        PatternError: its expressions take more than the budget.
+    """
+    return _narrowed(list(_matched_parameters(dict(modules), config)), config, budget)
 
 
 def _output_layers(model: nn.Module) -> set[int]:
@@ -703,14 +749,17 @@ def _indices(config: VeraConfig) -> list[int]:
     return [indices] if isinstance(indices, int) else indices
 
 
-def _layer_index(name: str, config: VeraConfig) -> int | None:
+def _layer_index(name: str, config: VeraConfig, budget: Budget | None = None) -> int | None:
     """Return the index of a module's layer in its stack: the last number that follows `layers_pattern` in its name."""
-    patterns = config.layers_pattern
-    names = [r"[^.]+"] if patterns is None else [patterns] if isinstance(patterns, str) else patterns
-    for pattern in names:
-        found = re.match(rf"(?:.*\.)?(?:{pattern})\.(?P<layer_index>\d+)\.", name)
-        if found:
-            return int(found.group("layer_index"))
+    wanted = [config.layers_pattern] if isinstance(config.layers_pattern, str) else config.layers_pattern
+    parts = name.split(".")
+    numbers = [place for place in range(len(parts) - 2, 0, -1) if parts[place].isdecimal()]
+    if wanted is None:
+        return next((int(parts[place]) for place in numbers if parts[place - 1]), None)
+    for stack in wanted:
+        for place in numbers:
+            if pattern(stack).matches_end(".".join(parts[:place]), budget):
+                return int(parts[place])
     return None
 
 

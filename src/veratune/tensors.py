@@ -15,6 +15,15 @@ def bytes_of(tensor: Tensor) -> bytes:
     return tensor.contiguous().flatten().view(torch.uint8).numpy(force=True).tobytes()
 
 
+def is_finite(tensor: Tensor) -> bool:
+    """Return whether a tensor has neither NaN nor infinity, without memory for each of its values."""
+    if not tensor.is_floating_point() or not tensor.numel() or tensor.is_meta:
+        return True
+    values = tensor.detach()
+    lowest, highest = torch.aminmax(values.float() if values.dtype.itemsize == 1 else values)
+    return bool(torch.isfinite(lowest) and torch.isfinite(highest))
+
+
 def float32_of(tensor: Tensor) -> npt.NDArray[np.float32]:
     """Return a floating tensor of any dtype and device as float32, sharing its memory where that is possible."""
     array: npt.NDArray[np.float32] = (

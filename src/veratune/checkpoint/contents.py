@@ -1,12 +1,20 @@
 """What an adapter's files hold, read without the model that it is for."""
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from torch import Tensor
 
-from veratune.checkpoint.files import CONFIG_NAME, WEIGHTS_NAME, CheckpointError, read_json, read_tensors
+from veratune.checkpoint.files import (
+    CONFIG_NAME,
+    LARGEST_CONFIG,
+    WEIGHTS_NAME,
+    CheckpointError,
+    read_json,
+    read_tensors,
+)
 from veratune.checkpoint.native import is_native, read_native
 from veratune.checkpoint.peft_format import A_KEY, B_KEY, PEFT_VERA, PREFIX
 from veratune.checkpoint.plugin_format import PLUGIN_TYPE
@@ -64,9 +72,9 @@ def read_contents(directory: Path) -> AdapterContents | LoraContents:
         CheckpointError: they are missing, damaged, or of another kind.
     """
     path = directory / WEIGHTS_NAME
-    if is_native(path) or not (directory / CONFIG_NAME).exists():
+    if is_native(path) or not os.path.lexists(directory / CONFIG_NAME):
         return _native(directory)
-    config = read_json(directory / CONFIG_NAME)
+    config = read_json(directory / CONFIG_NAME, largest=LARGEST_CONFIG)
     kind = config.get("peft_type")
     if kind == PEFT_TYPE:
         return _native(directory)
@@ -113,14 +121,17 @@ def _peft(path: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> Ada
     mapping = config.get("auto_mapping")
     named = mapping.get("base_model_class") if isinstance(mapping, dict) else None
     plugin = config["peft_type"] == PLUGIN_TYPE
+    fingerprint = config.get("fingerprint") if plugin else None
+    if not isinstance(fingerprint, str | None):
+        raise CheckpointError(f"{path.parent / CONFIG_NAME}: fingerprint={fingerprint!r} is not a string or null")
     return AdapterContents(
         kind="veratune in peft" if plugin else "peft",
         config=config,
         vectors={layer: (pair["vera_lambda_b"], pair["vera_lambda_d"]) for layer, pair in pairs.items()},
         others=others,
         projections=projections,
-        fingerprint=config.get("fingerprint") if plugin else None,
-        base={"class": named} if named else {},
+        fingerprint=fingerprint,
+        base={"class": named} if isinstance(named, str) and named else {},
     )
 
 

@@ -1,24 +1,38 @@
 """Reading and writing files safely: writes are atomic, and what is read is checked before it is believed."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from veratune.atomic import write_atomically
+from veratune.atomic import remove_abandoned, write_atomically
 from veratune.checkpoint.exchange import replace_together
+from veratune.checkpoint.header import memory_of_machine, read_header
 from veratune.layers.spread import is_emptied, whole
+from veratune.outside import LARGEST_TEXT, OutsideFileError, opened, parse_json, read_bounded
+from veratune.text import clipped
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 CARD_NAME = "README.md"
+LARGEST_CONFIG = 16 << 20
+_LARGE = 16 << 20
+
+Check = Callable[[dict[str, Tensor], dict[str, str]], object]
 
 
 class CheckpointError(ValueError):
-    """A file that cannot be used, with what is wrong in it. Whatever it was to be loaded into is unchanged."""
+    """A file that cannot be used, with what is wrong in it. Whatever it was to be loaded into is unchanged.
+
+    The message is cut where names or values from a file make it long.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(clipped(message))
 
 
 def write_pair(directory: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
@@ -27,6 +41,8 @@ def write_pair(directory: Path, tensors: dict[str, Tensor], config: dict[str, An
     Whoever is killed leaves the old pair or the new one; where a system cannot exchange both at once, perhaps no
     configuration, which every reader refuses, and never one adapter's configuration with another's weights.
     """
+    for name in (WEIGHTS_NAME, CONFIG_NAME):
+        remove_abandoned(directory / name)
     replace_together(
         directory, {WEIGHTS_NAME: _tensor_bytes(tensors, {"format": "pt"}), CONFIG_NAME: _json_bytes(config)}
     )
@@ -67,17 +83,22 @@ def gathered(tensor: Tensor) -> Tensor:
     return here if gather is None else gather()
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path, *, finite: bool = True, largest: int = LARGEST_TEXT) -> dict[str, Any]:
     """Read a JSON object.
+
+    Args:
+        path: the file.
+        finite: refuse NaN and infinity; False is for other libraries' logs.
+        largest: the most bytes that are read.
 
     Raises:
         CheckpointError: the file is missing, or holds something else.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} does not exist") from None
-    except (OSError, ValueError, RecursionError) as error:
+        value = parse_json(read_bounded(path, largest), finite=finite)
+    except OutsideFileError as error:
+        raise CheckpointError(str(error)) from None
+    except ValueError as error:
         raise CheckpointError(f"{path} is not a JSON file: {error}") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} does not hold a JSON object")
@@ -85,26 +106,39 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """Return a safetensors file's metadata; empty if there is no such file, or it is none."""
+    """Return a safetensors file's metadata; empty if there is no such file, or it is damaged."""
     try:
-        with safe_open(path, framework="pt", device="cpu") as handle:
-            return dict(handle.metadata() or {})
-    except (SafetensorError, OSError, ValueError, RuntimeError):
+        with opened(path) as (file, size):
+            return read_header(file, size).metadata
+    except (OSError, ValueError):
         return {}
 
 
-def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def read_tensors(path: Path, check: Check | None = None) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Read a safetensors file: its tensors, on the CPU, and its metadata.
 
+    Args:
+        path: the file.
+        check: called for a large file before any memory is taken for it, with its tensors on the meta device and its
+            metadata; raises what is wrong with them.
+
     Raises:
-        CheckpointError: the file is missing, truncated, or of another format.
+        CheckpointError: the file is missing, truncated, of another format, or larger than this machine's memory.
     """
-    if not path.is_file():
-        raise CheckpointError(f"{path} does not exist")
     try:
-        data = path.read_bytes()
+        with opened(path) as (file, size):
+            header = read_header(file, size)
+            if check is not None and size > _LARGE:
+                check(header.described(), header.metadata)
+            if size > memory_of_machine():
+                raise CheckpointError(f"{path} has {size:,} bytes, more than this machine's memory")
+            file.seek(0)
+            data = file.read(size)
         tensors = dict(sorted(load(data).items()))  # in an order of its own otherwise
-        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+    except (CheckpointError, OutsideFileError) as error:
+        raise CheckpointError(str(error)) from None
+    except MemoryError:
+        raise CheckpointError(f"{path} does not fit into memory") from None
+    except (SafetensorError, OSError, ValueError, RuntimeError, OverflowError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} is not a whole safetensors file: {error}") from None
-    return tensors, dict(header.get("__metadata__", {}))
+    return tensors, header.metadata

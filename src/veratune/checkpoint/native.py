@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from veratune.adapters import AdaptedModel, make_source, notify
 from veratune.checkpoint.files import (
     CONFIG_NAME,
+    LARGEST_CONFIG,
     WEIGHTS_NAME,
     CheckpointError,
     gathered,
@@ -35,12 +36,20 @@ from veratune.checkpoint.files import (
     write_json,
     write_tensors,
 )
-from veratune.checkpoint.transfer import LoadedAdapter, ReadyAdapter, make_ready, other_projections, targets_of
+from veratune.checkpoint.transfer import (
+    LoadedAdapter,
+    ReadyAdapter,
+    check_labels,
+    make_ready,
+    other_projections,
+    targets_of,
+)
 from veratune.config import VeraConfig
 from veratune.layers import VeraEmbedding
+from veratune.outside import parse_json
 from veratune.sources import PerDimension, Side, Source, Stored
 from veratune.targets import Target, without_wrappers
-from veratune.tensors import bytes_of
+from veratune.tensors import bytes_of, is_finite
 
 FORMAT_VERSION = 1
 METADATA_KEY = "veratune"
@@ -62,6 +71,8 @@ def save_native(host: AdaptedModel, adapter_name: str, directory: Path, *, write
     tensors = {name: gathered(tensor) for name, tensor in _state_tensors(host, adapter_name).items()}
     if not write:
         return
+    if not all(map(is_finite, tensors.values())):
+        notify(f"adapter {adapter_name!r} holds NaN or infinity and is saved as it is: its training diverged")
     if config.save_projection or isinstance(source, Stored):
         tensors |= _projection_tensors(host, adapter_name, source)
     saved_config = config.replace(inference_mode=True)
@@ -96,7 +107,12 @@ def describe_base(model: nn.Module) -> dict[str, Any]:
 
 
 def ready_native(
-    modules: Mapping[str, nn.Module], directory: Path, tensors: dict[str, Tensor], metadata: dict[str, str]
+    modules: Mapping[str, nn.Module],
+    directory: Path,
+    tensors: dict[str, Tensor],
+    metadata: dict[str, str],
+    *,
+    sizes_only: bool = False,
 ) -> ReadyAdapter:
     """Check the adapter in a directory against a model, which is not changed.
 
@@ -104,13 +120,15 @@ def ready_native(
         modules: what `base_modules` returns for the model.
         directory: where the adapter's files are.
         tensors, metadata: what `read_tensors` returned for its tensors file.
+        sizes_only: check names and shapes alone; the tensors may be on the meta device.
 
     Raises:
         CheckpointError: the files cannot be used, or not with this model.
     """
-    loaded, header, projections = _checked(directory, tensors, metadata)
+    loaded, header, projections = _checked(directory, tensors, metadata, sizes_only=sizes_only)
     targets = targets_of(modules, loaded)
     _check_ranks(loaded, targets)
+    _check_shapes(loaded.origin, targets, projections)
     inputs = header.get("inputs", {})
     for target in targets:
         if inputs.get(target.name, target.in_features) != target.in_features:
@@ -118,6 +136,8 @@ def ready_native(
                 f"{loaded.origin}: {target.name} had {inputs[target.name]} inputs where the adapter was trained, but"
                 f" {target.in_features} here: the adapter is for a model of other dimensions"
             )
+    if sizes_only:
+        return make_ready(modules, loaded, targets, make_source(loaded.config, targets))
     return make_ready(modules, loaded, targets, _source(loaded, targets, header, projections))
 
 
@@ -131,10 +151,10 @@ def read_native(directory: Path) -> tuple[LoadedAdapter, dict[str, Any], dict[st
 
 
 def _checked(
-    directory: Path, tensors: dict[str, Tensor], metadata: dict[str, str]
+    directory: Path, tensors: dict[str, Tensor], metadata: dict[str, str], *, sizes_only: bool = False
 ) -> tuple[LoadedAdapter, dict[str, Any], dict[str, Tensor]]:
     path = directory / WEIGHTS_NAME
-    header = _header(path, metadata, tensors)
+    header = _header(path, metadata, None if sizes_only else tensors)
     try:
         config = VeraConfig.from_dict(header["config"])
     except (TypeError, ValueError) as error:
@@ -149,16 +169,13 @@ def _checked(
     vectors = {name: (b, groups["vera_lambda_d"][name]) for name, b in groups["vera_lambda_b"].items()}
     saved: dict[str, dict[str, Tensor]] = {name: {} for name in config.modules_to_save or []}
     for name, tensor in groups["modules_to_save"].items():
-        owner = next((module for module in saved if name.startswith(f"{module}.")), None)
+        owner = next((name[:i] for i, letter in enumerate(name) if letter == "." and name[:i] in saved), None)
         if owner is None:
             raise CheckpointError(f"{path}: {name} belongs to none of modules_to_save={config.modules_to_save!r}")
         saved[owner][name.removeprefix(f"{owner}.")] = tensor
-    loaded = LoadedAdapter(str(path), config, vectors, saved, groups["bias"], _labels(header))
+    labels = check_labels(str(path), header.get("base", {}).get("id2label", {}))
+    loaded = LoadedAdapter(str(path), config, vectors, saved, groups["bias"], labels)
     return loaded, header, groups["projection"]
-
-
-def _labels(header: dict[str, Any]) -> dict[int, str]:
-    return {int(number): str(name) for number, name in header.get("base", {}).get("id2label", {}).items()}
 
 
 def _state_tensors(host: AdaptedModel, adapter_name: str) -> dict[str, Tensor]:
@@ -198,24 +215,27 @@ def is_native(path: Path) -> bool:
     return METADATA_KEY in read_metadata(path)
 
 
-def _header(path: Path, metadata: dict[str, str], tensors: dict[str, Tensor]) -> dict[str, Any]:
+def _header(path: Path, metadata: dict[str, str], tensors: dict[str, Tensor] | None) -> dict[str, Any]:
+    """Return what a file says of itself, after a look at the digest where tensors are given."""
     if METADATA_KEY not in metadata:
         raise CheckpointError(
             f"{path} was not written by veratune: its metadata has no {METADATA_KEY!r}, only {sorted(metadata)}"
         )
     try:
-        header = json.loads(metadata[METADATA_KEY])
+        header = parse_json(metadata[METADATA_KEY])
         version, digest = header["format_version"], header.pop("sha256")
         config, fingerprint = header["config"], header["fingerprint"]
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        base, inputs = header.get("base", {}), header.get("inputs", {})
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise CheckpointError(f"{path}: the {METADATA_KEY!r} entry of its metadata is damaged") from None
-    if version != FORMAT_VERSION:
+    if type(version) is not int or version != FORMAT_VERSION:
         raise CheckpointError(
             f"{path} has the format version {version!r}; this veratune reads {FORMAT_VERSION}: install a newer one"
         )
-    if not isinstance(config, dict) or not isinstance(fingerprint, str):
+    whole = all(isinstance(value, dict) for value in (config, base, inputs)) and isinstance(fingerprint, str)
+    if not whole or not all(type(size) is int for size in inputs.values()):
         raise CheckpointError(f"{path}: the {METADATA_KEY!r} entry of its metadata is damaged")
-    if digest != _digest(header, tensors):
+    if tensors is not None and digest != _digest(header, tensors):
         raise CheckpointError(f"{path} is damaged or was changed by hand: its SHA-256 does not fit its contents")
     return dict(header)
 
@@ -252,7 +272,7 @@ def _grouped(path: Path, tensors: dict[str, Tensor]) -> dict[str, dict[str, Tens
 def _compare_with_json(path: Path, config: VeraConfig) -> None:
     if not path.exists():
         return
-    shown = read_json(path)
+    shown = read_json(path, largest=LARGEST_CONFIG)
     differing = [
         name for name, own in vars(config).items() if name not in _INFORMATIVE and name in shown and shown[name] != own
     ]
@@ -273,6 +293,27 @@ def _check_ranks(loaded: LoadedAdapter, targets: list[Target]) -> None:
                 )
 
 
+def _check_shapes(origin: str, targets: list[Target], projections: dict[str, Tensor]) -> None:
+    """Raise CheckpointError for stored projections of other shapes than these layers' ones can have."""
+    most_rank = max(target.rank for target in targets)
+    sizes = {"A": {target.in_features for target in targets}, "B": {target.out_features for target in targets}}
+    sizes["B"] |= {size for target in targets for size in target.parts}
+    for name, stored in projections.items():
+        side, _, width = name.partition(".")
+        shape = tuple(stored.shape)
+        rank_major = shape if side == "A" else shape[::-1]
+        fits = side in sizes and stored.ndim == 2 and rank_major[0] <= most_rank and rank_major[1] >= 1
+        if width:
+            fits = fits and width == str(rank_major[1]) and rank_major[1] in sizes[side]
+        elif fits:  # those of PEFT's scheme may come from a model with wider layers
+            fits = rank_major[0] == most_rank and rank_major[1] >= max(sizes[side])
+        if not fits or not stored.dtype.is_floating_point:
+            raise CheckpointError(
+                f"{origin}: its projection {name} is {stored.dtype} of the shape {shape}, which is not what its layers"
+                " have"
+            )
+
+
 def _source(
     loaded: LoadedAdapter, targets: list[Target], header: dict[str, Any], projections: dict[str, Tensor]
 ) -> Source:
@@ -291,9 +332,7 @@ def _source(
 def _check_projections(origin: str, source: Source, projections: dict[str, Tensor]) -> None:
     for name, stored in projections.items():
         side: Side = "A" if name.startswith("A") else "B"
-        if stored.ndim != 2:
-            raise CheckpointError(f"{origin}: its projection {name} has the shape {tuple(stored.shape)}")
         rank_major = stored if side == "A" else stored.t()
         drawn = source.draw(side, range(rank_major.shape[0]), rank_major.shape[1], torch.device("cpu"))
-        if not torch.equal(drawn, rank_major):
+        if drawn.dtype != rank_major.dtype or not torch.equal(drawn, rank_major):
             raise CheckpointError(f"{origin}: its projection {name} differs from the one that its key gives here")

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from veratune.adapters import AdaptedModel, make_source
 from veratune.checkpoint.files import (
     CONFIG_NAME,
+    LARGEST_CONFIG,
     WEIGHTS_NAME,
     CheckpointError,
     read_json,
@@ -23,8 +24,9 @@ from veratune.config import VeraConfig
 from veratune.layers import SavedModule, VeraLayer, VeraLinear, VeraParameter
 from veratune.layers.biases import bias_first_names
 from veratune.layers.kinds import is_conv1d
+from veratune.patterns import Budget, PatternError
 from veratune.sources import PeftShared, PerDimension, Side, Source, Stored
-from veratune.targets import Target, base_modules, configured_names, matches, unwrapped, without_wrappers
+from veratune.targets import Target, base_modules, configured_names, matcher, unwrapped, without_wrappers
 
 PEFT_VERA = "VERA"
 PREFIX = "base_model.model."
@@ -36,6 +38,9 @@ TASK_HEADS = {
     "TOKEN_CLS": ("classifier", "score"),
     "QUESTION_ANS": ("qa_outputs",),
 }
+
+# A file's expressions are only matched to find out that a layer is missing; this many steps take about a second.
+STEPS_FOR_A_FILE = 3_000_000
 
 _WRAPPER_PARTS = ("original_module.", "modules_to_save.")
 
@@ -59,13 +64,16 @@ _SAME_FIELDS = (
 # Reading
 
 
-def ready_peft(modules: Mapping[str, nn.Module], directory: Path, tensors: dict[str, Tensor]) -> ReadyAdapter:
+def ready_peft(
+    modules: Mapping[str, nn.Module], directory: Path, tensors: dict[str, Tensor], *, sizes_only: bool = False
+) -> ReadyAdapter:
     """Check an adapter that the `peft` package wrote against its own configuration and a model.
 
     Args:
         modules: what `base_modules` returns for the model.
         directory: where the adapter's files are.
         tensors: what `read_tensors` returned for its tensors file.
+        sizes_only: check names and shapes alone; the tensors may be on the meta device.
 
     Raises:
         CheckpointError: the files cannot be used, or not with this model.
@@ -86,7 +94,9 @@ def ready_peft(modules: Mapping[str, nn.Module], directory: Path, tensors: dict[
             raise CheckpointError(f"{path}: d of {target.name} has {target.rank} numbers, but r is {config.r}")
     source = make_source(config, targets)
     if a is not None and b is not None:
-        source = _stored_source(str(path), config, targets, a, b)
+        _check_shapes(str(path), config, targets, a, b)
+        if not sizes_only:
+            source = _stored_source(config, targets, a, b)
     return make_ready(modules, loaded, targets, source)
 
 
@@ -97,7 +107,13 @@ def check_complete(loaded: LoadedAdapter, modules: Mapping[str, nn.Module]) -> N
     """
     config = loaded.config
     if config.target_modules not in (None, "all-linear"):
-        missing = [name for name in configured_names(modules, config) if name not in loaded.vectors]
+        try:
+            named = configured_names(modules, config, Budget(STEPS_FOR_A_FILE))
+        except PatternError as error:
+            raise CheckpointError(
+                f"{loaded.origin}: target_modules={config.target_modules!r} cannot be checked against the file: {error}"
+            ) from None
+        missing = [name for name in named if name not in loaded.vectors]
         missing = [name for name in missing if not any(f"{name}.".startswith(f"{top}.") for top in loaded.saved)]
         if missing:
             raise CheckpointError(
@@ -116,11 +132,14 @@ def peft_saved(modules: Mapping[str, nn.Module], suffixes: Collection[str]) -> l
 
 
 def _read_config(path: Path) -> VeraConfig:
-    values = read_json(path)
+    values = read_json(path, largest=LARGEST_CONFIG)
     if values.get("peft_type") != PEFT_VERA:
         raise CheckpointError(f"{path}: peft_type is {values.get('peft_type')!r}, not {PEFT_VERA!r}")
     kept = {name: values[name] for name in _SAME_FIELDS if values.get(name) is not None}
-    if isinstance(values.get("task_type"), str):
+    for name, allowed in (("task_type", str), ("modules_to_save", list)):
+        if not isinstance(values.get(name), allowed | None):
+            raise CheckpointError(f"{path}: {name}={values[name]!r} is not {allowed.__name__} or null")
+    if values.get("task_type") is not None:
         kept["task_type"] = values["task_type"]
     # A stack's indices beside a regular expression would be refused in a new configuration; which layers an adapter
     # has is read from its tensors, so what chose them is only kept where it can be.
@@ -129,9 +148,8 @@ def _read_config(path: Path) -> VeraConfig:
         kept.pop("layers_pattern", None)
     if kept.get("d_initial") == 0:  # where d started does not matter any more
         kept.pop("d_initial")
-    saved = values.get("modules_to_save")
     try:
-        return VeraConfig(projection="peft", modules_to_save=saved or [], **kept)
+        return VeraConfig(projection="peft", modules_to_save=values.get("modules_to_save") or [], **kept)
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be used: {error}") from None
 
@@ -173,8 +191,8 @@ def sort_tensors(
     return loaded
 
 
-def _stored_source(origin: str, config: VeraConfig, targets: list[Target], a: Tensor, b: Tensor) -> Source:
-    """Return the stored projections, or the drawn ones where those have the same bits."""
+def _check_shapes(origin: str, config: VeraConfig, targets: list[Target], a: Tensor, b: Tensor) -> None:
+    """Raise CheckpointError for stored projections that are none for these layers."""
     max_in = max(target.in_features for target in targets)
     max_out = max(target.out_features for target in targets)
     fits = a.ndim == b.ndim == 2 and a.shape[0] == b.shape[1] == config.r
@@ -183,6 +201,12 @@ def _stored_source(origin: str, config: VeraConfig, targets: list[Target], a: Te
             f"{origin}: its projections have the shapes {tuple(a.shape)} and {tuple(b.shape)}, but r is {config.r} and"
             f" the widest layers need ({config.r}, {max_in}) and ({max_out}, {config.r})"
         )
+    if not a.dtype.is_floating_point or not b.dtype.is_floating_point:
+        raise CheckpointError(f"{origin}: its projections are {a.dtype} and {b.dtype}, not floating")
+
+
+def _stored_source(config: VeraConfig, targets: list[Target], a: Tensor, b: Tensor) -> Source:
+    """Return the stored projections, or the drawn ones where those have the same bits."""
     stored = Stored.from_tensors(a, b)
     drawn = PeftShared(config.projection_prng_key, config.r, a.shape[1], b.shape[0])
     sides: tuple[tuple[Side, Tensor], ...] = (("A", stored.a), ("B", stored.b))
@@ -353,7 +377,7 @@ def exact_targets(model: nn.Module, names: list[str], own: list[str] | str | Non
         return []
     everything = [name for name in base_modules(model) if name]
     for listed in (own, names):
-        if isinstance(listed, list) and [name for name in everything if matches(name, listed)] == names:
+        if isinstance(listed, list) and list(filter(matcher(listed), everything)) == names:
             return listed
     # A layer's whole name may also be the end of another's; a regular expression matches whole names only.
     return "|".join(re.escape(name) for name in names)

@@ -11,48 +11,57 @@ from typing import Any
 from torch import Tensor, nn
 
 from veratune.adapters import make_source
-from veratune.checkpoint.files import CONFIG_NAME, WEIGHTS_NAME, CheckpointError, read_json
-from veratune.checkpoint.peft_format import PREFIX, check_complete, sort_tensors
+from veratune.checkpoint.files import CONFIG_NAME, LARGEST_CONFIG, WEIGHTS_NAME, CheckpointError, read_json
+from veratune.checkpoint.peft_format import PREFIX, STEPS_FOR_A_FILE, check_complete, sort_tensors
 from veratune.checkpoint.transfer import ReadyAdapter, make_ready, other_projections, targets_of
 from veratune.config import VeraConfig
-from veratune.targets import TargetError, joined, parameter_targets, unwrapped
+from veratune.patterns import Budget, PatternError
+from veratune.targets import TargetError, configured_parameters, joined, unwrapped
 
 PLUGIN_TYPE = "VERATUNE_PEFT"
 
 
-def ready_plugin(modules: Mapping[str, nn.Module], directory: Path, tensors: dict[str, Tensor]) -> ReadyAdapter:
+def ready_plugin(
+    modules: Mapping[str, nn.Module], directory: Path, tensors: dict[str, Tensor], *, sizes_only: bool = False
+) -> ReadyAdapter:
     """Read an adapter that the `peft` package wrote through the plug-in and check it against a model.
 
     Args:
         modules: what `base_modules` returns for the model.
         directory: where the adapter is.
         tensors: what its tensors file holds.
+        sizes_only: check names and shapes alone; the tensors may be on the meta device.
 
     Raises:
         CheckpointError: the files cannot be used, or not with this model.
     """
     path = directory / WEIGHTS_NAME
-    values = read_json(directory / CONFIG_NAME)
+    values = read_json(directory / CONFIG_NAME, largest=LARGEST_CONFIG)
     config = _config(directory / CONFIG_NAME, values)
     loaded = sort_tensors(str(path), config, {_plain(key, modules): tensors[key] for key in tensors}, modules)
     targets = targets_of(modules, loaded)
     check_complete(loaded, modules)
     try:
-        named = [target.name for target in parameter_targets(modules[""], config)]
-    except TargetError as error:
+        named = configured_parameters(modules, config, Budget(STEPS_FOR_A_FILE))
+    except (TargetError, PatternError) as error:
         raise CheckpointError(f"{path}: {error}") from None
     missing = [name for name in named if name not in loaded.vectors]
     if missing:
         raise CheckpointError(f"{path} has no vectors of {missing[0]}, which target_parameters names")
+    # Which layer has which rank is what the tensors say; the patterns in rank_pattern are not matched.
+    ranks = {config.r, *config.rank_pattern.values()}
     for target in targets:
-        if target.rank != config.rank_of(target.name):
+        if target.rank not in ranks:
             raise CheckpointError(
-                f"{path}: d of {target.name} has {target.rank} numbers, but its rank is {config.rank_of(target.name)}"
+                f"{path}: d of {target.name} has {target.rank} numbers, but its rank is {config.r} or one of"
+                f" rank_pattern={config.rank_pattern}"
             )
     source = make_source(config, targets)
     expected = values.get("fingerprint")
-    if expected is not None and expected != source.fingerprint():
-        raise other_projections(str(path), config, str(expected), source.fingerprint())
+    if not isinstance(expected, str | None):
+        raise CheckpointError(f"{directory / CONFIG_NAME}: fingerprint={expected!r} is not a string or null")
+    if expected is not None and not sizes_only and expected != source.fingerprint():
+        raise other_projections(str(path), config, expected, source.fingerprint())
     return make_ready(modules, loaded, targets, source)
 
 

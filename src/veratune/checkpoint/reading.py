@@ -1,11 +1,19 @@
 """Reading an adapter in whichever format it is."""
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from torch import nn
+from torch import Tensor, nn
 
-from veratune.checkpoint.files import CONFIG_NAME, WEIGHTS_NAME, CheckpointError, read_json, read_tensors
+from veratune.checkpoint.files import (
+    CONFIG_NAME,
+    LARGEST_CONFIG,
+    WEIGHTS_NAME,
+    CheckpointError,
+    read_json,
+    read_tensors,
+)
 from veratune.checkpoint.native import METADATA_KEY, ready_native
 from veratune.checkpoint.peft_format import PEFT_VERA, ready_peft
 from veratune.checkpoint.plugin_format import PLUGIN_TYPE, ready_plugin
@@ -23,20 +31,31 @@ def read_adapter(modules: Mapping[str, nn.Module], directory: Path) -> ReadyAdap
     Raises:
         CheckpointError: there is no adapter, it is damaged or of another kind, or for another model.
     """
-    config_path = directory / CONFIG_NAME
-    if not (directory / WEIGHTS_NAME).is_file():
+    path = directory / WEIGHTS_NAME
+    if not os.path.lexists(path):
         raise no_adapter(directory)
-    tensors, metadata = read_tensors(directory / WEIGHTS_NAME)
+    tensors, metadata = read_tensors(path, lambda described, said: _ready(modules, directory, described, said, True))
+    return _ready(modules, directory, tensors, metadata, False)
+
+
+def _ready(
+    modules: Mapping[str, nn.Module],
+    directory: Path,
+    tensors: dict[str, Tensor],
+    metadata: dict[str, str],
+    sizes_only: bool,
+) -> ReadyAdapter:
+    config_path = directory / CONFIG_NAME
     # veratune's own tensors file is whole without its JSON copy, PEFT's is not.
-    if METADATA_KEY in metadata or not config_path.exists():
-        return ready_native(modules, directory, tensors, metadata)
-    peft_type = read_json(config_path).get("peft_type")
+    if METADATA_KEY in metadata or not os.path.lexists(config_path):
+        return ready_native(modules, directory, tensors, metadata, sizes_only=sizes_only)
+    peft_type = read_json(config_path, largest=LARGEST_CONFIG).get("peft_type")
     if peft_type == PEFT_TYPE:
-        return ready_native(modules, directory, tensors, metadata)
+        return ready_native(modules, directory, tensors, metadata, sizes_only=sizes_only)
     if peft_type == PEFT_VERA:
-        return ready_peft(modules, directory, tensors)
+        return ready_peft(modules, directory, tensors, sizes_only=sizes_only)
     if peft_type == PLUGIN_TYPE:
-        return ready_plugin(modules, directory, tensors)
+        return ready_plugin(modules, directory, tensors, sizes_only=sizes_only)
     raise CheckpointError(
         f"{config_path} is of an adapter of the type {peft_type!r}; veratune loads {PEFT_TYPE!r} and PEFT's"
         f" {PEFT_VERA!r}"

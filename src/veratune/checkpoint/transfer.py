@@ -8,6 +8,7 @@ import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,10 @@ from veratune.layers.biases import bias_owners
 from veratune.layers.kinds import geometry, parameter_layout, why_not_adaptable, why_not_parameter
 from veratune.layers.spread import is_engines, shape_of
 from veratune.sources import Source
-from veratune.targets import Target, TargetError, check_conflicts, find_targets, parts_of, unwrapped
+from veratune.targets import Target, TargetError, check_conflicts, find_targets, largest_rank, parts_of, unwrapped
+from veratune.tensors import is_finite
+
+_MOST_DIGITS = 9
 
 
 @dataclass
@@ -93,14 +97,25 @@ def targets_of(modules: Mapping[str, nn.Module], loaded: LoadedAdapter) -> list[
                 f" outputs here, which takes {size.b_shape}: the adapter is for a model of other dimensions"
             )
         rank = d.shape[-1] if d.ndim else 0
+        if not b.dtype.is_floating_point or not d.dtype.is_floating_point:
+            raise CheckpointError(f"{loaded.origin}: the vectors of {name} are {b.dtype} and {d.dtype}, not floating")
         if rank < 1 or d.shape != size.d_shape(rank, parts):
             *leading, _ = size.d_shape(rank, parts)
             expected = f"({leading[0]}, r)" if leading else "(r,)"
             raise CheckpointError(f"{loaded.origin}: d of {name} has the shape {tuple(d.shape)}, not {expected}")
-        if not (b.is_floating_point() and d.is_floating_point()):
-            raise CheckpointError(f"{loaded.origin}: the vectors of {name} are {b.dtype} and {d.dtype}, not floating")
         targets.append(Target(name, module, parameter, rank, size, parts))
+    _check_ranks(loaded.origin, targets)
     return targets
+
+
+def _check_ranks(origin: str, targets: list[Target]) -> None:
+    most = largest_rank(targets)
+    large = next((target for target in targets if target.rank > most), None)
+    if large is not None:
+        raise CheckpointError(
+            f"{origin}: d of {large.name} has {large.rank:,} numbers, and {most:,} is the most for layers of these"
+            " sizes: the projections of such a rank would take many times the memory of the layers"
+        )
 
 
 def _module_and_parameter(name: str, modules: Mapping[str, nn.Module]) -> tuple[nn.Module, str | None] | None:
@@ -180,6 +195,20 @@ class ReadyAdapter:
                 raise CheckpointError(f"{self.loaded.origin}: {error}") from error
             self.copy_into(host, name)
 
+    def _warn_of_values(self) -> None:
+        loaded = self.loaded
+        tensors = [
+            *((name, vector) for name, pair in loaded.vectors.items() for vector in pair),
+            *((f"{name}.{key}", tensor) for name, state in loaded.saved.items() for key, tensor in state.items()),
+            *loaded.biases.items(),
+        ]
+        found = next((name for name, tensor in tensors if not is_finite(tensor)), None)
+        if found is not None:
+            notify(
+                f"{loaded.origin} holds NaN or infinity ({found}): outputs will be NaN. The training diverged; load an"
+                " older checkpoint"
+            )
+
     def check_equal_to(self, host: AdaptedModel, name: str) -> None:
         """Raise CheckpointError unless an adapter on a model has the same layers, ranks, projections and heads."""
         state, origin = host.adapter_state(name), self.loaded.origin
@@ -195,6 +224,7 @@ class ReadyAdapter:
 
     def copy_into(self, host: AdaptedModel, name: str) -> None:
         """Copy the values into an adapter of the same layers and ranks."""
+        self._warn_of_values()
         state = host.adapter_state(name)
         with torch.no_grad():
             for layer_name, (b, d) in self.loaded.vectors.items():
@@ -207,6 +237,20 @@ class ReadyAdapter:
             for bias_name, bias in self.loaded.biases.items():
                 own = state.biases[bias_name]
                 own.copy_(_spread_like(bias, own))
+
+
+def check_labels(origin: str, labels: Any) -> dict[int, str]:
+    """Return the names of classes by number, as a file has them.
+
+    Raises:
+        CheckpointError: they are something else.
+    """
+    if not isinstance(labels, dict) or not all(
+        isinstance(name, str) and number.isdecimal() and number.isascii() and len(number) <= _MOST_DIGITS
+        for number, name in labels.items()
+    ):
+        raise CheckpointError(f"{origin}: its names of classes (id2label) are damaged")
+    return {int(number): name for number, name in labels.items()}
 
 
 def tell_apart(model: nn.Module, ready: ReadyAdapter, named: Sequence[str]) -> None:
@@ -232,7 +276,12 @@ def tell_apart(model: nn.Module, ready: ReadyAdapter, named: Sequence[str]) -> N
 
 
 def layers_named(model: nn.Module, config: VeraConfig) -> list[str]:
-    """Return the layers that a configuration is for in a model; none where it is not for this model at all."""
+    """Return the layers that a file's configuration names in a model; none where it is not for this model at all.
+
+    None either where it has expressions, which are not run for a hint.
+    """
+    if not config.names_only():
+        return []
     try:
         return [target.name for target in find_targets(model, config, lambda _: None)]
     except TargetError:

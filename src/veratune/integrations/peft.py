@@ -18,7 +18,7 @@ from typing import Any, Self
 
 try:
     import peft
-    from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers
+    from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule, _maybe_include_all_linear_layers
     from peft.utils import TRANSFORMERS_MODELS_TO_VERA_TARGET_MODULES_MAPPING, AuxiliaryTrainingWrapper, PeftType
     from peft.utils.integrations import init_empty_weights
 except ImportError:
@@ -36,6 +36,7 @@ from veratune.checkpoint.transfer import LoadedAdapter, other_projections
 from veratune.config import PEFT_TYPE, VeraConfig, explains_unknown_fields
 from veratune.integrations import peft_method, peft_native
 from veratune.integrations.peft_layers import TunedLayer, TunedModule, tuned_layer, tuned_parameter
+from veratune.integrations.peft_matching import is_meant
 from veratune.integrations.peft_saving import saving
 from veratune.integrations.peft_state import tensors_to_load, tensors_to_save, without_adapter_name
 from veratune.layers import ComputeSettings, InputGroup, Slot, VectorInit, VeraLinear
@@ -337,10 +338,7 @@ class VeratuneTuner(BaseTuner):
                 continue
             if isinstance(module, TunedLayer):
                 inside = (*inside, f"{name}.")
-            if self._named is None:
-                wanted = super()._check_target_module_exists(peft_config, public)
-            else:
-                wanted = public in self._named
+            wanted = _means(peft_config, public) if self._named is None else public in self._named
             if not wanted:
                 continue
             if self._named is not None and name.removeprefix("_orig_mod.") != public:
@@ -362,8 +360,8 @@ class VeratuneTuner(BaseTuner):
         """Go by names without torch's wrappers, which are no targets themselves."""
         name = None if self._names is None else self._names.get(key)
         if name is None:
-            return super()._check_target_module_exists(peft_config, key)
-        return False if name.wrapper else super()._check_target_module_exists(peft_config, name.public)
+            return _means(peft_config, key)
+        return False if name.wrapper else _means(peft_config, name.public)
 
     def _matched_parameters(self, config: VeraConfig, model: nn.Module) -> list[Target]:
         """Return the parameters that target_parameters names."""
@@ -628,3 +626,9 @@ def _put_in_place_of(model: nn.Module, module: nn.Module, other: nn.Module) -> N
             if child is module and parent is not other:
                 parent._modules[name] = other
                 follow_replacement(parent)
+
+
+def _means(peft_config: Any, name: str) -> Any:
+    """Return whether PEFT's rules mean a module, as PEFT says it; its own way gives patterns from files to `re`."""
+    meant = is_meant(peft_config, name)
+    return _ExcludedModule() if meant is None else meant

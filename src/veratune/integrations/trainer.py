@@ -5,7 +5,10 @@ The plain `Trainer` trains a `VeraModel` too, and resumes it, but writes the who
 """
 
 import functools
+import hashlib
+import os
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,12 +20,16 @@ except ImportError as error:
     raise ImportError("veratune.integrations.trainer needs transformers: pip install 'veratune[hf]'") from error
 
 from torch import nn
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 
 from veratune.adapters import notify
-from veratune.checkpoint.files import CheckpointError, read_json
+from veratune.checkpoint.files import CheckpointError, read_json, write_json
 from veratune.model import VeraModel
+from veratune.outside import opened
 from veratune.training import HEAD_RATE, VECTOR_RATE, rate_advice, trained_parts
+
+DIGESTS_NAME = "checkpoint_digests.json"
+_LARGEST_STATE = 1 << 30
 
 
 class VeraTrainer(transformers.Trainer):
@@ -96,7 +103,7 @@ class VeraTrainer(transformers.Trainer):
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        _check_files(Path(resume_from_checkpoint))
+        _check_files(self, Path(resume_from_checkpoint))
         self._vera_model().restore(resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
@@ -106,6 +113,10 @@ class VeraTrainer(transformers.Trainer):
         best = self.state.best_model_checkpoint
         assert best is not None
         self._vera_model().restore(best)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        _write_digests(self, Path(output_dir))
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if not self.is_deepspeed_enabled:
@@ -168,7 +179,7 @@ def _load(theirs: Any, trainer: Any, model: VeraModel, resume_from_checkpoint: s
     if trainer.is_fsdp_enabled or _holds_whole_model(Path(resume_from_checkpoint)):  # from before `install()`
         theirs(trainer, resume_from_checkpoint, *wrapped, **more)
         return
-    _check_files(Path(resume_from_checkpoint))
+    _check_files(trainer, Path(resume_from_checkpoint))
     model.restore(resume_from_checkpoint)
 
 
@@ -219,17 +230,79 @@ def _frozen_may_be_missing(model: nn.Module) -> Iterator[None]:
         handle.remove()
 
 
-def _check_files(checkpoint: Path) -> None:
-    """Raise CheckpointError for a file beside the adapters that cannot be read."""
+def _write_digests(trainer: Any, checkpoint: Path) -> None:
+    """Write the SHA-256 of what goes with the adapters, which `_check_files` compares before anything is restored."""
+    if trainer.args.save_only_model or trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
+        return  # nothing to resume with, or files that an engine writes and checks itself
+    trainer.accelerator.wait_for_everyone()  # each process writes the state of its random numbers
+    if trainer.args.should_save and checkpoint.is_dir():
+        write_json(checkpoint / DIGESTS_NAME, {path.name: _digest(path) for path in _states(checkpoint)})
+
+
+def _states(checkpoint: Path) -> list[Path]:
+    return sorted({*checkpoint.glob("*.pt"), *checkpoint.glob("*.pth")})
+
+
+def _digest(path: Path) -> str:
+    with opened(path) as (file, _):
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _check_files(trainer: Any, checkpoint: Path) -> None:
+    """Raise CheckpointError for a file beside the adapters that is missing or damaged."""
     if not checkpoint.is_dir():
         raise CheckpointError(f"{checkpoint} is not a directory, so there is no checkpoint to go on from")
-    read_json(checkpoint / TRAINER_STATE_NAME)
-    # torch writes zip archives with checksums, which tell of damage without anything being unpickled.
-    for path in sorted({*checkpoint.glob("*.pt"), *checkpoint.glob("*.pth")}):
+    read_json(checkpoint / TRAINER_STATE_NAME, finite=False, largest=_LARGEST_STATE)
+    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
+        _check_archives(checkpoint)
+        return
+    if os.path.lexists(checkpoint / DIGESTS_NAME):
+        _check_digests(checkpoint)
+        return
+    # A checkpoint from before there were digests, or of another trainer.
+    for name in (OPTIMIZER_NAME, SCHEDULER_NAME):
+        if not (checkpoint / name).is_file() and not (checkpoint / Path(name).with_suffix(".bin")).is_file():
+            raise _missing(checkpoint / name)
+    _check_archives(checkpoint)
+
+
+def _check_digests(checkpoint: Path) -> None:
+    for name, digest in read_json(checkpoint / DIGESTS_NAME).items():
+        path = checkpoint / name
+        if path.parent != checkpoint or not isinstance(digest, str):
+            raise CheckpointError(f"{checkpoint / DIGESTS_NAME} is damaged: go on from an older checkpoint")
+        if not path.exists():
+            raise _missing(path)
         try:
-            with zipfile.ZipFile(path) as archive:
+            found = _digest(path)
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{path} cannot be read: {error}: go on from an older checkpoint") from None
+        if found != digest:
+            raise CheckpointError(f"{path} is damaged: its SHA-256 does not fit. Go on from an older checkpoint")
+
+
+def _missing(path: Path) -> CheckpointError:
+    return CheckpointError(
+        f"{path} does not exist, and training would go on with other values without it: go on from an older checkpoint"
+    )
+
+
+def _check_archives(checkpoint: Path) -> None:
+    # torch writes zip archives with checksums, which tell of damage without anything being unpickled.
+    for path in _states(checkpoint):
+        try:
+            with opened(path) as (file, _), zipfile.ZipFile(file) as archive:
                 damaged = archive.testzip()
-        except (OSError, zipfile.BadZipFile) as error:
+        # A damaged archive also raises what its reader stumbles over.
+        except (
+            OSError,
+            ValueError,
+            RuntimeError,
+            EOFError,
+            NotImplementedError,
+            zipfile.BadZipFile,
+            zlib.error,
+        ) as error:
             raise CheckpointError(f"{path} is damaged: {error}: go on from an older checkpoint") from None
         if damaged is not None:
             raise CheckpointError(f"{path} is damaged in {damaged}: go on from an older checkpoint")

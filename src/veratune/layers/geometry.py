@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass
 
+# A rank that is allowed however small a matrix is: the method's own ranks are at most 1,024.
+_ANY_RANK = 4096
+
 
 @dataclass(frozen=True)
 class Geometry:
@@ -16,6 +19,11 @@ class Geometry:
     in_features: int
     out_features: int
     count: int | None = None
+
+    @property
+    def largest_rank(self) -> int:
+        """The largest rank there may be here: its A and B take a few times the memory of the matrix, not more."""
+        return max(_ANY_RANK, 4 * min(self.in_features, self.out_features))
 
     @property
     def b_shape(self) -> tuple[int, ...]:

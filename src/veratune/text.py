@@ -1,0 +1,16 @@
+"""Text from outside in messages: of bounded length, without control characters."""
+
+LONGEST_MESSAGE = 2000
+
+
+def clipped(text: str, longest: int = LONGEST_MESSAGE) -> str:
+    """Return a text with its middle cut out where it is too long, and control characters escaped.
+
+    Names and values in messages come from files. Remedies stand at the end of a message, so its end is kept.
+    """
+    if len(text) > longest:
+        end = longest // 3
+        text = f"{text[: longest - end]} [... {len(text) - longest:,} more characters ...] {text[-end:]}"
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
