@@ -13,7 +13,7 @@ from pathlib import Path
 def _machine() -> str:
     """Return eight digits for this machine, and for its set of process numbers where it has several (containers)."""
     try:
-        numbers = os.readlink("/proc/self/ns/pid")
+        numbers = str(Path("/proc/self/ns/pid").readlink())
     except OSError:
         numbers = ""
     return hashlib.sha256(f"{platform.node()} {numbers}".encode()).hexdigest()[:8]
