@@ -14,10 +14,14 @@ export TOKENIZERS_PARALLELISM := false
 ENGINES := .venv-engines
 LLAMA_CPP := llama_cpp_python-0.3.36
 
-.PHONY: test lint demo demo-full examples customers docs bench engines peft-versions clean
+.PHONY: test lint fuzz demo demo-full examples customers docs bench engines peft-versions clean
 
 test: lint
 	$(BIN)/python -m pytest
+
+# Mutated files in numbers, of other seeds at every call: some minutes.
+fuzz: $(VENV)/dev.done
+	VERATUNE_FUZZ=250 VERATUNE_FUZZ_SEED=random $(BIN)/python -m pytest tests/test_fuzz_files.py
 
 lint: $(VENV)/dev.done
 	$(BIN)/ruff check .

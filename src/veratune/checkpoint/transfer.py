@@ -20,7 +20,7 @@ from veratune.layers import Geometry, VeraLayer
 from veratune.layers.biases import bias_owners
 from veratune.layers.kinds import geometry, parameter_layout, why_not_adaptable, why_not_parameter
 from veratune.layers.spread import is_engines, shape_of
-from veratune.sources import Source
+from veratune.sources import Source, Stored
 from veratune.targets import Target, TargetError, check_conflicts, find_targets, largest_rank, parts_of, unwrapped
 from veratune.tensors import is_finite
 
@@ -202,6 +202,8 @@ class ReadyAdapter:
             *((f"{name}.{key}", tensor) for name, state in loaded.saved.items() for key, tensor in state.items()),
             *loaded.biases.items(),
         ]
+        if isinstance(self.plan.source, Stored):
+            tensors += [("its projections", self.plan.source.a), ("its projections", self.plan.source.b)]
         found = next((name for name, tensor in tensors if not is_finite(tensor)), None)
         if found is not None:
             notify(

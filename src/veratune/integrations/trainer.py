@@ -244,8 +244,11 @@ def _states(checkpoint: Path) -> list[Path]:
 
 
 def _digest(path: Path) -> str:
+    sha = hashlib.sha256()
     with opened(path) as (file, _):
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while block := file.read(1 << 20):
+            sha.update(block)
+    return sha.hexdigest()
 
 
 def _check_files(trainer: Any, checkpoint: Path) -> None:
