@@ -38,7 +38,7 @@ from veratune.integrations.peft_layers import TunedLayer, TunedModule, tuned_lay
 from veratune.layers import ComputeSettings, InputGroup, Slot, VectorInit, VeraLinear
 from veratune.layers.fastpath import choose_paths
 from veratune.layers.kinds import adaptable_parameters, geometry, layer_class, why_not_adaptable
-from veratune.layers.quantised import keep_differentiable
+from veratune.layers.quantised import keep_differentiable, leave_to_library
 from veratune.layers.shared import SharedDown
 from veratune.profiles import load_calibration
 from veratune.projection import projection_pool
@@ -207,6 +207,7 @@ class VeratuneTuner(BaseTuner):
         unload: Any = super()._unload_and_optionally_merge
         model: nn.Module = unload(merge, progressbar, safe_merge, adapter_names)
         choose_paths(model)
+        leave_to_library(model)
         return model
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: Any) -> Any:
