@@ -791,8 +791,7 @@ def test_quantised_layers() -> None:
         layer.load_state_dict(plain.state_dict())
         return nn.Sequential(layer.to("cpu"))
 
-    # A model that may be trained keeps its layers from exchanging their scales for rounded ones in evaluation.
-    config = VeraConfig(r=8, target_modules="all-linear", inference_mode=True)
+    config = VeraConfig(r=8, target_modules="all-linear")
     model = with_adapters(make(), config)
     bank = bank_of(make(), model, config)
     x = torch.randn(5, 3, 64)

@@ -257,3 +257,20 @@ def test_a_model_that_was_evaluated_before_it_was_adapted_learns_right(
     expected = gradients_of(adapt(fresh).train(), x)
     for name, gradient in gradients_of(model, x).items():  # scales were rounded to bfloat16
         assert float((gradient - expected[name]).norm() / expected[name].norm()) < 0.01
+
+
+@pytest.mark.parametrize("kind", ["nf4", "nf4 doubly", "fp4"])
+def test_a_copy_that_was_made_after_an_evaluation_learns_right(kind: str) -> None:
+    model, x = natively(MAKERS[kind]()), x_of()
+    expected = gradients_of(model.train(), x)
+    with torch.no_grad():
+        model.eval()(x)
+    for name, gradient in gradients_of(copy.deepcopy(model).train(), x).items():
+        assert float((gradient - expected[name]).norm() / expected[name].norm()) < 0.01
+
+
+def test_nothing_is_left_on_quantised_layers() -> None:
+    for adapt in (natively, in_peft):
+        model: Any = adapt(four_bits("nf4", False))
+        base = model.unload()
+        assert not any(module._forward_pre_hooks for module in base.modules())

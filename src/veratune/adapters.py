@@ -20,7 +20,7 @@ from veratune.layers.biases import AdapterBiases, bias_owners
 from veratune.layers.guards import guard_loading
 from veratune.layers.kinds import adapt, adapt_parameter
 from veratune.layers.offloading import check_at_hand
-from veratune.layers.quantised import keep_differentiable
+from veratune.layers.quantised import keep_differentiable, leave_to_library
 from veratune.layers.shared import SharedDown
 from veratune.layers.spread import how_spread
 from veratune.profiles import load_calibration
@@ -649,6 +649,7 @@ class AdaptedModel(StandsForModel):
             elif isinstance(module, SavedModule):
                 replacements[id(module)] = module.current()
         replace_modules(self, replacements)
+        leave_to_library(self.base_model)
         trainable = {id(parameter) for parameter in self._trainable_before}
         for parameter in self.base_model.parameters():
             parameter.requires_grad_(id(parameter) in trainable)

@@ -42,7 +42,7 @@ from veratune.integrations.peft_state import tensors_to_load, tensors_to_save, w
 from veratune.layers import ComputeSettings, InputGroup, Slot, VectorInit, VeraLinear
 from veratune.layers.guards import guard_loading
 from veratune.layers.kinds import adaptable_parameters, geometry, layer_class, why_not_adaptable
-from veratune.layers.quantised import keep_differentiable
+from veratune.layers.quantised import keep_differentiable, leave_to_library
 from veratune.layers.shared import SharedDown
 from veratune.profiles import load_calibration
 from veratune.projection import projection_pool
@@ -290,6 +290,7 @@ class VeratuneTuner(BaseTuner):
         model: nn.Module = unload(merge, progressbar, safe_merge, adapter_names)
         prepare(model)
         guard_loading(model)
+        leave_to_library(model)
         return model
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: Any) -> Any:

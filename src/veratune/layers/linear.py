@@ -18,8 +18,8 @@ from veratune.layers.quantised import (
     is_quantised,
     keep_differentiable,
     loss_of_merging,
-    packs_in_evaluation,
     requantised,
+    spoils_gradients,
     why_not_readable,
 )
 
@@ -85,7 +85,7 @@ class VeraLinear(VeraLayer):
         return plan.output == "dense"
 
     def _checked_base_output(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if packs_in_evaluation(self.base_layer) and gradients_wanted(
+        if spoils_gradients(self.base_layer) and gradients_wanted(
             x, *self.vera_lambda_b.values(), *self.vera_lambda_d.values()
         ):
             keep_differentiable(self.base_layer)

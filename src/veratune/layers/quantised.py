@@ -7,6 +7,7 @@ Known are bitsandbytes' 4-bit and 8-bit weights, and tensors of a class of their
 import copy
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 # What bitsandbytes' 4-bit layers decide by whether they pack.
@@ -43,7 +44,7 @@ def dequantised(module: nn.Module) -> Tensor:
         from bitsandbytes import functional
 
         codes, state = weight.data, weight.quant_state
-        if getattr(state, "packing_format_for_cpu", False):
+        if _is_packed(weight):
             codes, state = _usual_form(weight)
         full: Tensor = functional.dequantize_4bit(codes, state)
         return full
@@ -56,23 +57,66 @@ def dequantised(module: nn.Module) -> Tensor:
     return plain
 
 
-def packs_in_evaluation(module: nn.Module) -> bool:
-    """Return whether this is a 4-bit layer of bitsandbytes that packs its codes in evaluation on a CPU."""
-    return bool(module.__dict__.get(_PACKS))
+class _Unpacking:
+    """A hook before the forward of a 4-bit layer that puts the weight it had before evaluation back for training.
+
+    In evaluation on a CPU bitsandbytes exchanges codes and scales for others that only an inference kernel reads, with
+    scales rounded to bfloat16. Backward passes from then on, or under way, would take these for the usual ones.
+    """
+
+    def __init__(self) -> None:
+        self._kept: tuple[Any, Tensor, Any] | None = None
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        if torch.compiler.is_compiling():
+            return
+        weight: Any = module._parameters["weight"]
+        learning = module.training or torch.is_grad_enabled()
+        module.__dict__[_PACKS] = not learning
+        if not learning:
+            if weight.is_cpu and weight.quant_state is not None and not _is_packed(weight):
+                self._kept = weight, weight.data, weight.quant_state
+                weight.quant_state = copy.copy(weight.quant_state)  # graphs hold the one that they were made with
+        elif self._kept is not None and weight is self._kept[0] and weight.device == self._kept[1].device:
+            _, weight.data, weight.quant_state = self._kept
+            self._kept = None
+        elif _is_packed(weight):  # in a copy, say
+            weight.data, weight.quant_state = _usual_form(weight)
+
+    def __deepcopy__(self, memo: Any) -> "_Unpacking":
+        return _Unpacking()  # what was kept is of the weight that it was taken from
 
 
 def keep_differentiable(model: nn.Module) -> None:
-    """Keep bitsandbytes' 4-bit layers in a form that they can be differentiated through, now and from now on.
-
-    In evaluation on a CPU they exchange their codes for others that only an inference kernel reads, and backward passes
-    from then on, or under way, take these for the usual ones. The way back rounds the scales.
-    """
+    """Make evaluations leave the gradients right that flow through bitsandbytes' 4-bit layers afterwards."""
     for module in model.modules():
-        if packs_in_evaluation(module):
-            module.__dict__[_PACKS] = False
+        if spoils_gradients(module):
             weight: Any = module._parameters["weight"]
-            if getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False):
+            if _is_packed(weight):
                 weight.data, weight.quant_state = _usual_form(weight)
+            module.register_forward_pre_hook(_Unpacking())
+
+
+def leave_to_library(model: nn.Module) -> None:
+    """Undo `keep_differentiable`."""
+    for module in model.modules():
+        for key, hook in list(module._forward_pre_hooks.items()):
+            if type(hook) is _Unpacking:
+                del module._forward_pre_hooks[key]
+                module.__dict__[_PACKS] = True
+
+
+def spoils_gradients(module: nn.Module) -> bool:
+    """Return whether a module is a 4-bit layer that `keep_differentiable` has something to do for."""
+    return bool(module.__dict__.get(_PACKS)) and not _unpacks(module)
+
+
+def _unpacks(module: nn.Module) -> bool:
+    return any(type(hook) is _Unpacking for hook in module._forward_pre_hooks.values())
+
+
+def _is_packed(weight: Any) -> bool:
+    return bool(getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False))
 
 
 def _usual_form(weight: Any) -> tuple[Tensor, Any]:
