@@ -136,6 +136,7 @@ def _read_config(path: Path) -> VeraConfig:
     if values.get("peft_type") != PEFT_VERA:
         raise CheckpointError(f"{path}: peft_type is {values.get('peft_type')!r}, not {PEFT_VERA!r}")
     kept = {name: values[name] for name in _SAME_FIELDS if values.get(name) is not None}
+    check_numbers(path, values)
     for name, allowed in (("task_type", str), ("modules_to_save", list)):
         if not isinstance(values.get(name), allowed | None):
             raise CheckpointError(f"{path}: {name}={values[name]!r} is not {allowed.__name__} or null")
@@ -152,6 +153,13 @@ def _read_config(path: Path) -> VeraConfig:
         return VeraConfig(projection="peft", modules_to_save=values.get("modules_to_save") or [], **kept)
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be used: {error}") from None
+
+
+def check_numbers(path: Path, values: dict[str, Any]) -> None:
+    """Raise CheckpointError unless a configuration has what decides the projections: a default may be another."""
+    for name in ("r", "projection_prng_key"):
+        if type(values.get(name)) is not int:
+            raise CheckpointError(f"{path}: {name}={values.get(name)!r} is not an integer")
 
 
 def sort_tensors(

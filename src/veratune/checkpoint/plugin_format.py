@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from veratune.adapters import make_source
 from veratune.checkpoint.files import CONFIG_NAME, LARGEST_CONFIG, WEIGHTS_NAME, CheckpointError, read_json
-from veratune.checkpoint.peft_format import PREFIX, STEPS_FOR_A_FILE, check_complete, sort_tensors
+from veratune.checkpoint.peft_format import PREFIX, STEPS_FOR_A_FILE, check_complete, check_numbers, sort_tensors
 from veratune.checkpoint.transfer import ReadyAdapter, make_ready, other_projections, targets_of
 from veratune.config import VeraConfig
 from veratune.patterns import Budget, PatternError
@@ -67,6 +67,7 @@ def ready_plugin(
 
 def _config(path: Path, values: dict[str, Any]) -> VeraConfig:
     names = [field.name for field in dataclasses.fields(VeraConfig)]
+    check_numbers(path, values)
     kept = {name: values[name] for name in names if values.get(name) is not None}
     if kept.get("target_modules") == [] and kept.get("target_parameters"):
         del kept["target_modules"]  # which says there that no layer is adapted
