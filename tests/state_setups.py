@@ -257,7 +257,9 @@ MODES: dict[str, tuple[Callable[[Env], None], frozenset[str]]] = {
 }
 
 _SEVERAL = {"several", "merged_both", "merged_other"}
-_OF_ALL = ("plain", "several", "merged", "only", "disabled_while_merged", "offloaded", "checkpoint_wrapped")
+_OF_ALL = ("plain", "merged", "only", "offloaded")
+_OF_KINDS = (*_OF_ALL, "several", "merged_both", "merged_alone", "disabled_while_merged", "offloaded_before", "sharded")
+_OF_FAMILIES = {"linear": tuple(MODES), "heads": tuple(MODES), "kinds": (*_OF_KINDS, "checkpoint_wrapped")}
 
 
 def is_possible(family: str, mode: str) -> bool:
@@ -271,10 +273,7 @@ def is_possible(family: str, mode: str) -> bool:
 
 
 STATES = [
-    (family, mode)
-    for family in FAMILIES
-    for mode in (MODES if family in ("linear", "heads", "kinds") else _OF_ALL)
-    if is_possible(family, mode)
+    (family, mode) for family in FAMILIES for mode in _OF_FAMILIES.get(family, _OF_ALL) if is_possible(family, mode)
 ]
 
 

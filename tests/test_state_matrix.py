@@ -11,7 +11,7 @@ import pytest
 import torch.distributed as dist
 
 from state_matrix import Adapter, Env, Truth, is_ours, same
-from state_methods import METHODS, Method, base_back, fresh
+from state_methods import METHODS, Method, base_back, fresh, never
 from state_setups import FAMILIES, MODES, STATES, adapted, make_env
 from veratune import VeraModel
 
@@ -51,6 +51,10 @@ def reason_of(family: str, mode: str, method: str) -> str | None:
     return next((KNOWN[name] for name in names if name in KNOWN), None)
 
 
+# Where what is always refused is tried; elsewhere it is refused by the same lines.
+FULL = [(family, mode) for family, mode in STATES if family == "linear" or mode == "plain"]
+
+
 def has_meaning(mode: str, method: str) -> bool:
     """Return whether a pair is veratune's affair: FSDP2 and accelerate's hooks let no model be copied."""
     return not (method in ("copy.deepcopy", "pickle") and mode in ("sharded", "offloaded", "offloaded_before"))
@@ -59,7 +63,8 @@ def has_meaning(mode: str, method: str) -> bool:
 def pairs() -> Iterator[Any]:
     for family, mode in STATES:
         for method in METHODS:
-            if not has_meaning(mode, method.name):
+            refused = never in method.needs and (family, mode) not in FULL
+            if refused or not has_meaning(mode, method.name):
                 continue
             reason = reason_of(family, mode, method.id)
             marks = [] if reason is None else [pytest.mark.xfail(reason=reason, strict=True)]
