@@ -34,6 +34,7 @@ from veratune.targets import (
     check_conflicts,
     check_whole,
     find_targets,
+    joined,
     resolve_config,
     unwrapped,
 )
@@ -216,7 +217,8 @@ class AdaptedModel(StandsForModel):
         self._biases: dict[str, AdapterBiases] = {}
         self._active: list[str] = []
         self._disabled = 0
-        self._trainable_before = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        # By name: whatever shards, offloads or merges a model puts other parameters in the places of its own.
+        self._trainable_before = {name for name, parameter in _own_parameters(model) if parameter.requires_grad}
         self.base_model = model
         self.training = model.training
         model.requires_grad_(False)
@@ -414,10 +416,7 @@ class AdaptedModel(StandsForModel):
         """
         names = as_names(adapter_name)
         self._check_known(names)
-        if self._disabled:
-            raise ValueError(
-                "set_adapter cannot work within disable_adapter() or only(), which put back what was active before"
-            )
+        self._check_outside("set_adapter")
         self._check_unmerged("set_adapter")
         self._check_together(names)
         with self.undone_on_error():
@@ -544,8 +543,10 @@ class AdaptedModel(StandsForModel):
 
         Raises:
             ValueError: an unknown name, adapters that cannot be active together, a weight that cannot be merged into,
-                or, with `safe_merge`, a result that is not finite; nothing is changed then, nor by any other error.
+                within `disable_adapter` or `only`, or, with `safe_merge`, a result that is not finite; nothing is
+                changed then, nor by any other error.
         """
+        self._check_outside("merge_adapter")
         names = self._names_to_merge(adapter_names)
         self._check_together([*self._computing(), *names])
         self._check_mergeable(names, safe_merge)
@@ -619,15 +620,12 @@ class AdaptedModel(StandsForModel):
         for done, layer in enumerate(remaining, start=1):
             merged = [name for name in names if name in layer.slots]
             if merged:
-                original = layer.base_weight
                 with undone_on_error(layer, layer.base_layer):
                     layer.merge(merged)
-                self._inherit_flag(original, layer.base_weight)
                 layer._unmerged.clear()
             if progressbar and done * 100 // len(remaining) > (done - 1) * 100 // len(remaining):
                 print(f"merged {done} of {len(remaining)} layers")
         with self.undone_on_error():
-            self._carry_flags()
             self._forget_biases()  # the installed ones stay
             return self._take_apart()
 
@@ -650,9 +648,10 @@ class AdaptedModel(StandsForModel):
                 replacements[id(module)] = module.current()
         replace_modules(self, replacements)
         leave_to_library(self.base_model)
-        trainable = {id(parameter) for parameter in self._trainable_before}
-        for parameter in self.base_model.parameters():
-            parameter.requires_grad_(id(parameter) in trainable)
+        self.base_model.requires_grad_(False)
+        for name, parameter in _own_parameters(self.base_model):
+            if name in self._trainable_before:
+                parameter.requires_grad_(True)
         if self._inputs_require_grad:
             model: Any = self.base_model
             model.disable_input_require_grads()
@@ -668,23 +667,6 @@ class AdaptedModel(StandsForModel):
         for biases in self._biases.values():
             biases.release()
         self._biases.clear()
-
-    def _carry_flags(self) -> None:
-        """Let the parameters that stay in the place of the model's own ones be trainable if those were."""
-        for module in self.modules():
-            if isinstance(module, SavedModule):
-                pairs = zip(module.original_module.parameters(), module.current().parameters(), strict=True)
-                for original, copy in pairs:
-                    self._inherit_flag(original, copy)
-        for biases in self._biases.values():
-            if biases.installed:
-                for name, own in biases.parameters().items():
-                    self._inherit_flag(biases.waiting[name], own)
-
-    def _inherit_flag(self, original: Tensor, successor: Tensor) -> None:
-        if any(parameter is original for parameter in self._trainable_before):
-            assert isinstance(successor, nn.Parameter)
-            self._trainable_before.append(successor)
 
     def _names_to_merge(self, adapter_names: str | Sequence[str] | None) -> list[str]:
         names = self._active if adapter_names is None else list(dict.fromkeys(as_names(adapter_names)))
@@ -761,6 +743,13 @@ class AdaptedModel(StandsForModel):
                     f"adapter {name!r} does not exist: this model has the adapters {list(self.peft_config)}"
                 )
 
+    def _check_outside(self, operation: str) -> None:
+        if self._disabled:
+            raise ValueError(
+                f"{operation} cannot work within disable_adapter() or only(), which put back what was active and merged"
+                " before"
+            )
+
     def _check_unmerged(self, operation: str) -> None:
         merged = self.merged_adapters
         if merged:
@@ -815,6 +804,14 @@ def input_groups(targets: Sequence[Target], source: Source) -> dict[str, InputGr
             corner = projection_pool.corner(source, "A", target.rank, target.in_features)
             groups[key(target)] = InputGroup(corner, SharedDown(), sizes[key(target)])
     return {target.name: groups[key(target)] for target in targets}
+
+
+def _own_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield a model's parameters by all of their names in the model without adapters."""
+    for name, module in base_modules(model).items():
+        for own, parameter in module._parameters.items():
+            if parameter is not None:
+                yield joined(name, own), parameter
 
 
 def _first_names(modules: dict[str, nn.Module], kind: type[_Kind]) -> dict[str, _Kind]:
