@@ -10,20 +10,19 @@ import torch
 from torch import Tensor, nn
 
 from veratune.adapters import AdaptedModel, plan_adapter
+from veratune.atomic import is_there
 from veratune.bank.calls import make_call, trial_call
 from veratune.bank.configs import config_for_adapters, config_of_layout
 from veratune.bank.installation import Installation
-from veratune.bank.layout import AdapterRow, BankError, Layout, head_row, make_layout, make_row, source_to_json
+from veratune.bank.layout import AdapterRow, BankError, Layout, head_row, make_layout, source_to_json
 from veratune.bank.model import BankModel
 from veratune.bank.projections import BankProjections
 from veratune.bank.registry import AdapterInfo, AdapterNames, Registry
+from veratune.bank.rowmaker import RowMaker
 from veratune.bank.rows import check_kept_apart, check_order
 from veratune.bank.schema import check_spelling
 from veratune.bank.slots import Lease, Slots, Version
-from veratune.bank.store import AdapterGoneError, BankStore, is_there
-from veratune.checkpoint.hub import find_directory
-from veratune.checkpoint.reading import read_adapter
-from veratune.checkpoint.transfer import LoadedAdapter, ReadyAdapter, layers_named, make_ready, targets_of, tell_apart
+from veratune.bank.store import AdapterGoneError, BankStore
 from veratune.config import VeraConfig
 from veratune.layers.bank_call import BankCall
 from veratune.model import check_bare
@@ -98,8 +97,8 @@ class AdapterBank:
         self._changes = threading.RLock()  # one change at a time, without keeping calls waiting for the disk
         self.refresh()
         self._installation.install()
-        self._modules = modules  # as they were: what an adapter does not fit is this bank, no other adapter
-        self._named: tuple[VeraConfig, list[str]] = plan.config, [target.name for target in plan.targets]
+        named = [target.name for target in plan.targets]
+        self._rows = RowMaker(model, modules, plan.config, named, self.layout, dtype, self._base_heads)
         load_calibration(device)
         self.model = BankModel(model, self).eval()
 
@@ -217,7 +216,7 @@ class AdapterBank:
             CheckpointError: the files are missing or damaged, or for another model.
         """
         self._registry.check_name(name, replace)
-        return self._put(name, self._read_row(model_id, location), replace)
+        return self._put(name, self._rows.saved(model_id, location), replace)
 
     def check(self, model_id: str | os.PathLike[str], **location: Any) -> None:
         """Read a saved adapter and raise what `load` would raise for it, without adding it.
@@ -229,19 +228,9 @@ class AdapterBank:
         Raises:
             BankError, CheckpointError: as for `load`.
         """
-        row = self._read_row(model_id, location)
+        row = self._rows.saved(model_id, location)
         if self._store is not None:
             source_to_json(row.source)
-
-    def _read_row(self, model_id: str | os.PathLike[str], location: dict[str, Any]) -> AdapterRow:
-        ready = read_adapter(self._modules, find_directory(model_id, **location))
-        # Adapters that follow each other mostly have one configuration, which names the same layers each time.
-        config, named = self._named
-        if ready.plan.config != config:
-            config, named = ready.plan.config, layers_named(self.model.base_model, ready.plan.config)
-            self._named = config, named
-        tell_apart(self.model.base_model, ready, named)
-        return self._row(ready)
 
     def add(
         self, name: str, model: AdaptedModel, adapter_name: str | None = None, *, replace: bool = False
@@ -259,18 +248,7 @@ class AdapterBank:
             CheckpointError: the adapter is for a model of other layers.
         """
         self._registry.check_name(name, replace)
-        own = model.active_adapter if adapter_name is None else adapter_name
-        state = model.adapter_state(own)
-        loaded = LoadedAdapter(
-            f"adapter {own!r}",
-            model.peft_config[own],
-            {layer: (b.detach(), d.detach()) for layer, (b, d) in state.vectors.items()},
-            {module: dict(head.state_dict()) for module, head in state.saved.items()},
-            {bias: tensor.detach() for bias, tensor in state.biases.items()},
-        )
-        targets = targets_of(self._modules, loaded)
-        ready = make_ready(self._modules, loaded, targets, model.projection_source(own))
-        return self._put(name, self._row(ready), replace)
+        return self._put(name, self._rows.active(model, adapter_name), replace)
 
     def remove(self, name: str) -> None:
         """Let a name mean nothing any more. Calls that have begun are not disturbed.
@@ -296,9 +274,6 @@ class AdapterBank:
         with self._changes:
             self._store.refresh()
             self._registry.follow(self._store.names, self._store.adapters)
-
-    def _row(self, ready: ReadyAdapter) -> AdapterRow:
-        return make_row(self.layout, ready, self.dtype, self._base_heads)
 
     def _put(self, name: str, row: AdapterRow, replace: bool) -> AdapterInfo:
         with self._changes:

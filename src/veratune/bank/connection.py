@@ -97,6 +97,8 @@ def explained(shown: Path, action: str) -> Iterator[None]:
         raise _damaged(shown, "it holds text that is not UTF-8") from None
     except sqlite3.Error as error:
         raise _explanation(shown, action, error) from None
+    except FileExistsError:
+        raise BankError(f"{shown} exists already") from None
     except OSError as error:
         raise BankError(f"{shown} cannot be {action}: {error.strerror}") from None
 

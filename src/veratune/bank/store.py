@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from veratune.atomic import sync_directory, temporary_beside
+from veratune.atomic import publish, temporary_beside
 from veratune.bank.connection import allow_tensors, check_regular, connect, explained
 from veratune.bank.layout import AdapterRow, BankError, Layout, digest_of_bytes, source_from_json
 from veratune.bank.schema import (
@@ -387,26 +387,3 @@ class BankStore:
 def _close(*held: _Held) -> None:
     for each in held:
         each.close()
-
-
-def is_there(path: Path) -> bool:
-    """Return whether a path is taken; not so where the system refuses to look, as it will refuse to make it as well."""
-    try:
-        return path.exists()
-    except OSError:
-        return False
-
-
-def publish(temporary: Path, path: Path) -> None:
-    """Give a finished file its name, in one step and only if no file has it.
-
-    Raises:
-        BankError: there is a file of that name.
-        OSError: the disk refuses.
-    """
-    try:
-        os.link(temporary, path)  # fails where there is a file, unlike a renaming
-    except FileExistsError:
-        raise BankError(f"{path} exists already") from None
-    temporary.unlink()
-    sync_directory(path.parent)

@@ -7,11 +7,12 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from veratune.atomic import temporary_beside
+from veratune.atomic import is_there, publish, temporary_beside
 from veratune.bank import AdapterBank, BankError
 from veratune.bank.configs import config_for_adapters
+from veratune.bank.connection import explained
 from veratune.bank.schema import check_spelling, dtype_name
-from veratune.bank.store import BankStore, is_there, publish
+from veratune.bank.store import BankStore
 from veratune.bank.verify import examine
 from veratune.cli.models import adapter_in, load_model
 from veratune.cli.output import bytes_text, print_json, print_table, print_text
@@ -73,7 +74,8 @@ def build(
         for name, place in places.items():
             bank.load(name, place)
         bank.unload()
-        publish(temporary, file)
+        with explained(file, "made"):
+            publish(temporary, file)
     finally:
         temporary.unlink(missing_ok=True)
     layout = bank.layout
