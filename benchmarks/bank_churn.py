@@ -152,7 +152,7 @@ class Churn:
 
     def leases(self) -> int:
         """Return how many requests hold adapters."""
-        return sum(version.leases for version in self.bank._versions.values())
+        return sum(version.leases for version in self.bank._registry.versions.values())
 
     def noted(self, names: list[str]) -> list[int]:
         """Return how many meanings of each name are noted by now; one more may be on its way."""

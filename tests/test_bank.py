@@ -587,6 +587,50 @@ def test_names_follow_what_another_process_wrote(tmp_path: Any) -> None:
         reader.remove("dora")
 
 
+def test_an_adapter_that_another_process_has_removed_or_replaced_since(tmp_path: Any) -> None:
+    """Its row is gone from the file, and a bank that does not have it on the device cannot serve it any more."""
+    config = VeraConfig(r=8, target_modules="all-linear")
+    model = with_adapters(tiny_model("bert"), config)
+    writer = bank_of(tiny_model("bert"), model, config, file=tmp_path / "bank")
+    reader = AdapterBank(tiny_model("bert"), config, capacity=1, file=tmp_path / "bank")
+    inputs = inputs_of("bert", 2)
+    with reader.lease(["carl", None]) as lease:
+        writer.add("anna", model, "bert", replace=True)
+        writer.remove("carl")
+        with torch.no_grad():  # what a request has begun with it ends with
+            mixed = reader.model(**inputs, adapters=lease).logits
+    assert_alone(mixed, ["carl", None], model, lambda m: m(**inputs).logits)
+    assert reader.names() == list(CUSTOMERS)
+    with torch.no_grad():
+        mixed = reader.model(**inputs, adapters=["anna", None]).logits
+    assert_alone(mixed, ["bert", None], model, lambda m: m(**inputs).logits)
+    with pytest.raises(BankError, match="there is no adapter 'carl'"):
+        reader.model(**inputs, adapters=["carl", None])
+
+
+@pytest.mark.parametrize("in_file", [False, True])
+def test_of_threads_that_add_one_name_one_wins(in_file: bool, tmp_path: Any) -> None:
+    config = VeraConfig(r=8, target_modules="all-linear")
+    model = with_adapters(tiny_model("bert"), config)
+    bank = AdapterBank(tiny_model("bert"), config, file=tmp_path / "bank" if in_file else None)
+    barrier, outcomes = threading.Barrier(3), []
+
+    def add(adapter: str) -> None:
+        barrier.wait()
+        try:
+            outcomes.append(bank.add("new", model, adapter).digest)
+        except BankError as error:
+            outcomes.append(str(error))
+
+    threads = [threading.Thread(target=add, args=(adapter,)) for adapter in CUSTOMERS]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    refused = [outcome for outcome in outcomes if "'new' is in the bank already" in outcome]
+    assert len(refused) == 2 and len(outcomes) == 3 and bank.info("new").digest in outcomes
+
+
 def test_adapters_come_and_go_while_threads_compute() -> None:
     config = VeraConfig(r=8, target_modules="all-linear")
     model = with_adapters(tiny_model("bert"), config)
@@ -626,7 +670,7 @@ def test_adapters_come_and_go_while_threads_compute() -> None:
     for thread in threads:
         thread.join()
     assert wrong == []
-    assert len(bank) == 4 and all(version.leases == 0 for version in bank._versions.values())
+    assert len(bank) == 4 and all(version.leases == 0 for version in bank._registry.versions.values())
     assert model.training is False
 
 
@@ -718,7 +762,7 @@ def test_what_does_not_fit_is_refused_with_its_reason() -> None:
     with pytest.raises(BankError, match="there is no adapter 'y'"):
         bank.add("y", model, replace=True)
     for name in ("", "a\n", 3, "x" * 257):
-        with pytest.raises(BankError, match="1 to 256 printable"):
+        with pytest.raises(BankError, match="1 to 256 bytes"):
             bank.add(name, model)  # type: ignore[arg-type]
     with torch.no_grad():
         next(iter(model.vera_layers().values())).vectors("default")[0].fill_(float("nan"))
@@ -919,7 +963,7 @@ def test_a_lease_that_was_dropped_lets_go(tmp_path: Any) -> None:
     with torch.no_grad():
         served = bank.model(**inputs, adapters=["carl", None]).logits
     assert_alone(served, ["carl", None], model, lambda m: m(**inputs).logits)
-    assert all(version.leases == 0 for version in bank._versions.values())
+    assert all(version.leases == 0 for version in bank._registry.versions.values())
     bank.lease([None])
     bank.unload()
 

@@ -77,7 +77,7 @@ def test_a_lease_that_is_released_meanwhile_serves_its_call_to_the_end() -> None
     with torch.no_grad():
         outputs = bank.model(**inputs, adapters=lease).logits
     assert relative(outputs, alone(model, "anna", lambda m: m(**inputs).logits)) < 1e-5
-    assert all(version.leases == 0 for version in bank._versions.values())
+    assert all(version.leases == 0 for version in bank._registry.versions.values())
 
 
 # What a call is given

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sqlite3
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from test_cli import run
 from tiny_models import randomise_trainable, tiny_inputs, tiny_model
 from veratune import VeraConfig, VeraModel, get_peft_model
 from veratune.bank import AdapterBank, BankError
-from veratune.bank.file import BankFile
+from veratune.bank.store import BankStore
 
 _ADAPTERS = {
     "anna": VeraConfig(r=4, target_modules=["query", "value"], projection_prng_key=3),
@@ -88,7 +89,7 @@ def test_building_adding_listing_removing(
     assert_serves(base, file, expected)
     code, out, _ = run(capsys, "bank", "list", file)
     digests = {line.split()[0]: line.split()[1] for line in out.splitlines()[3:]}
-    assert code == 0 and digests == BankFile(file).names
+    assert code == 0 and digests == BankStore(file).names
     assert digests["bert"] == digests["carl"] != digests["dora"]
     assert "3 adapters, 13 layers, rank 6" in out
 
@@ -101,18 +102,18 @@ def test_a_layout_that_is_given(
     assert run(capsys, *arguments, "--target-modules", "query, value")[0] == 0
     again = [tmp_path / "repeated" if x == file else x for x in arguments]
     assert run(capsys, *again, "--target-modules", "query", "--target-modules", "value")[0] == 0
-    assert BankFile(tmp_path / "repeated").header.layout == BankFile(file).header.layout
-    header = BankFile(file).header
+    assert BankStore(tmp_path / "repeated").header.layout == BankStore(file).header.layout
+    header = BankStore(file).header
     assert header.layout["rank"] == 16 and len(header.layout["layers"]) == 4 and header.dtype == torch.bfloat16
     assert_serves(base, file, {"a": adapters["anna"]}, rtol=5e-2, atol=5e-2)
     code, _, err = run(capsys, "bank", "add", file, base, adapters["bert"])
     assert code == 1 and "which is none of the 4 layers of this bank" in err
-    assert list(BankFile(file).names) == ["a"]
+    assert list(BankStore(file).names) == ["a"]
     assert (
         run(capsys, *(tmp_path / "all" if x == file else x for x in arguments), "--target-modules", "all-linear")[0]
         == 0
     )
-    assert len(BankFile(tmp_path / "all").header.layout["layers"]) == 13
+    assert len(BankStore(tmp_path / "all").header.layout["layers"]) == 13
 
 
 def test_nothing_is_written_where_one_does_not_fit(
@@ -163,41 +164,48 @@ def test_verifying(base: Path, adapters: dict[str, Path], tmp_path: Path, capsys
     file = tmp_path / "bank"
     run(capsys, "bank", "build", base, file, *adapters.values())
     whole = json.loads(run(capsys, "bank", "verify", file, "--json")[1])
-    assert whole == {
-        "names": 3,
-        "adapters": 3,
-        "problems": [],
-        "unnamed": [],
-        "unreachable_bytes": 0,
-        "total_bytes": file.stat().st_size,
-    }
-    bank = BankFile(file)
-    digest = bank.names["carl"]
     size = file.stat().st_size
+    assert whole == {"names": 3, "adapters": 3, "problems": [], "free_bytes": 0, "total_bytes": size}
     run(capsys, "bank", "remove", file, "carl")
-    added = file.stat().st_size - size
     after = json.loads(run(capsys, "bank", "verify", file, "--json")[1])
-    assert after["unnamed"] == [digest] and (after["names"], after["adapters"]) == (2, 2)
-    # The adapter's record, that of its name, and that of its removal.
-    name_record = after["unreachable_bytes"] - bank.adapters[digest].record_bytes - added
-    assert name_record in (128, 192)
-    with file.open("ab") as handle:
-        handle.write(b"left by a writer that was killed")
-    code, out, _ = run(capsys, "bank", "verify", file)
-    assert code == 0 and "0 damaged, 1 without a name" in out
-    values = json.loads(run(capsys, "bank", "verify", file, "--json")[1])
-    assert values["unreachable_bytes"] == after["unreachable_bytes"] + 32
+    assert (after["names"], after["adapters"], after["problems"], after["total_bytes"]) == (2, 2, [], size)
+    assert after["free_bytes"] > 0
+    code, out, _ = run(capsys, "bank", "compact", file)
+    assert code == 0 and out.startswith(f"{file}: ") and out.endswith(" now\n")
+    compacted = json.loads(run(capsys, "bank", "verify", file, "--json")[1])
+    assert compacted == after | {"free_bytes": 0, "total_bytes": file.stat().st_size}
+    assert file.stat().st_size < size
 
+    store = BankStore(file)
+    digest = store.names["anna"]
+    vectors = store.row(digest).vectors.numpy().tobytes()
+    store.close()
     data = bytearray(file.read_bytes())
-    data[bank.adapters[bank.names["anna"]].start] ^= 1
+    data[data.index(vectors[:200])] ^= 1
     file.write_bytes(data)
     code, out, _ = run(capsys, "bank", "verify", file)
-    assert code == 1 and out.splitlines()[0].endswith("has another SHA-256 than when it was written ('anna')")
-    assert "1 damaged" in out
-    data[200] ^= 1  # a header: nothing behind it can be trusted
+    assert code == 1 and f"what is stored as adapter {digest} has another digest" in out.splitlines()[0]
+    assert out.splitlines()[0].endswith("('anna')") and "problems: 1;" in out
+    data[data.index(b"anna")] ^= 1  # a name
     file.write_bytes(data)
     code, out, err = run(capsys, "bank", "verify", file)
-    assert (code, out) == (1, "") and "is damaged at byte 64" in err
+    assert (code, out) == (1, "") and "is damaged: the names and adapters in it are not those" in err
+
+
+def test_a_name_that_would_reach_the_terminal(
+    base: Path, adapters: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "bank"
+    run(capsys, "bank", "build", base, file, adapters["anna"])
+    connection = sqlite3.connect(file)
+    connection.execute("UPDATE names SET name = char(27) || '[31m'")
+    connection.commit()
+    connection.close()
+    for command in ("list", "verify", "compact"):
+        code, out, err = run(capsys, "bank", command, file)
+        assert (code, out) == (1, "") and "a name in it that is not allowed" in err and "\x1b" not in err
+    code, _, err = run(capsys, "bank", "build", base, tmp_path / "other", f"{'n' * 300}={adapters['anna']}")
+    assert code == 1 and "1 to 256 bytes" in err and not (tmp_path / "other").exists()
 
 
 def test_a_bank_for_adapters(base: Path, adapters: dict[str, Path], tmp_path: Path) -> None:
@@ -231,8 +239,7 @@ def test_a_file_that_is_refused_leaves_the_model_alone(base: Path, adapters: dic
         AdapterBank.for_adapters(model, {"new": adapters["anna"], **adapters}, file=file)
     assert file.read_bytes() == before
     data = bytearray(file.read_bytes())
-    data[-300] ^= 1
-    data[BankFile(file).records_at + 30] ^= 1
+    data[data.index(b'{"rank": 4') + 9] ^= 1
     file.write_bytes(data)
     with pytest.raises(BankError, match="damaged"):
         AdapterBank.open(model, file)

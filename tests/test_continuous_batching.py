@@ -140,7 +140,7 @@ def _check_against_each_alone(
 
 
 def _in_use(bank: AdapterBank) -> int:
-    return sum(version.leases for version in bank._versions.values())
+    return sum(version.leases for version in bank._registry.versions.values())
 
 
 def _wait_for(manager: BankManager, request_id: str) -> list[int]:
@@ -348,7 +348,7 @@ def test_adapters_replaced_and_removed_while_requests_run() -> None:
         "c": _alone(models["other key"], prompts[3], 20),
     }
     assert _in_use(bank) == 0
-    assert set(bank._versions) == {bank.info("a").digest, bank.info("c").digest}
+    assert set(bank._registry.versions) == {bank.info("a").digest, bank.info("c").digest}
 
 
 def test_a_cancelled_request_lets_go_of_its_adapter() -> None:
@@ -362,12 +362,12 @@ def test_a_cancelled_request_lets_go_of_its_adapter() -> None:
             output = manager.get_result(timeout=1)
         digest = bank.info("a").digest
         bank.remove("a")
-        assert digest in bank._versions
+        assert digest in bank._registry.versions
         manager.cancel_request("a")
         manager.add_request(prompts[1], "b", max_new_tokens=10, adapter="b")  # is begun after that
         assert _wait_for(manager, "b") == _alone(models["b"], prompts[1], 10)
         assert not output.is_finished()
-        assert digest not in bank._versions
+        assert digest not in bank._registry.versions
         assert _in_use(bank) == 0
         bank.add("a", models["small"])
         manager.add_request(prompts[2], "a", max_new_tokens=10, adapter="a")

@@ -83,6 +83,26 @@ def _runs(process: int) -> bool:
     return True
 
 
+def is_there(path: Path) -> bool:
+    """Return whether a path is taken; not so where the system refuses to look, as it will refuse to make it as well."""
+    try:
+        return path.exists()
+    except OSError:
+        return False
+
+
+def publish(temporary: Path, path: Path) -> None:
+    """Give a finished file its name, in one step and only if no file has it.
+
+    Raises:
+        FileExistsError: there is a file of that name.
+        OSError: the disk refuses.
+    """
+    os.link(temporary, path)  # fails where there is a file, unlike a renaming
+    temporary.unlink()
+    sync_directory(path.parent)
+
+
 def write_through(path: Path, data: bytes) -> None:
     """Write a file and wait until it is on the disk."""
     path.write_bytes(data)

@@ -1,11 +1,8 @@
 """`AdapterBank`: many adapters of one base model, resident as rows of one tensor, each row of a batch with its own."""
 
-import difflib
-import itertools
 import os
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -13,58 +10,26 @@ import torch
 from torch import Tensor, nn
 
 from veratune.adapters import AdaptedModel, plan_adapter
-from veratune.bank.calls import make_call
+from veratune.atomic import is_there
+from veratune.bank.calls import make_call, trial_call
 from veratune.bank.configs import config_for_adapters, config_of_layout
-from veratune.bank.file import BankFile, is_there
-from veratune.bank.layout import (
-    AdapterRow,
-    BankError,
-    Layout,
-    head_row,
-    make_layout,
-    make_row,
-    source_from_json,
-    source_to_json,
-)
-from veratune.bank.model import AdapterNames, BankModel
+from veratune.bank.installation import Installation
+from veratune.bank.layout import AdapterRow, BankError, Layout, head_row, make_layout, source_to_json
+from veratune.bank.model import BankModel
 from veratune.bank.projections import BankProjections
+from veratune.bank.registry import AdapterInfo, AdapterNames, Registry
+from veratune.bank.rowmaker import RowMaker
 from veratune.bank.rows import check_kept_apart, check_order
+from veratune.bank.schema import check_spelling
 from veratune.bank.slots import Lease, Slots, Version
-from veratune.checkpoint.hub import find_directory
-from veratune.checkpoint.reading import read_adapter
-from veratune.checkpoint.transfer import LoadedAdapter, ReadyAdapter, layers_named, make_ready, targets_of, tell_apart
+from veratune.bank.store import AdapterGoneError, BankStore
 from veratune.config import VeraConfig
-from veratune.layers.bank_call import BankCall, RowGroup
-from veratune.layers.banked import BankedConv1D, BankedLinear
-from veratune.layers.banked_head import BankedHead
-from veratune.layers.base import vector_device
-from veratune.layers.kinds import is_conv1d
+from veratune.layers.bank_call import BankCall
 from veratune.model import check_bare
 from veratune.profiles import load_calibration
-from veratune.sources import PerDimension, Source
-from veratune.surgery import replace_modules
-from veratune.targets import Target, base_modules
+from veratune.targets import base_modules
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-@dataclass(frozen=True)
-class AdapterInfo:
-    """What a bank knows of an adapter.
-
-    Attributes:
-        name: its name.
-        digest: 32 hexadecimal digits; equal for equal values.
-        rank: its largest rank.
-        fingerprint: of its projections.
-        resident: whether its vectors are on the device at the moment.
-    """
-
-    name: str
-    digest: str
-    rank: int
-    fingerprint: str
-    resident: bool
 
 
 class AdapterBank:
@@ -100,7 +65,7 @@ class AdapterBank:
             capacity: how many adapters to have room for on the model's device. In memory, a bank that is full grows, by
                 copying what it holds; with a file, the adapter that has not been used for longest makes room.
             dtype: how to hold the vectors: float32, bfloat16 or float16.
-            file: a file that holds all adapters (see `veratune.bank.file`): made if it does not exist.
+            file: a file that holds all adapters (see `veratune.bank.store`): made if it does not exist.
 
         Raises:
             BankError: a layer or head that cannot be given vectors for each row, or a file for another layout.
@@ -122,31 +87,18 @@ class AdapterBank:
         self.dtype = dtype
         base_heads = head_row(self.layout, modules)
         self._base_heads = None if base_heads is None else base_heads.cpu()
-        device = _device_of(plan.targets)
-        self._file = None if file is None else self._open(Path(file))
+        self._installation = Installation(model, modules, plan.targets, self.layout, plan.config.route)
+        device = self._installation.device
+        self._store = None if file is None else self._open_store(Path(file))
         self._slots = Slots.empty(capacity, self.layout.numbers, dtype, device, base_heads, grows=file is None)
-        self._versions: dict[str, Version] = {}
-        self._names: dict[str, Version] = {}
+        self._projections = BankProjections(plan.targets, self._installation.layers, rank)
+        self._registry = Registry(self._slots, self._projections, self._store)
         self._compiled = False
-        self._closed = False
-        self._owner = object()
         self._changes = threading.RLock()  # one change at a time, without keeping calls waiting for the disk
-        replacements: dict[int, nn.Module] = {}
-        self._layers: dict[str, BankedLinear] = {}
-        route = plan.config.route
-        for target in plan.targets:
-            place = self.layout.layers[target.name]
-            kind = BankedConv1D if is_conv1d(target.module) else BankedLinear
-            layer = kind(target.module, target.geometry, self._owner, target.name, place.columns, route)
-            self._layers[target.name] = replacements[id(target.module)] = layer
-        for name, head in self.layout.heads.items():
-            replacements[id(modules[name])] = BankedHead(modules[name], self._owner, name, head.parameters)
-        self._projections = BankProjections(plan.targets, self._layers, rank)
         self.refresh()
-        self._modes = [(module, module.training) for module in model.modules()]
-        replace_modules(model, replacements)
-        self._modules = modules  # as they were: what an adapter does not fit is this bank, no other adapter
-        self._named: tuple[VeraConfig, list[str]] = plan.config, [target.name for target in plan.targets]
+        self._installation.install()
+        named = [target.name for target in plan.targets]
+        self._rows = RowMaker(model, modules, plan.config, named, self.layout, dtype, self._base_heads)
         load_calibration(device)
         self.model = BankModel(model, self).eval()
 
@@ -200,15 +152,15 @@ class AdapterBank:
         Raises:
             BankError: the file is missing or damaged, or for another model; the model is unchanged then.
         """
-        stored = BankFile(Path(file))
+        stored = BankStore(Path(file))
         stored.close()
-        config = config_of_layout(stored.header.layout)
+        config = config_of_layout(model, stored.header.layout, str(file))
         return cls(model, config, capacity=capacity, dtype=stored.header.dtype, file=file)
 
     # Looking at adapters
 
     def __len__(self) -> int:
-        return len(self._names)
+        return len(self._registry.names)
 
     def __repr__(self) -> str:
         layout = self.layout
@@ -231,12 +183,12 @@ class AdapterBank:
             return self._slots.slab.nbytes + (0 if self._slots.heads is None else self._slots.heads.nbytes)
 
     def __contains__(self, name: object) -> bool:
-        return name in self._names
+        return name in self._registry.names
 
     def names(self) -> list[str]:
         """Return the names of all adapters, in the order in which they were added."""
         with self._slots.lock:
-            return list(self._names)
+            return list(self._registry.names)
 
     def info(self, name: str) -> AdapterInfo:
         """Return what the bank knows of an adapter.
@@ -244,10 +196,7 @@ class AdapterBank:
         Raises:
             BankError: an unknown name.
         """
-        with self._slots.lock:
-            version = self._version(name)
-            source = self._projections[version.source]
-            return AdapterInfo(name, version.digest, version.rank, source.fingerprint(), version.slot is not None)
+        return self._registry.info(name)
 
     # Adding, replacing and removing
 
@@ -257,7 +206,7 @@ class AdapterBank:
         """Read a saved adapter into the bank.
 
         Args:
-            name: its name here: any text of 1 to 256 printable characters.
+            name: its name here: any text of printable characters, up to 256 bytes in UTF-8.
             model_id: directory of the adapter, in veratune's or PEFT's format, or its repository on the hub.
             replace: whether the name is to get another meaning; calls that have begun go on with the former.
             location: `subfolder`, `revision`, `token`, `cache_dir`, `local_files_only`.
@@ -266,8 +215,8 @@ class AdapterBank:
             BankError: the name is taken (or, with `replace`, unknown), or the adapter does not fit this bank.
             CheckpointError: the files are missing or damaged, or for another model.
         """
-        self._check_name(name, replace)
-        return self._put(name, self._read_row(model_id, location), replace)
+        self._registry.check_name(name, replace)
+        return self._put(name, self._rows.saved(model_id, location), replace)
 
     def check(self, model_id: str | os.PathLike[str], **location: Any) -> None:
         """Read a saved adapter and raise what `load` would raise for it, without adding it.
@@ -279,19 +228,9 @@ class AdapterBank:
         Raises:
             BankError, CheckpointError: as for `load`.
         """
-        row = self._read_row(model_id, location)
-        if self._file is not None:
+        row = self._rows.saved(model_id, location)
+        if self._store is not None:
             source_to_json(row.source)
-
-    def _read_row(self, model_id: str | os.PathLike[str], location: dict[str, Any]) -> AdapterRow:
-        ready = read_adapter(self._modules, find_directory(model_id, **location))
-        # Adapters that follow each other mostly have one configuration, which names the same layers each time.
-        config, named = self._named
-        if ready.plan.config != config:
-            config, named = ready.plan.config, layers_named(self.model.base_model, ready.plan.config)
-            self._named = config, named
-        tell_apart(self.model.base_model, ready, named)
-        return self._row(ready)
 
     def add(
         self, name: str, model: AdaptedModel, adapter_name: str | None = None, *, replace: bool = False
@@ -308,19 +247,8 @@ class AdapterBank:
             BankError: as for `load`.
             CheckpointError: the adapter is for a model of other layers.
         """
-        self._check_name(name, replace)
-        own = model.active_adapter if adapter_name is None else adapter_name
-        state = model.adapter_state(own)
-        loaded = LoadedAdapter(
-            f"adapter {own!r}",
-            model.peft_config[own],
-            {layer: (b.detach(), d.detach()) for layer, (b, d) in state.vectors.items()},
-            {module: dict(head.state_dict()) for module, head in state.saved.items()},
-            {bias: tensor.detach() for bias, tensor in state.biases.items()},
-        )
-        targets = targets_of(self._modules, loaded)
-        ready = make_ready(self._modules, loaded, targets, model.projection_source(own))
-        return self._put(name, self._row(ready), replace)
+        self._registry.check_name(name, replace)
+        return self._put(name, self._rows.active(model, adapter_name), replace)
 
     def remove(self, name: str) -> None:
         """Let a name mean nothing any more. Calls that have begun are not disturbed.
@@ -330,11 +258,10 @@ class AdapterBank:
         """
         with self._changes:
             with self._slots.lock:
-                version = self._version(name)
-            if self._file is not None:
-                self._file.remove(name, version.digest)
-            with self._slots.lock:
-                self._bind(name, None)
+                version = self._registry.version(name)
+            if self._store is not None:
+                self._store.remove(name, version.digest)
+            self._registry.remove(name)
 
     def refresh(self) -> None:
         """Take in what other processes have written to the bank's file since.
@@ -342,79 +269,19 @@ class AdapterBank:
         Raises:
             BankError: the file is damaged.
         """
-        if self._file is None:
+        if self._store is None:
             return
-        with self._changes, self._slots.lock:
-            self._file.refresh()
-            for name in [name for name in self._names if name not in self._file.names]:
-                self._bind(name, None)
-            for name, digest in self._file.names.items():
-                if name not in self._names or self._names[name].digest != digest:
-                    stored = self._file.adapters[digest]
-                    self._bind(name, self._known(digest, source_from_json(stored.source), stored.rank))
-
-    def _check_open(self) -> None:
-        if self._closed:
-            raise BankError("this bank was unloaded: its model is the base model again")
-
-    def _row(self, ready: ReadyAdapter) -> AdapterRow:
-        return make_row(self.layout, ready, self.dtype, self._base_heads)
+        with self._changes:
+            self._store.refresh()
+            self._registry.follow(self._store.names, self._store.adapters)
 
     def _put(self, name: str, row: AdapterRow, replace: bool) -> AdapterInfo:
         with self._changes:
             with self._slots.lock:
-                self._check_open()
-                self._check_name(name, replace)
-                before = self._names.get(name)
-            if self._file is not None:
-                self._file.add(name, row, replacing=None if before is None else before.digest)
-            with self._slots.lock:
-                self._slots.release_abandoned()
-                version = self._known(row.digest, row.source, row.rank)
-                version.names += 1  # so that its row is kept
-                try:
-                    if version.slot is None and (self._file is None or self._slots.free):
-                        self._slots.put(version, row)
-                finally:
-                    version.names -= 1
-                self._bind(name, version)
-                return self.info(name)
-
-    def _known(self, digest: str, source: Source, rank: int) -> Version:
-        """Return the version of a digest, which may be new."""
-        if digest not in self._versions:
-            self._versions[digest] = Version(digest, self._projections.number_of(source), rank)
-        return self._versions[digest]
-
-    def _bind(self, name: str, version: Version | None) -> None:
-        before = self._names.pop(name, None)
-        if version is not None:
-            self._names[name] = version
-            self._slots.named(version, 1)
-        if before is not None:
-            self._slots.named(before, -1)
-            self._forget(before)
-
-    def _forget(self, version: Version) -> None:
-        if version.names or version.leases or self._versions.pop(version.digest, None) is None:
-            return
-        if all(other.source != version.source for other in self._versions.values()):
-            self._projections.drop(version.source)
-
-    def _check_name(self, name: str, replace: bool) -> None:
-        check_spelling(name)
-        if replace:
-            self._version(name)
-        elif name in self._names:
-            raise BankError(f"{name!r} is in the bank already: give replace=True, or remove it first")
-
-    def _version(self, name: str) -> Version:
-        version = self._names.get(name) if isinstance(name, str) else None
-        if version is None:
-            close = difflib.get_close_matches(str(name), self._names, n=3) if len(self._names) <= 1000 else []
-            hint = f"; close to it: {', '.join(map(repr, close))}" if close else ""
-            raise BankError(f"there is no adapter {name!r} in this bank of {len(self._names)}{hint}")
-        return version
+                before = self._registry.check_name(name, replace)
+            if self._store is not None:
+                self._store.add(name, row, replacing=None if before is None else before.digest)
+            return self._registry.put(name, row)
 
     # Serving
 
@@ -427,10 +294,11 @@ class AdapterBank:
         Raises:
             BankError: an unknown name, or more different adapters at once than there is room for.
         """
-        if isinstance(names, str) or not isinstance(names, Sequence):
-            raise BankError(f"adapters={names!r} is not allowed: give a list with a name, or None, for each row")
-        with self._slots.lock:
-            return self.lease_versions([None if name is None else self._version(name) for name in names])
+        try:
+            return self._registry.lease(names)
+        except AdapterGoneError:  # another process has replaced or removed it
+            self.refresh()
+            return self._registry.lease(names)
 
     def lease_versions(self, versions: Sequence[Version | None]) -> Lease:
         """Return one more lease of versions that are leased already, whatever their names mean by now.
@@ -441,19 +309,7 @@ class AdapterBank:
         Raises:
             BankError: more different adapters at once than there is room for.
         """
-        with self._slots.lock:
-            self._check_open()
-            self._slots.release_abandoned()
-            leased: list[Version] = []
-            try:
-                for version in {id(v): v for v in versions if v is not None}.values():
-                    self._slots.lease(version, self._read)
-                    leased.append(version)
-            except BaseException:
-                for version in leased:
-                    self._slots.release(version)
-                raise
-            return Lease(self._slots, versions, self._forget)
+        return self._registry.lease_versions(versions)
 
     def lease_again(self, lease: Lease) -> Lease:
         """Return one more lease of what a lease holds, which it keeps even if that one is released meanwhile.
@@ -461,16 +317,7 @@ class AdapterBank:
         Raises:
             BankError: a lease that has been released, or is another bank's.
         """
-        with self._slots.lock:
-            if not lease.is_of(self._slots):
-                raise BankError("adapters: this lease is another bank's; take it with this bank's lease()")
-            if not lease.is_open:
-                raise BankError("adapters: this lease has been released")
-            return self.lease_versions(lease.versions)
-
-    def _read(self, digest: str) -> AdapterRow:
-        assert self._file is not None  # without a file, every version is resident
-        return self._file.row(digest)
+        return self._registry.lease_again(lease)
 
     def call_of(
         self,
@@ -492,7 +339,7 @@ class AdapterBank:
             BankError: no rows, or lengths that are not one for each row.
         """
         kinds = self._projections.numbers() if self._compiled else None
-        return make_call(self._owner, lease, lengths, kinds, copies=copies, flattened=flattened)
+        return make_call(self._installation.owner, lease, lengths, kinds, copies=copies, flattened=flattened)
 
     def check_rows(self, **inputs: Any) -> None:
         """Find out whether each row of this model's outputs depends on its own adapter and on no other row's.
@@ -508,16 +355,13 @@ class AdapterBank:
             BankError: the model does not keep rows apart.
         """
         with self._slots.lock:
-            known = self._projections.numbers()
-            number = known[0] if known else self._projections.number_of(PerDimension(0))
-            slab, heads = torch.zeros_like(self._slots.slab[:2]), self._slots.heads
-        slab[1] = 0.5 * torch.randn(self.layout.numbers, generator=torch.Generator().manual_seed(0))
-        heads = None if heads is None else torch.stack([heads[0], heads[0]])
+            number, heads = self._projections.any_number(), self._slots.heads
+        row = 0.5 * torch.randn(self.layout.numbers, generator=torch.Generator().manual_seed(0))
+        slab = torch.stack([torch.zeros_like(row), row]).to(self._slots.slab)
 
         def call(slots: Tensor) -> BankCall:
             slots = slots.to(slab.device)
-            group = RowGroup(1, number, slots.nonzero().flatten(), None)
-            return BankCall(self._owner, slab, heads, slots, ((number, slots),), False, (group,), 0)
+            return trial_call(self._installation.owner, number, slab, heads, slots)
 
         check_kept_apart(self.model.base_model, call, inputs)
 
@@ -529,8 +373,7 @@ class AdapterBank:
     def follow_model(self) -> None:
         """Bring the vectors to the device on which the model is; called when it moves."""
         with self._slots.lock:
-            layer = next(iter(self._layers.values()))
-            self._slots.move(vector_device(layer.base_layer, layer.base_weight))
+            self._slots.move(self._installation.current_device())
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         raise BankError("a bank can neither be copied nor pickled: make another one, on the same file")
@@ -541,56 +384,25 @@ class AdapterBank:
         Raises:
             BankError: requests are running, or hold adapters by a lease.
         """
-        model = self.model.base_model
-        with self._slots.lock:
-            self._slots.release_abandoned()
-            if self._slots.open_leases:
-                raise BankError(
-                    "the bank cannot be unloaded while requests run or hold adapters: wait for them, and release leases"
-                )
-            self._closed = True
-        replacements: dict[int, nn.Module] = {id(layer): layer.base_layer for layer in self._layers.values()}
-        for module in model.modules():
-            if isinstance(module, BankedHead):
-                replacements[id(module)] = module.original_module
-        replace_modules(model, replacements)
-        if self._file is not None:
-            self._file.close()
-        for module, training in self._modes:
-            module.training = training
-        return model
+        self._registry.close()
+        self._installation.undo()
+        if self._store is not None:
+            self._store.close()
+        return self.model.base_model
 
-    def _open(self, path: Path) -> BankFile:
+    def _open_store(self, path: Path) -> BankStore:
         head_dtype = None if self._base_heads is None else self._base_heads.dtype
         if not is_there(path):
             try:
-                return BankFile.create(path, self.layout, self.dtype, head_dtype)
+                return BankStore.create(path, self.layout, self.dtype, head_dtype)
             except BankError:
                 if not is_there(path):
                     raise  # otherwise another process was quicker
-        file = BankFile(path)
+        store = BankStore(path)
         try:
-            file.check_layout(self.layout)
-            file.check_dtypes(self.dtype, head_dtype)
+            store.check_layout(self.layout)
+            store.check_dtypes(self.dtype, head_dtype)
         except BankError:
-            file.close()
+            store.close()
             raise
-        return file
-
-
-def check_spelling(name: object) -> None:
-    """Raise BankError unless this may be an adapter's name."""
-    if not isinstance(name, str) or not 1 <= len(name) <= 256 or not name.isprintable():
-        raise BankError(f"name={name!r} is not allowed: it must be a text of 1 to 256 printable characters")
-
-
-def _device_of(targets: Sequence[Target]) -> torch.device:
-    """Return where all of these layers compute."""
-    devices = set()
-    for target in targets:
-        weight = next(itertools.chain(target.module.parameters(), target.module.buffers()))
-        devices.add(vector_device(target.module, weight))
-    if len(devices) > 1:
-        named = ", ".join(sorted(map(str, devices)))
-        raise BankError(f"the model's layers are on several devices ({named}), and a bank's vectors are on one")
-    return devices.pop()
+        return store

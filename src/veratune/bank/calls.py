@@ -4,6 +4,7 @@ import operator
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from veratune.bank.layout import BankError
 from veratune.bank.slots import Lease
@@ -60,6 +61,21 @@ def make_call(
         flattened=flattened,
         held=lease,
     )
+
+
+def trial_call(owner: object, number: int, slab: Tensor, heads: Tensor | None, slots: Tensor) -> BankCall:
+    """Return a call whose rows have the adapter in row 1 of a slab, or none.
+
+    Args:
+        owner: as in `BankCall`.
+        number: of its projections.
+        slab: (2, numbers).
+        heads: the bank's; the adapter has those of the base model.
+        slots: int64 (rows,), 1 for rows that have it and 0 for others.
+    """
+    heads = None if heads is None else torch.stack([heads[0], heads[0]])
+    group = RowGroup(1, number, slots.nonzero().flatten(), None)
+    return BankCall(owner, slab, heads, slots, ((number, slots),), False, (group,), 0)
 
 
 def _group(slot: int, source: int, rows: list[int], device: torch.device) -> RowGroup:

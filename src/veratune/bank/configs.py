@@ -53,10 +53,24 @@ def config_for_adapters(model: nn.Module, adapters: Mapping[str, str | os.PathLi
     return _config(rank, parts, heads)
 
 
-def config_of_layout(layout: dict[str, Any]) -> VeraConfig:
-    """Return the configuration that makes a bank of this layout, as `Layout.describe` returns it and a file has it."""
+def config_of_layout(model: nn.Module, layout: dict[str, Any], origin: str) -> VeraConfig:
+    """Return the configuration that makes a bank of a layout, as `Layout.describe` returns it and a file has it.
+
+    Args:
+        model: the base model.
+        layout: the layout.
+        origin: the file.
+
+    Raises:
+        BankError: a layer that the model does not have. Names from a file that are the model's are all that is used.
+    """
+    modules = base_modules(model)
     parts = {name: tuple(own) for name, _, _, own in layout["layers"]}
-    return _config(layout["rank"], parts, [name for name, _ in layout["heads"]])
+    heads = [name for name, _ in layout["heads"]]
+    missing = [name for name in (*parts, *heads) if name not in modules]
+    if missing:
+        raise BankError(f"{origin} is for another model: this one has no {missing[0]!r} ({len(missing)} are missing)")
+    return _config(layout["rank"], parts, heads)
 
 
 def _config(rank: int, parts: dict[str, tuple[int, ...]], heads: Iterable[str]) -> VeraConfig:

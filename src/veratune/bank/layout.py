@@ -3,7 +3,7 @@
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -207,10 +207,15 @@ def make_row(layout: Layout, ready: ReadyAdapter, dtype: torch.dtype, base_heads
 
 def digest_of(source: Source, vectors: Tensor, heads: Tensor | None) -> str:
     """Return the digest of a row."""
-    sha = hashlib.sha256(json.dumps([source.fingerprint(), str(vectors.dtype)]).encode())
-    for tensor in (vectors, heads):
-        if tensor is not None:
-            sha.update(bytes_of(tensor))
+    tensors = [bytes_of(tensor) for tensor in (vectors, heads) if tensor is not None]
+    return digest_of_bytes(source, vectors.dtype, tensors)
+
+
+def digest_of_bytes(source: Source, dtype: torch.dtype, tensors: Iterable[bytes]) -> str:
+    """Return the digest of a row of which the vectors, of this dtype, and the heads, if any, are given as bytes."""
+    sha = hashlib.sha256(json.dumps([source.fingerprint(), str(dtype)]).encode())
+    for tensor in tensors:
+        sha.update(tensor)
     return sha.hexdigest()[:32]
 
 

@@ -2,20 +2,16 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from veratune.bank.layout import BankError
+from veratune.bank.registry import AdapterNames
 from veratune.bank.slots import Lease
 from veratune.forwarding import StandsForModel
-from veratune.layers.bank_call import serving
-
-if TYPE_CHECKING:
-    from veratune.bank.bank import AdapterBank
-
-AdapterNames = Sequence[str | None]
+from veratune.layers.bank_call import BankCall, serving
 
 # The inputs that tell how many rows a batch has, the first that there is.
 _MAIN_INPUTS = ("input_ids", "inputs_embeds", "inputs", "pixel_values", "input_values", "input_features")
@@ -24,6 +20,25 @@ _BESIDE_TEXT = ("pixel_values", "image_", "video_", "input_features", "audio_")
 
 # transformers' own would give the model's layers no adapters.
 _BATCHING = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
+
+
+class LendsAdapters(Protocol):
+    """What a model needs of its bank."""
+
+    def lease(self, names: AdapterNames) -> Lease: ...
+
+    def lease_again(self, lease: Lease) -> Lease: ...
+
+    def call_of(
+        self,
+        lease: Lease,
+        lengths: Sequence[int] | None = None,
+        *,
+        copies: tuple[int, ...] = (1,),
+        flattened: bool = True,
+    ) -> BankCall: ...
+
+    def follow_model(self) -> None: ...
 
 
 class BankModel(StandsForModel):
@@ -35,7 +50,7 @@ class BankModel(StandsForModel):
         base_model: the model, with the bank's layers in it.
     """
 
-    def __init__(self, model: nn.Module, bank: "AdapterBank") -> None:
+    def __init__(self, model: nn.Module, bank: LendsAdapters) -> None:
         super().__init__()
         self._bank = bank
         self.training = model.training

@@ -7,7 +7,7 @@ from veratune.adapters import input_groups
 from veratune.bank.layout import largest_rank
 from veratune.layers.banked import BankedLinear, SharedProjections
 from veratune.projection import projection_pool
-from veratune.sources import Source
+from veratune.sources import PerDimension, Source
 from veratune.targets import Target
 
 
@@ -37,6 +37,10 @@ class BankProjections:
     def numbers(self) -> list[int]:
         """Return all numbers, in ascending order."""
         return list(self._sources)
+
+    def any_number(self) -> int:
+        """Return the number of projections for a trial, whichever they are."""
+        return next(iter(self._sources)) if self._sources else self.number_of(PerDimension(0))
 
     def number_of(self, source: Source) -> int:
         """Return a source's number, after giving the layers its projections if it is new."""

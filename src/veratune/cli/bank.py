@@ -7,12 +7,12 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from veratune.atomic import temporary_beside
+from veratune.atomic import is_there, publish, temporary_beside
 from veratune.bank import AdapterBank, BankError
-from veratune.bank.bank import check_spelling
 from veratune.bank.configs import config_for_adapters
-from veratune.bank.file import BankFile, is_there, publish
-from veratune.bank.record import dtype_name
+from veratune.bank.connection import explained
+from veratune.bank.schema import check_spelling, dtype_name
+from veratune.bank.store import BankStore
 from veratune.bank.verify import examine
 from veratune.cli.models import adapter_in, load_model
 from veratune.cli.output import bytes_text, print_json, print_table, print_text
@@ -57,6 +57,8 @@ def build(
     if not isinstance(numbers, torch.dtype):
         raise ValueError(f"--dtype {dtype}: not a dtype of torch; try float32 or bfloat16")
     places = _places(adapters)
+    for name in places:
+        check_spelling(name)
     if is_there(file):
         raise BankError(f"{file} exists already")
     base = load_model(model, weights=True, adapter=next(iter(places.values())))
@@ -72,7 +74,8 @@ def build(
         for name, place in places.items():
             bank.load(name, place)
         bank.unload()
-        publish(temporary, file)
+        with explained(file, "made"):
+            publish(temporary, file)
     finally:
         temporary.unlink(missing_ok=True)
     layout = bank.layout
@@ -91,7 +94,7 @@ def add(
 ) -> None:
     """Add adapters to a bank's file. If one of them does not fit, none is added."""
     places = _places(adapters)
-    known = BankFile(file)
+    known = BankStore(file)
     known.close()
     for name in places:
         check_spelling(name)
@@ -111,31 +114,34 @@ def add(
 
 @app.command("remove")
 def remove(file: FileArgument, names: Annotated[list[str], typer.Argument(help="Names of adapters.")]) -> None:
-    """Let names mean nothing any more. Requests that are running are not disturbed, and the file does not shrink."""
-    bank = BankFile(file)
+    """Let names mean nothing any more. Requests that are running are not disturbed, and the space is used again."""
+    bank = BankStore(file)
     for name in names:
         if name not in bank.names:
             raise BankError(f"there is no adapter {name!r} in {file}")
     for name in dict.fromkeys(names):
         bank.remove(name, bank.names[name])
+    bank.close()
     print_text(f"{file}: {', '.join(dict.fromkeys(names))} removed")
 
 
 @app.command("list")
 def show(file: FileArgument, as_json: JsonOption = False) -> None:
     """Show the adapters of a bank's file. It needs no model."""
-    bank = BankFile(file)
+    bank = BankStore(file)
     rows = [(name, bank.adapters[digest]) for name, digest in bank.names.items()]
     header = bank.header
+    size, _ = bank.sizes()
+    bank.close()
     summary: dict[str, Any] = {
         "file": str(file),
-        "bytes": bank.end()[1],
+        "bytes": size,
         "rank": header.layout["rank"],
         "dtype": dtype_name(header.dtype),
         "head_dtype": None if header.head_dtype is None else dtype_name(header.head_dtype),
         "layers": [name for name, *_ in header.layout["layers"]],
         "heads": [name for name, _ in header.layout["heads"]],
-        "bytes_per_adapter": header.payload_bytes,
+        "bytes_per_adapter": header.adapter_bytes,
     }
     if as_json:
         listed = [
@@ -153,7 +159,7 @@ def show(file: FileArgument, as_json: JsonOption = False) -> None:
         return
     print_text(
         f"{file}: {len(rows)} adapters, {len(summary['layers'])} layers, rank {summary['rank']}, {summary['dtype']},"
-        f" {bytes_text(summary['bytes'])}, {bytes_text(header.payload_bytes)} for each different adapter"
+        f" {bytes_text(summary['bytes'])}, {bytes_text(header.adapter_bytes)} for each different adapter"
     )
     if summary["heads"]:
         print_text(f"trained in full: {', '.join(summary['heads'])}, {summary['head_dtype']}")
@@ -164,19 +170,31 @@ def show(file: FileArgument, as_json: JsonOption = False) -> None:
 @app.command("verify")
 def verify(file: FileArgument, as_json: JsonOption = False) -> None:
     """Read all of a bank's file and check it. Exit code 1 if it is damaged. It needs no model."""
-    found = examine(BankFile(file))
+    bank = BankStore(file)
+    found = examine(bank)
+    bank.close()
     if as_json:
         print_json(asdict(found))
     else:
         for problem in found.problems:
             print_text(problem)
         print_text(
-            f"{file}: {found.names} names of {found.adapters} adapters, {len(found.problems)} damaged,"
-            f" {len(found.unnamed)} without a name; {bytes_text(found.unreachable_bytes)} of"
-            f" {bytes_text(found.total_bytes)} are not reachable any more"
+            f"{file}: {found.names} names of {found.adapters} adapters, problems: {len(found.problems)};"
+            f" {bytes_text(found.free_bytes)} of {bytes_text(found.total_bytes)} are free"
         )
     if found.problems:
         raise typer.Exit(1)
+
+
+@app.command("compact")
+def compact(file: FileArgument) -> None:
+    """Give the space of removed adapters back to the disk. Other processes wait meanwhile. It needs no model."""
+    bank = BankStore(file)
+    before, _ = bank.sizes()
+    bank.compact()
+    after, _ = bank.sizes()
+    bank.close()
+    print_text(f"{file}: {bytes_text(before)} before, {bytes_text(after)} now")
 
 
 def _places(given: list[str]) -> dict[str, Path]:
@@ -184,14 +202,18 @@ def _places(given: list[str]) -> dict[str, Path]:
     places: dict[str, Path] = {}
     for text in given:
         name, separator, place = text.partition("=")
-        if not separator or Path(text).is_dir():
+        if not separator or _is_directory(text):
             name, place = Path(text).resolve().name, text
         if name in places:
             raise BankError(f"{text} and {places[name]} are both named {name!r}: give NAME=DIRECTORY")
-        if not Path(place).is_dir():
+        if not _is_directory(place):
             raise BankError(f"{place} is no directory of an adapter")
         places[name] = adapter_in(Path(place))
     return places
+
+
+def _is_directory(text: str) -> bool:
+    return is_there(Path(text)) and Path(text).is_dir()
 
 
 def _targets(given: list[str]) -> list[str] | str:

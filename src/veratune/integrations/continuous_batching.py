@@ -38,7 +38,7 @@ except ImportError as error:
 from torch import nn
 
 from veratune.bank import AdapterBank, BankError
-from veratune.bank.model import AdapterNames
+from veratune.bank.registry import AdapterNames
 from veratune.bank.slots import Lease, Version
 from veratune.layers.bank_call import BankCall, active_call, serving
 from veratune.layers.banked import BankedLinear

@@ -1,0 +1,179 @@
+"""Opening an SQLite file that may be damaged, or made to do harm, and saying in words what SQLite says in codes.
+
+The journal is SQLite's rollback journal, not its write-ahead log: a log would keep changes in a second file that
+copies leave out and that is read into whatever file takes the first one's name (docs/adr/0006-bank-in-sqlite.md).
+"""
+
+import os
+import sqlite3
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from veratune.bank.layout import BankError
+from veratune.bank.schema import APPLICATION_ID, TABLES, VERSION, DamagedError
+
+PATIENCE = 30.0  # seconds that one process waits for others
+REMEDY = "Put back a copy of it, or build it again from the adapters' directories"
+
+# Longer than any text of ours; tensors are allowed for when the layout says how long they are.
+_LONGEST_TEXT = 1 << 26
+
+
+def connect(path: Path, shown: Path, *, write: bool) -> sqlite3.Connection:
+    """Open a bank's file and check that it is one; nothing in it is executed.
+
+    Args:
+        path: the file, absolute and without symbolic links.
+        shown: how the user named it.
+        write: whether to change it.
+
+    Raises:
+        BankError: it is none, or cannot be opened.
+    """
+    check_regular(path, shown)
+    if os.path.lexists(f"{path}-wal"):
+        raise BankError(
+            f"{path}-wal is there, which no bank has: SQLite would read it into {shown}. Close the other program that"
+            " has this file open, or remove it if there is none"
+        )
+    with explained(shown, "opened"):
+        connection = sqlite3.connect(
+            f"{path.as_uri()}?mode=rw", uri=True, timeout=PATIENCE, isolation_level=None, check_same_thread=False
+        )
+    try:
+        with explained(shown, "opened"):
+            _prepare(connection, shown, write=write)
+    except BaseException as error:
+        connection.close()
+        if isinstance(error, NotSQLiteError) and _is_of_the_first_format(path):
+            raise BankError(
+                f"{shown} is a bank's file of the first format, which is not read any more: build it again from the"
+                " adapters' directories"
+            ) from None
+        raise
+    return connection
+
+
+class NotSQLiteError(BankError):
+    """A file that is no database."""
+
+
+def check_regular(path: Path, shown: Path) -> None:
+    """Raise BankError unless this is a file: opening a pipe would wait for a writer."""
+    try:
+        mode = path.stat().st_mode
+    except OSError as error:
+        raise BankError(f"{shown} cannot be opened: {error.strerror}") from None
+    if not stat.S_ISREG(mode):
+        what = "a directory" if stat.S_ISDIR(mode) else "no file"
+        raise BankError(f"{shown} is {what}, and no bank's file")
+
+
+def allow_tensors(connection: sqlite3.Connection, count: int, shown: Path) -> None:
+    """Allow values of so many bytes, and no longer ones.
+
+    Raises:
+        BankError: SQLite does not hold as many.
+    """
+    wanted = count + _LONGEST_TEXT
+    connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, wanted)
+    if connection.getlimit(sqlite3.SQLITE_LIMIT_LENGTH) < wanted:
+        raise BankError(
+            f"{shown}: an adapter of {count} bytes is more than a bank's file can hold: use a bank in memory, or one"
+            " without modules_to_save"
+        )
+
+
+@contextmanager
+def explained(shown: Path, action: str) -> Iterator[None]:
+    """Raise as BankError what SQLite and the system raise, `shown` "cannot be" `action`, and what is damaged."""
+    try:
+        yield
+    except DamagedError as damage:
+        raise _damaged(shown, damage) from None
+    except UnicodeDecodeError:  # of a message that quotes the file
+        raise _damaged(shown, "it holds text that is not UTF-8") from None
+    except sqlite3.Error as error:
+        raise _explanation(shown, action, error) from None
+    except FileExistsError:
+        raise BankError(f"{shown} exists already") from None
+    except OSError as error:
+        raise BankError(f"{shown} cannot be {action}: {error.strerror}") from None
+
+
+def _damaged(shown: Path, what: object) -> BankError:
+    """Return the error of a file that is damaged."""
+    return BankError(f"{shown} is damaged: {what}. {REMEDY}")
+
+
+def _explanation(shown: Path, action: str, error: sqlite3.Error) -> BankError:
+    code = getattr(error, "sqlite_errorcode", None)
+    text = str(error) if str(error).isprintable() else ascii(str(error))[1:-1]  # it may quote the file
+    unchanged = "; it is as it was before" if action == "written to" else ""
+    match None if code is None else code & 0xFF:
+        case sqlite3.SQLITE_BUSY | sqlite3.SQLITE_LOCKED:
+            return BankError(
+                f"{shown} cannot be {action}: another process has been busy with it for {PATIENCE:.0f} s. Try again"
+                " when it has finished"
+            )
+        case sqlite3.SQLITE_READONLY if code == sqlite3.SQLITE_READONLY_ROLLBACK:
+            return BankError(
+                f"{shown} cannot be {action}: a process was killed while it wrote, and you may not write to the file,"
+                " which is what taking its change back needs. Open it once as a user who may"
+            )
+        case sqlite3.SQLITE_READONLY:
+            return BankError(f"{shown} cannot be {action}: Permission denied")
+        case sqlite3.SQLITE_CANTOPEN if action == "written to":
+            return BankError(
+                f"{shown} cannot be written to: its journal, {shown}-journal, cannot be made. You need permission to"
+                " write to the directory as well"
+            )
+        case sqlite3.SQLITE_NOTADB:
+            return NotSQLiteError(f"{shown} is no bank's file")
+        case sqlite3.SQLITE_FULL:
+            return BankError(f"{shown} cannot be {action}: No space left on the disk{unchanged}")
+        case sqlite3.SQLITE_CANTOPEN | sqlite3.SQLITE_IOERR:
+            return BankError(f"{shown} cannot be {action}: {text}{unchanged}")
+        case _:  # a damaged file, and text that is not UTF-8, for which there is no code
+            return _damaged(shown, text)
+
+
+def _prepare(connection: sqlite3.Connection, shown: Path, *, write: bool) -> None:
+    connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, _LONGEST_TEXT)
+    for setting in ("trusted_schema=OFF", "cell_size_check=ON", "mmap_size=0"):
+        connection.execute(f"PRAGMA {setting}").fetchall()
+    # These are read from the beginning of the file; whatever tables it has are not looked at before.
+    if connection.execute("PRAGMA application_id").fetchone() != (APPLICATION_ID,):
+        raise BankError(f"{shown} is no bank's file")
+    ((version,),) = connection.execute("PRAGMA user_version")
+    if version != VERSION:
+        raise BankError(f"{shown} has the format version {version}; this veratune reads {VERSION}")
+    if connection.execute("PRAGMA journal_mode").fetchone() != ("delete",):
+        raise BankError(
+            f"{shown} was put into SQLite's write-ahead mode by another program: take it out of it with"
+            ' "PRAGMA journal_mode=DELETE"'
+        )
+    _check_tables(connection)
+    if write:
+        # Each change is on the disk before it is said to be done, the end of its journal included.
+        connection.execute("PRAGMA synchronous=EXTRA").fetchall()
+    else:
+        connection.setlimit(sqlite3.SQLITE_LIMIT_ATTACHED, 0)
+        connection.execute("PRAGMA query_only=ON").fetchall()
+
+
+def _check_tables(connection: sqlite3.Connection) -> None:
+    """Refuse views, triggers, virtual tables, and tables of other columns."""
+    expected: set[tuple[str, str, str, str | None]] = {("table", name, name, sql) for name, sql in TABLES.items()}
+    expected |= {("index", f"sqlite_autoindex_{name}_1", name, None) for name in ("adapters", "names")}
+    found = connection.execute("SELECT type, name, tbl_name, sql FROM sqlite_master LIMIT 9").fetchall()
+    if len(found) != len(expected) or set(found) != expected:
+        raise DamagedError("it has other tables than a bank")
+
+
+def _is_of_the_first_format(path: Path) -> bool:
+    with suppress(OSError), path.open("rb") as handle:
+        return handle.read(8) == b"VERABANK"
+    return False

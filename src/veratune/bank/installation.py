@@ -1,0 +1,80 @@
+"""Putting a bank's layers into a model, and taking them out again."""
+
+import itertools
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import nn
+
+from veratune.bank.layout import BankError, Layout
+from veratune.layers.banked import BankedConv1D, BankedLinear
+from veratune.layers.banked_head import BankedHead
+from veratune.layers.base import vector_device
+from veratune.layers.kinds import is_conv1d
+from veratune.routing import RouteName
+from veratune.surgery import replace_modules
+from veratune.targets import Target
+
+
+class Installation:
+    """A bank's layers, which are in the model from `install` until `undo`.
+
+    Attributes:
+        owner: what the layers know calls of their own bank by.
+        layers: name to layer.
+        device: where all of them compute.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        modules: Mapping[str, nn.Module],
+        targets: Sequence[Target],
+        layout: Layout,
+        route: RouteName,
+    ) -> None:
+        self.owner = object()
+        self.device = _device_of(targets)
+        self.layers: dict[str, BankedLinear] = {}
+        self._model = model
+        self._replacements: dict[int, nn.Module] = {}
+        self._originals: dict[int, nn.Module] = {}
+        for target in targets:
+            columns = layout.layers[target.name].columns
+            kind = BankedConv1D if is_conv1d(target.module) else BankedLinear
+            layer = kind(target.module, target.geometry, self.owner, target.name, columns, route)
+            self.layers[target.name] = layer
+            self._replace(target.module, layer)
+        for name, head in layout.heads.items():
+            self._replace(modules[name], BankedHead(modules[name], self.owner, name, head.parameters))
+        self._modes = [(module, module.training) for module in model.modules()]
+
+    def _replace(self, original: nn.Module, layer: nn.Module) -> None:
+        self._replacements[id(original)], self._originals[id(layer)] = layer, original
+
+    def install(self) -> None:
+        """Put the layers into the model."""
+        replace_modules(self._model, self._replacements)
+
+    def undo(self) -> None:
+        """Make the model what it was before."""
+        replace_modules(self._model, self._originals)
+        for module, training in self._modes:
+            module.training = training
+
+    def current_device(self) -> torch.device:
+        """Return where the layers compute by now, as a model may have been moved."""
+        layer = next(iter(self.layers.values()))
+        return vector_device(layer.base_layer, layer.base_weight)
+
+
+def _device_of(targets: Sequence[Target]) -> torch.device:
+    """Return where all of these layers compute."""
+    devices = set()
+    for target in targets:
+        weight = next(itertools.chain(target.module.parameters(), target.module.buffers()))
+        devices.add(vector_device(target.module, weight))
+    if len(devices) > 1:
+        named = ", ".join(sorted(map(str, devices)))
+        raise BankError(f"the model's layers are on several devices ({named}), and a bank's vectors are on one")
+    return devices.pop()

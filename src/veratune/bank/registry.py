@@ -1,0 +1,219 @@
+"""Which adapters a bank has: what a name means, which versions are on the device, and who holds them by a lease."""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from veratune.bank.layout import AdapterRow, BankError, source_from_json
+from veratune.bank.projections import BankProjections
+from veratune.bank.schema import StoredAdapter, check_spelling
+from veratune.bank.slots import Lease, Slots, Version
+from veratune.bank.store import AdapterGoneError, BankStore
+from veratune.sources import Source
+
+AdapterNames = Sequence[str | None]
+
+
+@dataclass(frozen=True)
+class AdapterInfo:
+    """What a bank knows of an adapter.
+
+    Attributes:
+        name: its name.
+        digest: 32 hexadecimal digits; equal for equal values.
+        rank: its largest rank.
+        fingerprint: of its projections.
+        resident: whether its vectors are on the device at the moment.
+    """
+
+    name: str
+    digest: str
+    rank: int
+    fingerprint: str
+    resident: bool
+
+
+class Registry:
+    """The adapters of a bank by name. Methods may be called by several threads.
+
+    Attributes:
+        names: name to version.
+        versions: digest to version, of all that have a name or a lease.
+        is_closed: whether the bank was unloaded, so that there are no leases any more.
+    """
+
+    def __init__(self, slots: Slots, projections: BankProjections, store: BankStore | None) -> None:
+        self.names: dict[str, Version] = {}
+        self.versions: dict[str, Version] = {}
+        self.is_closed = False
+        self._slots = slots
+        self._projections = projections
+        self._store = store
+
+    # Names
+
+    def info(self, name: str) -> AdapterInfo:
+        """Return what is known of an adapter.
+
+        Raises:
+            BankError: an unknown name.
+        """
+        with self._slots.lock:
+            version = self.version(name)
+            fingerprint = self._projections[version.source].fingerprint()
+            return AdapterInfo(name, version.digest, version.rank, fingerprint, version.slot is not None)
+
+    def version(self, name: str) -> Version:
+        """Return what a name means.
+
+        Raises:
+            BankError: an unknown name.
+        """
+        version = self.names.get(name) if isinstance(name, str) else None
+        if version is None:
+            close = difflib.get_close_matches(str(name), self.names, n=3) if len(self.names) <= 1000 else []
+            hint = f"; close to it: {', '.join(map(repr, close))}" if close else ""
+            raise BankError(f"there is no adapter {name!r} in this bank of {len(self.names)}{hint}")
+        return version
+
+    def check_name(self, name: str, replace: bool) -> Version | None:
+        """Return what a name meant, which is to get another meaning, or None if it is to be new.
+
+        Raises:
+            BankError: it may not have one.
+        """
+        self.check_open()
+        check_spelling(name)
+        if replace:
+            return self.version(name)
+        if name in self.names:
+            raise BankError(f"{name!r} is in the bank already: give replace=True, or remove it first")
+        return None
+
+    def put(self, name: str, row: AdapterRow) -> AdapterInfo:
+        """Let a name mean an adapter, and make that resident if there is room."""
+        with self._slots.lock:
+            self._slots.release_abandoned()
+            version = self._known(row.digest, row.source, row.rank)
+            version.names += 1  # so that its row is kept
+            try:
+                if version.slot is None and (self._store is None or self._slots.free):
+                    self._slots.put(version, row)
+            finally:
+                version.names -= 1
+            self._bind(name, version)
+            return self.info(name)
+
+    def remove(self, name: str) -> None:
+        """Let a name mean nothing any more."""
+        with self._slots.lock:
+            self._bind(name, None)
+
+    def follow(self, names: Mapping[str, str], adapters: Mapping[str, StoredAdapter]) -> None:
+        """Let names mean what they mean in a file.
+
+        Raises:
+            BankError: projections that are drawn otherwise here; nothing is changed then.
+        """
+        with self._slots.lock:
+            changed = [
+                (name, adapters[digest], source_from_json(adapters[digest].source))
+                for name, digest in names.items()
+                if name not in self.names or self.names[name].digest != digest
+            ]
+            for name in [name for name in self.names if name not in names]:
+                self._bind(name, None)
+            for name, stored, source in changed:
+                self._bind(name, self._known(stored.digest, source, stored.rank))
+
+    def _known(self, digest: str, source: Source, rank: int) -> Version:
+        """Return the version of a digest, which may be new."""
+        if digest not in self.versions:
+            self.versions[digest] = Version(digest, self._projections.number_of(source), rank)
+        return self.versions[digest]
+
+    def _bind(self, name: str, version: Version | None) -> None:
+        before = self.names.pop(name, None)
+        if version is not None:
+            self.names[name] = version
+            self._slots.named(version, 1)
+        if before is not None:
+            self._slots.named(before, -1)
+            self._forget(before)
+
+    def _forget(self, version: Version) -> None:
+        if version.names or version.leases or self.versions.pop(version.digest, None) is None:
+            return
+        if all(other.source != version.source for other in self.versions.values()):
+            self._projections.drop(version.source)
+
+    # Leases
+
+    def lease(self, names: AdapterNames) -> Lease:
+        """Return a lease of what names mean.
+
+        Raises:
+            AdapterGoneError: the file does not hold one of them any more.
+            BankError: an unknown name, or more different adapters at once than there is room for.
+        """
+        if isinstance(names, str) or not isinstance(names, Sequence):
+            raise BankError(f"adapters={names!r} is not allowed: give a list with a name, or None, for each row")
+        with self._slots.lock:
+            return self.lease_versions([None if name is None else self.version(name) for name in names])
+
+    def lease_versions(self, versions: Sequence[Version | None]) -> Lease:
+        """Return a lease of versions, whatever their names mean by now.
+
+        Raises:
+            BankError: as for `lease`.
+        """
+        with self._slots.lock:
+            self.check_open()
+            self._slots.release_abandoned()
+            leased: list[Version] = []
+            try:
+                for version in {id(v): v for v in versions if v is not None}.values():
+                    self._slots.lease(version, self._read)
+                    leased.append(version)
+            except BaseException:
+                for version in leased:
+                    self._slots.release(version)
+                raise
+            return Lease(self._slots, versions, self._forget)
+
+    def lease_again(self, lease: Lease) -> Lease:
+        """Return one more lease of what a lease holds, which it keeps even if that one is released meanwhile.
+
+        Raises:
+            BankError: a lease that has been released, or is another bank's.
+        """
+        with self._slots.lock:
+            if not lease.is_of(self._slots):
+                raise BankError("adapters: this lease is another bank's; take it with this bank's lease()")
+            if not lease.is_open:
+                raise BankError("adapters: this lease has been released")
+            return self.lease_versions(lease.versions)
+
+    def close(self) -> None:
+        """Give no leases any more.
+
+        Raises:
+            BankError: requests are running, or hold adapters by a lease.
+        """
+        with self._slots.lock:
+            self._slots.release_abandoned()
+            if self._slots.open_leases:
+                raise BankError(
+                    "the bank cannot be unloaded while requests run or hold adapters: wait for them, and release leases"
+                )
+            self.is_closed = True
+
+    def check_open(self) -> None:
+        """Raise BankError if the bank was unloaded."""
+        if self.is_closed:
+            raise BankError("this bank was unloaded: its model is the base model again")
+
+    def _read(self, digest: str) -> AdapterRow:
+        if self._store is None:
+            raise AdapterGoneError(f"this bank has no adapter {digest} any more")
+        return self._store.row(digest)

@@ -1,0 +1,70 @@
+"""From an adapter, saved or in a model, to its row in a bank."""
+
+import os
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from veratune.adapters import AdaptedModel
+from veratune.bank.layout import AdapterRow, Layout, make_row
+from veratune.checkpoint.hub import find_directory
+from veratune.checkpoint.reading import read_adapter
+from veratune.checkpoint.transfer import LoadedAdapter, layers_named, make_ready, targets_of, tell_apart
+from veratune.config import VeraConfig
+
+
+class RowMaker:
+    """Makes the rows of one bank."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        modules: Mapping[str, nn.Module],
+        config: VeraConfig,
+        named: Iterable[str],
+        layout: Layout,
+        dtype: torch.dtype,
+        base_heads: Tensor | None,
+    ) -> None:
+        """Remember what a row depends on.
+
+        Args:
+            model: the base model, with the bank's layers in it by the time of the first adapter.
+            modules: its modules as they were before: what an adapter does not fit is this bank, no other adapter.
+            config: the bank's configuration.
+            named: the layers that it names.
+            layout, dtype, base_heads: as in `make_row`.
+        """
+        self._model = model
+        self._modules = dict(modules)
+        self._named = config, list(named)
+        self._settings = dtype, base_heads
+        self._layout = layout
+
+    def saved(self, model_id: str | os.PathLike[str], location: dict[str, Any]) -> AdapterRow:
+        """Return the row of an adapter's files."""
+        ready = read_adapter(self._modules, find_directory(model_id, **location))
+        # Adapters that follow each other mostly have one configuration, which names the same layers each time.
+        config, named = self._named
+        if ready.plan.config != config:
+            config, named = ready.plan.config, layers_named(self._model, ready.plan.config)
+            self._named = config, named
+        tell_apart(self._model, ready, named)
+        return make_row(self._layout, ready, *self._settings)
+
+    def active(self, model: AdaptedModel, adapter_name: str | None) -> AdapterRow:
+        """Return the row of an adapter of another model; the active one by default."""
+        own = model.active_adapter if adapter_name is None else adapter_name
+        state = model.adapter_state(own)
+        loaded = LoadedAdapter(
+            f"adapter {own!r}",
+            model.peft_config[own],
+            {layer: (b.detach(), d.detach()) for layer, (b, d) in state.vectors.items()},
+            {module: dict(head.state_dict()) for module, head in state.saved.items()},
+            {bias: tensor.detach() for bias, tensor in state.biases.items()},
+        )
+        targets = targets_of(self._modules, loaded)
+        ready = make_ready(self._modules, loaded, targets, model.projection_source(own))
+        return make_row(self._layout, ready, *self._settings)

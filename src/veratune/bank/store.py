@@ -1,0 +1,389 @@
+"""A bank's file: an SQLite database of immutable adapters, by digest, and of what names mean.
+
+Each change is one transaction: who is killed leaves the file as it was before or after, and a reader sees an adapter
+under its name or not at all. What `schema` says of rows is checked whenever they are read, tensors by their digest.
+"""
+
+import os
+import sqlite3
+import threading
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from veratune.atomic import publish, temporary_beside
+from veratune.bank.connection import allow_tensors, check_regular, connect, explained
+from veratune.bank.layout import AdapterRow, BankError, Layout, digest_of_bytes, source_from_json
+from veratune.bank.schema import (
+    BankHeader,
+    DamagedError,
+    StoredAdapter,
+    check_spelling,
+    checksum_bytes,
+    header_values,
+    mark,
+    mark_of_all,
+    metadata_of,
+    read_adapter,
+    read_header,
+)
+from veratune.bank.tables import NO_STATE, header_row, read_all, read_state, snapshot, write_tables
+from veratune.tensors import bytes_of
+
+# A connection must not be used, nor closed, in a process that was forked from the one that made it.
+_of_other_processes: list[sqlite3.Connection] = []
+
+# What tells one file, and one content of it, from another: device, inode, size and time of the last change.
+_Signature = tuple[int, int, int, int]
+
+
+class AdapterGoneError(BankError):
+    """An adapter that the file does not hold, as another process has removed or replaced it."""
+
+
+@dataclass
+class _Held:
+    """A connection that is kept, and what the file was when it was last used."""
+
+    write: bool
+    connection: sqlite3.Connection | None = None
+    process: int = 0
+    signature: _Signature | None = None
+
+    def close(self) -> None:
+        """Close the connection, or in a forked process leave it alone."""
+        connection, self.connection = self.connection, None
+        if connection is None:
+            return
+        if self.process == os.getpid():
+            connection.close()
+        else:
+            _of_other_processes.append(connection)
+
+
+@dataclass
+class _Change:
+    """A transaction that is going on."""
+
+    connection: sqlite3.Connection
+    checksum: int
+
+
+class BankStore:
+    """An open bank file. Several processes may read it while one of them, at a time, writes.
+
+    Attributes:
+        path: the file.
+        header: what it says of all adapters: layout, dtype and head_dtype.
+        adapters: digest to what the file says of it.
+        names: name to digest.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.adapters: dict[str, StoredAdapter] = {}
+        self.names: dict[str, str] = {}
+        self._file = Path(os.path.realpath(path))
+        self._lock = threading.RLock()  # held for moments, to read
+        self._write_lock = threading.Lock()  # held while the disk is waited for
+        self._reader, self._writer = _Held(write=False), _Held(write=True)
+        self._closing = weakref.finalize(self, _close, self._writer, self._reader)
+        self._state = NO_STATE
+        check_regular(self._file, path)
+        self._inode = self._signature()[:2]
+        try:
+            connection = connect(self._file, path, write=False)
+            self._reader.connection, self._reader.process = connection, os.getpid()
+            self._reader.signature = self._signature()
+            with explained(self.path, "read"):
+                self._header_row = header_row(connection)
+                self.header: BankHeader = read_header(*self._header_row)
+            allow_tensors(connection, self.header.adapter_bytes, path)
+            self.refresh()
+        except BaseException:
+            self.close()
+            raise
+
+    @classmethod
+    def create(cls, path: Path, layout: Layout, dtype: torch.dtype, head_dtype: torch.dtype | None) -> "BankStore":
+        """Make a bank file without adapters.
+
+        Raises:
+            BankError: there is a file of that name already, or none can be made there.
+        """
+        try:
+            header = header_values(layout.describe(), dtype, head_dtype)
+        except DamagedError as problem:
+            raise BankError(f"{path} cannot be made: {problem}") from None
+        temporary = temporary_beside(Path(os.path.realpath(path)))
+        with explained(path, "made"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                temporary.touch(exist_ok=False)  # says what is wrong, where SQLite only says that it cannot
+                write_tables(temporary, header)
+                cls(temporary).close()
+                publish(temporary, path)
+            finally:
+                temporary.unlink(missing_ok=True)
+        return cls(path)
+
+    def close(self) -> None:
+        """Close the file; rows read from it stay valid."""
+        with self._write_lock, self._lock:
+            self._closing()
+
+    # Reading
+
+    def refresh(self) -> None:
+        """Take in what other processes have changed since.
+
+        Raises:
+            BankError: the file is damaged, was replaced by another or is gone; what was read of it before stays.
+        """
+        with self._lock, explained(self.path, "read"):
+            connection = self._connection(self._reader)
+            with snapshot(connection):
+                state = read_state(connection)
+                if state == self._state:
+                    return
+                adapters, names = read_all(connection, self.header, self.adapters)
+            if checksum_bytes(mark_of_all(self._header_row, adapters.values(), names)) != state[1]:
+                raise DamagedError("the names and adapters in it are not those that were written last")
+            self.adapters, self.names, self._state = adapters, names, state
+
+    def row(self, digest: str) -> AdapterRow:
+        """Read an adapter, and check what is read.
+
+        Raises:
+            BankError: there is none of this digest, or it is damaged, or its projections are drawn otherwise here.
+        """
+        with explained(self.path, "read"):
+            with self._lock:
+                query = "SELECT metadata, vectors, heads FROM adapters WHERE digest = ?"
+                found = self._connection(self._reader, even_replaced=True).execute(query, (digest,)).fetchone()
+            if found is None:
+                raise AdapterGoneError(f"{self.path} has no adapter {digest}: refresh() shows what is in it")
+            metadata, *tensors = found
+            lengths = [len(tensor) if isinstance(tensor, bytes) else tensor for tensor in tensors]
+            if lengths != [self.header.vector_bytes, self.header.head_bytes]:
+                raise DamagedError(f"the tensors of adapter {digest} are not as long as the bank's")
+            stored = self.adapters.get(digest)
+            if stored is None or stored.metadata != metadata:
+                stored = read_adapter(digest, metadata, self.header)
+            source = source_from_json(stored.source)
+            if digest_of_bytes(source, self.header.dtype, filter(None, tensors)) != digest:
+                raise DamagedError(f"what is stored as adapter {digest} has another digest")
+            vectors = torch.frombuffer(bytearray(tensors[0]), dtype=self.header.dtype)
+            heads = None
+            if self.header.head_dtype is not None:
+                heads = torch.frombuffer(bytearray(tensors[1]), dtype=self.header.head_dtype)
+            return AdapterRow(digest, source, stored.rank, vectors, heads)
+
+    def check_layout(self, layout: Layout) -> None:
+        """Raise BankError unless the file is for a bank of this layout."""
+        own, wanted = self.header.layout, layout.describe()
+        if own == wanted:
+            return
+        if own["rank"] != wanted["rank"]:
+            detail = f"it has rank {own['rank']}, not {wanted['rank']}"
+        else:
+            part = "layers" if own["layers"] != wanted["layers"] else "heads"
+            here, there = ({name: rest for name, *rest in x[part]} for x in (own, wanted))
+            odd = sorted(name for name in here.keys() | there.keys() if here.get(name) != there.get(name))
+            more = f" and {len(odd) - 3} more" if len(odd) > 3 else ""
+            differing = f"{part} that differ in {', '.join(odd[:3])}{more}"
+            detail = f"it has {differing}" if odd else f"its {part} are in another order"
+        raise BankError(f"{self.path} is for a bank of another layout: {detail}")
+
+    def check_dtypes(self, dtype: torch.dtype, head_dtype: torch.dtype | None) -> None:
+        """Raise BankError unless the file holds vectors and heads of these dtypes."""
+        for what, own, wanted in (
+            ("vectors", self.header.dtype, dtype),
+            ("heads", self.header.head_dtype, head_dtype),
+        ):
+            if own != wanted:
+                raise BankError(f"{self.path} holds {what} as {own}, and this bank would hold them as {wanted}")
+
+    def sizes(self) -> tuple[int, int]:
+        """Return how many bytes the file has, and how many of them wait to be used again."""
+        with self._lock, explained(self.path, "read"):
+            connection = self._connection(self._reader)
+            with snapshot(connection):
+                page, count, free = (
+                    connection.execute(f"PRAGMA {what}").fetchone()[0]
+                    for what in ("page_size", "page_count", "freelist_count")
+                )
+        return page * count, page * free
+
+    def structural_problems(self) -> list[str]:
+        """Return what SQLite finds wrong with the file's pages and indices."""
+        with self._lock, explained(self.path, "read"):
+            found = self._connection(self._reader).execute("PRAGMA integrity_check(20)").fetchall()
+        return [str(line) for (line,) in found if line != "ok"]
+
+    # Writing
+
+    def add(self, name: str, row: AdapterRow, *, replacing: str | None) -> None:
+        """Store an adapter, unless the file has it already, and let a name mean it.
+
+        Args:
+            name: the name.
+            row: the adapter.
+            replacing: the digest that the name has had, None where it is to be new; the adapter goes if no other name
+                means it.
+
+        Raises:
+            BankError: the name means something else than `replacing` by now, as another process has set it, or the
+                file cannot be written to. The file is as it was then.
+        """
+        check_spelling(name)
+        metadata = metadata_of(row)
+        try:
+            stored = read_adapter(row.digest, metadata, self.header)
+        except DamagedError as problem:
+            raise BankError(f"{self.path} cannot hold {name!r}: {problem}") from None
+        tensors = bytes_of(row.vectors), None if row.heads is None else bytes_of(row.heads)
+        with self._changing() as change:
+            execute = change.connection.execute
+            self._check_unchanged(change, name, replacing)
+            if replacing is None:
+                execute("INSERT INTO names (name, digest) VALUES (?, ?)", (name, row.digest))
+            else:
+                execute("UPDATE names SET digest = ? WHERE name = ?", (row.digest, name))
+                change.checksum ^= mark("name", name, replacing)
+            change.checksum ^= mark("name", name, row.digest)
+            found = execute("SELECT vectors, heads FROM adapters WHERE digest = ?", (row.digest,)).fetchone()
+            if found is None:
+                insert = "INSERT INTO adapters (digest, metadata, vectors, heads) VALUES (?, ?, ?, ?)"
+                execute(insert, (row.digest, metadata, *tensors))
+                change.checksum ^= mark("adapter", row.digest, metadata)
+            elif found != tensors:  # damaged
+                execute("UPDATE adapters SET vectors = ?, heads = ? WHERE digest = ?", (*tensors, row.digest))
+            self._drop(change, replacing)
+        with self._lock:
+            self.adapters.setdefault(row.digest, stored)
+            self.names[name] = row.digest
+
+    def remove(self, name: str, digest: str) -> None:
+        """Let a name mean nothing; its adapter goes if no other name means it.
+
+        Raises:
+            BankError: as for `add`.
+        """
+        with self._changing() as change:
+            self._check_unchanged(change, name, digest)
+            change.connection.execute("DELETE FROM names WHERE name = ?", (name,))
+            change.checksum ^= mark("name", name, digest)
+            self._drop(change, digest)
+        with self._lock:
+            self.names.pop(name, None)
+
+    def compact(self) -> None:
+        """Give back the space of what was removed.
+
+        Raises:
+            BankError: the file cannot be written to; it is as it was then.
+        """
+        with self._writing() as connection:
+            connection.execute("VACUUM")
+
+    def _check_unchanged(self, change: _Change, name: str, expected: str | None) -> None:
+        found = change.connection.execute("SELECT digest FROM names WHERE name = ?", (name,)).fetchone()
+        if found != (None if expected is None else (expected,)):
+            raise BankError(
+                f"{name!r} was changed in {self.path} by another process meanwhile: refresh() and try again"
+            )
+
+    def _drop(self, change: _Change, digest: str | None) -> None:
+        """Delete an adapter that no name means."""
+        execute = change.connection.execute
+        if digest is None or execute("SELECT 1 FROM names WHERE digest = ?", (digest,)).fetchone():
+            return
+        for (metadata,) in execute("SELECT metadata FROM adapters WHERE digest = ?", (digest,)).fetchall():
+            execute("DELETE FROM adapters WHERE digest = ?", (digest,))
+            change.checksum ^= mark("adapter", digest, metadata)
+
+    @contextmanager
+    def _changing(self) -> Iterator[_Change]:
+        """Begin a transaction, which ends with this, and is taken back if anything is raised."""
+        with self._writing() as connection:
+            connection.execute("BEGIN IMMEDIATE")
+            try:
+                before = read_state(connection)
+                change = _Change(connection, int.from_bytes(before[1], "big"))
+                yield change
+                after = before[0] + 1, checksum_bytes(change.checksum)
+                connection.execute("UPDATE bank SET changes = ?, checksum = ?", after)
+                connection.execute("COMMIT")
+            except BaseException:
+                with suppress(sqlite3.Error):
+                    connection.execute("ROLLBACK")
+                raise
+        with self._lock:
+            if self._state == before:
+                self._state = after
+
+    # Connections
+
+    @contextmanager
+    def _writing(self) -> Iterator[sqlite3.Connection]:
+        with self._write_lock, explained(self.path, "written to"):
+            connection = self._connection(self._writer)
+            before = self._writer.signature
+            yield connection
+            after = self._signature()
+            with self._lock:
+                for held in (self._reader, self._writer):
+                    if held.signature == before:
+                        held.signature = after  # SQLite knows of its own changes
+
+    def _connection(self, held: _Held, *, even_replaced: bool = False) -> sqlite3.Connection:
+        """Return the connection that reads, or the one that writes. Whoever calls this holds the lock of that.
+
+        Raises:
+            BankError: the file was closed, is gone, or was replaced.
+        """
+        if not self._closing.alive:
+            raise BankError(f"{self.path} has been closed")
+        if held.process != os.getpid():
+            held.close()
+        try:
+            signature = self._signature()
+            if signature[:2] != self._inode:
+                raise BankError(f"{self.path} was replaced by another file meanwhile: open it again")
+        except BankError:
+            # What is open can be read on, unless there is the other file's journal, which SQLite would take for its.
+            if even_replaced and held.connection is not None and not os.path.lexists(f"{self._file}-journal"):
+                return held.connection
+            raise
+        if held.connection is not None and held.signature == signature:
+            return held.connection
+        # Others have changed it. SQLite notices that by some numbers in the file, which those of a copy of another file
+        # that was written over it may equal.
+        held.close()
+        connection = connect(self._file, self.path, write=held.write)
+        try:
+            if header_row(connection) != self._header_row:
+                raise BankError(f"{self.path} was written over with another bank meanwhile: open it again")
+            allow_tensors(connection, self.header.adapter_bytes, self.path)
+        except BaseException:
+            connection.close()
+            raise
+        held.connection, held.process, held.signature = connection, os.getpid(), signature
+        return connection
+
+    def _signature(self) -> _Signature:
+        try:
+            status = self._file.stat()
+        except OSError as error:
+            raise BankError(f"{self.path} cannot be read any more: {error.strerror}") from None
+        return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _close(*held: _Held) -> None:
+    for each in held:
+        each.close()
