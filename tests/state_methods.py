@@ -308,7 +308,7 @@ def methods() -> list[Method]:
     take_away = lambda name: lambda truth: truth.without(name)  # noqa: E731
     activating = (unmerged, outside)
     return [
-        Method("forward", lambda env: env.model.forward(IDS), check=lambda env, out: close(
+        Method("forward", torch.no_grad()(lambda env: env.model.forward(IDS)), check=lambda env, out: close(
             "outputs", out, env.reference.outputs(env.truth), env.tolerance)),
         Method("active_adapters", lambda env: env.model.active_adapters, check=equal(lambda t: list(t.now))),
         Method("active_adapter", lambda env: env.model.active_adapter, (one_active,), check=equal(lambda t: t.now[0])),

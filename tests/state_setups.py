@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,11 @@ class Family:
 
 
 def tiny(dtype: torch.dtype = torch.float32, **shape: bool) -> nn.Module:
+    return copy.deepcopy(_prototype(dtype, **shape))
+
+
+@cache
+def _prototype(dtype: torch.dtype, **shape: bool) -> nn.Module:
     with torch.random.fork_rng():
         torch.manual_seed(11)
         return Tiny(**shape).to(dtype).eval()

@@ -658,3 +658,20 @@ def test_only_lets_others_compute_and_leaves_what_is_trainable_alone():
     assert model.merged_adapters == ["two", "four"]
     with pytest.raises(ValueError, match="'nobody' does not exist"), model.only(["nobody"]):
         pass
+
+
+def test_merging_within_disable_adapter_is_refused() -> None:
+    model = get_peft_model(Net(), config())
+    for context in (model.disable_adapter(), model.only(["default"])):
+        with context, pytest.raises(ValueError, match="merge_adapter cannot work within"):
+            model.merge_adapter("default")
+    assert model.active_adapters == ["default"] and not model.merged_adapters
+
+
+def test_flags_come_back_where_other_parameters_stand_in_the_places_of_the_models_own() -> None:
+    base = Net()
+    next(base.parameters()).requires_grad_(False)
+    before = {name: parameter.requires_grad for name, parameter in base.named_parameters()}
+    model = get_peft_model(base, config())
+    model.load_state_dict({name: tensor.clone() for name, tensor in model.state_dict().items()}, assign=True)
+    assert {name: parameter.requires_grad for name, parameter in model.unload().named_parameters()} == before
