@@ -29,7 +29,8 @@ from veratune.integrations.peft import VeratuneConfig, install
 
 EXAMPLES = int(os.environ.get("VERATUNE_FUZZ", "4"))
 SEED = os.environ.get("VERATUNE_FUZZ_SEED", "")
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
 LONGEST = 4000
 # More than any of these small adapters needs, less than a hostile size asks for.
 LARGEST_ALLOCATION = 64 << 20
