@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from state_matrix import Adapter, Env, Truth, is_ours, same
 from state_methods import METHODS, Method, base_back, fresh, never
-from state_setups import FAMILIES, MODES, STATES, adapted, make_env
+from state_setups import FAMILIES, STATES, adapted, make_env
 from veratune import VeraModel
 
 # Where what is always refused is tried; elsewhere it is refused by the same lines.
@@ -189,6 +189,3 @@ def test_every_public_method_is_in_the_matrix() -> None:
     }
     assert public <= {method.name for method in METHODS}
     assert len({method.id for method in METHODS}) == len(METHODS)
-
-
-def test_known_faults_are_pairs_of_the_matrix() -> None:
