@@ -28,7 +28,7 @@ from transformers import BertConfig, BertModel
 import veratune
 from common import Benchmark, Case, Table, Target, new_case, progress
 from veratune.bank import AdapterBank
-from veratune.layers.bank_call import serving
+from veratune.bank.layer_call import serving
 
 CONFIG = veratune.VeraConfig(r=32, target_modules="all-linear")
 ROWS, TOKENS = 8, 8

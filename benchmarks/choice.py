@@ -18,9 +18,9 @@ from torch import Tensor
 
 import veratune
 from common import Benchmark, Case, Table, Target, Times, Work, interleave, new_case, progress
-from veratune.functional import vera_linear
-from veratune.profiles import device_profile
-from veratune.routing import LayerShape, Plan, choose_plan, possible_plans
+from veratune.ops.calibration import device_profile
+from veratune.ops.linear import vera_linear
+from veratune.ops.planning import LayerShape, Plan, choose_plan, possible_plans
 
 SHAPES = (
     (384, 384),

@@ -25,7 +25,7 @@ from torch import nn
 from sweep_check import CHECKS, CONFIG, no_op_reference
 from sweep_models import ARCHITECTURES, Architecture, call
 from veratune import TargetError, VeraModel, get_peft_model
-from veratune.supported import supported
+from veratune.adapters.coverage import supported
 
 DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "architectures.md"
 COMMAND = "PYTHONPATH=src:tests python benchmarks/coverage.py"

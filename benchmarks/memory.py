@@ -11,7 +11,7 @@ from pathlib import Path
 
 from common import Benchmark, Case, Table, Target, new_case, progress
 from models import BERT_SHAPES, FROZEN, OURS, OURS_LOW, PEFT_VERA, VARIANTS, BertShape, Step, held_bytes, make_variant
-from veratune.timing import peak_bytes
+from veratune.utils.timing import peak_bytes
 
 MAIN_VARIANTS = (FROZEN, PEFT_VERA, OURS, OURS_LOW)
 

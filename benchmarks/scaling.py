@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from common import Benchmark, Case, Table, Target, interleave, median_ratio, new_case, progress
 from models import FROZEN, OURS, PEFT_VERA, held_bytes, make_variant
-from veratune.timing import peak_bytes
+from veratune.utils.timing import peak_bytes
 
 TOKENS = 512
 WIDTH = 512

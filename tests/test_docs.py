@@ -17,8 +17,8 @@ import yaml
 from sentence_transformers import SentenceTransformer
 
 import veratune
-from test_transformers import package_file
-from test_trl import texts
+from assets import package_file
+from sentences import texts
 from tiny_models import TARGETS, main_output, randomise_trainable, tiny_inputs, tiny_model
 from tiny_text import tiny_tokenizer
 from veratune import AdapterBank, VeraConfig, VeraModel, get_peft_model

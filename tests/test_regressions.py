@@ -11,8 +11,8 @@ from torch import nn
 
 from reference import dense_delta, projections, randomise, relative
 from veratune import CheckpointError, TargetError, VeraConfig, VeraModel, get_peft_model, parameter_groups
-from veratune.layers.adapted_weight import AdaptedWeight
-from veratune.supported import supported
+from veratune.adapters.coverage import supported
+from veratune.layers.lazy_weight import AdaptedWeight
 
 LAYER = {"r": 4, "target_modules": ["0"], "modules_to_save": []}
 

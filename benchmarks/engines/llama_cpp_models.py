@@ -57,7 +57,7 @@ _FORMER: dict[str, dict[str, Any]] = {
 
 def make(directory: Path) -> None:
     """Write a random model of each class, an adapter on it in two formats, and its logits."""
-    from veratune.checkpoint.gguf import _ARCHITECTURES
+    from veratune.export.gguf import _ARCHITECTURES
 
     for kind in _ARCHITECTURES:
         (directory / kind).mkdir(parents=True)

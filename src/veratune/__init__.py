@@ -1,15 +1,15 @@
 """VeRA (Vector-based Random Matrix Adaptation) on all linear layers of a model, whatever their shapes."""
 
-import veratune.startup  # noqa: F401  # before what takes long to import
-from veratune.adapters import AdapterState
+import veratune.utils.startup  # noqa: F401  # before what takes long to import
+from veratune.adapters.adapted_model import AdapterState
+from veratune.adapters.coverage import SupportTable, WeightInfo, supported
+from veratune.adapters.targets import TargetError
 from veratune.bank import AdapterBank, BankError
 from veratune.checkpoint.files import CheckpointError
 from veratune.config import VeRAConfig, VeraConfig
 from veratune.model import VeraModel, get_peft_model
-from veratune.profiles import calibrate
-from veratune.projection import ProjectionInfo, projection_pool
-from veratune.supported import SupportTable, WeightInfo, supported
-from veratune.targets import TargetError
+from veratune.ops.calibration import calibrate
+from veratune.projections.pool import ProjectionInfo, projection_pool
 from veratune.training import parameter_groups
 
 __version__ = "0.1.0"

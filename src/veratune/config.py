@@ -10,9 +10,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, NoReturn, TypeVar
 
-from veratune.patterns import PatternError, pattern
-from veratune.routing import MEMORY_NAMES, ROUTE_NAMES, MemoryName, RouteName
-from veratune.text import clipped
+from veratune.ops.planning import MEMORY_NAMES, ROUTE_NAMES, MemoryName, RouteName
+from veratune.utils.patterns import PatternError, pattern
+from veratune.utils.text import clipped
 
 PEFT_TYPE = "VERATUNE"
 

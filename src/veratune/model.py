@@ -9,22 +9,22 @@ from typing import Any, Literal, Self
 import torch
 from torch import nn
 
-from veratune.adapters import ADDING, AdaptedModel, as_names, check_adapter_name, notify, plan_adapter
+from veratune.adapters.adapted_model import ADDING, AdaptedModel, as_names, check_adapter_name, notify, plan_adapter
+from veratune.adapters.surgery import kept_on_error, undone_on_error
+from veratune.adapters.targets import base_modules
 from veratune.checkpoint.card import write_card
-from veratune.checkpoint.gguf import export_gguf
+from veratune.checkpoint.class_names import name_classes
+from veratune.checkpoint.formats import read_adapter
 from veratune.checkpoint.hub import find_directory, hub_name, upload_directory
-from veratune.checkpoint.labels import name_classes
-from veratune.checkpoint.lora import export_lora
 from veratune.checkpoint.native import save_native
-from veratune.checkpoint.peft_format import export_peft
-from veratune.checkpoint.reading import read_adapter
-from veratune.checkpoint.transfer import ReadyAdapter, layers_named, tell_apart
-from veratune.checkpoint.vllm import check_vllm
+from veratune.checkpoint.peft import export_peft
+from veratune.checkpoint.validate import ReadyAdapter, layers_named, tell_apart
 from veratune.config import VeraConfig
+from veratune.export.gguf import export_gguf
+from veratune.export.lora import export_lora
+from veratune.export.vllm import check_vllm
 from veratune.layers import SavedModule, VeraLayer
-from veratune.layers.spread import how_spread
-from veratune.surgery import kept_on_error, undone_on_error
-from veratune.targets import base_modules
+from veratune.utils.sharding import how_spread
 
 DEFAULT_ADAPTER = "default"
 

@@ -9,11 +9,12 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from veratune.adapters import AdaptedModel, plan_adapter
-from veratune.atomic import is_there
+from veratune.adapters.adapted_model import AdaptedModel, plan_adapter
+from veratune.adapters.targets import base_modules
 from veratune.bank.calls import make_call, trial_call
 from veratune.bank.configs import config_for_adapters, config_of_layout
 from veratune.bank.installation import Installation
+from veratune.bank.layer_call import BankCall
 from veratune.bank.layout import AdapterRow, BankError, Layout, head_row, make_layout, source_to_json
 from veratune.bank.model import BankModel
 from veratune.bank.projections import BankProjections
@@ -24,10 +25,9 @@ from veratune.bank.schema import check_spelling
 from veratune.bank.slots import Lease, Slots, Version
 from veratune.bank.store import AdapterGoneError, BankStore
 from veratune.config import VeraConfig
-from veratune.layers.bank_call import BankCall
 from veratune.model import check_bare
-from veratune.profiles import load_calibration
-from veratune.targets import base_modules
+from veratune.ops.calibration import load_calibration
+from veratune.utils.atomic import is_there
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from veratune.bank.layer_call import BankCall, RowGroup
 from veratune.bank.layout import BankError
 from veratune.bank.slots import Lease
-from veratune.layers.bank_call import BankCall, RowGroup
 
 
 def make_call(

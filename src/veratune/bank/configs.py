@@ -7,11 +7,11 @@ from typing import Any
 
 from torch import nn
 
+from veratune.adapters.targets import base_modules
 from veratune.bank.layout import BankError, check_kind
+from veratune.checkpoint.formats import read_adapter
 from veratune.checkpoint.hub import find_directory
-from veratune.checkpoint.reading import read_adapter
 from veratune.config import VeraConfig
-from veratune.targets import base_modules
 
 
 def config_for_adapters(model: nn.Module, adapters: Mapping[str, str | os.PathLike[str]]) -> VeraConfig:

@@ -6,14 +6,14 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
+from veratune.adapters.surgery import replace_modules
+from veratune.adapters.targets import Target
+from veratune.bank.head_layers import BankedHead
+from veratune.bank.layers import BankedConv1D, BankedLinear
 from veratune.bank.layout import BankError, Layout
-from veratune.layers.banked import BankedConv1D, BankedLinear
-from veratune.layers.banked_head import BankedHead
 from veratune.layers.base import vector_device
-from veratune.layers.kinds import is_conv1d
-from veratune.routing import RouteName
-from veratune.surgery import replace_modules
-from veratune.targets import Target
+from veratune.layers.registry import is_conv1d
+from veratune.ops.planning import RouteName
 
 
 class Installation:

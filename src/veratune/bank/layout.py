@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from veratune.checkpoint.transfer import ReadyAdapter
-from veratune.layers.banked import Columns, part_slices
-from veratune.layers.kinds import is_conv1d, is_linear
-from veratune.sources import PeftShared, PerDimension, Source, Stored
-from veratune.targets import Target, unwrapped
-from veratune.tensors import bytes_of, float32_of
+from veratune.adapters.targets import Target, unwrapped
+from veratune.bank.layers import Columns, part_slices
+from veratune.checkpoint.validate import ReadyAdapter
+from veratune.layers.registry import is_conv1d, is_linear
+from veratune.projections.schemes import PeftShared, PerDimension, Source, Stored
+from veratune.utils.tensors import bytes_of, float32_of
 
 
 class BankError(ValueError):

@@ -7,11 +7,11 @@ from typing import Any, NoReturn, Protocol
 import torch
 from torch import Tensor, nn
 
+from veratune.adapters.wrapper import StandsForModel
+from veratune.bank.layer_call import BankCall, serving
 from veratune.bank.layout import BankError
 from veratune.bank.registry import AdapterNames
 from veratune.bank.slots import Lease
-from veratune.forwarding import StandsForModel
-from veratune.layers.bank_call import BankCall, serving
 
 # The inputs that tell how many rows a batch has, the first that there is.
 _MAIN_INPUTS = ("input_ids", "inputs_embeds", "inputs", "pixel_values", "input_values", "input_features")

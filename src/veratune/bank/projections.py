@@ -3,12 +3,12 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from veratune.adapters import input_groups
+from veratune.adapters.adapted_model import input_groups
+from veratune.adapters.targets import Target
+from veratune.bank.layers import BankedLinear, SharedProjections
 from veratune.bank.layout import largest_rank
-from veratune.layers.banked import BankedLinear, SharedProjections
-from veratune.projection import projection_pool
-from veratune.sources import PerDimension, Source
-from veratune.targets import Target
+from veratune.projections.pool import projection_pool
+from veratune.projections.schemes import PerDimension, Source
 
 
 class BankProjections:

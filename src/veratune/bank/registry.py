@@ -9,7 +9,7 @@ from veratune.bank.projections import BankProjections
 from veratune.bank.schema import StoredAdapter, check_spelling
 from veratune.bank.slots import Lease, Slots, Version
 from veratune.bank.store import AdapterGoneError, BankStore
-from veratune.sources import Source
+from veratune.projections.schemes import Source
 
 AdapterNames = Sequence[str | None]
 

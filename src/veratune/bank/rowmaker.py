@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from veratune.adapters import AdaptedModel
+from veratune.adapters.adapted_model import AdaptedModel
 from veratune.bank.layout import AdapterRow, Layout, make_row
+from veratune.checkpoint.formats import read_adapter
 from veratune.checkpoint.hub import find_directory
-from veratune.checkpoint.reading import read_adapter
-from veratune.checkpoint.transfer import LoadedAdapter, layers_named, make_ready, targets_of, tell_apart
+from veratune.checkpoint.validate import LoadedAdapter, layers_named, make_ready, targets_of, tell_apart
 from veratune.config import VeraConfig
 
 

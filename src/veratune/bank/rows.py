@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from veratune.bank.layer_call import BankCall, serving
 from veratune.bank.layout import BankError
-from veratune.layers.bank_call import BankCall, serving
 
 # Models whose layers are given time before rows, or that mix them, so that the first dimension is not the batch.
 _TIME_FIRST = {"fsmt", "xlnet", "transfo-xl", "longformer", "led"}

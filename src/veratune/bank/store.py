@@ -15,7 +15,6 @@ from pathlib import Path
 
 import torch
 
-from veratune.atomic import publish, temporary_beside
 from veratune.bank.connection import allow_tensors, check_regular, connect, explained
 from veratune.bank.layout import AdapterRow, BankError, Layout, digest_of_bytes, source_from_json
 from veratune.bank.schema import (
@@ -32,7 +31,8 @@ from veratune.bank.schema import (
     read_header,
 )
 from veratune.bank.tables import NO_STATE, header_row, read_all, read_state, snapshot, write_tables
-from veratune.tensors import bytes_of
+from veratune.utils.atomic import publish, temporary_beside
+from veratune.utils.tensors import bytes_of
 
 # A connection must not be used, nor closed, in a process that was forked from the one that made it.
 _of_other_processes: list[sqlite3.Connection] = []

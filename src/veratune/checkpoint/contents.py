@@ -16,8 +16,8 @@ from veratune.checkpoint.files import (
     read_tensors,
 )
 from veratune.checkpoint.native import is_native, read_native
-from veratune.checkpoint.peft_format import A_KEY, B_KEY, PEFT_VERA, PREFIX
-from veratune.checkpoint.plugin_format import PLUGIN_TYPE
+from veratune.checkpoint.peft import A_KEY, B_KEY, PEFT_VERA, PREFIX
+from veratune.checkpoint.peft_plugin import PLUGIN_TYPE
 from veratune.config import PEFT_TYPE
 
 PEFT_LORA = "LORA"

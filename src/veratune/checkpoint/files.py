@@ -9,12 +9,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from veratune.atomic import remove_abandoned, write_atomically
-from veratune.checkpoint.exchange import replace_together
 from veratune.checkpoint.header import memory_of_machine, read_header
-from veratune.layers.spread import is_emptied, whole
-from veratune.outside import LARGEST_TEXT, OutsideFileError, opened, parse_json, read_bounded
-from veratune.text import clipped
+from veratune.utils.atomic import remove_abandoned, write_atomically
+from veratune.utils.exchange import replace_together
+from veratune.utils.outside_files import LARGEST_TEXT, OutsideFileError, opened, parse_json, read_bounded
+from veratune.utils.sharding import is_emptied, whole
+from veratune.utils.text import clipped
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"

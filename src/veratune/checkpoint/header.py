@@ -9,8 +9,8 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from veratune.outside import parse_json
-from veratune.text import clipped
+from veratune.utils.outside_files import parse_json
+from veratune.utils.text import clipped
 
 _LARGEST_HEADER = 64 << 20
 _LARGEST_NUMEL = 1 << 48

@@ -23,7 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from veratune.adapters import AdaptedModel, make_source, notify
+from veratune.adapters.adapted_model import AdaptedModel, make_source, notify
+from veratune.adapters.targets import Target, without_wrappers
 from veratune.checkpoint.files import (
     CONFIG_NAME,
     LARGEST_CONFIG,
@@ -36,7 +37,7 @@ from veratune.checkpoint.files import (
     write_json,
     write_tensors,
 )
-from veratune.checkpoint.transfer import (
+from veratune.checkpoint.validate import (
     LoadedAdapter,
     ReadyAdapter,
     check_labels,
@@ -46,10 +47,9 @@ from veratune.checkpoint.transfer import (
 )
 from veratune.config import VeraConfig
 from veratune.layers import VeraEmbedding
-from veratune.outside import parse_json
-from veratune.sources import PerDimension, Side, Source, Stored
-from veratune.targets import Target, without_wrappers
-from veratune.tensors import bytes_of, is_finite
+from veratune.projections.schemes import PerDimension, Side, Source, Stored
+from veratune.utils.outside_files import parse_json
+from veratune.utils.tensors import bytes_of, is_finite
 
 FORMAT_VERSION = 1
 METADATA_KEY = "veratune"

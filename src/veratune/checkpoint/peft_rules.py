@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from veratune.adapters import notify
+from veratune.adapters.adapted_model import notify
+from veratune.adapters.targets import base_modules, joined, without_wrappers
 from veratune.checkpoint.weight_reads import reader_of
 from veratune.layers import VeraLayer, VeraParameter
-from veratune.layers.kinds import is_out_proj
-from veratune.layers.quantised import is_quantised
-from veratune.targets import base_modules, joined, without_wrappers
+from veratune.layers.quantized import is_quantised
+from veratune.layers.registry import is_out_proj
 
 # From 0.19 on, PEFT takes targets that end in one of these for the experts of a checkpoint of transformers 4, and
 # adapts the stacked experts instead: also where they are dense layers or shared experts.

@@ -9,11 +9,11 @@ import typer
 
 from veratune.checkpoint.files import WEIGHTS_NAME, CheckpointError
 from veratune.checkpoint.native import is_native, read_native
-from veratune.checkpoint.vllm import max_lora_rank
 from veratune.cli.directories import check_new, writing_new
 from veratune.cli.models import adapter_in, base_of, load_model
 from veratune.cli.output import print_json, print_table, print_text
-from veratune.cli.settings import dtype_of
+from veratune.cli.train.settings import dtype_of
+from veratune.export.vllm import max_lora_rank
 from veratune.model import VeraModel
 
 MERGE_EXAMPLES = """Examples:

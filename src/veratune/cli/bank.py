@@ -7,7 +7,6 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from veratune.atomic import is_there, publish, temporary_beside
 from veratune.bank import AdapterBank, BankError
 from veratune.bank.configs import config_for_adapters
 from veratune.bank.connection import explained
@@ -17,6 +16,7 @@ from veratune.bank.verify import examine
 from veratune.cli.models import adapter_in, load_model
 from veratune.cli.output import bytes_text, print_json, print_table, print_text
 from veratune.config import VeraConfig
+from veratune.utils.atomic import is_there, publish, temporary_beside
 
 app = typer.Typer(
     help="Files of many adapters of one base model, to serve them all at once.",

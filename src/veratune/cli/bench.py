@@ -14,7 +14,6 @@ from torch import nn
 
 from veratune.cli.models import load_model
 from veratune.cli.output import bytes_text, cpu_name, print_json, print_table, print_text, warning_line
-from veratune.cli.settings import SettingsError, dtype_of
 from veratune.cli.steps import (
     FROZEN,
     FULL,
@@ -27,7 +26,8 @@ from veratune.cli.steps import (
     make_variant,
     random_inputs,
 )
-from veratune.timing import interleaved, median_ratio, peak_device_bytes
+from veratune.cli.train.settings import SettingsError, dtype_of
+from veratune.utils.timing import interleaved, median_ratio, peak_device_bytes
 
 EXAMPLES = """Examples:
 

@@ -9,7 +9,7 @@ import typer
 
 from veratune import __version__
 from veratune.cli.output import bytes_text, cpu_name, print_json, print_table, print_text
-from veratune.profiles import calibration_path
+from veratune.ops.calibration import calibration_path
 
 # What is installed with veratune itself, and what a feature needs beside it.
 _CORE = ("torch", "numpy", "safetensors", "huggingface_hub")

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
+from veratune.adapters.coverage import WeightInfo, supported
 from veratune.checkpoint.contents import LoraContents, read_contents
 from veratune.checkpoint.files import WEIGHTS_NAME
 from veratune.cli.directories import writing
@@ -15,7 +16,6 @@ from veratune.cli.models import ADAPTER_NAME, adapter_in, is_adapter, load_model
 from veratune.cli.output import bytes_text, print_json, print_table, print_text
 from veratune.config import VeraConfig
 from veratune.model import get_peft_model
-from veratune.supported import WeightInfo, supported
 
 EXAMPLES = """Examples:
 

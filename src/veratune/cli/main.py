@@ -14,11 +14,12 @@ except ImportError as error:  # pragma: no cover - a message for who has not ins
 import torch
 
 from veratune import __version__
-from veratune.cli import adapters, bank, bench, doctor, inspecting, train
+from veratune.cli import adapters, bank, bench, doctor, inspecting
 from veratune.cli.directories import why_not_written
 from veratune.cli.output import error_line, warning_line
-from veratune.cli.settings import SettingsError
-from veratune.startup import INTERRUPTED, handle_interrupts_as_usual
+from veratune.cli.train import command as train
+from veratune.cli.train.settings import SettingsError
+from veratune.utils.startup import INTERRUPTED, handle_interrupts_as_usual
 
 app = typer.Typer(
     name="veratune",

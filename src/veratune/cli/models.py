@@ -11,8 +11,8 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
 from veratune.checkpoint.files import CONFIG_NAME, WEIGHTS_NAME, CheckpointError, read_json, read_tensors
+from veratune.checkpoint.formats import no_adapter
 from veratune.checkpoint.native import is_native, read_native
-from veratune.checkpoint.reading import no_adapter
 
 ADAPTER_NAME = "adapter"
 """The folder of a training run's output that holds its adapter."""

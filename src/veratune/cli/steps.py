@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from veratune.config import VeraConfig
 from veratune.model import get_peft_model
-from veratune.routing import ROUTE_NAMES
+from veratune.ops.planning import ROUTE_NAMES
 
 FROZEN, FULL, PEFT_VERA, LORA = "frozen model", "full fine-tuning", "PEFT VeRA", "PEFT LoRA r=8"
 OURS = {route: "veratune" if route == "auto" else f"veratune, route={route}" for route in ROUTE_NAMES}

@@ -38,11 +38,11 @@ except ImportError as error:
 from torch import nn
 
 from veratune.bank import AdapterBank, BankError
+from veratune.bank.head_layers import BankedHead
+from veratune.bank.layer_call import BankCall, active_call, serving
+from veratune.bank.layers import BankedLinear
 from veratune.bank.registry import AdapterNames
 from veratune.bank.slots import Lease, Version
-from veratune.layers.bank_call import BankCall, active_call, serving
-from veratune.layers.banked import BankedLinear
-from veratune.layers.banked_head import BankedHead
 
 # What is built on here is no public interface of transformers, so other versions are refused rather than hoped for.
 if not transformers.__version__.startswith("5.23."):

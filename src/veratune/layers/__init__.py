@@ -5,8 +5,8 @@ from veratune.layers.convolution import VeraConv
 from veratune.layers.embedding import VeraEmbedding
 from veratune.layers.geometry import Geometry
 from veratune.layers.linear import VeraConv1D, VeraLinear
+from veratune.layers.modules_to_save import SavedModule
 from veratune.layers.parameter import VeraModule, VeraParameter
-from veratune.layers.saved import SavedModule
 
 __all__ = [
     "ComputeSettings",

@@ -9,10 +9,10 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from veratune.functional import add_delta, delta_weight, select_and_add, without_autocast
-from veratune.layers.adapted_weight import View
 from veratune.layers.biases import check_biases, only_bias_checks
 from veratune.layers.geometry import Geometry, slices
+from veratune.layers.input_cache import SharedDown
+from veratune.layers.lazy_weight import View
 from veratune.layers.offloading import (
     HOOK_ATTRIBUTES,
     ResidentParameters,
@@ -25,11 +25,11 @@ from veratune.layers.offloading import (
 )
 from veratune.layers.products import add, compute_dtype, multiply
 from veratune.layers.recomputation import State, StateLog, recomputing
-from veratune.layers.shared import SharedDown
-from veratune.layers.spread import how_spread
-from veratune.projection import Corner, projection_pool
-from veratune.routing import LayerShape, MemoryName, RouteName
-from veratune.sources import Source
+from veratune.ops.linear import add_delta, delta_weight, select_and_add, without_autocast
+from veratune.ops.planning import LayerShape, MemoryName, RouteName
+from veratune.projections.pool import Corner, projection_pool
+from veratune.projections.schemes import Source
+from veratune.utils.sharding import how_spread
 
 
 def vector_device(base_layer: nn.Module, weight: Tensor) -> torch.device:

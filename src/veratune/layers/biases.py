@@ -10,7 +10,7 @@ from torch.utils.hooks import RemovableHandle
 
 from veratune.layers.offloading import is_offloaded, why_no_values
 from veratune.layers.recomputation import State, StateLog, recomputing
-from veratune.layers.spread import whole
+from veratune.utils.sharding import whole
 
 
 class BiasCheck:

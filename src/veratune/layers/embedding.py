@@ -5,9 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from veratune.functional import check_values, delta_weight
 from veratune.layers.base import TransparentLayer
-from veratune.sources import PerDimension
+from veratune.ops.linear import check_values, delta_weight
+from veratune.projections.schemes import PerDimension
 
 # Rows of the delta that are made at a time when merging.
 _ROWS = 4096

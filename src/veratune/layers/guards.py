@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from veratune.layers.base import VeraLayer
+from veratune.layers.modules_to_save import SavedModule
 from veratune.layers.parameter import VeraModule
-from veratune.layers.saved import SavedModule
 
 # Wrappers that show in names while a model is loaded, but not in the names of its state.
 _HIDDEN = ("_checkpoint_wrapped_module.",)

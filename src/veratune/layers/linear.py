@@ -7,11 +7,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from veratune.functional import gradients_wanted, project_down
 from veratune.layers.base import VeraLayer, call_with, only_computes, plain_tensor
 from veratune.layers.geometry import Geometry
 from veratune.layers.products import add, compute_dtype, multiply, plan_for
-from veratune.layers.quantised import (
+from veratune.layers.quantized import (
     codes_of,
     dequantised,
     hand_back,
@@ -22,6 +21,7 @@ from veratune.layers.quantised import (
     spoils_gradients,
     why_not_readable,
 )
+from veratune.ops.linear import gradients_wanted, project_down
 
 
 class VeraLinear(VeraLayer):

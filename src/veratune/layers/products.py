@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from veratune.functional import gradients_wanted, project_down, vera_add, vera_linear
-from veratune.profiles import device_profile
-from veratune.routing import Plan, look_up, plan_table, representative_tokens
-from veratune.torch_private import constant_while_compiling
+from veratune.ops.calibration import device_profile
+from veratune.ops.linear import gradients_wanted, project_down, vera_add, vera_linear
+from veratune.ops.planning import Plan, look_up, plan_table, representative_tokens
+from veratune.utils.torch_private import constant_while_compiling
 
 if TYPE_CHECKING:
     from veratune.layers.base import Slot, VeraLayer

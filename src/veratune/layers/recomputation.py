@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from veratune.torch_private import in_backward, next_node_number, node_number_of_backward
+from veratune.utils.torch_private import in_backward, next_node_number, node_number_of_backward
 
 # Changes that are remembered; a graph that is older than all of them is refused.
 _KEPT = 256

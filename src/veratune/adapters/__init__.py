@@ -1,0 +1,1 @@
+"""Adapters on a model: finding layers, installing, choosing and merging. No files."""

@@ -1,0 +1,130 @@
+"""A table of all weights of a model, and which of them VeRA can adapt."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import nn
+
+from veratune.adapters.targets import TargetError, base_modules, find_targets, joined, resolve_config, unwrapped
+from veratune.config import VeraConfig
+from veratune.layers.convolution import CONVOLUTIONS
+from veratune.layers.registry import adaptable_parameters, geometry, why_not_adaptable, why_not_parameter
+
+By = Literal["all-linear", "target_modules", "target_parameters", "bias", ""]
+
+
+@dataclass(frozen=True)
+class WeightInfo:
+    """One weight of a model.
+
+    Attributes:
+        name: its dotted name; for a layer whose weight is in a form of its own, the layer's.
+        kind: "linear", "convolution", "embedding", "parameter" (read by its module's own forward) or "vector".
+        module: the class of the module that has it.
+        shape: its shape; for a quantised layer that of the matrix it stands for.
+        by: what adapts it: "all-linear" does; it has to be named in "target_modules" or "target_parameters"; "bias"
+            trains it in full; or nothing can ("").
+        why_not: the reason where nothing can.
+    """
+
+    name: str
+    kind: str
+    module: str
+    shape: tuple[int, ...]
+    by: By
+    why_not: str = ""
+
+    @property
+    def adaptable(self) -> bool:
+        """Whether VeRA can adapt it."""
+        return self.by not in ("bias", "")
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+
+class SupportTable(list[WeightInfo]):
+    """All weights of a model; printed as a table."""
+
+    def coverage(self, by: tuple[By, ...] = ("all-linear", "target_modules", "target_parameters")) -> float:
+        """Return the share of the elements of all matrices (vectors left out) that these ways adapt, from 0 to 1."""
+        matrices = [info for info in self if info.kind != "vector"]
+        return sum(info.size for info in matrices if info.by in by) / max(1, sum(info.size for info in matrices))
+
+    def __str__(self) -> str:
+        rows = [("weight", "kind", "module", "shape", "adapted by")]
+        rows += [
+            (info.name, info.kind, info.module, "x".join(map(str, info.shape)), info.by or f"nothing: {info.why_not}")
+            for info in self
+        ]
+        widths = [max(len(row[i]) for row in rows) for i in range(4)]
+        lines = ["  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[4]]) for row in rows]
+        return "\n".join(lines)
+
+
+def supported(model: nn.Module) -> SupportTable:
+    """Return all weights of a model with what adapts each, or why nothing can; the model is not changed.
+
+    Args:
+        model: any module, with or without adapters on it.
+    """
+    reached = _reached(model)
+    table = SupportTable()
+    seen: set[int] = set()
+    computed: list[str] = []
+    for name, module in base_modules(model).items():
+        own = unwrapped(module)
+        if any(name.startswith(f"{layer}.parametrizations") for layer in computed):
+            continue  # told of with the weight that is computed from it
+        if why_not_adaptable(own) is None and own._parameters.get("weight") is None and id(own) not in seen:
+            size = geometry(own)
+            by: By = "all-linear" if name in reached else "target_modules"
+            shape = (size.out_features, size.in_features)
+            table.append(WeightInfo(name, "linear", type(own).__name__, shape, by))
+            computed.append(name)
+        seen.add(id(own))
+        for parameter_name, parameter in own._parameters.items():
+            if parameter is not None and id(parameter) not in seen:
+                seen.add(id(parameter))
+                table.append(_info(name, own, parameter_name, parameter, reached))
+    return table
+
+
+def _reached(model: nn.Module) -> set[str]:
+    """Return the names that "all-linear" adapts."""
+    try:
+        config = resolve_config(model, VeraConfig(r=1, target_modules="all-linear"), lambda _: None)
+        return {target.name for target in find_targets(model, config, lambda _: None)}
+    except TargetError:
+        return set()
+
+
+def _info(name: str, module: nn.Module, own: str, parameter: nn.Parameter, reached: set[str]) -> WeightInfo:
+    full, kind_of_module = joined(name, own), type(module).__name__
+    shape = () if nn.parameter.is_lazy(parameter) else tuple(parameter.shape)
+    if own == "weight" and why_not_adaptable(module) is None:
+        by: By = "all-linear" if name in reached else "target_modules"
+        if isinstance(module, CONVOLUTIONS):
+            return WeightInfo(full, "convolution", kind_of_module, shape, by)
+        if isinstance(module, nn.Embedding):
+            return WeightInfo(full, "embedding", kind_of_module, shape, by)
+        size = geometry(module)
+        quantised = math.prod(shape) != size.in_features * size.out_features
+        return WeightInfo(
+            full, "linear", kind_of_module, (size.out_features, size.in_features) if quantised else shape, by
+        )
+    if nn.parameter.is_lazy(parameter):
+        return WeightInfo(full, "parameter", kind_of_module, (), "", "it is lazy and has no shape yet")
+    if parameter.ndim < 2:
+        trained: By = "bias" if own == "bias" else ""
+        return WeightInfo(full, "vector", kind_of_module, shape, trained, "" if trained else "it is no matrix")
+    if own in adaptable_parameters(module):
+        return WeightInfo(
+            full, "parameter", kind_of_module, shape, "all-linear" if full in reached else "target_modules"
+        )
+    reason = why_not_adaptable(module) if own == "weight" and isinstance(module, nn.Embedding | nn.Linear) else None
+    reason = reason or why_not_parameter(module, own)
+    return WeightInfo(full, "parameter", kind_of_module, shape, "" if reason else "target_parameters", reason or "")

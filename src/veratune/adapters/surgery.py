@@ -1,0 +1,119 @@
+"""Replacing modules in a model, and undoing a change to a model that failed half-way."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from veratune.layers.fastpath import choose_paths
+from veratune.layers.guards import guard_surgeries
+from veratune.utils.torch_private import follow_replacement
+
+
+def replace_modules(model: nn.Module, replacements: dict[int, nn.Module]) -> None:
+    """Put modules in the places of others, given by id, wherever those stand in a model."""
+    if not replacements:
+        return
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            # A wrapper just made holds what it wraps, and is not to be put into itself.
+            if id(child) in replacements and replacements[id(child)] is not parent:
+                parent._modules[name] = replacements[id(child)]
+                follow_replacement(parent)
+    prepare(model)
+
+
+def prepare(model: nn.Module) -> None:
+    """Adjust a model to the adapted layers it has now: its fused paths, and the methods that replace layers."""
+    choose_paths(model)
+    guard_surgeries(model)
+
+
+@contextmanager
+def undone_on_error(model: nn.Module, *others: object) -> Iterator[None]:
+    """Undo all changes to a model's structure if anything is raised, running out of memory and Ctrl-C included.
+
+    Put back are the attributes of each module, what its dicts, lists and sets hold (modules, parameters, buffers,
+    hooks, names of adapters), and the flags of parameters. The numbers in tensors are not: whoever writes them in
+    place has to keep the old ones.
+
+    Args:
+        model: the root of all modules that may change.
+        others: plain objects whose attributes may change.
+    """
+    before = StructureBefore(model, *others)
+    try:
+        yield
+    except BaseException:
+        before.put_back()
+        raise
+
+
+class StructureBefore:
+    """The structure of a model at one time, as `undone_on_error` puts it back."""
+
+    def __init__(self, model: nn.Module, *others: object) -> None:
+        holders: list[Any] = [*model.modules(), *others]
+        self._kept = [_Kept(holder) for holder in holders]
+        parameters = {id(parameter): parameter for part in self._kept for parameter in part.parameters()}
+        self._flags = [(parameter, parameter.requires_grad) for parameter in parameters.values()]
+
+    def put_back(self) -> None:
+        for part in self._kept:
+            part.put_back()
+        for parameter, flag in self._flags:
+            if parameter.requires_grad != flag:
+                parameter.requires_grad_(flag)
+
+
+@contextmanager
+def kept_on_error(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """Put the numbers of tensors back, which are written in place within this context, if anything is raised."""
+    kept = [(tensor, tensor.detach().clone()) for tensor in tensors]
+    try:
+        yield
+    except BaseException:
+        with torch.no_grad():
+            for tensor, numbers in kept:
+                tensor.copy_(numbers)
+        raise
+
+
+class _Kept:
+    """The attributes of one object, and shallow copies of its containers."""
+
+    def __init__(self, holder: Any) -> None:
+        self._own: dict[str, Any] = vars(holder)
+        self._attributes = dict(self._own)
+        self._dicts = [(value, dict(value)) for value in self._attributes.values() if isinstance(value, dict)]
+        self._lists = [(value, list(value)) for value in self._attributes.values() if type(value) is list]
+        self._sets = [(value, set(value)) for value in self._attributes.values() if type(value) is set]
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        for _, copied in self._dicts:
+            for value in copied.values():
+                if isinstance(value, nn.Parameter):
+                    yield value
+
+    def put_back(self) -> None:
+        for container, copied in (*self._dicts, (self._own, self._attributes)):
+            # Only where it differs: some containers do more than hold things.
+            if not _same(list(container.items()), list(copied.items())):
+                container.clear()
+                container.update(copied)
+        for values, copied_list in self._lists:
+            if not _same(list(enumerate(values)), list(enumerate(copied_list))):
+                values[:] = copied_list
+        for members, copied_set in self._sets:
+            members.clear()
+            members.update(copied_set)
+
+
+def _same(first: list[tuple[Any, Any]], second: list[tuple[Any, Any]]) -> bool:
+    """Return whether both have the same keys in the same order, with identical values."""
+    return len(first) == len(second) and all(
+        (a is b or (not isinstance(a, Tensor) and a == b)) and x is y
+        for (a, x), (b, y) in zip(first, second, strict=True)
+    )

@@ -1,0 +1,279 @@
+"""Linear layers of a model that serves many adapters at once: each row of a batch has vectors of its own."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from veratune.bank.layer_call import BankCall, RowGroup, active_call, by_rows, current_call
+from veratune.layers.base import InputGroup
+from veratune.layers.geometry import Geometry, slices
+from veratune.layers.linear import VeraConv1D, VeraLinear
+from veratune.ops.calibration import device_profile
+from veratune.ops.linear import add_delta, add_for_rows, for_rows, gradients_wanted, project_down
+from veratune.ops.planning import LayerShape, RouteName, folding_pays
+from veratune.projections.pool import Corner
+from veratune.utils.torch_private import transformations_active
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Where a layer's vectors stand in the slab, for each of its parts, or for the one that it is.
+
+    Attributes:
+        d: the first column of d.
+        b: the first column of b.
+        outputs: the outputs of the part.
+    """
+
+    d: int
+    b: int
+    outputs: slice
+
+
+@dataclass(frozen=True)
+class SharedProjections:
+    """A layer's corners of one kind of projections: A's, what it shares with its neighbours, and B's of each part."""
+
+    group: InputGroup
+    b: tuple[Corner, ...]
+
+
+class BankedLinear(VeraLinear):
+    """A linear layer, plain or quantised, whose rows have adapters of their own.
+
+    Attributes:
+        owner: what tells this bank's calls from another's.
+        name: the layer's name in the model.
+        route: which ways of computing are allowed.
+        columns: where its vectors stand, for each part.
+        projections: a number for each kind of projections to what the layer has of them, filled by the bank as kinds
+            turn up. A kind that is too narrow for this layer has no adapters on it.
+    """
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        geometry: Geometry,
+        owner: object,
+        name: str,
+        columns: Sequence[Columns],
+        route: RouteName,
+    ) -> None:
+        super().__init__(base_layer, geometry)
+        self.owner = owner
+        self.name = name
+        self.route = route
+        self.columns = tuple(columns)
+        self.projections: dict[int, SharedProjections] = {}
+
+    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        call = current_call(self.owner)
+        if not input.numel():
+            return self._checked_base_output(input, *args, **kwargs)
+        if call.by_source and not torch.compiler.is_compiling() and not args and not kwargs and self._reads_base(input):
+            folded = self._worth_folding(input, call)
+            if folded:
+                return self._forward_folding(input, call, folded)
+            products = [(self._project(input, call, input.dtype, own), own, slots) for own, slots in self._kinds(call)]
+            return self._by_rank(by_rows(input, call, self.name), call.slab, products).view(
+                *input.shape[:-1], self.out_features
+            )
+        output = self._checked_base_output(input, *args, **kwargs)
+        for own, slots in self._kinds(call):
+            output = self._add(output, self._project(input, call, output.dtype, own), call.slab, own, slots)
+        return output
+
+    def _kinds(self, call: BankCall) -> Iterator[tuple[SharedProjections, Tensor]]:
+        """Yield the kinds of projections that occur in a call and reach this layer, with the rows' slots."""
+        for source, slots in call.by_source:
+            own = self.projections.get(source)
+            if own is not None:
+                yield own, slots
+
+    def _reads_base(self, x: Tensor) -> bool:
+        """Return whether computing with the base layer's weight, into memory made here, is the same as calling it."""
+        if torch.is_autocast_enabled(x.device.type) or transformations_active():
+            return False
+        return x.dtype == self.base_weight.dtype and self._is_plain()
+
+    def _by_rank(self, x: Tensor, slab: Tensor, products: Sequence[tuple[Tensor, SharedProjections, Tensor]]) -> Tensor:
+        """Return the outputs of rows (rows, n, in) with what their adapters add, through the rank.
+
+        Args:
+            x: the rows.
+            slab: the vectors.
+            products: x A^T, (rows, n, r), the projections and the rows' slots, for each kind of projections.
+        """
+        weight, bias = self._outputs_first(self.base_weight), self.bias
+        # In 16 bits the sum of what is added would be rounded before the larger product comes to it.
+        if not products or x.dtype.itemsize < 4 or gradients_wanted(x):
+            output = F.linear(x, weight, bias)
+            for down, own, slots in products:
+                output = self._add(output, down, slab, own, slots)
+            return output
+        output = self._added(slab, *products[0])
+        for product in products[1:]:
+            output.add_(self._added(slab, *product))
+        if bias is not None:
+            output.add_(bias)
+        # The base layer's product comes last, into the same memory: what a new output costs is not little.
+        return output.flatten(0, 1).addmm_(x.flatten(0, 1), weight.t()).view(output.shape)
+
+    def _added(self, slab: Tensor, down: Tensor, own: SharedProjections, slots: Tensor) -> Tensor:
+        """Return what the adapters of one kind of projections add, (rows, n, out); as for `_add`."""
+        parts = [for_rows(down, *vectors) for vectors in self._vectors_of(down, slab, own, slots)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+    def _vectors_of(
+        self, down: Tensor, slab: Tensor, own: SharedProjections, slots: Tensor
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Yield B, rank-major, and each row's b and d, for each part of the layer."""
+        rank = down.shape[-1]
+        for columns, corner in zip(self.columns, own.b, strict=True):
+            b = slab[:, columns.b : columns.b + corner.features].index_select(0, slots)
+            d = slab[:, columns.d : columns.d + rank].index_select(0, slots)
+            yield corner.tensor(down.device, down.dtype), b, d
+
+    def _project(self, x: Tensor, call: BankCall, dtype: torch.dtype, own: SharedProjections) -> Tensor:
+        """Return x A^T, (rows, n, r): this layer's own product, or that of a layer which has had the same input."""
+        grouped = by_rows(x, call, self.name)
+        flat = grouped.flatten(0, 1).to(dtype)
+        a_projection = own.group.a.tensor(flat.device, dtype)
+        if torch.is_grad_enabled() and flat.requires_grad:
+            down = flat @ a_projection.t()
+        else:
+            down = own.group.down.get(self.name, x, a_projection, lambda: project_down(flat, a_projection))
+        return down.view(*grouped.shape[:2], -1)
+
+    def _add(self, start: Tensor, down: Tensor, slab: Tensor, own: SharedProjections, slots: Tensor) -> Tensor:  # type: ignore[override]
+        """Return an output with what the adapters of one kind of projections add to their rows.
+
+        Args:
+            start: (..., out), the output so far.
+            down: x A^T, (rows, n, r).
+            slab: the vectors.
+            own: the projections.
+            slots: int64 (rows,), the slot of each row; 0 where it has no adapter of this kind.
+        """
+        if down.dtype == torch.float16:  # what overflows times zero is no zero
+            down = down.masked_fill((slots == 0)[:, None, None], 0.0)
+        grouped = start.reshape(*down.shape[:2], self.out_features)
+        parts = []
+        for columns, vectors in zip(self.columns, self._vectors_of(down, slab, own, slots), strict=True):
+            part = grouped if len(self.columns) == 1 else grouped[..., columns.outputs]
+            parts.append(add_for_rows(part, down, *vectors))
+        return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)).view(start.shape)
+
+    # Few adapters in a batch: each one's weight is added up and multiplied by once.
+
+    def _worth_folding(self, x: Tensor, call: BankCall) -> list[RowGroup]:
+        """Return the groups whose adapted weight costs less than going through the rank with all their tokens."""
+        tokens = math.prod(x.shape[:-1])
+        rows = call.rows.shape[0]
+        few = self.route == "factored" or (self.route == "auto" and tokens * call.largest < 32 * rows)
+        if few:
+            return []
+        per_row = by_rows(x, call, self.name).shape[1]
+        profile = device_profile(x.device, x.dtype)
+
+        def pays(own: SharedProjections, rows: int, moved: bool) -> bool:
+            shape = LayerShape(self.in_features, self.out_features, own.group.a.rank, per_row * rows, own.group.size)
+            return self.route == "dense" or folding_pays(shape, profile, moved=moved)
+
+        # With many adapters, asking for each of them would take a good part of the layer's time.
+        if not any(pays(own, call.largest, False) for own, _ in self._kinds(call)):
+            return []
+        return [
+            group
+            for group in call.groups
+            if (own := self.projections.get(group.source)) is not None
+            and pays(own, group.rows.shape[0], group.span is None)
+        ]
+
+    def _forward_folding(self, x: Tensor, call: BankCall, folded: list[RowGroup]) -> Tensor:
+        grouped = by_rows(x, call, self.name)
+        rows, n, _ = grouped.shape
+        if len(folded) == 1 and folded[0].rows.numel() == rows:
+            return F.linear(x, self._folded_weight(call.slab, folded[0]), self.bias)
+        output = x.new_empty(rows, n, self.out_features)
+        rest = torch.ones(rows, dtype=torch.bool, device=x.device)
+        for group in folded:
+            self._multiply(group, grouped, self._folded_weight(call.slab, group), output)
+            rest[group.rows] = False
+        others = rest.nonzero().flatten()
+        if others.numel():
+            some = grouped.index_select(0, others)
+            products = [
+                (some @ own.group.a.tensor(some.device, some.dtype).t(), own, slots[others])
+                for own, slots in self._kinds(call)
+            ]
+            output.index_copy_(0, others, self._by_rank(some, call.slab, products))
+        return output.view(*x.shape[:-1], self.out_features)
+
+    def _multiply(self, group: RowGroup, grouped: Tensor, weight: Tensor, output: Tensor) -> None:
+        """Write the outputs of a group's rows, computed with a weight of their own."""
+        x = group.of(grouped)
+        if group.span is None or gradients_wanted(x, weight, self.bias):
+            output.index_copy_(0, group.rows, F.linear(x, weight, self.bias))
+            return
+        place = output[group.span].flatten(0, 1)
+        if self.bias is None:
+            torch.mm(x.flatten(0, 1), weight.t(), out=place)
+        else:
+            torch.addmm(self.bias, x.flatten(0, 1), weight.t(), out=place)
+
+    def _folded_weight(self, slab: Tensor, group: RowGroup) -> Tensor:
+        own = self.projections[group.source]
+        weight = self._outputs_first(self.base_weight)
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        a_projection = own.group.a.tensor(weight.device, dtype)
+        row = slab[group.slot].to(dtype)
+        parts = []
+        for columns, corner in zip(self.columns, own.b, strict=True):
+            b = row[columns.b : columns.b + corner.features]
+            d = row[columns.d : columns.d + own.group.a.rank]
+            b_projection = corner.tensor(weight.device, dtype)
+            parts.append(add_delta(weight[columns.outputs], a_projection, b_projection, b, d, 1.0))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    # Models that read the weight rather than call the layer cannot be given a weight for each row.
+
+    def weight_over(self, base: Tensor, *, outside: bool = False) -> Tensor:
+        call = active_call()
+        if call is None or call.plain:
+            return base
+        self.added_adapters = ["a bank's"]
+        try:
+            return super().weight_over(base)
+        finally:
+            self.added_adapters = []
+
+    def adapted_part(self, base: Tensor, index: Any) -> Tensor:
+        raise RuntimeError(
+            f"the model computes with the weight of {self.name} itself instead of calling the layer, so that rows"
+            " cannot have adapters of their own there: leave that layer out of the bank"
+        )
+
+    def product(self, x: Tensor, base: Tensor, index: Any, bias: Tensor | None = None) -> Any:
+        return self.adapted_part(base, index)
+
+
+class BankedConv1D(BankedLinear):
+    """The same on transformers' `Conv1D`."""
+
+    out_axis = VeraConv1D.out_axis
+    plain_forwards = VeraConv1D.plain_forwards
+
+    # The name that Conv1D gives its argument.
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
+        return super().forward(x, *args, **kwargs)
+
+
+def part_slices(parts: tuple[int, ...], out_features: int) -> list[slice]:
+    """Return the outputs of each part, or of the one that a layer without parts is."""
+    return slices(parts or (out_features,))

@@ -1,0 +1,44 @@
+"""The names of classes, which an adapter's file knows and a base model with a new head does not."""
+
+from typing import Any
+
+from torch import nn
+
+from veratune.adapters.adapted_model import notify
+from veratune.adapters.targets import without_wrappers
+from veratune.checkpoint.validate import ReadyAdapter
+
+
+def name_classes(model: nn.Module, ready: ReadyAdapter) -> None:
+    """Give a transformers model the names of classes that an adapter was trained with.
+
+    Only an adapter with a head of its own knows what the outputs mean, and only where the model has as many classes
+    without names ("LABEL_0", ...) are they set. Other names than the adapter's stay, and the user is told.
+
+    Args:
+        model: the base model; its `config.id2label` and `config.label2id` may be changed.
+        ready: the adapter.
+    """
+    config: Any = getattr(without_wrappers(model), "config", None)
+    here, there = getattr(config, "id2label", None), ready.loaded.labels
+    if not isinstance(here, dict) or not ready.loaded.saved or here.keys() != there.keys() or here == there:
+        return
+    if not _are_named(there):
+        return
+    if _are_named(here):
+        notify(
+            f"{ready.loaded.origin} was trained with the classes {_some(there)}, and this model calls them"
+            f" {_some(here)}: set model.config.id2label if that is wrong"
+        )
+        return
+    config.id2label = dict(there)
+    config.label2id = {name: number for number, name in there.items()}
+
+
+def _are_named(labels: dict[int, str]) -> bool:
+    return any(name != f"LABEL_{number}" for number, name in labels.items())
+
+
+def _some(labels: dict[int, str]) -> str:
+    names = [str(labels[number]) for number in sorted(labels)]
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

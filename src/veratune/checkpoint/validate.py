@@ -1,0 +1,360 @@
+"""From files' tensors to an adapter on a model and back, whatever the format.
+
+A format's reader makes a `LoadedAdapter`; `targets_of` and `make_ready` check every name and shape against the model.
+Only what is ready is put on a model.
+"""
+
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from veratune.adapters.adapted_model import AdaptedModel, AdapterPlan, modules_with_biases, notify
+from veratune.adapters.targets import (
+    Target,
+    TargetError,
+    check_conflicts,
+    find_targets,
+    largest_rank,
+    parts_of,
+    unwrapped,
+)
+from veratune.checkpoint.files import CheckpointError
+from veratune.config import VeraConfig
+from veratune.layers import Geometry, VeraLayer
+from veratune.layers.biases import bias_owners
+from veratune.layers.registry import geometry, parameter_layout, why_not_adaptable, why_not_parameter
+from veratune.projections.schemes import Source, Stored
+from veratune.utils.sharding import is_engines, shape_of
+from veratune.utils.tensors import is_finite
+
+_MOST_DIGITS = 9
+
+
+@dataclass
+class LoadedAdapter:
+    """An adapter as read from files, by names in the model without adapters.
+
+    Attributes:
+        origin: the file, for messages.
+        config: its configuration.
+        vectors: layer name to (b, d).
+        saved: module name to that module's state dict.
+        biases: parameter name to bias.
+        labels: number of a class to its name, as far as the file tells.
+    """
+
+    origin: str
+    config: VeraConfig
+    vectors: dict[str, tuple[Tensor, Tensor]]
+    saved: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    biases: dict[str, Tensor] = field(default_factory=dict)
+    labels: dict[int, str] = field(default_factory=dict)
+
+
+def targets_of(modules: Mapping[str, nn.Module], loaded: LoadedAdapter) -> list[Target]:
+    """Return the layers of a model that a loaded adapter is for, having checked names and shapes.
+
+    Args:
+        modules: what `base_modules` returns for the model.
+        loaded: what a reader returned.
+
+    Raises:
+        CheckpointError: a layer that the model does not have, or that has other dimensions or cannot be adapted.
+    """
+    found = {name: _module_and_parameter(name, modules) for name in loaded.vectors}
+    missing = [name for name, place in found.items() if place is None]
+    if missing:
+        raise CheckpointError(
+            f"{loaded.origin} adapts {len(missing)} layers that this {type(modules['']).__name__} does not have: "
+            + _some(missing)
+            + _closest(missing[0], modules)
+        )
+    targets: list[Target] = []
+    names: dict[tuple[int, str | None], str] = {}
+    for name, place in found.items():
+        assert place is not None
+        module, parameter = place
+        b, d = loaded.vectors[name]
+        size = _geometry(loaded.origin, name, module, parameter)
+        twin = names.setdefault((id(module), parameter), name)
+        if twin != name:
+            raise CheckpointError(f"{loaded.origin} adapts {twin} and {name}, which are one and the same module here")
+        base = unwrapped(module)
+        weight = base._parameters.get(parameter or "weight")
+        if weight is not None and weight.is_meta and not hasattr(base, "_hf_hook"):
+            raise CheckpointError(f"{name} is on the meta device: give the model its weights before loading an adapter")
+        if is_engines(base):
+            raise CheckpointError(
+                f"{loaded.origin} cannot be loaded here: {name} is spread over processes by DeepSpeed's ZeRO-3. Load"
+                " adapters before deepspeed.initialize"
+            )
+        parts: tuple[int, ...] = ()
+        if parameter is None and d.ndim == 2:
+            try:
+                parts = parts_of(name, size, loaded.config)
+            except TargetError as error:
+                raise CheckpointError(f"{loaded.origin}: {error}") from None
+        if b.shape != size.b_shape:
+            raise CheckpointError(
+                f"{loaded.origin}: b of {name} has the shape {tuple(b.shape)}, but that layer has {size.out_features}"
+                f" outputs here, which takes {size.b_shape}: the adapter is for a model of other dimensions"
+            )
+        rank = d.shape[-1] if d.ndim else 0
+        if not b.dtype.is_floating_point or not d.dtype.is_floating_point:
+            raise CheckpointError(f"{loaded.origin}: the vectors of {name} are {b.dtype} and {d.dtype}, not floating")
+        if rank < 1 or d.shape != size.d_shape(rank, parts):
+            *leading, _ = size.d_shape(rank, parts)
+            expected = f"({leading[0]}, r)" if leading else "(r,)"
+            raise CheckpointError(f"{loaded.origin}: d of {name} has the shape {tuple(d.shape)}, not {expected}")
+        targets.append(Target(name, module, parameter, rank, size, parts))
+    _check_ranks(loaded.origin, targets)
+    return targets
+
+
+def _check_ranks(origin: str, targets: list[Target]) -> None:
+    most = largest_rank(targets)
+    large = next((target for target in targets if target.rank > most), None)
+    if large is not None:
+        raise CheckpointError(
+            f"{origin}: d of {large.name} has {large.rank:,} numbers, and {most:,} is the most for layers of these"
+            " sizes: the projections of such a rank would take many times the memory of the layers"
+        )
+
+
+def _module_and_parameter(name: str, modules: Mapping[str, nn.Module]) -> tuple[nn.Module, str | None] | None:
+    """Return the module of this name, or the module that has a parameter of this name, and that parameter's own."""
+    if name in modules:
+        return modules[name], None
+    owner, _, own = name.rpartition(".")
+    if owner in modules and own in unwrapped(modules[owner])._parameters:
+        return modules[owner], own
+    return None
+
+
+def _geometry(origin: str, name: str, module: nn.Module, parameter: str | None) -> Geometry:
+    """Return the dimensions of what is to be adapted, or raise CheckpointError if it cannot be."""
+    if isinstance(module, VeraLayer) and parameter is None:
+        return module.geometry  # it was looked at when it was adapted first
+    base = unwrapped(module)
+    reason = why_not_adaptable(base) if parameter is None else why_not_parameter(base, parameter)
+    if reason is not None:
+        raise CheckpointError(f"{origin} adapts {name}, which cannot be adapted here, because {reason}")
+    return geometry(base) if parameter is None else parameter_layout(base, parameter)[0]
+
+
+def make_ready(
+    modules: Mapping[str, nn.Module], loaded: LoadedAdapter, targets: list[Target], source: Source
+) -> "ReadyAdapter":
+    """Check a loaded adapter's saved modules and biases against a model as well, and return it with its plan.
+
+    Args:
+        modules: what `base_modules` returns for the model.
+        loaded: what a reader returned.
+        targets: what `targets_of` returned for this model.
+        source: the adapter's projections.
+
+    Raises:
+        CheckpointError: saved modules or biases that do not fit the model.
+    """
+    try:
+        check_conflicts(
+            modules, [name for name in loaded.saved if name in modules], [target.name for target in targets]
+        )
+    except TargetError as error:
+        raise CheckpointError(f"{loaded.origin} cannot stand beside the adapters there are: {error}") from None
+    for module_name, state in loaded.saved.items():
+        _check_saved(loaded.origin, modules, module_name, state)
+    config, saved = loaded.config, list(loaded.saved)
+    if config.modules_to_save != saved:
+        config = config.replace(modules_to_save=saved)
+    owners = bias_owners(modules_with_biases(modules, config, {target.name for target in targets}))
+    check_keys(f"{loaded.origin} with bias={config.bias!r}", owners, loaded.biases)
+    for name, bias in loaded.biases.items():
+        own = owners[name][0]._parameters["bias"]
+        assert own is not None
+        shape = shape_of(own)
+        if bias.shape != shape or not bias.is_floating_point():
+            raise CheckpointError(
+                f"{loaded.origin}: {name} is {bias.dtype} of the shape {tuple(bias.shape)}, but {tuple(shape)} in this"
+                " model"
+            )
+    return ReadyAdapter(loaded, AdapterPlan(config, targets, source, owners))
+
+
+@dataclass(frozen=True)
+class ReadyAdapter:
+    """A loaded adapter that fits a model."""
+
+    loaded: LoadedAdapter
+    plan: AdapterPlan
+
+    def put_on(self, host: AdaptedModel, name: str, *, frozen: bool) -> None:
+        """Add the adapter to the model it was made ready for, under a free name; `frozen` is for inference only."""
+        plan = replace(self.plan, config=self.plan.config.replace(inference_mode=frozen))
+        with host.undone_on_error():
+            try:
+                host.install_adapter(name, plan)
+            except ValueError as error:
+                raise CheckpointError(f"{self.loaded.origin}: {error}") from error
+            self.copy_into(host, name)
+
+    def _warn_of_values(self) -> None:
+        loaded = self.loaded
+        tensors = [
+            *((name, vector) for name, pair in loaded.vectors.items() for vector in pair),
+            *((f"{name}.{key}", tensor) for name, state in loaded.saved.items() for key, tensor in state.items()),
+            *loaded.biases.items(),
+        ]
+        if isinstance(self.plan.source, Stored):
+            tensors += [("its projections", self.plan.source.a), ("its projections", self.plan.source.b)]
+        found = next((name for name, tensor in tensors if not is_finite(tensor)), None)
+        if found is not None:
+            notify(
+                f"{loaded.origin} holds NaN or infinity ({found}): outputs will be NaN. The training diverged; load an"
+                " older checkpoint"
+            )
+
+    def check_equal_to(self, host: AdaptedModel, name: str) -> None:
+        """Raise CheckpointError unless an adapter on a model has the same layers, ranks, projections and heads."""
+        state, origin = host.adapter_state(name), self.loaded.origin
+        check_keys(f"{origin}, against adapter {name!r}:", state.vectors, self.loaded.vectors)
+        check_keys(f"{origin}, against what adapter {name!r} trains in full:", state.saved, self.loaded.saved)
+        check_keys(f"{origin}, against the biases of adapter {name!r}:", state.biases, self.loaded.biases)
+        for layer, (b, d) in self.loaded.vectors.items():
+            shapes = [tuple(vector.shape) for vector in state.vectors[layer]]
+            if [tuple(b.shape), tuple(d.shape)] != shapes:
+                raise CheckpointError(f"{origin}: {layer} has vectors of other shapes than the {shapes} here")
+        if self.plan.source != host.projection_source(name):
+            raise CheckpointError(f"{origin}: adapter {name!r} has other projections here")
+
+    def copy_into(self, host: AdaptedModel, name: str) -> None:
+        """Copy the values into an adapter of the same layers and ranks."""
+        self._warn_of_values()
+        state = host.adapter_state(name)
+        with torch.no_grad():
+            for layer_name, (b, d) in self.loaded.vectors.items():
+                for own, value in zip(state.vectors[layer_name], (b, d), strict=True):
+                    own.copy_(_spread_like(value, own))
+            for module_name, tensors in self.loaded.saved.items():
+                module = state.saved[module_name]
+                own_state = module.state_dict(keep_vars=True)
+                module.load_state_dict({key: _spread_like(tensor, own_state[key]) for key, tensor in tensors.items()})
+            for bias_name, bias in self.loaded.biases.items():
+                own = state.biases[bias_name]
+                own.copy_(_spread_like(bias, own))
+
+
+def check_labels(origin: str, labels: Any) -> dict[int, str]:
+    """Return the names of classes by number, as a file has them.
+
+    Raises:
+        CheckpointError: they are something else.
+    """
+    if not isinstance(labels, dict) or not all(
+        isinstance(name, str) and number.isdecimal() and number.isascii() and len(number) <= _MOST_DIGITS
+        for number, name in labels.items()
+    ):
+        raise CheckpointError(f"{origin}: its names of classes (id2label) are damaged")
+    return {int(number): name for number, name in labels.items()}
+
+
+def tell_apart(model: nn.Module, ready: ReadyAdapter, named: Sequence[str]) -> None:
+    """Tell the user what speaks for an adapter's being another model's, though it fits this one.
+
+    Args:
+        model: the model without a wrapper.
+        ready: the adapter.
+        named: what `layers_named` returns for the model and the adapter's configuration.
+    """
+    config, origin = ready.plan.config, ready.loaded.origin
+    here = getattr(getattr(model, "config", None), "_name_or_path", None)
+    there = config.base_model_name_or_path
+    # The same model may lie in another folder, so only the last part of a name counts.
+    if here and there and Path(str(here)).name != Path(there).name:
+        notify(f"{origin} was trained on {there!r}, and this model is {str(here)!r}")
+    left_out = [name for name in named if name not in ready.loaded.vectors]
+    if left_out:
+        notify(
+            f"{origin} adapts {len(ready.loaded.vectors)} of the {len(named)} layers that its target_modules names in"
+            f" this model, and not {_some(left_out)}: is it the model that the adapter was trained on?"
+        )
+
+
+def layers_named(model: nn.Module, config: VeraConfig) -> list[str]:
+    """Return the layers that a file's configuration names in a model; none where it is not for this model at all.
+
+    None either where it has expressions, which are not run for a hint.
+    """
+    if not config.names_only():
+        return []
+    try:
+        return [target.name for target in find_targets(model, config, lambda _: None)]
+    except TargetError:
+        return []
+
+
+def other_projections(origin: str, config: VeraConfig, expected: str, found: str) -> CheckpointError:
+    """Return the error for projections whose fingerprint is not that of those an adapter was trained with."""
+    return CheckpointError(
+        f"{origin} was trained with other projections: its fingerprint is {expected}, but"
+        f" projection={config.projection!r} with projection_prng_key={config.projection_prng_key} gives {found} here."
+        " The adapter would compute something else than it learned"
+    )
+
+
+def _check_saved(origin: str, modules: Mapping[str, nn.Module], name: str, state: dict[str, Tensor]) -> None:
+    module = modules.get(name)
+    if module is None:
+        raise CheckpointError(
+            f"{origin} holds the module {name!r} in full, but this model has none of that name"
+            + _closest(name, modules)
+        )
+    original = unwrapped(module)
+    expected = original.state_dict(keep_vars=True)  # parameters know their shapes where they are spread
+    check_keys(f"{origin}: saved module {name!r}", expected, state)
+    for key, tensor in state.items():
+        shape = shape_of(expected[key])
+        if tensor.shape != shape:
+            raise CheckpointError(
+                f"{origin}: {name}.{key} has the shape {tuple(tensor.shape)}, but {tuple(shape)} in this"
+                " model: give the base model the same number of labels as it had in training"
+            )
+        if tensor.is_floating_point() != expected[key].is_floating_point() or tensor.is_complex():
+            raise CheckpointError(f"{origin}: {name}.{key} is {tensor.dtype}, but {expected[key].dtype} in this model")
+
+
+def check_keys(what: str, expected: Iterable[str], found: Iterable[str]) -> None:
+    """Raise CheckpointError unless both have the same names."""
+    expected, found = set(expected), set(found)
+    problems = []
+    if expected - found:
+        problems.append("is without " + _some(sorted(expected - found)))
+    if found - expected:
+        problems.append("has what does not belong there: " + _some(sorted(found - expected)))
+    if problems:
+        raise CheckpointError(f"{what} {' and '.join(problems)}")
+
+
+def _spread_like(value: Tensor, own: Tensor) -> Tensor:
+    """Return a value spread over processes as a parameter is (FSDP2), or as it is."""
+    mesh = getattr(own, "device_mesh", None)
+    if mesh is None:
+        return value
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    assert isinstance(own, DTensor)
+    return distribute_tensor(value.to(own.device, own.dtype), mesh, own.placements)
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def _closest(name: str, modules: Mapping[str, nn.Module]) -> str:
+    close = difflib.get_close_matches(name, modules, n=3, cutoff=0.5)
+    return f"; the closest here: {', '.join(close)}" if close else ""

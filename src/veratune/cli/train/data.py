@@ -1,0 +1,278 @@
+"""Rows for `veratune train`: read from a file, checked, and made into what a model takes."""
+
+import hashlib
+import json
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from veratune.cli.train.chats import IGNORED
+from veratune.cli.train.hub_rows import may_be_hub_name, read_hub_rows
+from veratune.cli.train.settings import SettingsError, TrainSettings
+from veratune.cli.values import (
+    check_chat,
+    check_not_measured,
+    check_number,
+    check_text,
+    check_words,
+    class_name,
+    describe,
+    is_empty,
+    plain,
+)
+
+Row = dict[str, Any]
+_SHOWN = 40
+_MOST_COLUMNS = 20
+
+
+def read_rows(path: str, subset: str | None = None, split: str = "train") -> list[Row]:
+    """Read a CSV, TSV, JSON lines or Parquet file, or a part of a data set on the hub.
+
+    Args:
+        path: the file, or the data set's name.
+        subset: configuration of a data set on the hub.
+        split: part of a data set on the hub.
+
+    Raises:
+        SettingsError: no such file, or another kind of file.
+        ValueError: no such data set, a file that cannot be read, no rows.
+    """
+    try:
+        import pandas as pd  # type: ignore[import-untyped]
+    except ImportError as error:
+        raise ImportError(f"reading data needs pandas: pip install 'veratune[cli]' ({error})") from None
+    file = Path(path).expanduser()
+    readers: dict[str, Callable[[Path], Any]] = {
+        ".csv": _read_table(","),
+        ".tsv": _read_table("\t"),
+        ".jsonl": _read_lines,
+        ".parquet": pd.read_parquet,
+    }
+    known = file.suffix.lower() in readers
+    if not known and may_be_hub_name(path) and not file.exists():
+        return _some(path, [plain(row) for row in read_hub_rows(path, subset, split)])
+    if not file.is_file():
+        raise SettingsError(f"{path} is not a file{' but a directory' if file.is_dir() else ''}")
+    if not known:
+        raise SettingsError(f"{path} is none of the kinds that are read: {', '.join(readers)}")
+    if file.stat().st_size == 0:
+        raise ValueError(f"{path} is empty")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", pd.errors.ParserWarning)  # rows that are longer than the header
+            found = readers[file.suffix.lower()](file)
+            records = found if isinstance(found, list) else found.to_dict("records")
+    except RecursionError:
+        raise ValueError(f"{path} cannot be read: it is nested too deeply") from None
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror or error}") from None
+    except (ValueError, pd.errors.ParserWarning) as error:
+        raise ValueError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
+    return _some(path, [plain(row) for row in records])
+
+
+def _read_table(separator: str) -> Callable[[Path], Any]:
+    """Return a reader of tables of text, in which what is written counts: "01" is not 1, and "None" may be a word."""
+    import pandas as pd
+
+    as_written: dict[str, Any] = {"sep": separator, "dtype": str, "keep_default_na": False, "index_col": False}
+
+    def read(file: Path) -> Any:
+        # pandas gives a second column of the same name another one.
+        header = pd.read_csv(file, **as_written, header=None, nrows=1).iloc[0].tolist()
+        twice = sorted(name for name, count in Counter(header).items() if name and count > 1)
+        if twice:
+            raise ValueError(f"two columns are called {twice[0]!r}")
+        return pd.read_csv(file, **as_written)
+
+    return read
+
+
+def _some(path: str, rows: list[Row]) -> list[Row]:
+    if not rows:
+        raise ValueError(f"{path} has no rows")
+    return rows
+
+
+def _read_lines(file: Path) -> list[Row]:
+    rows = []
+    # Only line feeds end a line: JSON allows other line separators inside of strings.
+    for number, line in enumerate(file.read_bytes().decode("utf-8-sig").split("\n"), start=1):
+        if line.strip():
+            try:
+                row = json.loads(line, object_pairs_hook=_object)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"line {number} is not JSON: {error.msg}") from None
+            except ValueError as error:
+                raise ValueError(f"line {number} cannot be read: {error}") from None
+            except RecursionError:
+                raise ValueError(f"line {number} is nested too deeply") from None
+            if not isinstance(row, dict):
+                raise ValueError(f"line {number} holds no JSON object")
+            rows.append(row)
+    return rows
+
+
+def _object(pairs: list[tuple[str, Any]]) -> Row:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+        raise ValueError(f"{twice!r} stands twice in one object")
+    return found
+
+
+def check_columns(path: str, rows: list[Row], settings: TrainSettings) -> None:
+    """Raise SettingsError for a column that is missing, and ValueError for a row whose values cannot be learned from.
+
+    Values are what the task wants already: nothing is made into text.
+    """
+    texts = [settings.text_column]
+    if settings.text_pair_column is not None:
+        texts.append(settings.text_pair_column)
+    labels = [] if settings.task == "causal-lm" else [settings.label_column]
+    _check_names(path, rows, texts + labels, settings)
+    for number, row in enumerate(rows, start=1):
+        where = f"{path}: row {number}"
+        for name in texts + labels:
+            if is_empty(row.get(name)):
+                raise ValueError(f"{where} has nothing in the column {name!r}")
+        if settings.task == "token-classification":
+            words, given = row[settings.text_column], row[settings.label_column]
+            check_words(where, words, given, settings.label_column)
+            continue
+        if settings.task == "regression":
+            check_number(f"{where} has no number in {settings.label_column!r}", row[settings.label_column])
+        if settings.task == "causal-lm" and isinstance(row[settings.text_column], list):
+            check_chat(where, row[settings.text_column], wants_answer=settings.chat_loss == "assistant")
+            continue
+        for name in texts:
+            if isinstance(row[name], list):
+                raise ValueError(f"{where} has a list in {name!r}, and {settings.task} a text")
+            check_text(f"{where}: {name!r}", row[name])
+    if settings.task in ("sequence-classification", "token-classification"):
+        _check_labels(path, rows, settings)
+
+
+def _check_names(path: str, rows: list[Row], wanted: list[str], settings: TrainSettings) -> None:
+    for name in wanted:
+        option = next(x for x in ("text_column", "text_pair_column", "label_column") if getattr(settings, x) == name)
+        if name not in rows[0]:
+            columns = sorted(rows[0])
+            shown = f"{columns[:_MOST_COLUMNS]}{' and more' if len(columns) > _MOST_COLUMNS else ''}"
+            raise SettingsError(
+                f"{path} has no column {name!r}: it has {shown}; name one with --{option.replace('_', '-')}"
+            )
+        if wanted.count(name) > 1:
+            raise SettingsError(
+                f"the column {name!r} cannot be two things at once: --{option.replace('_', '-')} and others name it"
+            )
+
+
+def split(rows: list[Row], settings: TrainSettings) -> tuple[list[Row], list[Row]]:
+    """Return (rows to train with, rows to evaluate with), chosen by the seed."""
+    count = round(len(rows) * settings.eval_fraction)
+    order = np.random.default_rng(settings.seed).permutation(len(rows)).tolist()
+    if count < 1 or count >= len(rows):
+        raise ValueError(
+            f"eval_fraction={settings.eval_fraction} of {len(rows)} rows leaves none to evaluate or to train with: give"
+            " --eval-data, or another --eval-fraction"
+        )
+    chosen = set(order[:count])
+    return [row for i, row in enumerate(rows) if i not in chosen], [row for i, row in enumerate(rows) if i in chosen]
+
+
+def label_names(train: list[Row], evaluation: list[Row], settings: TrainSettings) -> list[str]:
+    """Return the classes, sorted.
+
+    Raises:
+        ValueError: there is one class only, or evaluation rows have others than training rows.
+    """
+    there, other = (set(_names_of_classes(rows, settings)) for rows in (train, evaluation))
+    if len(there) < 2:
+        raise ValueError(f"all training rows have the same {settings.label_column}: {next(iter(there))!r}")
+    new = sorted(other - there)
+    if new:
+        shown = [label if len(label) <= _SHOWN else label[:_SHOWN] + "..." for label in new[:5]]
+        raise ValueError(f"rows to evaluate with have {len(new)} labels that no training row has: {shown}")
+    return sorted(there)
+
+
+def _names_of_classes(rows: list[Row], settings: TrainSettings) -> Iterator[str]:
+    for row in rows:
+        value = row[settings.label_column]
+        for label in value if isinstance(value, list) else [value]:
+            yield class_name("the label", label)
+
+
+def _check_labels(path: str, rows: list[Row], settings: TrainSettings) -> None:
+    """Raise ValueError for labels that are no classes, or that only look the same."""
+    kinds: dict[str, tuple[type, str]] = {}
+    names, places = [], []
+    for number, row in enumerate(rows, start=1):
+        value = row[settings.label_column]
+        where = f"{path}: row {number}: {settings.label_column!r}"
+        for label in value if isinstance(value, list) else [value]:
+            name = class_name(where, label)
+            kind = int if isinstance(label, float) else type(label)
+            before, place = kinds.setdefault(name, (kind, where))
+            if before is not kind:
+                raise ValueError(
+                    f"{where} is {describe(label)}, and {place} is a {before.__name__} that looks the same"
+                )
+            names.append(name)
+            places.append(where)
+    check_not_measured(places.__getitem__, names)
+
+
+def digest(*parts: list[Row]) -> str:
+    """Return a SHA-256 of rows, by which a run that is gone on with knows its own."""
+    sha = hashlib.sha256()
+    for rows in parts:
+        for row in rows:
+            sha.update(repr(sorted((name, str(value)) for name, value in row.items())).encode())
+        sha.update(b"|")
+    return sha.hexdigest()
+
+
+class Examples(torch.utils.data.Dataset[Row]):
+    """Rows made into a model's inputs, once.
+
+    Attributes:
+        examples: the inputs; rows of which nothing is learned are not among them.
+        left_out: how many those are.
+
+    Raises:
+        ValueError: a row that cannot be.
+    """
+
+    def __init__(self, origin: str, rows: list[Row], encode: Callable[[Row], Row]) -> None:
+        self.examples: list[Row] = []
+        for number, row in enumerate(rows, start=1):
+            try:
+                example = encode(row)
+            except (ValueError, TypeError) as error:
+                raise ValueError(f"{origin}, row {number}: {error}") from None
+            if not example["input_ids"]:
+                raise ValueError(f"{origin}, row {number}: the tokenizer makes no token of its text")
+            if not _is_list(example["labels"]) or any(label != IGNORED for label in example["labels"]):
+                self.examples.append(example)
+        self.left_out = len(rows) - len(self.examples)
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __iter__(self) -> Iterator[Row]:
+        return iter(self.examples)
+
+    def __getitem__(self, index: int) -> Row:
+        return self.examples[index]
+
+
+def _is_list(value: object) -> bool:
+    return isinstance(value, list | tuple)

@@ -1,0 +1,69 @@
+"""Which numbers of a trainer's log are measures of the model, and what they would be without any learning."""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from veratune.cli.train.chats import IGNORED
+from veratune.cli.train.data import Examples
+from veratune.cli.train.settings import TrainSettings
+
+_PREFIX = "eval_"
+_OF_THE_MACHINE = ("runtime", "per_second", "_time")
+
+
+def evaluated(entry: Mapping[str, Any]) -> dict[str, float]:
+    """Return what an evaluation found, by name without its prefix: the loss first, then the metrics."""
+    return {
+        name.removeprefix(_PREFIX): value
+        for name, value in entry.items()
+        if name.startswith(_PREFIX) and isinstance(value, float) and not name.endswith(_OF_THE_MACHINE)
+    }
+
+
+@dataclass(frozen=True)
+class TrivialAnswer:
+    """The best answer that is the same for all rows, and its score.
+
+    Attributes:
+        answer: the most frequent class of the training rows, or their mean.
+        metric: "accuracy" or "mse".
+        score: what it is on the rows to evaluate with.
+    """
+
+    answer: str
+    metric: str
+    score: float
+
+    def is_beaten_by(self, metrics: Mapping[str, float]) -> bool:
+        """Return whether a model has a better score."""
+        return metrics[self.metric] < self.score if self.metric == "mse" else metrics[self.metric] > self.score
+
+
+def trivial_answer(
+    settings: TrainSettings, examples: tuple[Examples, Examples], labels: list[str]
+) -> TrivialAnswer | None:
+    """Return what always giving one answer scores, which a score is to be compared with; None for language models.
+
+    Args:
+        settings: the settings.
+        examples: to train with and to evaluate with.
+        labels: the classes.
+    """
+    train, evaluation = (_all_labels(part) for part in examples)
+    if settings.task == "causal-lm":
+        return None
+    if settings.task == "regression":
+        mean = sum(train) / len(train)
+        return TrivialAnswer(f"{mean:.4g}", "mse", sum((x - mean) ** 2 for x in evaluation) / len(evaluation))
+    most = min(Counter(train).items(), key=lambda item: (-item[1], item[0]))[0]
+    return TrivialAnswer(repr(labels[most]), "accuracy", sum(x == most for x in evaluation) / len(evaluation))
+
+
+def _all_labels(examples: Examples) -> list[Any]:
+    found: list[Any] = []
+    for example in examples:
+        label = example["labels"]
+        found += [x for x in label if x != IGNORED] if isinstance(label, list) else [label]
+    return found

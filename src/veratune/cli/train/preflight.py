@@ -1,0 +1,119 @@
+"""What is told before a training run begins: what would go wrong after long work, or would likely come to nothing."""
+
+import importlib.util
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from veratune.cli.output import bytes_text
+from veratune.cli.train.data import Examples
+from veratune.cli.train.settings import TrainSettings
+from veratune.training import rate_advice
+
+# How far b has to be able to move from zero: its largest numbers are near 1 after a training that has learned.
+_LITTLE_REACH = 0.25
+# LoRA's ranks, which mean another thing in VeRA.
+_LOW_RANK = 64
+_HIGH_HEAD_RATE = 1e-1
+# As many classes as this are seldom meant, where there is a row or two of each.
+_MANY_CLASSES = 50
+
+
+def check_vocabulary(model: nn.Module, examples: Examples, place: str) -> None:
+    """Raise ValueError if the tokenizer gives tokens that the model has no embedding for."""
+    described: Any = model
+    rows = getattr(described.get_input_embeddings(), "num_embeddings", None)
+    highest = max((token for example in examples for token in example["input_ids"]), default=0)
+    if isinstance(rows, int) and highest >= rows:
+        raise ValueError(
+            f"{place}: the tokenizer gives token {highest}, and the model knows {rows} tokens only: they do not belong"
+            " together"
+        )
+
+
+def warnings_of(
+    settings: TrainSettings, examples: tuple[Examples, Examples], labels: list[str], trainable: int, steps: int
+) -> Iterator[str]:
+    """Yield sentences about what would fail or disappoint.
+
+    Args:
+        settings: all settings.
+        examples: to train with and to evaluate with.
+        labels: the classes.
+        trainable: how many numbers are trained.
+        steps: how many steps the optimizer will make.
+    """
+    train, evaluation = examples
+    if importlib.util.find_spec("matplotlib") is None:
+        yield "there will be no picture of the curves, since matplotlib is missing: pip install 'veratune[cli]'"
+    advice = rate_advice(settings.learning_rate)
+    if advice is not None:
+        yield advice
+    if labels and settings.head_learning_rate > _HIGH_HEAD_RATE:
+        yield f"head_learning_rate={settings.head_learning_rate} is high for a new head: it may diverge"
+    if settings.rank < _LOW_RANK:
+        yield (
+            f"rank={settings.rank} is low for VeRA, whose ranks are 256 and more: unlike LoRA's, a higher one trains"
+            " only that many more numbers in each layer"
+        )
+    if settings.precision == "bfloat16" and not torch.cuda.is_available():
+        yield "precision=bfloat16 is slower than float32 on many a CPU"
+    left_out = train.left_out + evaluation.left_out
+    if left_out:
+        yield (
+            f"{left_out} rows are left out: nothing that is to be learned is within max_length={settings.max_length}"
+            " tokens"
+        )
+    cut = sum(len(example["input_ids"]) >= settings.max_length for example in train)
+    if cut:
+        yield f"{cut} of {len(train)} texts fill max_length={settings.max_length} tokens: what is beyond is not seen"
+    if len(train) < settings.batch_size:
+        yield f"there are {len(train)} rows to train with, fewer than batch_size={settings.batch_size}"
+    # Adam moves a number by about the learning rate in a step, which is half of its highest value on average.
+    reach = settings.learning_rate * steps / 2
+    if reach < _LITTLE_REACH:
+        yield (
+            f"{steps} steps are few: with learning_rate={settings.learning_rate} they move b, which starts at zero, by"
+            f" about {reach:.2g} at most, and a trained b reaches 1. More epochs, more rows or a smaller batch_size"
+            " make more steps"
+        )
+    evaluations = evaluations_of(settings, len(train), steps)
+    if settings.early_stopping >= evaluations:
+        yield (
+            f"early_stopping={settings.early_stopping} cannot happen, since there are {evaluations} evaluations in all:"
+            " a smaller eval_steps makes more"
+        )
+    if len(labels) > _MANY_CLASSES and len(train) < 4 * len(labels):
+        yield (
+            f"there are {len(labels)} different labels in {len(train)} rows: is {settings.label_column!r} the column of"
+            " the labels, and the task not regression?"
+        )
+    # A checkpoint holds what is trained and two moments of it; there are three at most, and the adapter.
+    needed = 4 * trainable * (3 * 3 + 1)
+    place = Path(settings.output).absolute()
+    free = shutil.disk_usage(next(path for path in (place, *place.parents) if path.exists())).free
+    if free < needed:
+        yield f"checkpoints may need {bytes_text(needed)}, and {settings.output} has {bytes_text(free)} left"
+
+
+def evaluations_of(settings: TrainSettings, rows: int, steps: int) -> int:
+    """Return how many evaluations a run of so many steps has."""
+    every = settings.eval_steps or steps_of_epoch(settings, rows)
+    return max(1, -(-steps // every))
+
+
+def steps_of_epoch(settings: TrainSettings, rows: int) -> int:
+    """Return how many steps the optimizer makes in an epoch."""
+    batches = -(-rows // settings.batch_size)
+    return -(-batches // settings.gradient_accumulation)
+
+
+def steps_of_run(settings: TrainSettings, rows: int) -> int:
+    """Return how many steps the optimizer makes in all."""
+    if settings.max_steps:
+        return settings.max_steps
+    return max(1, -int(-settings.epochs * steps_of_epoch(settings, rows) // 1))

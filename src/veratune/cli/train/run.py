@@ -1,0 +1,291 @@
+"""A training run: from settings to an adapter, results and curves."""
+
+import dataclasses
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import typer
+
+from veratune.adapters.targets import TargetError
+from veratune.checkpoint.files import read_json, write_json
+from veratune.cli.directories import check_new
+from veratune.cli.models import ADAPTER_NAME, load_tokenizer, loaded
+from veratune.cli.output import bytes_text, print_table, print_text, warning_line
+from veratune.cli.train.curves import draw_curves
+from veratune.cli.train.data import Examples, Row, check_columns, digest, label_names, read_rows, split
+from veratune.cli.train.metrics import evaluated, trivial_answer
+from veratune.cli.train.preflight import check_vocabulary, steps_of_run, warnings_of
+from veratune.cli.train.settings import SETTINGS_NAME, SettingsError, TrainSettings
+from veratune.cli.train.tasks import Task, make_task
+from veratune.model import VeraModel, get_peft_model
+from veratune.training import trained_parts
+
+RESULTS_NAME, CURVES_NAME, ROWS_NAME = "results.json", "curves.png", "rows.json"
+CHECKPOINTS_NAME = "checkpoints"
+
+# Every step's loss is kept in runs of so many steps; in longer ones, means over several.
+_MOST_LOGGED = 2000
+# Settings that say where things are, not what is done with them: a run may be gone on with after a move.
+_PLACES = {"model", "data", "eval_data", "output"}
+
+
+def run(settings: TrainSettings, *, resuming: bool) -> None:
+    """Train as the settings say.
+
+    Everything that can be wrong with the settings, the rows and the model is found before the training begins.
+    """
+    output = Path(settings.output)
+    if resuming and (output / RESULTS_NAME).exists():
+        print_text(f"{output} is finished: its adapter is {output / ADAPTER_NAME}")
+        return
+    checkpoint = last_checkpoint(output) if resuming else None
+    if not resuming:
+        otherwise = "choose another --output"
+        if (output / SETTINGS_NAME).is_file():
+            otherwise += f", or go on with what is there: veratune train --resume {output}"
+        check_new(output, otherwise)
+    train_rows, eval_rows = _rows(settings)
+    labels = []
+    if settings.task in ("sequence-classification", "token-classification"):
+        labels = label_names(train_rows, eval_rows, settings)
+    tokenizer = load_tokenizer(settings.model)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    settings = _within_positions(settings, tokenizer)
+    identity = {"sha256": digest(train_rows, eval_rows), "labels": labels, "settings": dataclasses.asdict(settings)}
+    if resuming:
+        _check_same(output, identity)
+    task = make_task(settings, tokenizer, labels)
+    _set_seed(settings.seed)
+    base = loaded(settings.model, task.model)
+    try:
+        model = get_peft_model(base, settings.vera_config())
+    except TargetError as error:
+        raise SettingsError(str(error)) from None
+    examples = (
+        Examples(settings.data, train_rows, task.encode),
+        Examples(settings.eval_data or settings.data, eval_rows, task.encode),
+    )
+    if not len(examples[0]) or not len(examples[1]):
+        raise ValueError(
+            "no rows are left to train or to evaluate with:"
+            f" max_length={settings.max_length} cuts off all that is to be learned"
+        )
+    for part in examples:
+        check_vocabulary(model.base_model, part, settings.model)
+    steps = steps_of_run(settings, len(examples[0]))
+    trainable, total = model.get_nb_trainable_parameters()
+    for warning in warnings_of(settings, examples, labels, trainable, steps):
+        warning_line(warning)
+    if not resuming:
+        settings.write(output)
+        write_json(output / ROWS_NAME, identity)
+    print_text(
+        f"{settings.model}: {total:,} parameters, {trainable:,} of them trained in {len(model.vera_layers())} layers;"
+        f" {len(examples[0]):,} rows to train with, {len(examples[1]):,} to evaluate with; {steps:,} steps"
+    )
+    trainer, seconds = _train(settings, task, model, examples, steps, checkpoint)
+    history = list(trainer.state.log_history)
+    metrics = evaluated(trainer.evaluate())  # of the best checkpoint, which is loaded now
+    if settings.task == "causal-lm":
+        metrics["perplexity"] = math.exp(min(metrics["loss"], 700.0))
+    trivial = trivial_answer(settings, examples, labels)
+    model.save_pretrained(output / ADAPTER_NAME)
+    tokenizer.save_pretrained(output / ADAPTER_NAME)
+    size = (output / ADAPTER_NAME / "adapter_model.safetensors").stat().st_size
+    draw_curves(history, output / CURVES_NAME)
+    best = trainer.state.best_global_step
+    results = {
+        "metrics": metrics,
+        "trivial": None if trivial is None else dataclasses.asdict(trivial),
+        "labels": labels,
+        "best_step": best,
+        "steps": trainer.state.global_step,
+        "seconds": seconds,
+        "trained_parameters": trainable,
+        "adapter_bytes": size,
+        "history": history,
+    }
+    write_json(output / RESULTS_NAME, results)
+    print_table((f"step {best or trainer.state.global_step}", "value"), [(k, f"{v:.4f}") for k, v in metrics.items()])
+    if trivial is not None:
+        print_text(f"always answering {trivial.answer}: {trivial.metric} {trivial.score:.4f}")
+        if not trivial.is_beaten_by(metrics):
+            warning_line(f"the adapter does no better than always answering {trivial.answer}: it has learned nothing")
+    print_text(f"adapter ({bytes_text(size)}): {output / ADAPTER_NAME}")
+    print_text(f"to use it: veratune merge {output / ADAPTER_NAME} NEW_DIRECTORY, or VeraModel.from_pretrained")
+
+
+def last_checkpoint(output: Path) -> Path:
+    """Return the newest checkpoint that was written to its end; the trainer's state is what is written last.
+
+    Raises:
+        ValueError: there is none.
+    """
+    found = [
+        path
+        for path in (output / CHECKPOINTS_NAME).glob("checkpoint-*")
+        if path.name.rpartition("-")[2].isdigit() and (path / "trainer_state.json").is_file()
+    ]
+    if not found:
+        raise ValueError(f"{output} has no checkpoint to go on from: start the run anew, in another directory")
+    return max(found, key=lambda path: int(path.name.rpartition("-")[2]))
+
+
+def _rows(settings: TrainSettings) -> tuple[list[Row], list[Row]]:
+    if settings.subset is not None and Path(settings.data).exists():
+        raise SettingsError("subset names a part of a data set on the hub: leave it out for a file")
+    rows = read_rows(settings.data, settings.subset, settings.split)
+    check_columns(settings.data, rows, settings)
+    if settings.eval_data is None and settings.eval_split is None:
+        return split(rows, settings)
+    if settings.eval_split is not None and Path(settings.eval_data or settings.data).exists():
+        raise SettingsError("eval_split names a part of a data set on the hub: give --eval-data for a file")
+    place = settings.eval_data or settings.data
+    others = read_rows(place, settings.subset, settings.eval_split or settings.split)
+    check_columns(place, others, settings)
+    return rows, others
+
+
+def _within_positions(settings: TrainSettings, tokenizer: Any) -> TrainSettings:
+    """Return the settings with a max_length that the model has positions for."""
+    from transformers import AutoConfig
+
+    positions = getattr(AutoConfig.from_pretrained(settings.model), "max_position_embeddings", None)
+    # Some models count their positions from 2 on: the tokenizer knows what is left.
+    known = [most for most in (positions, tokenizer.model_max_length) if isinstance(most, int) and most > 0]
+    most = min(known, default=settings.max_length)
+    if most >= settings.max_length:
+        return settings
+    warning_line(f"texts are cut after {most} tokens: {settings.model} has no more positions")
+    return dataclasses.replace(settings, max_length=most)
+
+
+def _check_same(output: Path, identity: dict[str, Any]) -> None:
+    """Raise ValueError unless rows and settings are those that a run began with."""
+    begun = read_json(output / ROWS_NAME)
+    before, now = begun.get("settings", {}), identity["settings"]
+    changed = [
+        f"{name} was {before.get(name)!r} and is {value!r}"
+        for name, value in now.items()
+        if name not in _PLACES and before.get(name) != value
+    ]
+    if changed:
+        raise SettingsError(
+            f"{output / SETTINGS_NAME} is not what the run began with: {'; '.join(changed)}. Put it back, or start"
+            " a new run in another directory"
+        )
+    if begun.get("sha256") != identity["sha256"]:
+        raise ValueError(f"the rows are not those that {output} began with: start the run anew, elsewhere")
+
+
+def _set_seed(seed: int) -> None:
+    from transformers import set_seed
+
+    set_seed(seed)
+
+
+def _train(
+    settings: TrainSettings,
+    task: Task,
+    model: VeraModel,
+    examples: tuple[Examples, Examples],
+    steps: int,
+    checkpoint: Path | None,
+) -> tuple[Any, float]:
+    """Train, and return the trainer and the seconds it took.
+
+    Raises:
+        typer.Exit: it was interrupted.
+    """
+    from veratune.cli.train.progress import Report, StopOnSignal
+
+    output = Path(settings.output)
+    report, signal_stop = Report(task.best), StopOnSignal()
+    trainer = _trainer(settings, task, model, examples, steps, [report, signal_stop])
+    start = time.monotonic()
+    try:
+        with signal_stop.listening(), report.shown():
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    except KeyboardInterrupt:
+        print_text(_how_to_go_on(output, trainer.state.global_step))
+        raise typer.Exit(1) from None
+    if signal_stop.stopped and trainer.state.global_step < trainer.state.max_steps:
+        print_text(_how_to_go_on(output, trainer.state.global_step))
+        raise typer.Exit(1)
+    return trainer, time.monotonic() - start
+
+
+def _how_to_go_on(output: Path, step: int) -> str:
+    try:
+        saved = last_checkpoint(output).name.rpartition("-")[2]
+    except ValueError:
+        return f"stopped at step {step}, before the first checkpoint: start anew, in another directory"
+    since = "" if int(saved) == step else f", the last checkpoint is of step {saved}"
+    return f"stopped at step {step}{since}. To go on: veratune train --resume {output}"
+
+
+def _trainer(
+    settings: TrainSettings,
+    task: Task,
+    model: VeraModel,
+    examples: tuple[Examples, Examples],
+    steps: int,
+    callbacks: list[Any],
+) -> Any:
+    from transformers import EarlyStoppingCallback, PrinterCallback, TrainingArguments
+
+    from veratune.integrations.trainer import VeraTrainer
+
+    by_steps = settings.eval_steps > 0
+    arguments = TrainingArguments(
+        output_dir=str(Path(settings.output) / CHECKPOINTS_NAME),
+        per_device_train_batch_size=settings.batch_size,
+        per_device_eval_batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.gradient_accumulation,
+        num_train_epochs=settings.epochs,
+        max_steps=settings.max_steps or -1,
+        warmup_steps=round(settings.warmup * steps),
+        learning_rate=settings.learning_rate,
+        use_cpu=not torch.accelerator.is_available(),  # bf16 is refused on a CPU that nobody asked for
+        bf16=settings.precision == "bfloat16",
+        eval_strategy="steps" if by_steps else "epoch",
+        save_strategy="steps" if by_steps else "epoch",
+        save_total_limit=2,
+        load_best_model_at_end=True,
+        metric_for_best_model=task.best,
+        greater_is_better=task.greater_is_better,
+        logging_steps=-(-steps // _MOST_LOGGED),
+        logging_nan_inf_filter=False,
+        include_num_input_tokens_seen="all",
+        report_to=[],
+        disable_tqdm=True,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        seed=settings.seed,
+        eval_steps=settings.eval_steps if by_steps else None,
+        save_steps=settings.eval_steps if by_steps else 500,  # unused, and 500 is its default
+    )
+    # As parameter_groups makes them, which would warn again of the rates.
+    groups = zip(trained_parts(model), (settings.learning_rate, settings.head_learning_rate), strict=True)
+    optimizer = torch.optim.AdamW(
+        [{"params": part, "lr": rate, "weight_decay": settings.weight_decay} for part, rate in groups if part]
+    )
+    if settings.early_stopping:
+        callbacks = [*callbacks, EarlyStoppingCallback(settings.early_stopping)]
+    trainer = VeraTrainer(
+        model,
+        arguments,
+        data_collator=task.collator,
+        train_dataset=examples[0],
+        eval_dataset=examples[1],
+        compute_metrics=task.metrics,
+        callbacks=callbacks,
+        optimizers=(optimizer, None),
+    )
+    # Only language models' losses are shares of a sum over what is accumulated; transformers takes all for such.
+    trainer.model_accepts_loss_kwargs = settings.task == "causal-lm"
+    trainer.remove_callback(PrinterCallback)  # its lines are the report's
+    return trainer

@@ -1,0 +1,180 @@
+"""What the tasks of `veratune train` differ in: model class, inputs, metrics."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from veratune.cli.train.chats import IGNORED, chat_tokens, check_chats
+from veratune.cli.train.data import Row
+from veratune.cli.train.settings import TrainSettings
+from veratune.cli.values import class_name
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task with its settings.
+
+    Attributes:
+        model: makes the model.
+        encode: makes a row into inputs.
+        collator: makes inputs into a batch.
+        metrics: from predictions to named numbers; None where the loss is all there is.
+        best: the metric by which the best evaluation is told.
+        greater_is_better: whether more of it is better.
+    """
+
+    model: Callable[[], Any]
+    encode: Callable[[Row], Row]
+    collator: Any
+    metrics: Callable[[Any], dict[str, float]] | None
+    best: str
+    greater_is_better: bool
+
+
+def make_task(settings: TrainSettings, tokenizer: Any, labels: list[str]) -> Task:
+    """Return a task.
+
+    Args:
+        settings: the settings.
+        tokenizer: the model's tokenizer.
+        labels: the classes; empty for tasks without.
+    """
+    if settings.task == "causal-lm":
+        return _causal_lm(settings, tokenizer)
+    if settings.task == "token-classification":
+        return _token_classification(settings, tokenizer, labels)
+    return _sequence(settings, tokenizer, labels)
+
+
+def _sequence(settings: TrainSettings, tokenizer: Any, labels: list[str]) -> Task:
+    import transformers
+
+    regression = settings.task == "regression"
+    numbers = {name: number for number, name in enumerate(labels)}
+
+    def encode(row: Row) -> Row:
+        pair = None if settings.text_pair_column is None else row[settings.text_pair_column]
+        text = row[settings.text_column]
+        encoded: Row = dict(tokenizer(text, pair, truncation=True, max_length=settings.max_length))
+        label = row[settings.label_column]
+        encoded["labels"] = float(label) if regression else numbers[class_name("the label", label)]
+        return encoded
+
+    def model() -> Any:
+        kind = {"problem_type": "regression", "num_labels": 1} if regression else _names(labels)
+        made: Any = transformers.AutoModelForSequenceClassification.from_pretrained(
+            settings.model, ignore_mismatched_sizes=True, **kind
+        )
+        if made.config.pad_token_id is None:
+            made.config.pad_token_id = tokenizer.pad_token_id
+        return made
+
+    def metrics(output: Any) -> dict[str, float]:
+        logits = output.predictions[0] if isinstance(output.predictions, tuple) else output.predictions
+        truth = output.label_ids
+        if regression:
+            values = np.squeeze(logits, -1)
+            correlation = float(np.corrcoef(values, truth)[0, 1]) if len(truth) > 1 else float("nan")
+            return {"mse": float(np.mean((values - truth) ** 2)), "pearson": correlation}
+        return _classes(np.argmax(logits, -1), truth, len(labels))
+
+    return Task(
+        model,
+        encode,
+        transformers.DataCollatorWithPadding(tokenizer),
+        metrics,
+        best="mse" if regression else "accuracy",
+        greater_is_better=not regression,
+    )
+
+
+def _token_classification(settings: TrainSettings, tokenizer: Any, labels: list[str]) -> Task:
+    import transformers
+
+    numbers = {name: number for number, name in enumerate(labels)}
+    if not tokenizer.is_fast:
+        raise ValueError(f"token classification needs a fast tokenizer, and {settings.model} has none")
+
+    def encode(row: Row) -> Row:
+        words = row[settings.text_column]
+        encoded = tokenizer(words, is_split_into_words=True, truncation=True, max_length=settings.max_length)
+        given, places = row[settings.label_column], encoded.word_ids()
+        # The first token of a word stands for it.
+        first = [place is not None and (i == 0 or places[i - 1] != place) for i, place in enumerate(places)]
+        targets = [
+            numbers[class_name("a label", given[place])] if is_first else IGNORED
+            for place, is_first in zip(places, first, strict=True)
+        ]
+        return {**dict(encoded), "labels": targets}
+
+    def metrics(output: Any) -> dict[str, float]:
+        known = output.label_ids != IGNORED
+        return _classes(np.argmax(output.predictions, -1)[known], output.label_ids[known], len(labels))
+
+    return Task(
+        lambda: transformers.AutoModelForTokenClassification.from_pretrained(
+            settings.model, ignore_mismatched_sizes=True, **_names(labels)
+        ),
+        encode,
+        transformers.DataCollatorForTokenClassification(tokenizer),
+        metrics,
+        best="f1",
+        greater_is_better=True,
+    )
+
+
+def _causal_lm(settings: TrainSettings, tokenizer: Any) -> Task:
+    import transformers
+
+    architectures = transformers.AutoConfig.from_pretrained(settings.model).architectures or []
+    if architectures and not any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in architectures):
+        raise ValueError(
+            f"{settings.model} is a {' or '.join(architectures)}, which is no language model from left to right, as"
+            " causal-lm needs"
+        )
+
+    every = settings.chat_loss == "all"
+
+    def encode(row: Row) -> Row:
+        text = row[settings.text_column]
+        if isinstance(text, list):
+            check_chats(tokenizer, every=every)
+            ids, labels = chat_tokens(tokenizer, text, every=every)
+        else:
+            ids = list(tokenizer(text)["input_ids"])
+            if tokenizer.eos_token_id is not None and ids[-1:] != [tokenizer.eos_token_id]:
+                ids.append(tokenizer.eos_token_id)
+            labels = ids
+        most = settings.max_length
+        return {"input_ids": ids[:most], "attention_mask": [1] * len(ids[:most]), "labels": labels[:most]}
+
+    return Task(
+        lambda: transformers.AutoModelForCausalLM.from_pretrained(settings.model),
+        encode,
+        # The labels are padded by themselves: where the end of a text is also what pads, it has to be learned still.
+        transformers.DataCollatorForTokenClassification(tokenizer, label_pad_token_id=IGNORED),
+        metrics=None,
+        best="loss",
+        greater_is_better=False,
+    )
+
+
+def _names(labels: list[str]) -> dict[str, Any]:
+    return {
+        "num_labels": len(labels),
+        "id2label": dict(enumerate(labels)),
+        "label2id": {name: number for number, name in enumerate(labels)},
+    }
+
+
+def _classes(predicted: Any, truth: Any, count: int) -> dict[str, float]:
+    """Return the accuracy, and the mean over the classes of F1."""
+    scores = []
+    for label in range(count):
+        hits = float(np.sum((predicted == label) & (truth == label)))
+        total = float(np.sum(predicted == label) + np.sum(truth == label))
+        if total:
+            scores.append(2 * hits / total)
+    return {"accuracy": float(np.mean(predicted == truth)), "f1": float(np.mean(scores))}

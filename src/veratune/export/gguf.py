@@ -1,0 +1,194 @@
+"""Export as a GGUF file with a LoRA, which llama.cpp and what is built on it add to a base model.
+
+The matrices are those of the LoRA export. What differs is what llama.cpp's own conversion of the base model does:
+tensors have other names, the rows of some queries and keys stand in another order, and gate and up matrices of experts
+are tensors of their own. Only architectures are written for which this is known: see docs/engines.md.
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from veratune.adapters.adapted_model import AdaptedModel
+from veratune.adapters.targets import without_wrappers
+from veratune.export.lora import check_dtype, check_vectors_only, lora_matrices, why_not_lora
+from veratune.layers import VeraEmbedding, VeraLayer, VeraLinear, VeraParameter
+from veratune.utils.atomic import replacing
+
+GGUF_NAME = "adapter_model.gguf"
+
+# The model's class in transformers, its architecture in llama.cpp, and how the conversion of the base model reorders
+# rows: "pairs" brings queries and keys from the halves of each head, which are rotated together, into pairs; "parts" a
+# fused layer from query, key and value of each head into all queries, all keys and all values.
+_ARCHITECTURES: dict[str, tuple[str, Literal["pairs", "parts"] | None]] = {
+    "ArceeForCausalLM": ("arcee", "pairs"),
+    "BloomForCausalLM": ("bloom", "parts"),
+    "Cohere2ForCausalLM": ("cohere2", None),
+    "CohereForCausalLM": ("command-r", None),
+    "GPT2LMHeadModel": ("gpt2", None),
+    "GPTNeoXForCausalLM": ("gptneox", "parts"),
+    "Gemma2ForCausalLM": ("gemma2", None),
+    "Gemma3ForCausalLM": ("gemma3", None),
+    "GemmaForCausalLM": ("gemma", None),
+    "Glm4ForCausalLM": ("glm4", None),
+    "GraniteForCausalLM": ("granite", "pairs"),
+    "LlamaForCausalLM": ("llama", "pairs"),
+    "MistralForCausalLM": ("llama", "pairs"),
+    "MixtralForCausalLM": ("llama", "pairs"),
+    "Olmo2ForCausalLM": ("olmo2", None),
+    "Olmo3ForCausalLM": ("olmo2", None),
+    "OlmoForCausalLM": ("olmo", "pairs"),
+    "Phi3ForCausalLM": ("phi3", None),
+    "PhiForCausalLM": ("phi2", None),
+    "Qwen2ForCausalLM": ("qwen2", None),
+    "Qwen2MoeForCausalLM": ("qwen2moe", None),
+    "Qwen3ForCausalLM": ("qwen3", None),
+    "Qwen3MoeForCausalLM": ("qwen3moe", None),
+    "SmolLM3ForCausalLM": ("smollm3", "pairs"),
+    "StableLmForCausalLM": ("stablelm", None),
+    "Starcoder2ForCausalLM": ("starcoder2", None),
+}
+_GGML_TYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+
+
+class _Pair(NamedTuple):
+    """The two matrices on one tensor of the base model.
+
+    Attributes:
+        name: the tensor's name in the base model's file.
+        a: (r, in); of a stack (n, r, in); of the table of tokens (tokens, r).
+        b: (out, r); of a stack (n, out, r).
+    """
+
+    name: str
+    a: Tensor
+    b: Tensor
+
+
+class _Order(NamedTuple):
+    """Another order of rows: they are seen as (*outer, rest), and two of these axes swapped."""
+
+    outer: tuple[int, int]
+    swapped: tuple[int, int]
+
+
+def export_gguf(host: AdaptedModel, adapter_name: str, directory: Path, *, dtype: torch.dtype = torch.float32) -> Path:
+    """Write an adapter as `adapter_model.gguf`, a LoRA for llama.cpp.
+
+    Args:
+        host: the model; its base is a causal language model of transformers.
+        adapter_name: which adapter.
+        directory: where to; a file of this name there is replaced in one step.
+        dtype: float32, float16 or bfloat16, of the matrices. In the latter two llama.cpp rounds the activations, too.
+
+    Returns:
+        The file.
+
+    Raises:
+        ImportError: the package gguf is missing.
+        ValueError: llama.cpp has no place for this model or a part of the adapter, or dtype is none of these.
+    """
+    try:
+        import gguf
+    except ImportError as error:
+        raise ImportError(f"writing a GGUF file needs gguf: pip install 'veratune[gguf]' ({error})") from None
+    check_dtype(dtype)
+    if dtype not in _GGML_TYPES:
+        raise ValueError(f"dtype={dtype} is not allowed in a GGUF file here: use one of {list(map(str, _GGML_TYPES))}")
+    architecture, order = _architecture(host.base_model)
+    check_vectors_only(host, adapter_name, "a LoRA of llama.cpp", "convert the model")
+    layers = {name: layer for name, layer in host.vera_layers().items() if adapter_name in layer.slots}
+    config: Any = without_wrappers(host.base_model).config
+    architectures = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
+    names = gguf.get_tensor_name_map(architectures[architecture], config.num_hidden_layers)
+    tied = bool(getattr(config, "tie_word_embeddings", None))
+    placed = {name: _places(name, layer, names, tied=tied) for name, layer in layers.items()}
+    orders = _orders(config, order)
+    alpha = Counter(layer.slots[adapter_name].rank for layer in layers.values()).most_common(1)[0][0]
+    kind = getattr(gguf.GGMLQuantizationType, _GGML_TYPES[dtype])
+    with replacing(directory / GGUF_NAME) as path, closing(gguf.GGUFWriter(path, architecture)) as writer:
+        writer.add_type(gguf.GGUFType.ADAPTER)
+        writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+        writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(alpha))
+        for name, layer in layers.items():
+            for pair in _pairs(layer, adapter_name, placed[name], alpha, orders.get(name.rpartition(".")[2])):
+                for side, matrix in (("lora_a", pair.a), ("lora_b", pair.b)):
+                    data = gguf.quants.quantize(matrix.contiguous().numpy(), kind)
+                    writer.add_tensor(f"{pair.name}.{side}", data, raw_dtype=kind)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+    return directory / GGUF_NAME
+
+
+def _architecture(model: nn.Module) -> tuple[str, Literal["pairs", "parts"] | None]:
+    kind = type(without_wrappers(model)).__name__
+    if kind not in _ARCHITECTURES:
+        raise ValueError(
+            f"{kind} cannot be exported for llama.cpp: known are {', '.join(_ARCHITECTURES)}. If llama.cpp has it,"
+            " merge the adapter (merge_and_unload), save the model, and convert that"
+        )
+    return _ARCHITECTURES[kind]
+
+
+def _places(name: str, layer: VeraLayer, names: Any, *, tied: bool) -> list[str]:
+    """Return the tensors of a GGUF file that one weight becomes: one, or two for the experts' gate and up.
+
+    Raises:
+        ValueError: there is none, or no LoRA for it.
+    """
+    stem = name
+    if isinstance(layer, VeraParameter):
+        stem = name.removesuffix(".weight")
+    places = [stem]
+    if layer.geometry.count is not None:
+        if layer.out_axis != 0 or not stem.endswith((".experts.gate_up_proj", ".experts.down_proj")):
+            places = []
+        elif stem.endswith(".gate_up_proj"):
+            places = [stem.removesuffix("gate_up_proj") + part for part in ("gate_proj", "up_proj")]
+    elif not isinstance(layer, VeraLinear | VeraEmbedding | VeraParameter):
+        places = []
+    found = [names.get_name(place) for place in places]
+    reason = why_not_lora(layer)
+    if not found or None in found:
+        reason = f"it has no counterpart there that takes a LoRA ({layer.kind})"
+    elif tied and found[0] in ("output", "token_embd"):
+        reason = "the head and the table of tokens are one tensor there"
+    if reason is not None:
+        raise ValueError(
+            f"llama.cpp's LoRA cannot hold the adapter on {name}: {reason}. Leave it out with exclude_modules, or merge"
+            " the adapter (merge_and_unload) and convert the model"
+        )
+    return [f"{place}.weight" for place in found]
+
+
+def _orders(config: Any, order: str | None) -> dict[str, _Order]:
+    """Return how the rows of layers are reordered, by the last part of their names."""
+    heads = int(config.num_attention_heads)
+    if order == "parts":
+        return {"query_key_value": _Order((heads, 3), (0, 1))}
+    if order == "pairs":
+        key_heads = int(getattr(config, "num_key_value_heads", None) or heads)
+        return {"q_proj": _Order((heads, 2), (1, 2)), "k_proj": _Order((key_heads, 2), (1, 2))}
+    return {}
+
+
+def _pairs(layer: VeraLayer, adapter_name: str, places: list[str], alpha: int, order: _Order | None) -> Iterator[_Pair]:
+    """Yield the matrices of one weight for its tensors, float32, such that llama.cpp's scale alpha / r is one."""
+    a, b = lora_matrices(layer, adapter_name)
+    rank, count = layer.slots[adapter_name].rank, layer.geometry.count
+    if rank != alpha:  # there is one alpha in the file
+        b = b * (rank / alpha)
+    if isinstance(layer, VeraEmbedding):
+        a = a.t()
+    if count is not None:
+        a, b = a.view(count, rank, -1), b.view(-1, rank, count).permute(2, 0, 1)
+    if order is not None:
+        b = b.view(*order.outer, -1, rank).transpose(*order.swapped).reshape(b.shape)
+    for place, rows in zip(places, b.chunk(len(places), -2), strict=True):
+        yield _Pair(place, a, rows)

@@ -1,0 +1,42 @@
+"""What vLLM can load of a LoRA adapter."""
+
+from veratune.adapters.adapted_model import AdaptedModel
+from veratune.export.lora import check_vectors_only, lora_matrices
+from veratune.export.lora_rank import exact_rank
+from veratune.layers import VeraLinear
+
+# vLLM's max_lora_rank is one of these; the ranks of the adapters that it then takes may be any up to that.
+_MAX_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+
+
+def check_vllm(host: AdaptedModel, adapter_name: str, rank: int | None) -> None:
+    """Raise ValueError if vLLM could not load an adapter that is exported as a LoRA.
+
+    Args:
+        host: the model.
+        adapter_name: which adapter.
+        rank: the rank it is exported with; None for its own.
+    """
+    check_vectors_only(host, adapter_name, "vLLM's LoRA", "serve the model")
+    layers = {name: layer for name, layer in host.vera_layers().items() if adapter_name in layer.slots}
+    for name, layer in layers.items():
+        if not isinstance(layer, VeraLinear):
+            raise ValueError(
+                f"vLLM's LoRA is for linear layers, and {name} is none ({layer.kind}). Merge the adapter"
+                " (merge_and_unload) and serve the model"
+            )
+    largest = rank or max(layer.slots[adapter_name].rank for layer in layers.values())
+    if largest <= _MAX_RANKS[-1]:
+        return
+    needed = max(exact_rank(*lora_matrices(layer, adapter_name), 1) for layer in layers.values())
+    if needed <= _MAX_RANKS[-1]:
+        size = max_lora_rank(needed)
+        hint = f"rank={size} (--rank {size}) holds this adapter exactly: export it with that"
+    else:
+        hint = "no smaller rank holds this adapter exactly. Merge it (merge_and_unload) and serve the model"
+    raise ValueError(f"vLLM takes ranks up to {_MAX_RANKS[-1]}, not {largest}; {hint}")
+
+
+def max_lora_rank(rank: int) -> int:
+    """Return the smallest max_lora_rank that vLLM can be started with for adapters of a rank up to 512."""
+    return next(allowed for allowed in _MAX_RANKS if allowed >= rank)

@@ -1,0 +1,199 @@
+"""veratune's layers with what the `peft` package wants of a layer."""
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import Tensor, nn
+
+from veratune.layers import VeraConv, VeraConv1D, VeraEmbedding, VeraLayer, VeraLinear, VeraModule, VeraParameter
+from veratune.layers.registry import geometry, layer_class, parameter_layout
+
+
+class TunedLayer(BaseTunerLayer):
+    """What PEFT wants of a layer, on top of a `VeraLayer`."""
+
+    adapter_layer_names = ("vera_lambda_b", "vera_lambda_d")
+    other_param_names = ("vera_dropout", "slots")
+    # What was merged when the adapters were disabled.
+    _taken_out: Sequence[str] = ()
+    # What was trainable then.
+    _frozen: Sequence[str] = ()
+
+    # PEFT's own do not know adapted weights.
+    weight = VeraLayer.weight
+    bias = VeraLayer.bias  # type: ignore[assignment]
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """The names of the active adapters, whether this layer has them or not."""
+        active = self._active_adapter
+        return [active] if isinstance(active, str) else list(active)
+
+    @active_adapters.setter
+    def active_adapters(self, names: Sequence[str]) -> None:
+        self._active_adapter = list(names)
+
+    def activate(self, names: Sequence[str]) -> None:
+        self.active_adapters = list(names)
+        layer: Any = self
+        layer._choose_added()
+
+    def _computing(self) -> list[str]:
+        return [] if self.disable_adapters else self.active_adapters
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """Choose the active adapters, trainable unless for inference."""
+        self._taken_out = self._frozen = []
+        super().set_adapter(adapter_names, inference_mode=inference_mode)
+        layer: Any = self
+        layer._choose_added()
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Make adapters trainable, or freeze them."""
+        super().set_requires_grad(adapter_names, requires_grad)
+        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        self._frozen = [name for name in self._frozen if name not in names]
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Turn all adapters on or off; what was trainable or merged before is so again afterwards.
+
+        PEFT's own makes active adapters trainable here that were frozen, and forgets what was merged.
+        """
+        layer: Any = self
+        vectors = [(own, name) for own in (layer.vera_lambda_b, layer.vera_lambda_d) for name in own]
+        if not enabled:
+            self._take_out()
+            self._frozen = [*self._frozen, *(name for own, name in vectors if own[name].requires_grad)]
+        for own, name in vectors:
+            if not enabled or name in self._frozen:
+                own[name].requires_grad_(enabled)
+        self._disable_adapters = not enabled
+        layer._choose_added()
+        if enabled:
+            self.merge_again([name for name in self._taken_out if name in layer.slots])
+            self._taken_out = self._frozen = []
+
+    def _take_out(self) -> None:
+        """Unmerge until adapters are enabled again."""
+        layer: Any = self
+        if layer.merged_adapters:
+            merged = list(layer.merged_adapters)
+            self._vera_class().unmerge(layer)
+            self._taken_out = merged
+
+    def merge_again(self, names: Sequence[str]) -> None:
+        """Merge adapters that were merged before."""
+        layer: Any = self
+        if names:
+            self._vera_class().merge(layer, names)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter; PEFT chooses another one if it was active."""
+        super().delete_adapter(adapter_name)
+        layer: Any = self
+        layer._log.forget(adapter_name)
+        layer._choose_added()
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Let a weight with these adapters' deltas stand in for the layer's."""
+        layer: Any = self
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in layer.slots]
+        if not names:
+            return
+        layer.check_mergeable(names, safe=safe_merge, called=str(layer.base_layer))
+        # All of them anew on the weight itself, which rounds once.
+        before = list(layer.merged_adapters)
+        self._vera_class().unmerge(layer)
+        self._vera_class().merge(layer, [*before, *names])
+
+    def unmerge(self) -> None:
+        """Put the layer's own weight back, to the bit."""
+        layer: Any = self
+        if self._taken_out:
+            self._taken_out = []
+            return
+        if not layer.merged_adapters:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        self._vera_class().unmerge(layer)
+
+    def _vera_class(self) -> type[VeraLayer]:
+        kinds = (kind for kind in type(self).__mro__ if not issubclass(kind, TunedLayer))
+        return next(kind for kind in kinds if issubclass(kind, VeraLayer))
+
+    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        layer: Any = self
+        layer.check_recomputation()
+        if self.disable_adapters and layer.merged_adapters:
+            self._take_out()
+        output: Tensor = self._vera_class().forward(layer, input, *args, **kwargs)
+        return output
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether PEFT can turn an adapter here into a LoRA: yes, its delta is added to the weight."""
+        return True
+
+
+class TunedLinear(TunedLayer, VeraLinear):  # type: ignore[misc]
+    """VeRA on a linear layer, for PEFT."""
+
+
+class TunedConv1D(TunedLayer, VeraConv1D):  # type: ignore[misc]
+    """VeRA on transformers' Conv1D, for PEFT."""
+
+
+class TunedConv(TunedLayer, VeraConv):  # type: ignore[misc]
+    """VeRA on a convolution, for PEFT."""
+
+
+class TunedEmbedding(TunedLayer, VeraEmbedding):  # type: ignore[misc]
+    """VeRA on an embedding, for PEFT."""
+
+
+class TunedParameter(TunedLayer, VeraParameter):  # type: ignore[misc]
+    """VeRA on a parameter that its module reads itself, for PEFT."""
+
+    bias = VeraParameter.bias  # type: ignore[assignment]
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether PEFT can turn an adapter here into a LoRA: it cannot do that with parameters."""
+        return False
+
+
+class TunedModule(VeraModule):
+    """A module that reads some adapted parameters itself, for PEFT, which sees the parameters' layers inside."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        for layer in self.parameter_layers().values():
+            tuned: Any = layer
+            tuned.check_recomputation()
+            if tuned.disable_adapters and tuned.merged_adapters:
+                tuned._take_out()
+        return super().forward(*args, **kwargs)
+
+    def merge(self, adapter_names: list[str] | None) -> None:
+        """Merge adapters into the parameters."""
+        for layer in self.parameter_layers().values():
+            tuned: Any = layer
+            tuned.merge(adapter_names=adapter_names)
+
+
+_TUNED: dict[type[VeraLayer], Any] = {
+    VeraLinear: TunedLinear,
+    VeraConv1D: TunedConv1D,
+    VeraConv: TunedConv,
+    VeraEmbedding: TunedEmbedding,
+}
+
+
+def tuned_layer(module: nn.Module) -> Any:
+    """Return a layer for PEFT, without adapters yet, around an adaptable module."""
+    return _TUNED[layer_class(module)](module, geometry(module))
+
+
+def tuned_parameter(module: nn.Module, name: str) -> Any:
+    """Return a layer for PEFT, without adapters yet, for a parameter that its module reads itself."""
+    size, transposed = parameter_layout(module, name)
+    return TunedParameter(module, name, size, transposed=transposed)

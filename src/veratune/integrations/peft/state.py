@@ -1,0 +1,140 @@
+"""What PEFT saves and loads of veratune's layers: tensors by their keys in a model's state dict and in files.
+
+Files have public names, without torch's wrappers. Adapter names are data: a key is never searched for one.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from peft.utils import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+
+from veratune.adapters.targets import ModuleName, joined, module_names, public_key
+from veratune.checkpoint.files import CheckpointError, gathered
+from veratune.checkpoint.peft import PREFIX
+from veratune.integrations.peft.layers import TunedLayer
+
+_VECTORS = ("vera_lambda_b", "vera_lambda_d")
+_NAMED = (*_VECTORS, "base_model.vera_A", "base_model.vera_B")
+
+
+def adapter_layers(model: nn.Module, adapter_name: str) -> Iterator[tuple[ModuleName, Any]]:
+    """Yield the tuned layers that have an adapter, each once, with their names in a model that PEFT has changed."""
+    names = module_names(model)
+    for name, module in model.named_modules():
+        layer: Any = module
+        if isinstance(module, TunedLayer) and adapter_name in layer.slots:
+            yield names[name], layer
+
+
+class SavedTensors(dict[str, Tensor]):
+    """Tensors by public keys, whatever keys they are added under."""
+
+    def __init__(self, names: Mapping[str, str]) -> None:
+        super().__init__()
+        self._names = names
+
+    def update(self, *args: Any, **kwargs: Any) -> None:
+        """Add tensors under their public keys, gathered if they are spread over processes."""
+        for key, tensor in dict(*args, **kwargs).items():
+            self[public_key(key, self._names)] = gathered(tensor)
+
+
+def tensors_to_save(
+    model: nn.Module, bias: str, adapter_name: str, state: dict[str, Tensor], others: list[str]
+) -> SavedTensors:
+    """Return an adapter's vectors and biases under public keys that still end in the adapter's name.
+
+    PEFT has taken every key with another adapter's name in it out of `state`, which may be the name of a layer. What
+    is missing is taken from the model, and put into `state` where PEFT looks for it: saved modules under the names
+    that `named_modules` gives.
+
+    Args:
+        model: the model that PEFT saves.
+        bias: the configuration's `bias`.
+        adapter_name: which adapter.
+        state: the model's state dict, as PEFT has it.
+        others: the names of all other adapters.
+
+    Raises:
+        ValueError: there is nothing to save.
+    """
+    names = module_names(model)
+    tensors = SavedTensors({own: name.public for raw, name in names.items() for own in (raw, name.state)})
+    for name, layer in adapter_layers(model, adapter_name):
+        for which, vector in zip(_VECTORS, layer.vectors(adapter_name), strict=True):
+            key = joined(name.state, f"{which}.{adapter_name}")
+            tensors.update({key: state.get(key, vector)})
+    if not tensors:
+        raise ValueError(f"adapter {adapter_name!r} is on no layer of this {type(model).__name__}: nothing to save")
+    wrappers = [name for name, module in model.named_modules() if isinstance(module, AuxiliaryTrainingWrapper)]
+    foreign = tuple(f"{wrapper}.modules_to_save.{other}." for wrapper in wrappers for other in others)
+    tuned = {joined(raw, "base_layer") for raw, module in model.named_modules() if isinstance(module, TunedLayer)}
+    for raw, module in model.named_modules():
+        own = module._parameters.get("bias")
+        if own is None or f"{raw}.".startswith(foreign):
+            continue
+        if bias == "all" or (bias.endswith("_only") and raw in tuned):
+            key = joined(names[raw].state, "bias")
+            tensors.update({key: state.get(key, own)})
+    for raw in wrappers:
+        wrapper = model.get_submodule(raw)
+        for key, tensor in wrapper.state_dict().items():
+            if key.startswith(f"modules_to_save.{adapter_name}."):
+                state.setdefault(f"{raw}.{key}", state.get(joined(names[raw].state, key), tensor))
+    return tensors
+
+
+def without_adapter_name(key: str, adapter_name: str) -> str:
+    """Return the key in a file of a tensor whose key in a model may end in its adapter's name."""
+    parent, _, last = key.rpartition(".")
+    return parent if last == adapter_name and parent.endswith(_NAMED) else key
+
+
+def tensors_to_load(model: nn.Module, adapter_name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return an adapter's tensors from a file under their keys in a model's state dict.
+
+    Raises:
+        CheckpointError: vectors are missing, or belong to no layer that the adapter is on.
+    """
+    names = module_names(model)
+    prefixed = any(name.startswith(PREFIX) for name in names)
+    states = {name.public: name.state for name in names.values() if not name.wrapper}
+    states |= {raw: name.state for raw, name in names.items() if raw not in states}
+    expected = {
+        joined(name.public, which): joined(name.state, f"{which}.{adapter_name}")
+        for name, _ in adapter_layers(model, adapter_name)
+        for which in _VECTORS
+    }
+    expected |= {
+        joined(raw, which): expected[joined(names[raw].public, which)]
+        for raw in names
+        for which in _VECTORS
+        if joined(names[raw].public, which) in expected
+    }
+    found: dict[str, Tensor] = {}
+    for own, tensor in tensors.items():
+        key = own if prefixed else own.removeprefix(PREFIX)
+        if key.rpartition(".")[2] in _VECTORS and key not in expected:
+            raise CheckpointError(f"adapter {adapter_name!r}: there is no adapted layer here for {key}")
+        found[expected.get(key) or public_key(key, states)] = tensor
+    missing = sorted(set(expected.values()) - found.keys())
+    if missing:
+        raise CheckpointError(
+            f"adapter {adapter_name!r}: {len(missing)} of {len(set(expected.values()))} vectors are missing, such as"
+            f" {without_adapter_name(missing[0], adapter_name)}"
+        )
+    return found
+
+
+def with_module_names(model: nn.Module, adapter_name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return a file's tensors with those of saved modules under the names that `named_modules` gives, as PEFT asks."""
+    names = module_names(model)
+    found = dict(tensors)
+    for raw, module in model.named_modules():
+        if isinstance(module, AuxiliaryTrainingWrapper) and raw != names[raw].public:
+            aux: Any = module
+            for key in aux.adapter_state_dict_load_map(adapter_name):
+                if joined(names[raw].public, key) in found:
+                    found[joined(raw, key)] = found.pop(joined(names[raw].public, key))
+    return found

@@ -1,0 +1,1 @@
+"""VeRA's arithmetic on tensors. Nothing here knows a module."""

@@ -1,0 +1,137 @@
+"""What this machine's devices can do: built-in defaults, and a calibration that is measured once and kept."""
+
+import json
+import os
+import platform
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from veratune.ops.planning import DeviceProfile
+from veratune.utils.atomic import write_atomically
+
+# Rates, bandwidth and launch times of ordinary devices: two cores of a server CPU, and a data-centre GPU. What counts
+# for the choice of a route is mostly the ratio of the first two.
+_DEFAULTS = {
+    "cpu": {torch.float32: 1.5e11, torch.bfloat16: 3e11, torch.float16: 5e10, torch.float64: 7e10},
+    "cuda": {torch.float32: 4e13, torch.bfloat16: 4e14, torch.float16: 4e14, torch.float64: 3e13},
+}
+_BANDWIDTH = {"cpu": 2e10, "cuda": 1.5e12}
+_LAUNCH = {"cpu": 3e-6, "cuda": 6e-6}
+
+_profiles: dict[tuple[str, torch.dtype], DeviceProfile] = {}
+
+
+def device_profile(device: torch.device, dtype: torch.dtype) -> DeviceProfile:
+    """Return the calibrated profile of a device and dtype, or the built-in one."""
+    profile = _profiles.get((device.type, dtype))
+    return _default(device.type, dtype) if profile is None else profile
+
+
+def _default(device_type: str, dtype: torch.dtype) -> DeviceProfile:
+    kind = "cpu" if device_type == "cpu" else "cuda"
+    return DeviceProfile(
+        flops=_DEFAULTS[kind].get(dtype, _DEFAULTS[kind][torch.float32]),
+        bandwidth=_BANDWIDTH[kind],
+        launch=_LAUNCH[kind],
+        itemsize=dtype.itemsize,
+    )
+
+
+def calibrate(
+    device: torch.device | str = "cpu", dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
+) -> dict[torch.dtype, DeviceProfile]:
+    """Measure a device (some seconds), use the result from now on, and keep it for later processes.
+
+    The file is `veratune/calibration.json` in the user's cache directory (`VERATUNE_CACHE` names another one). It
+    counts only for the same device, torch version and number of threads.
+
+    Args:
+        device: which device.
+        dtypes: the compute dtypes to measure.
+
+    Returns:
+        The profiles measured.
+    """
+    device = torch.device(device)
+    measured = {dtype: _measure(device, dtype) for dtype in dtypes}
+    path = calibration_path()
+    values = _read(path)
+    for dtype, profile in measured.items():
+        _profiles[(device.type, dtype)] = profile
+        values[_key(device, dtype)] = {
+            "flops": profile.flops,
+            "bandwidth": profile.bandwidth,
+            "launch": profile.launch,
+        }
+    write_atomically(path, (json.dumps(values, indent=2) + "\n").encode())
+    return measured
+
+
+def load_calibration(device: torch.device) -> None:
+    """Use what an earlier `calibrate` kept for this device, if it did."""
+    values = _read(calibration_path())
+    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        entry = values.get(_key(device, dtype))
+        if entry is not None:
+            _profiles[(device.type, dtype)] = DeviceProfile(itemsize=dtype.itemsize, **entry)
+
+
+def calibration_path() -> Path:
+    """Return where calibrations are kept."""
+    chosen = os.environ.get("VERATUNE_CACHE")
+    root = Path(chosen) if chosen else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "veratune"
+    return root / "calibration.json"
+
+
+def _read(path: Path) -> dict[str, dict[str, float]]:
+    """Return the kept calibrations; a file that is missing or damaged is no error, since the defaults serve."""
+    try:
+        values: Any = json.loads(path.read_text(encoding="utf-8"))
+        return {
+            str(key): {name: float(entry[name]) for name in ("flops", "bandwidth", "launch")}
+            for key, entry in values.items()
+            if all(float(entry[name]) > 0 for name in ("flops", "bandwidth", "launch"))
+        }
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return {}
+
+
+def _key(device: torch.device, dtype: torch.dtype) -> str:
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        name = f"{platform.processor() or platform.machine()} {torch.get_num_threads()} threads"
+    return f"{device.type} | {name} | torch {torch.__version__} | {dtype}"
+
+
+def _measure(device: torch.device, dtype: torch.dtype) -> DeviceProfile:
+    size = 1024 if device.type == "cpu" else 4096
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    flops = 2 * size**3 / _seconds(lambda: a @ b, device)
+    wide = torch.randn(1 << 24, device=device)
+    bandwidth = 3 * wide.nbytes / _seconds(lambda: torch.mul(wide, wide), device)
+    small = torch.randn(4, device=device)
+    launch = _seconds(lambda: small * small, device, repeats=200)
+    return DeviceProfile(flops, bandwidth, launch, dtype.itemsize)
+
+
+def _seconds(work: Callable[[], Any], device: torch.device, repeats: int = 5) -> float:
+    """Return the median time of one run, after a run to warm up."""
+    times = []
+    work()
+    for _ in range(repeats):
+        _wait(device)
+        start = time.perf_counter()
+        work()
+        _wait(device)
+        times.append(time.perf_counter() - start)
+    return sorted(times)[len(times) // 2]
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,1 @@
+"""The frozen random matrices A and B: how they are drawn, and where they are kept."""

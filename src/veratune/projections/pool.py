@@ -1,0 +1,204 @@
+"""The pool of projections: made when first needed, shared by every layer of that width, freed with the last of them.
+
+Layers hold `Corner`s as plain attributes, never as buffers, so a projection is in no state dict, is moved by no
+`.to()`, copied by no `deepcopy`, pickled, sharded or broadcast by nothing: whoever needs it on a device or in a dtype
+asks for it there.
+"""
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from weakref import WeakSet, WeakValueDictionary
+
+import torch
+from torch import Tensor
+
+from veratune.projections.schemes import Side, Source
+from veratune.utils.torch_private import constant_while_compiling, outside_transformations
+
+_Place = tuple[torch.device, torch.dtype]
+
+
+class _Backing:
+    """A tensor that several corners are views of; a weak reference to it says whether any is left."""
+
+    __slots__ = ("__weakref__", "tensor")
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+
+@contextmanager
+def _plain_tensors() -> Iterator[None]:
+    """Let what is made here serve everybody later, whatever the caller is in the middle of.
+
+    A tensor made in inference mode could not be saved for a backward pass, and one made inside a transformation of
+    torch.func would end with it.
+    """
+    with torch.inference_mode(False), torch.no_grad(), outside_transformations():
+        yield
+
+
+class Projection:
+    """One side of a source at one width, rank-major: at most one tensor (rank, width) for each device and dtype."""
+
+    def __init__(self, source: Source, side: Side, width: int, lock: threading.RLock) -> None:
+        self.source = source
+        self.side = side
+        self.width = width
+        self._lock = lock
+        self._backings: WeakValueDictionary[_Place, _Backing] = WeakValueDictionary()
+        self._corners: WeakSet[Corner] = WeakSet()
+
+    def join(self, corner: "Corner") -> None:
+        with self._lock:
+            self._corners.add(corner)
+
+    def fill(self, corner: "Corner", place: _Place) -> Tensor:
+        """Give the corner its view on this device and in this dtype, drawing only the rows that nobody has yet."""
+        with self._lock, _plain_tensors():
+            if place in corner.views:
+                return corner.views[place]
+            backing = self._backings.get(place)
+            held = 0 if backing is None else backing.tensor.shape[0]
+            if backing is None or held < corner.rank:
+                device, dtype = place
+                tensor = self.source.draw(self.side, range(held, corner.rank), self.width, device).to(dtype)
+                if backing is not None:
+                    tensor = torch.cat([backing.tensor, tensor])
+                if type(tensor) is not Tensor:  # made under a tracing mode: not a value that outlives it
+                    return tensor[:, : corner.features]
+                backing = self._install(place, tensor)
+            view = backing.tensor[: corner.rank, : corner.features]
+            if type(view) is Tensor:
+                corner.attach(place, backing, view)
+            return view
+
+    def _install(self, place: _Place, tensor: Tensor) -> _Backing:
+        """Make this the tensor of the place, and point every corner that holds the former one at it."""
+        backing = _Backing(tensor)
+        self._backings[place] = backing
+        for corner in self._corners:
+            if place in corner.views:
+                corner.attach(place, backing, tensor[: corner.rank, : corner.features])
+        return backing
+
+    def trim(self) -> None:
+        """Free the rows above the largest rank still in use."""
+        with self._lock, _plain_tensors():
+            for place, backing in list(self._backings.items()):
+                rank = max((corner.rank for corner in self._corners if place in corner.views), default=0)
+                if 0 < rank < backing.tensor.shape[0]:
+                    self._install(place, backing.tensor[:rank].clone())
+
+    def tensors(self) -> dict[_Place, Tensor]:
+        with self._lock:
+            return {place: backing.tensor for place, backing in self._backings.items()}
+
+
+class Corner:
+    """A layer's part of a projection: its first `rank` rows and `features` columns, made at the first use.
+
+    Attributes:
+        rank: number of rows.
+        features: number of columns: the layer's own width.
+        views: the tensors that exist now, by (device, dtype); filled by `tensor`.
+    """
+
+    def __init__(self, projection: Projection, rank: int, features: int) -> None:
+        self.projection = projection
+        self.rank = rank
+        self.features = features
+        self.views: dict[_Place, Tensor] = {}
+        self._held: dict[_Place, _Backing] = {}
+        projection.join(self)
+
+    def tensor(self, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """Return (rank, features) on this device and in this dtype; a view of shared memory, never to be written."""
+        if torch.compiler.is_compiling():
+            # Drawing cannot be traced, and need not be: it happens once, while tracing. The read below is an ordinary
+            # guarded one, so that a compiled model follows a change of device, dtype or adapter.
+            _fill_while_tracing(self, device, dtype)
+        if (device, dtype) in self.views:
+            return self.views[(device, dtype)]
+        return self.projection.fill(self, (device, dtype))
+
+    def attach(self, place: _Place, backing: _Backing, view: Tensor) -> None:
+        self._held[place] = backing
+        self.views[place] = view
+
+    def keep_only(self, device: torch.device) -> None:
+        """Let go of what is on other devices, after the layer has been moved to this one."""
+        for place in [place for place in self.views if place[0] != device]:
+            del self.views[place], self._held[place]
+
+    def release(self) -> None:
+        """Let go of every tensor; the next use makes it again."""
+        self.views.clear()
+        self._held.clear()
+
+    def __deepcopy__(self, memo: dict[int, object]) -> "Corner":
+        return Corner(self.projection, self.rank, self.features)
+
+    def __reduce__(self) -> tuple[Callable[..., "Corner"], tuple[Source, Side, int, int]]:
+        return _restore_corner, (self.projection.source, self.projection.side, self.rank, self.features)
+
+
+@constant_while_compiling
+def _fill_while_tracing(corner: Corner, device: torch.device, dtype: torch.dtype) -> bool:
+    corner.projection.fill(corner, (device, dtype))
+    return True
+
+
+def _restore_corner(source: Source, side: Side, rank: int, features: int) -> Corner:
+    return projection_pool.corner(source, side, rank, features)
+
+
+@dataclass(frozen=True)
+class ProjectionInfo:
+    """One tensor that the pool holds at the moment."""
+
+    side: Side
+    rank: int
+    width: int
+    device: torch.device
+    dtype: torch.dtype
+    nbytes: int
+
+
+class ProjectionPool:
+    """All projections of the process, each held only by the layers that use it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._projections: WeakValueDictionary[tuple[Source, Side, int], Projection] = WeakValueDictionary()
+
+    def corner(self, source: Source, side: Side, rank: int, features: int) -> Corner:
+        """Return a corner of the shared projection of this source, side and width; nothing is drawn yet."""
+        width = source.storage_width(side, features)
+        with self._lock:
+            projection = self._projections.get((source, side, width))
+            if projection is None:
+                projection = Projection(source, side, width, self._lock)
+                self._projections[(source, side, width)] = projection
+        return Corner(projection, rank, features)
+
+    def trim(self) -> None:
+        """Free rows above the largest rank in use, after an adapter of a larger rank has gone."""
+        with self._lock:
+            for projection in list(self._projections.values()):
+                projection.trim()
+
+    def summary(self) -> list[ProjectionInfo]:
+        """List the tensors that exist now, the largest first."""
+        with self._lock:
+            infos = [
+                ProjectionInfo(projection.side, tensor.shape[0], projection.width, device, dtype, tensor.nbytes)
+                for projection in list(self._projections.values())
+                for (device, dtype), tensor in projection.tensors().items()
+            ]
+        return sorted(infos, key=lambda info: -info.nbytes)
+
+
+projection_pool = ProjectionPool()

@@ -1,0 +1,188 @@
+"""Where the frozen projections A and B come from: pure descriptions that can be drawn again at any time.
+
+A source is immutable, hashable and cheap to compare; two layers whose sources are equal share their tensors. All
+draws are rank-major, (rank, width), float32, whatever the base model's dtype.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from veratune.projections.philox import symmetric_uniform, symmetric_uniform_columns
+from veratune.utils.tensors import bytes_of
+
+Side = Literal["A", "B"]
+
+# Part of every counter of the `per_dimension` scheme. A change of the scheme's values needs another number, so that
+# adapters trained with this one are told apart.
+PER_DIMENSION_VERSION = 1
+
+_SAMPLED_ROWS = (0, 1, 63)
+_SAMPLED_WIDTH = 64
+
+
+class Source(Protocol):
+    """One pair of (conceptually unbounded or fixed-size) projections A and B."""
+
+    def storage_width(self, side: Side, features: int) -> int:
+        """Return the width of the tensor from which a layer with this many features takes its corner."""
+        ...
+
+    def draw(self, side: Side, rows: range, width: int, device: torch.device) -> Tensor:
+        """Return float32 (len(rows), width): these rank indices of one side."""
+        ...
+
+    def gain(self, rank: int) -> float:
+        """Return the factor by which `d` is multiplied in every product, because B is stored without it."""
+        ...
+
+    def fingerprint(self) -> str:
+        """Return 16 hexadecimal digits that differ if any projection of this source would."""
+        ...
+
+
+def _digest(header: dict[str, object], tensors: Sequence[Tensor]) -> str:
+    sha = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
+    for tensor in tensors:
+        sha.update(bytes_of(tensor))
+    return sha.hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class PerDimension:
+    """The `per_dimension` scheme: each width takes its corner of one infinite random matrix for each side.
+
+    With u[k, j] uniform on (-1, 1), a function of (key, side, k, j) alone, Kaiming-uniform with gain sqrt(2) is
+
+        A[k, j] = sqrt(6 / in) u_A[k, j]        and        B[j, k] = sqrt(6 / r) u_B[k, j].
+
+    A is stored scaled, as its fan-in is its own width. B's fan-in is the rank, so B is stored as u_B and sqrt(6 / r)
+    is the `gain` folded into d: rank 64 is then, bit for bit, the first 64 rows of rank 256.
+    """
+
+    key: int
+
+    def storage_width(self, side: Side, features: int) -> int:
+        return features
+
+    def draw(self, side: Side, rows: range, width: int, device: torch.device) -> Tensor:
+        unit = symmetric_uniform(self.key, ("AB".index(side), PER_DIMENSION_VERSION), rows, width, device)
+        return unit.mul_(math.sqrt(6.0 / width)) if side == "A" else unit
+
+    def gain(self, rank: int) -> float:
+        return math.sqrt(6.0 / rank)
+
+    def one_hot_columns(self, rank: int, columns: Tensor) -> Tensor:
+        """Return A's columns for inputs that are one-hot, float32 (rank, n), without drawing the others.
+
+        An embedding multiplies such an input. Only one element of it is not zero, so A's fan-in is one, however many
+        rows the embedding has: A[k, j] = sqrt(6) u_A[k, j].
+        """
+        unit = symmetric_uniform_columns(self.key, ("AB".index("A"), PER_DIMENSION_VERSION), range(rank), columns)
+        return unit.mul_(math.sqrt(6.0))
+
+    def fingerprint(self) -> str:
+        return _per_dimension_fingerprint(self.key)
+
+
+@lru_cache(maxsize=256)
+def _per_dimension_fingerprint(key: int) -> str:
+    source, cpu = PerDimension(key), torch.device("cpu")
+    sides: tuple[Side, Side] = ("A", "B")
+    with torch.inference_mode(False):
+        samples = [
+            source.draw(side, range(row, row + 1), _SAMPLED_WIDTH, cpu) for side in sides for row in _SAMPLED_ROWS
+        ]
+        header = {
+            "scheme": "per_dimension",
+            "version": PER_DIMENSION_VERSION,
+            "key": key,
+            "gain": [source.gain(rank).hex() for rank in (1, 64, 256)],
+        }
+        return _digest(header, samples)
+
+
+@dataclass(frozen=True)
+class PeftShared:
+    """PEFT's scheme: one A (r, max_in) and one B (max_out, r) from a seeded torch generator, corners for each layer.
+
+    The values depend on torch's CPU generator, and the fan-in of A is the widest layer's. It is here to load, train
+    and write PEFT's own VeRA checkpoints.
+    """
+
+    key: int
+    r: int
+    max_in: int
+    max_out: int
+
+    def storage_width(self, side: Side, features: int) -> int:
+        return self.max_in if side == "A" else self.max_out
+
+    def draw(self, side: Side, rows: range, width: int, device: torch.device) -> Tensor:
+        if device.type == "meta":
+            return torch.empty(len(rows), width, device=device)
+        generator = torch.Generator(device="cpu").manual_seed(self.key)
+        drawn = self._kaiming_uniform((self.r, self.max_in), generator)
+        if side == "B":
+            drawn = self._kaiming_uniform((self.max_out, self.r), generator).t()
+        return drawn[rows.start : rows.stop, :width].to(device).contiguous()
+
+    @staticmethod
+    def _kaiming_uniform(shape: tuple[int, int], generator: torch.Generator) -> Tensor:
+        # PEFT's order of operations, so that the bound rounds as there.
+        bound = math.sqrt(3.0) * (math.sqrt(2) / math.sqrt(shape[1]))
+        empty = torch.empty(shape, dtype=torch.float32, device="cpu")
+        return empty.uniform_(-bound, bound, generator=generator)
+
+    def gain(self, rank: int) -> float:
+        return 1.0
+
+    def fingerprint(self) -> str:
+        return _peft_fingerprint(self)
+
+
+@lru_cache(maxsize=32)
+def _peft_fingerprint(source: PeftShared) -> str:
+    cpu = torch.device("cpu")
+    rows = [row for row in _SAMPLED_ROWS if row < source.r]
+    with torch.inference_mode(False):
+        a = source.draw("A", range(source.r), min(source.max_in, _SAMPLED_WIDTH), cpu)
+        b = source.draw("B", range(source.r), min(source.max_out, _SAMPLED_WIDTH), cpu)
+        header = {"scheme": "peft", "key": source.key, "shape": [source.r, source.max_in, source.max_out]}
+        return _digest(header, [a[rows], b[rows]])
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Projections read from a file: A (r, max_in) and B (r, max_out), float32, compared by content."""
+
+    digest: str
+    a: Tensor = field(compare=False, repr=False)
+    b: Tensor = field(compare=False, repr=False)
+
+    @classmethod
+    def from_tensors(cls, a: Tensor, b: Tensor) -> "Stored":
+        """Take A (r, max_in) and B in the method's layout, (max_out, r); any floating dtype."""
+        a = a.detach().to("cpu", torch.float32).contiguous()
+        b = b.detach().to("cpu", torch.float32).t().contiguous()
+        return cls(_digest({"scheme": "stored", "shapes": [list(a.shape), list(b.shape)]}, [a, b]), a, b)
+
+    def storage_width(self, side: Side, features: int) -> int:
+        return (self.a if side == "A" else self.b).shape[1]
+
+    def draw(self, side: Side, rows: range, width: int, device: torch.device) -> Tensor:
+        stored = self.a if side == "A" else self.b
+        return stored[rows.start : rows.stop, :width].to(device).contiguous()
+
+    def gain(self, rank: int) -> float:
+        return 1.0
+
+    def fingerprint(self) -> str:
+        return self.digest

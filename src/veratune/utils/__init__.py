@@ -1,0 +1,1 @@
+"""What the other packages share: files, torch internals, sharding, timing."""
