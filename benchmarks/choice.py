@@ -87,7 +87,7 @@ def measure(shape: LayerShape, dtype_name: str, rounds: int) -> Case:
     case = new_case(key, shape=[n, m], r=r, tokens=tokens, dtype=dtype_name, chosen={})
     layer = Layer(shape, getattr(torch, dtype_name))
     for kind in KINDS:
-        plans = possible_plans("auto", "balanced", shape, training=kind == "training", weight_at_hand=True)
+        plans = possible_plans("auto", "balanced", shape, training=kind == "training", weight_readable=True)
         works = {str(plan): layer.work(plan, kind) for plan in plans}
         case[kind] = interleave(works, rounds, least_seconds=0.005, worth_repeating=near_the_best)
     return case

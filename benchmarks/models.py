@@ -120,9 +120,9 @@ def held_bytes(model: nn.Module) -> int:
     projections = {
         view.untyped_storage().data_ptr(): view.untyped_storage().nbytes()
         for layer in (model.vera_layers().values() if isinstance(model, veratune.VeraModel) else ())
-        for slot in layer.slots.values()
-        for corner in slot.corners
-        for view in corner.views.values()
+        for entry in layer.entries.values()
+        for view in entry.views
+        for view in view.views.values()
     }
     return sum((storages | projections).values())
 

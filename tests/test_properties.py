@@ -73,7 +73,7 @@ def vectors_of(model):
     return {
         (layer_name, name): tuple(vector.detach().double() for vector in layer.vectors(name))
         for layer_name, layer in model.vera_layers().items()
-        for name in layer.slots
+        for name in layer.entries
     }
 
 
@@ -88,13 +88,13 @@ def reference(model, x, names, vectors, mask=lambda layer, name, x: x):
         weight = weight.t() if isinstance(base, Conv1D) else weight
         y = nn.functional.linear(x, weight, None if base.bias is None else base.bias.detach().double())
         for name in names if isinstance(module, VeraLayer) else []:
-            if name not in module.slots:
+            if name not in module.entries:
                 continue
-            slot = module.slots[name]
-            source = slot.a.projection.source
-            a = source.draw("A", range(slot.rank), slot.a.projection.width, CPU)[:, : module.in_features]
-            b = source.draw("B", range(slot.rank), slot.b[0].projection.width, CPU)[:, : module.out_features]
-            delta = dense_delta(*vectors[slot.name, name], a, source.gain(slot.rank) * b.double().t())
+            entry = module.entries[name]
+            source = entry.a.projection.source
+            a = source.draw("A", range(entry.rank), entry.a.projection.width, CPU)[:, : module.in_features]
+            b = source.draw("B", range(entry.rank), entry.b[0].projection.width, CPU)[:, : module.out_features]
+            delta = dense_delta(*vectors[entry.name, name], a, source.scale(entry.rank) * b.double().t())
             y = y + mask(module, name, x) @ delta.t()
         x = y
     return x

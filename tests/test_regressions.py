@@ -299,7 +299,7 @@ def test_a_module_that_cannot_be_copied_leaves_the_model_unchanged():
     host = get_peft_model(model, VeraConfig(**LAYER))
     with pytest.raises(TypeError, match="generator"):
         host.add_adapter("b", VeraConfig(**{**LAYER, "modules_to_save": ["2"]}))
-    assert list(host.base_model[0].slots) == list(host.peft_config) == ["default"]
+    assert list(host.base_model[0].entries) == list(host.peft_config) == ["default"]
 
 
 @pytest.mark.parametrize("container", ["list", "sequential", "state"])

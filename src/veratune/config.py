@@ -124,7 +124,7 @@ class VeraConfig:
         bias: which biases are trained: "none", "all", or those of the adapted layers ("vera_only").
         init_weights: False starts b at one and d at random, so that a new adapter changes the model. For tests.
         projection_prng_key: 64-bit key from which the frozen projections A and B are drawn.
-        projection: "per_dimension", projections of their own for each width, or "peft", corners of one pair as large
+        projection: "per_dimension", projections of their own for each width, or "peft", views of one pair as large
             as the widest layers, with PEFT's values.
         save_projection: write A and B into the adapter's file. Nothing needs them there: they are drawn again from
             the key.

@@ -24,7 +24,7 @@ from veratune.export.gguf import export_gguf
 from veratune.export.lora import export_lora
 from veratune.export.vllm import check_vllm
 from veratune.layers import SavedModule, VeraLayer
-from veratune.utils.sharding import how_spread
+from veratune.utils.sharding import describe_sharding
 
 DEFAULT_ADAPTER = "default"
 
@@ -32,7 +32,7 @@ DEFAULT_ADAPTER = "default"
 class VeraModel(AdaptedModel):
     """A model with VeRA adapters, as `get_peft_model` and `VeraModel.from_pretrained` return it."""
 
-    # By this transformers' Trainer knows that a quantised model has something to train.
+    # By this transformers' Trainer knows that a quantized model has something to train.
     _hf_peft_config_loaded = True
 
     @classmethod
@@ -266,7 +266,7 @@ class VeraModel(AdaptedModel):
         name = self.active_adapter if adapter_name is None else adapter_name
         self.adapter_state(name).check_values(f"export adapter {name!r}")
         for parameter in self.adapter_state(name).parameters():
-            spread = how_spread(parameter)
+            spread = describe_sharding(parameter)
             if spread is not None:
                 raise ValueError(
                     f"adapter {name!r} cannot be exported while it is spread over processes ({spread}): let all of them"

@@ -42,13 +42,13 @@ def several():
 def effective(layer, names, keys):
     w = layer.base_layer.weight.detach().double()
     for name in names:
-        if name not in layer.slots:
+        if name not in layer.entries:
             continue
         b, d = layer.vectors(name)
         if name == "four":
-            source = layer.slots[name].a.projection.source
-            a_projection = source.draw("A", range(3), IN, torch.device("cpu"))
-            b_projection = source.draw("B", range(3), HIDDEN, torch.device("cpu")).t()
+            scheme = layer.entries[name].a.projection.scheme
+            a_projection = scheme.draw("A", range(3), IN, torch.device("cpu"))
+            b_projection = scheme.draw("B", range(3), HIDDEN, torch.device("cpu")).t()
         else:
             a_projection, b_projection = projections(keys[name], d.numel(), layer.in_features, layer.out_features)
         w = w + dense_delta(b.detach(), d.detach(), a_projection, b_projection)
@@ -345,7 +345,7 @@ def test_merge_and_unmerge_restore_the_bits(dtype, names):
     model.merge_adapter()
     assert model.merged_adapters == names
     for name, layer in model.vera_layers().items():
-        if any(adapter in layer.slots for adapter in names):
+        if any(adapter in layer.entries for adapter in names):
             # Rounded once: half a unit in the last place of each element, and what float32 loses in the sum before.
             half_a_unit = exact[name].abs() * torch.finfo(dtype).eps / 2
             error = (layer.base_weight.double() - exact[name]).abs()

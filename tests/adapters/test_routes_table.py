@@ -73,7 +73,7 @@ def test_bad_calls():
         model(r=4).explain_routes(0)
 
 
-def test_layers_without_a_choice_are_left_out_and_quantised_ones_counted_in_numbers():
+def test_layers_without_a_choice_are_left_out_and_quantized_ones_counted_in_numbers():
     net = nn.Sequential(nn.Linear(8, 12), nn.Linear(12, 4))
     parts = get_peft_model(net, VeraConfig(r=2, target_modules=["0", "1"], fused_parts={"0": 3}))
     assert [routes.layer for routes in parts.explain_routes(16)] == ["1"]

@@ -21,7 +21,7 @@ from veratune.bank import AdapterBank, BankError
 from veratune.bank import layers as banked
 from veratune.bank.layer_call import serving
 from veratune.bank.layers import BankedLinear
-from veratune.ops.linear import project_down
+from veratune.ops.linear import project
 
 ROWS: list[str | None] = ["anna", None, "carl", "bert", "anna"]
 
@@ -50,7 +50,7 @@ def test_rows_agree_with_dense_algebra_in_float64(kind: str) -> None:
         for row, name in enumerate(ROWS):
             weights = {} if name is None else dense_parameters(model, name)[0]
             expected = torch.func.functional_call(reference, weights, (), inputs).logits
-            assert relative(mixed[row], expected[row]) < 1e-6  # d times its gain is a float32
+            assert relative(mixed[row], expected[row]) < 1e-6  # d times its scale is a float32
 
 
 def test_the_base_model_is_the_base_model_to_the_bit() -> None:
@@ -72,9 +72,9 @@ def test_vectors_in_half_precision_round_and_nothing_else(dtype: torch.dtype) ->
         for layer in model.vera_layers().values():
             for own in CUSTOMERS:
                 b, d = layer.vectors(own)
-                gain = layer.slots[own].gain
+                scale = layer.slots[own].scale
                 b.copy_(b.to(dtype))
-                d.copy_((d * gain).to(dtype).float() / gain)
+                d.copy_((d * scale).to(dtype).float() / scale)
     bank = bank_of(tiny_model("bert"), model, config, dtype=dtype)
     inputs = inputs_of("bert")
     with torch.no_grad():
@@ -295,9 +295,9 @@ def test_layers_of_one_input_share_a_product_for_all_adapters(monkeypatch: pytes
 
     def counted(x: Tensor, a_projection: Tensor) -> Tensor:
         products.append(tuple(x.shape))
-        return project_down(x, a_projection)
+        return project(x, a_projection)
 
-    monkeypatch.setattr(banked, "project_down", counted)
+    monkeypatch.setattr(banked, "project", counted)
     inputs = inputs_of("llama")
     # In each of two blocks for q, k and v together, for o, for gate and up, for down; again for carl, of another key.
     for names, kinds in ((["anna"] * 5, 1), (["anna", "bert", None, "bert", "anna"], 1), (ROWS, 2)):
@@ -583,13 +583,13 @@ def test_adapters_come_and_go_while_threads_compute() -> None:
     bank = AdapterBank(tiny_model("bert"), config, capacity=4)
     inputs = inputs_of("bert", 3)
     versions: dict[str, list[Tensor]] = {}
-    sources: list[tuple[str, VeraModel]] = []
+    schemes: list[tuple[str, VeraModel]] = []
     for number in range(12):
         name = f"customer {number % 4}"
         one = with_adapters(tiny_model("bert"), config)
-        sources.append((name, one))
+        schemes.append((name, one))
         versions.setdefault(name, []).append(alone(one, "anna", lambda m: m(**inputs).logits))
-    for name, one in sources[:4]:
+    for name, one in schemes[:4]:
         bank.add(name, one, "anna")
     wrong: list[str] = []
     stop = threading.Event()
@@ -608,7 +608,7 @@ def test_adapters_come_and_go_while_threads_compute() -> None:
     for thread in threads:
         thread.start()
     for _ in range(5):
-        for name, one in sources:
+        for name, one in schemes:
             bank.add(name, one, "anna", replace=True)
             bank.add("passing", one, "bert")
             bank.remove("passing")
@@ -771,7 +771,7 @@ def test_a_model_that_reads_the_weight_is_refused() -> None:
         bank.model(torch.randn(2, 12), adapters=["a", None])
 
 
-def test_quantised_layers() -> None:
+def test_quantized_layers() -> None:
     bnb = pytest.importorskip("bitsandbytes")
 
     def make() -> nn.Module:

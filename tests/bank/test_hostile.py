@@ -58,7 +58,7 @@ def outcome(path: Path, expected: dict[str, int]) -> str:
         assert file.names == {name: row_of(seed).digest for name, seed in expected.items()}
         for name, seed in expected.items():
             row = file.row(file.names[name])
-            assert row.source == row_of(seed).source and row.rank == row_of(seed).rank
+            assert row.scheme == row_of(seed).scheme and row.rank == row_of(seed).rank
             assert torch.equal(row.vectors, row_of(seed).vectors)
     except BankError:
         return "refused"

@@ -56,12 +56,12 @@ def row_of(seed: int, layout: Layout | None = None, dtype: torch.dtype = torch.f
     generator = torch.Generator().manual_seed(seed)
     vectors = torch.randn(layout.numbers, generator=generator).to(dtype)
     heads = torch.randn(layout.head_numbers, generator=generator) if layout.head_numbers else None
-    source = PeftShared(seed, 4, 3, 5) if seed % 2 else PerDimension(seed)
-    return AdapterRow(digest_of(source, vectors, heads), source, 1 + seed % layout.rank, vectors, heads)
+    scheme = PeftShared(seed, 4, 3, 5) if seed % 2 else PerDimension(seed)
+    return AdapterRow(digest_of(scheme, vectors, heads), scheme, 1 + seed % layout.rank, vectors, heads)
 
 
 def assert_same(found: AdapterRow, expected: AdapterRow) -> None:
-    assert (found.digest, found.source, found.rank) == (expected.digest, expected.source, expected.rank)
+    assert (found.digest, found.scheme, found.rank) == (expected.digest, expected.scheme, expected.rank)
     assert found.vectors.dtype == expected.vectors.dtype and torch.equal(found.vectors, expected.vectors)
     assert (found.heads is None) == (expected.heads is None)
     assert found.heads is None or (expected.heads is not None and torch.equal(found.heads, expected.heads))
@@ -185,7 +185,7 @@ def test_projections_read_from_a_file_are_refused(path: Path) -> None:
     file = make(path, {"a": 1})
     stored = Stored.from_tensors(torch.ones(4, 3), torch.ones(5, 4))
     with pytest.raises(BankError, match="A bank in memory takes it"):
-        file.add("b", replace(row_of(2), source=stored), replacing=None)
+        file.add("b", replace(row_of(2), scheme=stored), replacing=None)
     assert_holds(path, {"a": 1})
 
 

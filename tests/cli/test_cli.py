@@ -134,7 +134,7 @@ def test_inspecting_and_converting_what_peft_wrote(
     assert values["other_parameters"] == sum(p.numel() for p in state.saved["classifier"].parameters())
     assert values["config"]["r"] == 4 and values["base_model"].endswith("base")
     assert values["projections"] == ({} if own else {"A": [4, 24], "B": [24, 4]})
-    assert values["fingerprint"] == (expected.projection_source("default").fingerprint() if own else None)
+    assert values["fingerprint"] == (expected.projection_scheme("default").fingerprint() if own else None)
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
     code, out, _ = run(capsys, "inspect", tmp_path / "theirs")
     assert code == 0 and "attention.self.query (2)" in out and ("projections in the file" in out) is not own
@@ -162,7 +162,7 @@ def test_inspecting_a_lora(adapter: Path, tmp_path: Path, capsys: pytest.Capture
     assert values["matrix_parameters"] == sum(4 * (x.in_features + x.out_features) for x in vera.values())
     for name, layer in vera.items():
         b, d = (vector.detach() for vector in layer.vectors("default"))
-        a_projection = layer.slots["default"].a.tensor(torch.device("cpu"), torch.float32)
+        a_projection = layer.entries["default"].a.tensor(torch.device("cpu"), torch.float32)
         assert layers[name]["shapes"] == {"lora_A": [4, layer.in_features], "lora_B": [layer.out_features, 4]}
         assert layers[name]["a_norm"] == pytest.approx(float((d[:, None] * a_projection).norm()), rel=1e-4)
         assert layers[name]["b_norm"] > 0 and b.norm() > 0

@@ -65,7 +65,7 @@ def test_what_peft_has_no_place_for_is_refused(tmp_path: Path) -> None:
         special = next(
             name
             for name, layer in model.vera_layers().items()
-            if layer.kind != "linear" or isinstance(layer, VeraParameter) or layer.slots["default"].parts
+            if layer.kind != "linear" or isinstance(layer, VeraParameter) or layer.entries["default"].parts
         )
         with pytest.raises(ValueError, match=f"VeRA cannot hold the adapter on {special}"):
             model.export_peft(tmp_path)

@@ -150,7 +150,7 @@ def test_wrappers_show_in_no_file_of_the_plugin(
         "head",
         "base_model",
         "vera_dropout",
-        "slots",
+        "entries",
     ],
 )
 def test_adapter_names_are_data(other: str, tmp_path: Path) -> None:

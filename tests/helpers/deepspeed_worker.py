@@ -50,7 +50,7 @@ def through_trainer(stage: int, output: Path, base: Path, checkpoint: Path | Non
     else:
         trainer = trainer_for(output, count, config.model_type, load, settings)
         trainer.train(resume_from_checkpoint=str(checkpoint))
-    fingerprints = gathered(trainer.model.projection_source("default").fingerprint())
+    fingerprints = gathered(trainer.model.projection_scheme("default").fingerprint())
     if dist.get_rank() == 0:
         found = {"losses": losses(trainer), "emptied": emptied, "fingerprints": fingerprints}
         (output / "result.json").write_text(json.dumps(found))

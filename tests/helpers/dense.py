@@ -17,7 +17,7 @@ def dense_parameters(model: VeraModel, adapter: str = "default") -> tuple[dict[s
     weights, leaves = {}, {}
     key = model.peft_config[adapter].projection_prng_key
     for name, layer in model.vera_layers().items():
-        if adapter not in layer.slots:
+        if adapter not in layer.entries:
             continue
         b, d = (vector.detach().double().requires_grad_() for vector in layer.vectors(adapter))
         leaves[f"b.{name}"], leaves[f"d.{name}"] = b, d
@@ -25,7 +25,7 @@ def dense_parameters(model: VeraModel, adapter: str = "default") -> tuple[dict[s
         a, widest = projections(key, rank, n, m)
         full = name if isinstance(layer, VeraParameter) else f"{name}.weight"
         base = dict(layer.base_layer.named_parameters())[full.rpartition(".")[2]].detach().double()
-        parts = layer.slots[adapter].parts
+        parts = layer.entries[adapter].parts
         if isinstance(layer, VeraEmbedding):
             delta = _delta(b, d, a * math.sqrt(n), widest).t()
         elif isinstance(layer, VeraParameter) and b.ndim == 2:

@@ -115,7 +115,7 @@ def main(way: str, output: Path, adapter: Path | None) -> None:
     gathered: list[Any] = [None] * count
     dist.all_gather_object(gathered, losses)
     fingerprints: list[Any] = [None] * count
-    dist.all_gather_object(fingerprints, model.projection_source("default").fingerprint())
+    dist.all_gather_object(fingerprints, model.projection_scheme("default").fingerprint())
     held = [(info.side, info.rank, info.width) for info in projection_pool.summary()]
     widths = {(layer.in_features, layer.out_features) for layer in model.vera_layers().values()}
     model.save_pretrained(output / "adapter", is_main_process=rank == 0)

@@ -316,7 +316,7 @@ def methods() -> list[Method]:
         Method("adapter_state", lambda env: env.model.adapter_state("other"), check=state_as_told),
         Method("adapter_state", lambda env: env.model.adapter_state("none"), (never,), variant="unknown"),
         Method("vera_layers", lambda env: env.model.vera_layers(), check=layers_as_told),
-        Method("projection_source", lambda env: env.model.projection_source("default").key, check=equal(lambda _: 3)),
+        Method("projection_scheme", lambda env: env.model.projection_scheme("default").key, check=equal(lambda _: 3)),
         Method("get_base_model", lambda env: env.model.get_base_model() is env.model.base_model,
                check=equal(lambda _: True)),
         Method("get_nb_trainable_parameters", lambda env: env.model.get_nb_trainable_parameters(), check=counted),

@@ -63,7 +63,7 @@ class Square(Tiny):
         self.block.up, self.block.down = nn.Linear(64, 128), nn.Linear(128, 64, bias=False)
 
 
-def quantised() -> nn.Module:
+def quantized() -> nn.Module:
     import bitsandbytes
 
     with torch.random.fork_rng():
@@ -80,7 +80,7 @@ def quantised() -> nn.Module:
     return model.train()  # in evaluation on a CPU bitsandbytes computes with half-precision numbers
 
 
-def dequantised(model: nn.Module) -> nn.Module:
+def dequantized(model: nn.Module) -> nn.Module:
     from bitsandbytes import functional
 
     plain = Square().double()
@@ -108,8 +108,8 @@ FAMILIES = {
     "tied": Family(partial(tiny, tied=True), {"target_modules": ["up", "head"]}, frozenset({"peft", "lora"})),
     "peft": Family(tiny, {"projection": "peft"}, frozenset({"peft", "lora"})),
     "half": Family(partial(tiny, torch.bfloat16), {"modules_to_save": ["head"]}, frozenset({"peft", "lora"}), 4e-2),
-    "quantised": Family(
-        quantised, {}, frozenset({"peft", "lora", "quantised"}), 1e-4, reference=dequantised, rounding=four_bits
+    "quantized": Family(
+        quantized, {}, frozenset({"peft", "lora", "quantized"}), 1e-4, reference=dequantized, rounding=four_bits
     ),
 }
 
@@ -272,7 +272,7 @@ def is_possible(family: str, mode: str) -> bool:
     whole = bool(FAMILIES[family].settings.get("modules_to_save")) or "bias" in FAMILIES[family].settings
     if whole and mode in _SEVERAL:
         return False
-    if family == "quantised":  # hooks and shards of bitsandbytes' weights are its own affair
+    if family == "quantized":  # hooks and shards of bitsandbytes' weights are its own affair
         return mode not in ("offloaded", "offloaded_before", "sharded")
     return True
 

@@ -98,7 +98,7 @@ def main(way: str, kind: str, output: Path, checkpoint: Path | None) -> None:
     found = {
         "losses": losses(trainer),
         "written": gathered(written),
-        "fingerprints": gathered(trainer.model.projection_source("default").fingerprint()),
+        "fingerprints": gathered(trainer.model.projection_scheme("default").fingerprint()),
         "distributed": str(trainer.args.distributed_state.distributed_type),
     }
     if dist.get_rank() == 0:

@@ -54,8 +54,8 @@ def seen(model: nn.Module) -> dict[str, Any]:
             key: list(value)
             for key, value in vars(module).items()
             if key
-            in ("active_adapters", "merged_adapters", "added_adapters", "slots", "_active_adapter", "peft_config")
-            or key in ("_active", "_sources", "_biases", "active_adapter")
+            in ("active_adapters", "merged_adapters", "added_adapters", "entries", "_active_adapter", "peft_config")
+            or key in ("_active", "_schemes", "_biases", "active_adapter")
         }
         found[name] = (type(module).__name__, module.training, hooks, lists)
     for name, parameter in model.named_parameters(remove_duplicate=False):

@@ -1,4 +1,4 @@
-"""Trainers on a model that transformers loaded quantised, with adapters."""
+"""Trainers on a model that transformers loaded quantized, with adapters."""
 
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ CONFIG = transformers.LlamaConfig(
 @pytest.mark.parametrize("through", ["trainer", "trl"])
 @pytest.mark.filterwarnings("ignore:'pin_memory' argument is set:UserWarning")
 @pytest.mark.filterwarnings("ignore::FutureWarning:trl.*")
-def test_trainers_take_a_quantised_model_with_adapters(through: str, tmp_path: Path) -> None:
+def test_trainers_take_a_quantized_model_with_adapters(through: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     transformers.LlamaForCausalLM(CONFIG).save_pretrained(tmp_path / "base")
 

@@ -10,8 +10,8 @@ from torch.utils.checkpoint import checkpoint
 
 from reference import randomise
 from veratune import VeraConfig, get_peft_model
-from veratune.layers.input_cache import SharedDown
-from veratune.ops.linear import project_down
+from veratune.layers.input_cache import InputCache
+from veratune.ops.linear import project
 
 
 class Attention(nn.Module):
@@ -39,9 +39,9 @@ def products(monkeypatch):
 
     def note(x, a_projection):
         made.append(tuple(x.shape))
-        return project_down(x, a_projection)
+        return project(x, a_projection)
 
-    monkeypatch.setattr("veratune.layers.linear.project_down", note)
+    monkeypatch.setattr("veratune.layers.linear.project", note)
     return made
 
 
@@ -57,7 +57,7 @@ def test_the_result_is_that_of_products_of_their_own():
     vectors = [vector for layer in model.vera_layers().values() for vector in layer.vectors("default")]
     shared = torch.autograd.grad(model(x).square().sum(), [x, *vectors])
     for layer in model.vera_layers().values():
-        group = layer.slots["default"].group
+        group = layer.entries["default"].group
         object.__setattr__(group, "down", type("Never", (), {"get": lambda self, name, x, a, compute: compute()})())
     own = torch.autograd.grad(model(x).square().sum(), [x, *vectors])
     assert all(torch.equal(a, b) for a, b in zip(shared, own, strict=True))
@@ -85,7 +85,7 @@ def test_the_same_layer_twice_on_one_tensor_computes_twice(products):
 
 def test_nothing_outlives_the_input():
     model = adapted(route="factored")
-    memo = model.base_model[0].q.slots["default"].group.down
+    memo = model.base_model[0].q.entries["default"].group.xa
     x = torch.randn(5, 6, dtype=torch.float64)
     with torch.no_grad():
         model(x)
@@ -154,19 +154,19 @@ def test_copies_have_memos_of_their_own():
     x = torch.randn(5, 6, dtype=torch.float64)
     expected = model(x)
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        groups = [getattr(twin.base_model[0], name).slots["default"].group for name in "qkv"]
+        groups = [getattr(twin.base_model[0], name).entries["default"].group for name in "qkv"]
         assert groups[0] is groups[1] is groups[2]
-        assert groups[0].down is not model.base_model[0].q.slots["default"].group.down
-        assert groups[0].down._entry is None
+        assert groups[0].xa is not model.base_model[0].q.entries["default"].group.xa
+        assert groups[0].xa._entry is None
         assert torch.equal(twin(x), expected)
 
 
 def test_a_memo_holds_one_product():
-    memo = SharedDown()
+    memo = InputCache()
     a = torch.randn(3, 6)
     x, y = torch.randn(4, 6), torch.randn(4, 6)
-    first = memo.get("q", x, a, lambda: project_down(x, a))
+    first = memo.get("q", x, a, lambda: project(x, a))
     assert memo.get("k", x, a, lambda: pytest.fail("computed again")) is first
-    second = memo.get("q", y, a, lambda: project_down(y, a))
+    second = memo.get("q", y, a, lambda: project(y, a))
     assert second is not first
     assert memo.get("v", y, a, lambda: pytest.fail("computed again")) is second

@@ -233,17 +233,17 @@ def test_an_embedding_computes_the_dense_result() -> None:
 def test_a_large_table_is_never_drawn_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     model = get_peft_model(Table(200_000), VeraConfig(r=64, target_modules=["table"]))
     drawn: list[int] = []
-    from veratune.projections import schemes as sources
+    from veratune.projections import schemes
 
-    draw = sources.symmetric_uniform_columns
+    draw = schemes.symmetric_uniform_columns
 
     def counted(*args: Any) -> Tensor:
         columns = draw(*args)
         drawn.append(columns.numel())
         return columns
 
-    monkeypatch.setattr(sources, "symmetric_uniform_columns", counted)
-    monkeypatch.setattr(sources.PerDimension, "draw", _only_narrow(sources.PerDimension.draw))
+    monkeypatch.setattr(schemes, "symmetric_uniform_columns", counted)
+    monkeypatch.setattr(schemes.PerDimension, "draw", _only_narrow(schemes.PerDimension.draw))
     model(torch.tensor([[5, 5, 199_999, 7]])).sum().backward()
     assert drawn == [3 * 64]
 
@@ -605,9 +605,9 @@ def test_what_experts_keep_for_the_backward_pass_is_the_product_with_a() -> None
             torch._grouped_mm(x, weight, offs=offsets)
         return sum(sizes.values())
 
-    slot = layer.slots["default"]
+    entry = layer.entries["default"]
     constants = sum(t.nbytes for t in layer.vectors("default"))
-    constants += sum(c.tensor(x.device, x.dtype).nbytes for c in slot.corners)
+    constants += sum(c.tensor(x.device, x.dtype).nbytes for c in entry.views)
     assert saved(layer.weight.transpose(1, 2)) - saved(base) <= constants + 40 * (
         3 * 4 + 8 + 1
     )  # x A^T, the groups, a mask

@@ -239,8 +239,8 @@ def test_deepcopy_is_independent_and_shares_projections():
     expected = model(x)
     twin = copy.deepcopy(model)
     assert torch.equal(twin(x), expected)
-    slots = model.first.slots["default"], twin.first.slots["default"]
-    pointers = [slot.a.tensor(x.device, x.dtype).data_ptr() for slot in slots]
+    entries = model.first.entries["default"], twin.first.entries["default"]
+    pointers = [entry.a.tensor(x.device, x.dtype).data_ptr() for entry in entries]
     assert pointers[0] == pointers[1]
     randomise(twin)
     assert torch.equal(model(x), expected)
@@ -360,10 +360,10 @@ def test_an_unfrozen_base_gets_its_gradients(route):
 def test_moving_a_model_lets_go_of_the_old_device():
     model = adapted(dtype=torch.float32)
     model(torch.randn(2, IN))
-    places = list(model.first.slots["default"].a.views)
+    places = list(model.first.entries["default"].a.tensors)
     assert [device.type for device, _ in places] == ["cpu"]
     model.to("meta")
-    assert model.first.slots["default"].a.views == {}
+    assert model.first.entries["default"].a.tensors == {}
     assert model(torch.randn(2, IN, device="meta")).is_meta
     assert all(p.is_meta for p in model.parameters())
 

@@ -1,4 +1,4 @@
-"""Quantised base layers, by the real packages on the CPU: trained through, merged, unmerged, saved."""
+"""Quantized base layers, by the real packages on the CPU: trained through, merged, unmerged, saved."""
 
 import copy
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from reference import dense_delta, projections, randomise
 from veratune import VeraConfig, VeraModel, get_peft_model
-from veratune.layers import quantized as quantised
+from veratune.layers import quantized
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
 torchao = pytest.importorskip("torchao")
@@ -124,7 +124,7 @@ def test_the_adapter_is_added_to_what_the_layer_computes(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", MAKERS)
-def test_training_reaches_every_vector_through_quantised_layers(kind: str) -> None:
+def test_training_reaches_every_vector_through_quantized_layers(kind: str) -> None:
     model = trained(MAKERS[kind])
     x = x_of().requires_grad_()
     model(x).square().mean().backward()
@@ -135,7 +135,7 @@ def test_training_reaches_every_vector_through_quantised_layers(kind: str) -> No
 
 
 @pytest.mark.parametrize("kind", MAKERS)
-def test_saving_and_loading_over_a_quantised_base(kind: str, tmp_path: Path) -> None:
+def test_saving_and_loading_over_a_quantized_base(kind: str, tmp_path: Path) -> None:
     model = trained(MAKERS[kind])
     model.save_pretrained(tmp_path)
     loaded = VeraModel.from_pretrained(MAKERS[kind](), tmp_path).train()
@@ -166,11 +166,11 @@ def test_merging_loses_what_rounding_loses_and_unmerging_gives_all_back(kind: st
         with model.disable_adapter():
             base = model(x)
         layer = model.vera_layers()["0"]
-        full = quantised.dequantised(layer.base_layer).float() + delta_of(layer).float()
-        with pytest.warns(UserWarning, match="merging into 2 quantised layers"):
+        full = quantized.dequantized(layer.base_layer).float() + delta_of(layer).float()
+        with pytest.warns(UserWarning, match="merging into 2 quantized layers"):
             model.merge_adapter()
         torch.testing.assert_close(
-            quantised.dequantised(layer.base_layer).float(), rounded(kind, full), rtol=1e-3, atol=1e-4
+            quantized.dequantized(layer.base_layer).float(), rounded(kind, full), rtol=1e-3, atol=1e-4
         )
         merged = model(x)
         assert float((merged - expected).square().mean()) < 0.1 * float((base - expected).square().mean())
@@ -269,7 +269,7 @@ def test_a_copy_that_was_made_after_an_evaluation_learns_right(kind: str) -> Non
         assert float((gradient - expected[name]).norm() / expected[name].norm()) < 0.01
 
 
-def test_nothing_is_left_on_quantised_layers() -> None:
+def test_nothing_is_left_on_quantized_layers() -> None:
     for adapt in (natively, in_peft):
         model: Any = adapt(four_bits("nf4", False))
         base = model.unload()

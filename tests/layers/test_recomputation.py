@@ -265,9 +265,9 @@ def test_nothing_is_left_on_the_model() -> None:
 
 def test_checks_of_biases_do_not_keep_a_layer_from_being_computed_in_one() -> None:
     layer = net(None).vera_layers()["linear"]
-    assert layer.base_layer._forward_pre_hooks and layer.weight_at_hand("a")
+    assert layer.base_layer._forward_pre_hooks and layer.weight_readable("a")
     layer.base_layer.register_forward_pre_hook(lambda *_: None)
-    assert not layer.weight_at_hand("a")
+    assert not layer.weight_readable("a")
 
 
 def test_a_log_forgets_what_lies_far_back_and_then_refuses() -> None:

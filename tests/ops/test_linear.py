@@ -210,8 +210,8 @@ def test_function_transforms(plan):
 def test_a_product_from_before_is_used():
     p = problem()
     plan = Plan("folded", "folded")
-    down = p["x"] @ p["a"].t()
-    given = vera_linear(p["x"], p["weight"], p["bias"], p["a"], p["bt"], p["b"], p["d"], GAIN, plan, down=2 * down)
+    xa = p["x"] @ p["a"].t()
+    given = vera_linear(p["x"], p["weight"], p["bias"], p["a"], p["bt"], p["b"], p["d"], GAIN, plan, xa=2 * xa)
     torch.testing.assert_close(given - fused(p, plan), fused(p, plan) - p["x"] @ p["weight"].t() - p["bias"])
 
 

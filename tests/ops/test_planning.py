@@ -105,13 +105,13 @@ def test_few_tokens_scale_and_many_are_dense():
 def test_orders_are_followed():
     shape = LayerShape(384, 384, 1024, 4096)
 
-    def possible(route, memory="balanced", training=True, weight_at_hand=True):
-        return possible_plans(route, memory, shape, training=training, weight_at_hand=weight_at_hand)
+    def possible(route, memory="balanced", training=True, weight_readable=True):
+        return possible_plans(route, memory, shape, training=training, weight_readable=weight_readable)
 
     assert {(p.output, p.gradients) for p in possible("factored")} == set(itertools.product(WAYS[:2], WAYS[:2]))
     assert possible("dense") == [Plan("dense", "dense", keep=True)]
-    assert possible("dense", weight_at_hand=False) == [Plan("folded", "dense")]
-    assert all(p.output != "dense" for p in possible("auto", weight_at_hand=False))
+    assert possible("dense", weight_readable=False) == [Plan("folded", "dense")]
+    assert all(p.output != "dense" for p in possible("auto", weight_readable=False))
     assert all(p.gradients is None and not p.keep for p in possible("auto", training=False))
     assert not any(p.keep for p in possible("auto", memory="low"))
     assert all(p.gradients == "dense" for p in possible("auto", memory="low"))  # x is smaller than x A^T

@@ -10,7 +10,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from reference import unit
-from veratune.projections.pool import Corner, ProjectionPool, projection_pool
+from veratune.projections.pool import ProjectionPool, ProjectionView, projection_pool
 from veratune.projections.schemes import PeftShared, PerDimension, Stored
 
 CPU = torch.device("cpu")
@@ -30,13 +30,13 @@ def sha(tensor: torch.Tensor) -> str:
 
 
 def test_a_is_scaled_by_its_own_width_and_b_by_the_rank():
-    source = PerDimension(7)
-    a = source.draw("A", range(3), 6, CPU)
-    b = source.draw("B", range(3), 5, CPU)
+    scheme = PerDimension(7)
+    a = scheme.draw("A", range(3), 6, CPU)
+    b = scheme.draw("B", range(3), 5, CPU)
     expected_a = [[unit(7, "A", k, j) * math.sqrt(6 / 6) for j in range(6)] for k in range(3)]
     torch.testing.assert_close(a.double(), torch.tensor(expected_a, dtype=torch.float64), rtol=1e-7, atol=0)
     assert b.tolist() == [[unit(7, "B", k, j) for j in range(5)] for k in range(3)]
-    assert source.gain(24) == math.sqrt(6 / 24)
+    assert scheme.scale(24) == math.sqrt(6 / 24)
 
 
 @pytest.mark.parametrize("width", [64, 384, 4096])
@@ -80,35 +80,35 @@ def test_golden_values_on_a_gpu(case, expected):
 
 def test_golden_values_of_the_peft_scheme():
     """These belong to torch's CPU generator: a torch that draws others would break PEFT's adapters, and say so here."""
-    source = PeftShared(key=7, r=16, max_in=40, max_out=50)
+    scheme = PeftShared(key=7, r=16, max_in=40, max_out=50)
     assert (
-        sha(source.draw("A", range(16), 40, CPU)) == "d363b315d4ee4d4f106ce165a60b893dbf55e673b5267cb4c5968f344c030c16"
+        sha(scheme.draw("A", range(16), 40, CPU)) == "d363b315d4ee4d4f106ce165a60b893dbf55e673b5267cb4c5968f344c030c16"
     )
     assert (
-        sha(source.draw("B", range(16), 50, CPU)) == "95a24609efb5fcd4885c9f92afd30a8f3b126cbece7c1c04b3cc645d8d6d65ae"
+        sha(scheme.draw("B", range(16), 50, CPU)) == "95a24609efb5fcd4885c9f92afd30a8f3b126cbece7c1c04b3cc645d8d6d65ae"
     )
 
 
 def test_ranks_are_prefixes():
-    source = PerDimension(1)
+    scheme = PerDimension(1)
     for side in ("A", "B"):
-        assert torch.equal(source.draw(side, range(64), 50, CPU), source.draw(side, range(256), 50, CPU)[:64])
+        assert torch.equal(scheme.draw(side, range(64), 50, CPU), scheme.draw(side, range(256), 50, CPU)[:64])
 
 
 def test_peft_scheme_draws_as_its_definition_says():
-    source = PeftShared(key=3, r=4, max_in=7, max_out=9)
+    scheme = PeftShared(key=3, r=4, max_in=7, max_out=9)
     generator = torch.Generator().manual_seed(3)
     a_bound = math.sqrt(3.0) * (math.sqrt(2) / math.sqrt(7))
     b_bound = math.sqrt(3.0) * (math.sqrt(2) / math.sqrt(4))
     a = torch.empty(4, 7).uniform_(-a_bound, a_bound, generator=generator)
     b = torch.empty(9, 4).uniform_(-b_bound, b_bound, generator=generator)
-    assert torch.equal(source.draw("A", range(4), 7, CPU), a)
-    assert torch.equal(source.draw("B", range(4), 9, CPU), b.t())
+    assert torch.equal(scheme.draw("A", range(4), 7, CPU), a)
+    assert torch.equal(scheme.draw("B", range(4), 9, CPU), b.t())
 
 
 def test_fingerprints_tell_sources_apart():
     a, b = torch.randn(4, 6), torch.randn(5, 4)
-    sources = [
+    schemes = [
         PerDimension(0),
         PerDimension(1),
         PeftShared(0, 4, 6, 5),
@@ -117,7 +117,7 @@ def test_fingerprints_tell_sources_apart():
         Stored.from_tensors(a, b),
         Stored.from_tensors(a + 1e-3, b),
     ]
-    assert len({source.fingerprint() for source in sources}) == len(sources)
+    assert len({scheme.fingerprint() for scheme in schemes}) == len(schemes)
     assert Stored.from_tensors(a, b) == Stored.from_tensors(a.clone(), b.clone())
 
 
@@ -125,21 +125,21 @@ def test_fingerprints_tell_sources_apart():
 
 
 def test_nothing_is_drawn_before_it_is_used(pool):
-    corner = pool.corner(PerDimension(0), "A", 8, 16)
+    view = pool.view(PerDimension(0), "A", 8, 16)
     assert pool.summary() == []
-    corner.tensor(CPU, F32)
+    view.tensor(CPU, F32)
     assert [(info.side, info.rank, info.width, info.nbytes) for info in pool.summary()] == [("A", 8, 16, 8 * 16 * 4)]
 
 
 def test_layers_of_one_width_share_memory(pool):
-    first, second = (pool.corner(PerDimension(0), "A", 8, 16) for _ in range(2))
+    first, second = (pool.view(PerDimension(0), "A", 8, 16) for _ in range(2))
     assert first.tensor(CPU, F32).data_ptr() == second.tensor(CPU, F32).data_ptr()
-    other_key = pool.corner(PerDimension(1), "A", 8, 16)
+    other_key = pool.view(PerDimension(1), "A", 8, 16)
     assert other_key.tensor(CPU, F32).data_ptr() != first.tensor(CPU, F32).data_ptr()
 
 
 def test_freed_with_the_last_layer(pool):
-    first, second = (pool.corner(PerDimension(0), "A", 8, 16) for _ in range(2))
+    first, second = (pool.view(PerDimension(0), "A", 8, 16) for _ in range(2))
     first.tensor(CPU, F32)
     second.tensor(CPU, F32)
     del first
@@ -152,10 +152,10 @@ def test_freed_with_the_last_layer(pool):
 
 @pytest.mark.parametrize("small_first", [True, False])
 def test_growth_keeps_values_and_one_tensor(pool, small_first):
-    small, large = (pool.corner(PerDimension(0), "B", rank, 12) for rank in (4, 32))
+    small, large = (pool.view(PerDimension(0), "B", rank, 12) for rank in (4, 32))
     order = [small, large] if small_first else [large, small]
-    before = [corner.tensor(CPU, F32).clone() for corner in order]
-    after = [corner.tensor(CPU, F32) for corner in order]
+    before = [view.tensor(CPU, F32).clone() for view in order]
+    after = [view.tensor(CPU, F32) for view in order]
     assert all(torch.equal(x, y) for x, y in zip(before, after, strict=True))
     assert torch.equal(small.tensor(CPU, F32), large.tensor(CPU, F32)[:4])
     assert small.tensor(CPU, F32).data_ptr() == large.tensor(CPU, F32).data_ptr()
@@ -163,7 +163,7 @@ def test_growth_keeps_values_and_one_tensor(pool, small_first):
 
 
 def test_trim_frees_rows_of_ranks_that_are_gone(pool):
-    small, large = (pool.corner(PerDimension(0), "B", rank, 12) for rank in (4, 32))
+    small, large = (pool.view(PerDimension(0), "B", rank, 12) for rank in (4, 32))
     kept = small.tensor(CPU, F32).clone()
     large.tensor(CPU, F32)
     small.tensor(CPU, F32)
@@ -175,61 +175,61 @@ def test_trim_frees_rows_of_ranks_that_are_gone(pool):
 
 
 def test_dtypes_are_rounded_from_the_same_float32_values(pool):
-    corner = pool.corner(PerDimension(0), "A", 8, 16)
+    view = pool.view(PerDimension(0), "A", 8, 16)
     reference = PerDimension(0).draw("A", range(8), 16, CPU)
     for dtype in (torch.float64, torch.bfloat16, torch.float16):
-        assert torch.equal(corner.tensor(CPU, dtype), reference.to(dtype))
+        assert torch.equal(view.tensor(CPU, dtype), reference.to(dtype))
 
 
 def test_peft_corners_are_views_of_one_tensor(pool):
-    source = PeftShared(key=0, r=4, max_in=20, max_out=30)
-    narrow, wide = pool.corner(source, "A", 4, 8), pool.corner(source, "A", 4, 20)
+    scheme = PeftShared(key=0, r=4, max_in=20, max_out=30)
+    narrow, wide = pool.view(scheme, "A", 4, 8), pool.view(scheme, "A", 4, 20)
     assert torch.equal(narrow.tensor(CPU, F32), wide.tensor(CPU, F32)[:, :8])
     assert narrow.tensor(CPU, F32).data_ptr() == wide.tensor(CPU, F32).data_ptr()
 
 
 def test_other_devices_are_let_go(pool):
-    corner = pool.corner(PerDimension(0), "A", 8, 16)
-    corner.tensor(CPU, F32)
-    corner.tensor(torch.device("meta"), F32)
-    corner.keep_only(torch.device("meta"))
+    view = pool.view(PerDimension(0), "A", 8, 16)
+    view.tensor(CPU, F32)
+    view.tensor(torch.device("meta"), F32)
+    view.keep_only(torch.device("meta"))
     assert [info.device.type for info in pool.summary()] == ["meta"]
 
 
 def test_deepcopy_shares_and_pickle_draws_again():
-    corner = projection_pool.corner(PerDimension(0), "A", 8, 16)
-    view = corner.tensor(CPU, F32)
-    assert copy.deepcopy(corner).tensor(CPU, F32).data_ptr() == view.data_ptr()
-    data = pickle.dumps(corner)
+    view = projection_pool.view(PerDimension(0), "A", 8, 16)
+    view = view.tensor(CPU, F32)
+    assert copy.deepcopy(view).tensor(CPU, F32).data_ptr() == view.data_ptr()
+    data = pickle.dumps(view)
     assert len(data) < 1000
     restored = pickle.loads(data)
     assert torch.equal(restored.tensor(CPU, F32), view)
 
 
 def test_a_projection_made_in_inference_mode_serves_training(pool):
-    corner = pool.corner(PerDimension(0), "A", 8, 16)
+    view = pool.view(PerDimension(0), "A", 8, 16)
     with torch.inference_mode():
-        assert not corner.tensor(CPU, F32).is_inference()
+        assert not view.tensor(CPU, F32).is_inference()
     x = torch.randn(2, 16, requires_grad=True)
-    (x @ corner.tensor(CPU, F32).t()).sum().backward()
+    (x @ view.tensor(CPU, F32).t()).sum().backward()
     assert x.grad is not None
 
 
 def test_a_tracing_mode_leaves_nothing_behind(pool):
-    corner = pool.corner(PerDimension(0), "A", 8, 16)
+    view = pool.view(PerDimension(0), "A", 8, 16)
     with FakeTensorMode():
-        assert corner.tensor(CPU, F32).shape == (8, 16)
-    assert type(corner.tensor(CPU, F32)) is torch.Tensor
-    assert torch.equal(corner.tensor(CPU, F32), PerDimension(0).draw("A", range(8), 16, CPU))
+        assert view.tensor(CPU, F32).shape == (8, 16)
+    assert type(view.tensor(CPU, F32)) is torch.Tensor
+    assert torch.equal(view.tensor(CPU, F32), PerDimension(0).draw("A", range(8), 16, CPU))
 
 
 def test_defaults_of_the_caller_do_not_matter(pool):
     expected = PerDimension(0).draw("A", range(8), 16, CPU)
-    corner = pool.corner(PerDimension(0), "A", 8, 16)
+    view = pool.view(PerDimension(0), "A", 8, 16)
     torch.set_default_dtype(torch.float64)
     try:
         with torch.device("meta"):
-            drawn = corner.tensor(CPU, F32)
+            drawn = view.tensor(CPU, F32)
             peft = PeftShared(0, 2, 3, 4).draw("A", range(2), 3, CPU)
     finally:
         torch.set_default_dtype(torch.float32)
@@ -238,14 +238,14 @@ def test_defaults_of_the_caller_do_not_matter(pool):
 
 
 def test_many_threads_get_one_tensor_each_value_right(pool):
-    corners: list[Corner] = [pool.corner(PerDimension(0), "A", rank, 64) for rank in range(1, 33)]
+    views: list[ProjectionView] = [pool.view(PerDimension(0), "A", rank, 64) for rank in range(1, 33)]
     expected = PerDimension(0).draw("A", range(32), 64, CPU)
     wrong: list[int] = []
     barrier = threading.Barrier(8)
 
     def work(offset: int) -> None:
         barrier.wait()
-        turned = corners[offset:] + corners[:offset]
+        turned = views[offset:] + views[:offset]
         wrong.extend(c.rank for c in turned if not torch.equal(c.tensor(CPU, F32), expected[: c.rank]))
 
     threads = [threading.Thread(target=work, args=(4 * i,)) for i in range(8)]

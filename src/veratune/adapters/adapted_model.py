@@ -19,25 +19,25 @@ from veratune.adapters.targets import (
     adapted_layers,
     base_modules,
     check_conflicts,
-    check_whole,
+    check_not_sharded,
     find_targets,
     joined,
     resolve_config,
     unwrapped,
 )
-from veratune.adapters.wrapper import ForwardOfBase, StandsForModel
+from veratune.adapters.wrapper import ForwardOfBase, ModelWrapper
 from veratune.config import VeraConfig, check_config
 from veratune.layers import ComputeSettings, InputGroup, SavedModule, VectorInit, VeraLayer, VeraModule, VeraParameter
 from veratune.layers.biases import AdapterBiases, bias_owners
 from veratune.layers.guards import guard_loading
-from veratune.layers.input_cache import SharedDown
+from veratune.layers.input_cache import InputCache
 from veratune.layers.offloading import check_at_hand
 from veratune.layers.quantized import keep_differentiable, leave_to_library
 from veratune.layers.registry import adapt, adapt_parameter
 from veratune.ops.calibration import load_calibration
 from veratune.projections.pool import projection_pool
-from veratune.projections.schemes import PeftShared, PerDimension, Source
-from veratune.utils.sharding import how_spread
+from veratune.projections.schemes import PeftShared, PerDimension, Scheme
+from veratune.utils.sharding import describe_sharding
 from veratune.utils.tensors import is_finite
 from veratune.utils.text import clipped
 
@@ -57,13 +57,13 @@ class AdapterPlan:
     Attributes:
         config: the configuration with everything that depends on the model filled in.
         targets: the layers it adapts.
-        source: its projections.
+        scheme: its projections.
         bias_owners: the biases it trains, by name, with the modules that hold them.
     """
 
     config: VeraConfig
     targets: list[Target]
-    source: Source
+    scheme: Scheme
     bias_owners: dict[str, list[nn.Module]]
 
 
@@ -130,7 +130,7 @@ def check_adapter_name(name: str) -> None:
 
 
 def vector_dtype(weight_dtype: torch.dtype, *, autocast: bool) -> torch.dtype:
-    """Return the dtype of vectors on a weight: the weight's own, float32 where that is quantised.
+    """Return the dtype of vectors on a weight: the weight's own, float32 where that is quantized.
 
     With `autocast`, it is float32 on a half-precision weight as well.
     """
@@ -139,13 +139,13 @@ def vector_dtype(weight_dtype: torch.dtype, *, autocast: bool) -> torch.dtype:
     return torch.float32 if wide else weight_dtype
 
 
-def plan_adapter(model: nn.Module, config: VeraConfig, source: Source | None = None) -> AdapterPlan:
+def plan_adapter(model: nn.Module, config: VeraConfig, scheme: Scheme | None = None) -> AdapterPlan:
     """Find out all about adding an adapter to a model, and raise whatever is wrong with it, changing nothing.
 
     Args:
         model: the model without a wrapper; it may have adapters already.
         config: the configuration; not changed.
-        source: projections that were read from a file, in place of those that the configuration describes.
+        scheme: projections that were read from a file, in place of those that the configuration describes.
 
     Raises:
         TargetError: the configuration matches nothing in this model.
@@ -156,10 +156,10 @@ def plan_adapter(model: nn.Module, config: VeraConfig, source: Source | None = N
     modules = base_modules(model)
     check_conflicts(modules, resolved.modules_to_save or [], [target.name for target in targets])
     owners = bias_owners(modules_with_biases(modules, resolved, {target.name for target in targets}))
-    return AdapterPlan(resolved, targets, source or make_source(resolved, targets), owners)
+    return AdapterPlan(resolved, targets, scheme or make_scheme(resolved, targets), owners)
 
 
-def make_source(config: VeraConfig, targets: Sequence[Target]) -> Source:
+def make_scheme(config: VeraConfig, targets: Sequence[Target]) -> Scheme:
     """Return the projections that a configuration describes for these layers."""
     if config.projection == "per_dimension":
         return PerDimension(config.projection_prng_key % (1 << 64))
@@ -198,7 +198,7 @@ def _checkpoints(model: nn.Module) -> bool:
     return False
 
 
-class AdaptedModel(StandsForModel):
+class AdaptedModel(ModelWrapper):
     """A model whose linear layers have VeRA adapters. The adapters are put into the model itself, in place.
 
     What this class does not have itself is looked up in the model, so that it can stand wherever the model stood.
@@ -213,7 +213,7 @@ class AdaptedModel(StandsForModel):
         super().__init__()
         self.peft_config: dict[str, VeraConfig] = {}
         self.autocast_adapter_dtype = autocast_adapter_dtype
-        self._sources: dict[str, Source] = {}
+        self._schemes: dict[str, Scheme] = {}
         self._biases: dict[str, AdapterBiases] = {}
         self._active: list[str] = []
         self._disabled = 0
@@ -261,7 +261,7 @@ class AdaptedModel(StandsForModel):
             vectors={
                 name: layer.vectors(adapter_name)
                 for name, layer in adapted_layers(self.base_model).items()
-                if adapter_name in layer.slots
+                if adapter_name in layer.entries
             },
             saved={
                 name: module.modules_to_save[adapter_name]
@@ -275,10 +275,10 @@ class AdaptedModel(StandsForModel):
         """Return the adapted layers by their names in the model without adapters."""
         return adapted_layers(self.base_model)
 
-    def projection_source(self, adapter_name: str) -> Source:
+    def projection_scheme(self, adapter_name: str) -> Scheme:
         """Return the description of an adapter's projections."""
         self._check_known([adapter_name])
-        return self._sources[adapter_name]
+        return self._schemes[adapter_name]
 
     def get_base_model(self) -> nn.Module:
         """Return the model itself, with the adapted layers in it. `unload` takes them out."""
@@ -353,7 +353,7 @@ class AdaptedModel(StandsForModel):
 
     def install_adapter(self, adapter_name: str, plan: AdapterPlan) -> None:
         """Carry out a plan that `plan_adapter` made for this model as it is now, or leave the model unchanged."""
-        check_whole(plan.targets)
+        check_not_sharded(plan.targets)
         with self.undone_on_error():
             self._install(adapter_name, plan)
 
@@ -371,14 +371,14 @@ class AdaptedModel(StandsForModel):
         self._swap_biases(self._computing())
         if plan.bias_owners:
             self._biases[adapter_name] = biases
-        groups = input_groups(plan.targets, plan.source)
+        groups = input_groups(plan.targets, plan.scheme)
         settings = ComputeSettings(plan.config.vera_dropout, plan.config.route, plan.config.memory)
         for target in plan.targets:
             layer = _layer_for(target, replacements)
             layer.add_adapter(
                 adapter_name,
                 target.name,
-                plan.source,
+                plan.scheme,
                 self._vector_init(plan.config, target.rank, layer.base_weight.dtype),
                 settings,
                 groups[target.name],
@@ -387,7 +387,7 @@ class AdaptedModel(StandsForModel):
         replace_modules(self, replacements)
         for device in {layer.base_weight.device for layer in self._layers()}:
             load_calibration(device)
-        self._sources[adapter_name] = plan.source
+        self._schemes[adapter_name] = plan.scheme
         self.peft_config[adapter_name] = plan.config
 
     def undone_on_error(self) -> AbstractContextManager[None]:
@@ -474,9 +474,9 @@ class AdaptedModel(StandsForModel):
         self._activate([name for name in self._active if name != adapter_name])
         replacements: dict[int, nn.Module] = {}
         for module in list(self.modules()):
-            if isinstance(module, VeraLayer) and adapter_name in module.slots:
+            if isinstance(module, VeraLayer) and adapter_name in module.entries:
                 module.delete_adapter(adapter_name)
-                if not module.slots and not isinstance(module, VeraParameter):
+                if not module.entries and not isinstance(module, VeraParameter):
                     replacements[id(module)] = module.base_layer
             elif isinstance(module, VeraModule):
                 module.delete_adapter(adapter_name)
@@ -489,7 +489,7 @@ class AdaptedModel(StandsForModel):
         replace_modules(self, replacements)
         if adapter_name in self._biases:
             self._biases.pop(adapter_name).release()
-        del self.peft_config[adapter_name], self._sources[adapter_name]
+        del self.peft_config[adapter_name], self._schemes[adapter_name]
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
@@ -533,8 +533,8 @@ class AdaptedModel(StandsForModel):
         The weights from before are kept beside the merged ones (this doubles the memory of the adapted layers), and
         `unmerge_adapter` puts the same bits back. What a weight is tied to is not changed.
 
-        A quantised weight of bitsandbytes is read as numbers, added to and rounded to its few values anew, which loses
-        a part of the adapter; torchao's become plain numbers. A warning says so. Other quantised layers keep their
+        A quantized weight of bitsandbytes is read as numbers, added to and rounded to its few values anew, which loses
+        a part of the adapter; torchao's become plain numbers. A warning says so. Other quantized layers keep their
         weights in forms of their own, and cannot be merged into.
 
         Args:
@@ -554,7 +554,7 @@ class AdaptedModel(StandsForModel):
         with self.undone_on_error():
             for layer in self._layers():
                 merged = [*layer.merged_adapters, *(name for name in names if name not in layer.merged_adapters)]
-                merged = [name for name in merged if name in layer.slots]
+                merged = [name for name in merged if name in layer.entries]
                 if merged != layer.merged_adapters:
                     layer.unmerge()
                     layer.merge(merged)
@@ -600,7 +600,7 @@ class AdaptedModel(StandsForModel):
         self._check_together(names)
         layers = self._layers()
         for layer in layers:
-            if layer.merged_for_good and layer.merged_adapters != [name for name in names if name in layer.slots]:
+            if layer.merged_for_good and layer.merged_adapters != [name for name in names if name in layer.entries]:
                 raise ValueError(
                     f"merge_and_unload was interrupted while it merged {layer.merged_adapters}: call it again with"
                     " adapter_names of these before anything else"
@@ -618,7 +618,7 @@ class AdaptedModel(StandsForModel):
             model_config.tie_word_embeddings = False
         # Not undone on errors, which would take the weights from before beside the merged ones.
         for done, layer in enumerate(remaining, start=1):
-            merged = [name for name in names if name in layer.slots]
+            merged = [name for name in names if name in layer.entries]
             if merged:
                 with undone_on_error(layer, layer.base_layer):
                     layer.merge(merged)
@@ -657,7 +657,7 @@ class AdaptedModel(StandsForModel):
             model.disable_input_require_grads()
             self._inputs_require_grad = False
         self.peft_config.clear()
-        self._sources.clear()
+        self._schemes.clear()
         self._forget_biases()
         self._active = []
         projection_pool.trim()
@@ -683,17 +683,17 @@ class AdaptedModel(StandsForModel):
 
     def _tell_of_values(self, names: Sequence[str]) -> None:
         for name in names:
-            values = (value for value in self.adapter_state(name).parameters() if how_spread(value) is None)
+            values = (value for value in self.adapter_state(name).parameters() if describe_sharding(value) is None)
             if not all(map(is_finite, values)):
                 notify(f"adapter {name!r} holds NaN or infinity, and so will what it is merged into or written to")
 
     def _tell_of_losses(self, names: Sequence[str]) -> None:
         self._tell_of_values(names)
-        layers = (layer for layer in self._layers() if any(name in layer.slots for name in names))
+        layers = (layer for layer in self._layers() if any(name in layer.entries for name in names))
         for loss, count in Counter(layer.loss_of_merging() for layer in layers).items():
             if loss is not None:
                 notify(
-                    f"merging into {count} quantised layers {loss}: outputs change by that. unmerge_adapter gives the"
+                    f"merging into {count} quantized layers {loss}: outputs change by that. unmerge_adapter gives the"
                     " weights back; an adapter that is not merged loses nothing"
                 )
 
@@ -705,7 +705,7 @@ class AdaptedModel(StandsForModel):
             for parameter in module._parameters.values():
                 if parameter is not None:
                     holders[id(parameter)] = holders.get(id(parameter), 0) + 1
-            if isinstance(module, VeraLayer) and any(name in module.slots for name in names):
+            if isinstance(module, VeraLayer) and any(name in module.entries for name in names):
                 changing.add(id(module.base_weight))
             elif isinstance(module, SavedModule) and any(name in module.modules_to_save for name in names):
                 changing.update(id(parameter) for parameter in module.original_module.parameters())
@@ -787,7 +787,7 @@ def _layer_for(target: Target, replacements: dict[int, nn.Module]) -> VeraLayer:
     return holder.parameter_layers()[target.parameter]
 
 
-def input_groups(targets: Sequence[Target], source: Source) -> dict[str, InputGroup]:
+def input_groups(targets: Sequence[Target], scheme: Scheme) -> dict[str, InputGroup]:
     """Return for each target what it shares with those beside it of the same width and rank.
 
     Layers of one parent module often read the same input (query, key, value). That they do is not relied on: what they
@@ -801,8 +801,8 @@ def input_groups(targets: Sequence[Target], source: Source) -> dict[str, InputGr
     groups: dict[tuple[str, int, int], InputGroup] = {}
     for target in targets:
         if key(target) not in groups:
-            corner = projection_pool.corner(source, "A", target.rank, target.in_features)
-            groups[key(target)] = InputGroup(corner, SharedDown(), sizes[key(target)])
+            view = projection_pool.view(scheme, "A", target.rank, target.in_features)
+            groups[key(target)] = InputGroup(view, InputCache(), sizes[key(target)])
     return {target.name: groups[key(target)] for target in targets}
 
 

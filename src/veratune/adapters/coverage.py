@@ -22,7 +22,7 @@ class WeightInfo:
         name: its dotted name; for a layer whose weight is in a form of its own, the layer's.
         kind: "linear", "convolution", "embedding", "parameter" (read by its module's own forward) or "vector".
         module: the class of the module that has it.
-        shape: its shape; for a quantised layer that of the matrix it stands for.
+        shape: its shape; for a quantized layer that of the matrix it stands for.
         by: what adapts it: "all-linear" does; it has to be named in "target_modules" or "target_parameters"; "bias"
             trains it in full; or nothing can ("").
         why_not: the reason where nothing can.
@@ -112,9 +112,9 @@ def _info(name: str, module: nn.Module, own: str, parameter: nn.Parameter, reach
         if isinstance(module, nn.Embedding):
             return WeightInfo(full, "embedding", kind_of_module, shape, by)
         size = geometry(module)
-        quantised = math.prod(shape) != size.in_features * size.out_features
+        quantized = math.prod(shape) != size.in_features * size.out_features
         return WeightInfo(
-            full, "linear", kind_of_module, (size.out_features, size.in_features) if quantised else shape, by
+            full, "linear", kind_of_module, (size.out_features, size.in_features) if quantized else shape, by
         )
     if nn.parameter.is_lazy(parameter):
         return WeightInfo(full, "parameter", kind_of_module, (), "", "it is lazy and has no shape yet")

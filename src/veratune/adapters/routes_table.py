@@ -92,19 +92,19 @@ def explain_routes(
     """
     table = RouteTable()
     for name, layer in layers:
-        slot = layer.slots.get(adapter_name)
-        if slot is None or slot.parts or not isinstance(layer, VeraLinear):
+        entry = layer.entries.get(adapter_name)
+        if entry is None or entry.parts or not isinstance(layer, VeraLinear):
             continue  # there is one way only to compute it, or its module decides
-        shape = LayerShape(layer.in_features, layer.out_features, slot.rank, tokens, slot.group.size)
+        shape = LayerShape(layer.in_features, layer.out_features, entry.rank, tokens, entry.group.size)
         own = layer.base_weight.dtype
         number = own if own.is_floating_point and own.itemsize > 1 else layer.vectors(adapter_name)[0].dtype
         profile = device_profile(device or layer.base_weight.device, dtype or number)
-        route, memory = slot.settings.route, slot.settings.memory
-        at_hand = layer.weight_at_hand(adapter_name)
-        plans = possible_plans(route, memory, shape, training=training, weight_at_hand=at_hand)
+        route, memory = entry.settings.route, entry.settings.memory
+        at_hand = layer.weight_readable(adapter_name)
+        plans = possible_plans(route, memory, shape, training=training, weight_readable=at_hand)
         estimates = sorted(
             (estimate(plan, shape, profile, backward=training) for plan in plans), key=lambda e: e.seconds
         )
-        chosen = choose_plan(route, memory, shape, profile, training=training, weight_at_hand=at_hand)
+        chosen = choose_plan(route, memory, shape, profile, training=training, weight_readable=at_hand)
         table.append(LayerRoutes(name, shape, next(e for e in estimates if e.plan == chosen), estimates))
     return table

@@ -21,7 +21,7 @@ from veratune.layers.registry import (
     why_not_parameter,
 )
 from veratune.utils.patterns import Budget, pattern
-from veratune.utils.sharding import how_spread, is_emptied, is_engines
+from veratune.utils.sharding import describe_sharding, is_emptied, is_engines
 from veratune.utils.text import clipped
 from veratune.utils.torch_private import in_state_dict, name_in_wrapper
 
@@ -505,12 +505,12 @@ def check_settings(config: VeraConfig, targets: list[Target]) -> None:
             )
 
 
-def check_whole(targets: list[Target]) -> None:
+def check_not_sharded(targets: list[Target]) -> None:
     """Raise TargetError if a target's weight is spread over processes, where each has some of its rows or columns."""
     for target in targets:
         base = unwrapped(target.module)
         weight = base._parameters.get(target.parameter or "weight")
-        spread = how_spread(weight)
+        spread = describe_sharding(weight)
         if is_emptied(weight) and not is_engines(base):
             continue  # loaded for ZeRO-3, and the engine has not seen it yet
         if spread is not None:

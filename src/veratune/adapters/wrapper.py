@@ -51,7 +51,7 @@ class ForwardOfBase:
         return _forward if wrapper is None else _BoundForward(wrapper)
 
 
-class StandsForModel(nn.Module):
+class ModelWrapper(nn.Module):
     """A wrapper of a model: what it does not have itself is looked up, and set, in the model.
 
     Attributes:

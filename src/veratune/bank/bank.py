@@ -15,7 +15,7 @@ from veratune.bank.calls import make_call, trial_call
 from veratune.bank.configs import config_for_adapters, config_of_layout
 from veratune.bank.installation import Installation
 from veratune.bank.layer_call import BankCall
-from veratune.bank.layout import AdapterRow, BankError, Layout, head_row, make_layout, source_to_json
+from veratune.bank.layout import AdapterRow, BankError, Layout, head_row, make_layout, scheme_to_json
 from veratune.bank.model import BankModel
 from veratune.bank.projections import BankProjections
 from veratune.bank.registry import AdapterInfo, AdapterNames, Registry
@@ -230,7 +230,7 @@ class AdapterBank:
         """
         row = self._rows.saved(model_id, location)
         if self._store is not None:
-            source_to_json(row.source)
+            scheme_to_json(row.scheme)
 
     def add(
         self, name: str, model: AdaptedModel, adapter_name: str | None = None, *, replace: bool = False

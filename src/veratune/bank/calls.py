@@ -33,28 +33,28 @@ def make_call(
     Raises:
         BankError: no rows, or lengths that are not one for each row.
     """
-    slots, sources = lease.slots, [-1 if v is None else v.source for v in lease.versions]
+    slots, schemes = lease.slots, [-1 if v is None else v.scheme for v in lease.versions]
     if lengths is not None:
         lengths = _checked(lengths, len(slots))
         slots = [slot for slot, length in zip(slots, lengths, strict=True) for _ in range(length)]
-        sources = [source for source, length in zip(sources, lengths, strict=True) for _ in range(length)]
+        schemes = [scheme for scheme, length in zip(schemes, lengths, strict=True) for _ in range(length)]
     if not slots:
         raise BankError("adapters is empty: give a name, or None, for each row")
     device = lease.slab.device
-    rows, source_of = torch.tensor(slots, device=device), torch.tensor(sources, device=device)
-    occurring = sorted(set(sources) - {-1}) if kinds is None else kinds
+    rows, scheme_of = torch.tensor(slots, device=device), torch.tensor(schemes, device=device)
+    occurring = sorted(set(schemes) - {-1}) if kinds is None else kinds
     members: dict[tuple[int, int], list[int]] = {}
-    for row, (slot, source) in enumerate(zip(slots, sources, strict=True)):
+    for row, (slot, scheme) in enumerate(zip(slots, schemes, strict=True)):
         if slot:
-            members.setdefault((slot, source), []).append(row)
+            members.setdefault((slot, scheme), []).append(row)
     return BankCall(
         owner,
         lease.slab,
         lease.heads,
         rows,
-        by_source=tuple((number, torch.where(source_of == number, rows, 0)) for number in occurring),
+        by_scheme=tuple((number, torch.where(scheme_of == number, rows, 0)) for number in occurring),
         packed=lengths is not None,
-        groups=tuple(_group(slot, source, own, device) for (slot, source), own in members.items()),
+        groups=tuple(_group(slot, scheme, own, device) for (slot, scheme), own in members.items()),
         largest=max((len(own) for own in members.values()), default=0),
         has_base=kinds is not None or 0 in slots,
         copies=copies,
@@ -78,10 +78,10 @@ def trial_call(owner: object, number: int, slab: Tensor, heads: Tensor | None, s
     return BankCall(owner, slab, heads, slots, ((number, slots),), False, (group,), 0)
 
 
-def _group(slot: int, source: int, rows: list[int], device: torch.device) -> RowGroup:
+def _group(slot: int, scheme: int, rows: list[int], device: torch.device) -> RowGroup:
     together = rows[-1] - rows[0] == len(rows) - 1
     span = slice(rows[0], rows[-1] + 1) if together else None
-    return RowGroup(slot, source, torch.tensor(rows, device=device), span)
+    return RowGroup(slot, scheme, torch.tensor(rows, device=device), span)
 
 
 def _checked(lengths: Sequence[int], count: int) -> list[int]:

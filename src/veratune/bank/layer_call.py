@@ -19,13 +19,13 @@ class RowGroup:
 
     Attributes:
         slot: the adapter's row in the slab.
-        source: which projections it has.
+        scheme: which projections it has.
         rows: int64 (n,), the rows.
         span: the same as a slice, if they stand together.
     """
 
     slot: int
-    source: int
+    scheme: int
     rows: Tensor
     span: slice | None
 
@@ -43,7 +43,7 @@ class BankCall:
         slab: (slots, numbers), the vectors of all resident adapters; row 0 is zero, which is the base model.
         heads: (slots, numbers), what adapters train in full; row 0 is the base model's own. None without heads.
         rows: int64 (n,), the slot of each row of the batch or, if `packed`, of each token.
-        by_source: for each kind of projections that occurs the same, with 0 in rows of other kinds; for all kinds that
+        by_scheme: for each kind of projections that occurs the same, with 0 in rows of other kinds; for all kinds that
             the bank has if the model is compiled, so that it need not be compiled anew for other combinations.
         packed: whether `rows` are tokens.
         groups: the rows by adapter, the base model left out.
@@ -59,7 +59,7 @@ class BankCall:
     slab: Tensor
     heads: Tensor | None
     rows: Tensor
-    by_source: tuple[tuple[int, Tensor], ...]
+    by_scheme: tuple[tuple[int, Tensor], ...]
     packed: bool
     groups: tuple[RowGroup, ...]
     largest: int
@@ -71,7 +71,7 @@ class BankCall:
     @property
     def plain(self) -> bool:
         """Whether all rows are the base model's."""
-        return len(self.by_source) == 0  # in words that a compiler can follow
+        return len(self.by_scheme) == 0  # in words that a compiler can follow
 
 
 class _Calls(threading.local):

@@ -14,9 +14,9 @@ from veratune.layers.base import InputGroup
 from veratune.layers.geometry import Geometry, slices
 from veratune.layers.linear import VeraConv1D, VeraLinear
 from veratune.ops.calibration import device_profile
-from veratune.ops.linear import add_delta, add_for_rows, for_rows, gradients_wanted, project_down
+from veratune.ops.linear import add_delta, add_for_rows, for_rows, gradients_wanted, project
 from veratune.ops.planning import LayerShape, RouteName, folding_pays
-from veratune.projections.pool import Corner
+from veratune.projections.pool import ProjectionView
 from veratune.utils.torch_private import transformations_active
 
 
@@ -37,14 +37,14 @@ class Columns:
 
 @dataclass(frozen=True)
 class SharedProjections:
-    """A layer's corners of one kind of projections: A's, what it shares with its neighbours, and B's of each part."""
+    """A layer's views of one kind of projections: A's, what it shares with its neighbours, and B's of each part."""
 
     group: InputGroup
-    b: tuple[Corner, ...]
+    b: tuple[ProjectionView, ...]
 
 
 class BankedLinear(VeraLinear):
-    """A linear layer, plain or quantised, whose rows have adapters of their own.
+    """A linear layer, plain or quantized, whose rows have adapters of their own.
 
     Attributes:
         owner: what tells this bank's calls from another's.
@@ -75,7 +75,7 @@ class BankedLinear(VeraLinear):
         call = current_call(self.owner)
         if not input.numel():
             return self._checked_base_output(input, *args, **kwargs)
-        if call.by_source and not torch.compiler.is_compiling() and not args and not kwargs and self._reads_base(input):
+        if call.by_scheme and not torch.compiler.is_compiling() and not args and not kwargs and self._reads_base(input):
             folded = self._worth_folding(input, call)
             if folded:
                 return self._forward_folding(input, call, folded)
@@ -90,8 +90,8 @@ class BankedLinear(VeraLinear):
 
     def _kinds(self, call: BankCall) -> Iterator[tuple[SharedProjections, Tensor]]:
         """Yield the kinds of projections that occur in a call and reach this layer, with the rows' slots."""
-        for source, slots in call.by_source:
-            own = self.projections.get(source)
+        for scheme, slots in call.by_scheme:
+            own = self.projections.get(scheme)
             if own is not None:
                 yield own, slots
 
@@ -113,8 +113,8 @@ class BankedLinear(VeraLinear):
         # In 16 bits the sum of what is added would be rounded before the larger product comes to it.
         if not products or x.dtype.itemsize < 4 or gradients_wanted(x):
             output = F.linear(x, weight, bias)
-            for down, own, slots in products:
-                output = self._add(output, down, slab, own, slots)
+            for xa, own, slots in products:
+                output = self._add(output, xa, slab, own, slots)
             return output
         output = self._added(slab, *products[0])
         for product in products[1:]:
@@ -124,20 +124,20 @@ class BankedLinear(VeraLinear):
         # The base layer's product comes last, into the same memory: what a new output costs is not little.
         return output.flatten(0, 1).addmm_(x.flatten(0, 1), weight.t()).view(output.shape)
 
-    def _added(self, slab: Tensor, down: Tensor, own: SharedProjections, slots: Tensor) -> Tensor:
+    def _added(self, slab: Tensor, xa: Tensor, own: SharedProjections, slots: Tensor) -> Tensor:
         """Return what the adapters of one kind of projections add, (rows, n, out); as for `_add`."""
-        parts = [for_rows(down, *vectors) for vectors in self._vectors_of(down, slab, own, slots)]
+        parts = [for_rows(xa, *vectors) for vectors in self._vectors_of(xa, slab, own, slots)]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
     def _vectors_of(
-        self, down: Tensor, slab: Tensor, own: SharedProjections, slots: Tensor
+        self, xa: Tensor, slab: Tensor, own: SharedProjections, slots: Tensor
     ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Yield B, rank-major, and each row's b and d, for each part of the layer."""
-        rank = down.shape[-1]
-        for columns, corner in zip(self.columns, own.b, strict=True):
-            b = slab[:, columns.b : columns.b + corner.features].index_select(0, slots)
+        rank = xa.shape[-1]
+        for columns, view in zip(self.columns, own.b, strict=True):
+            b = slab[:, columns.b : columns.b + view.features].index_select(0, slots)
             d = slab[:, columns.d : columns.d + rank].index_select(0, slots)
-            yield corner.tensor(down.device, down.dtype), b, d
+            yield view.tensor(xa.device, xa.dtype), b, d
 
     def _project(self, x: Tensor, call: BankCall, dtype: torch.dtype, own: SharedProjections) -> Tensor:
         """Return x A^T, (rows, n, r): this layer's own product, or that of a layer which has had the same input."""
@@ -145,28 +145,28 @@ class BankedLinear(VeraLinear):
         flat = grouped.flatten(0, 1).to(dtype)
         a_projection = own.group.a.tensor(flat.device, dtype)
         if torch.is_grad_enabled() and flat.requires_grad:
-            down = flat @ a_projection.t()
+            xa = flat @ a_projection.t()
         else:
-            down = own.group.down.get(self.name, x, a_projection, lambda: project_down(flat, a_projection))
-        return down.view(*grouped.shape[:2], -1)
+            xa = own.group.cache.get(self.name, x, a_projection, lambda: project(flat, a_projection))
+        return xa.view(*grouped.shape[:2], -1)
 
-    def _add(self, start: Tensor, down: Tensor, slab: Tensor, own: SharedProjections, slots: Tensor) -> Tensor:  # type: ignore[override]
+    def _add(self, start: Tensor, xa: Tensor, slab: Tensor, own: SharedProjections, slots: Tensor) -> Tensor:  # type: ignore[override]
         """Return an output with what the adapters of one kind of projections add to their rows.
 
         Args:
             start: (..., out), the output so far.
-            down: x A^T, (rows, n, r).
+            xa: x A^T, (rows, n, r).
             slab: the vectors.
             own: the projections.
             slots: int64 (rows,), the slot of each row; 0 where it has no adapter of this kind.
         """
-        if down.dtype == torch.float16:  # what overflows times zero is no zero
-            down = down.masked_fill((slots == 0)[:, None, None], 0.0)
-        grouped = start.reshape(*down.shape[:2], self.out_features)
+        if xa.dtype == torch.float16:  # what overflows times zero is no zero
+            xa = xa.masked_fill((slots == 0)[:, None, None], 0.0)
+        grouped = start.reshape(*xa.shape[:2], self.out_features)
         parts = []
-        for columns, vectors in zip(self.columns, self._vectors_of(down, slab, own, slots), strict=True):
+        for columns, vectors in zip(self.columns, self._vectors_of(xa, slab, own, slots), strict=True):
             part = grouped if len(self.columns) == 1 else grouped[..., columns.outputs]
-            parts.append(add_for_rows(part, down, *vectors))
+            parts.append(add_for_rows(part, xa, *vectors))
         return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)).view(start.shape)
 
     # Few adapters in a batch: each one's weight is added up and multiplied by once.
@@ -191,7 +191,7 @@ class BankedLinear(VeraLinear):
         return [
             group
             for group in call.groups
-            if (own := self.projections.get(group.source)) is not None
+            if (own := self.projections.get(group.scheme)) is not None
             and pays(own, group.rows.shape[0], group.span is None)
         ]
 
@@ -228,16 +228,16 @@ class BankedLinear(VeraLinear):
             torch.addmm(self.bias, x.flatten(0, 1), weight.t(), out=place)
 
     def _folded_weight(self, slab: Tensor, group: RowGroup) -> Tensor:
-        own = self.projections[group.source]
+        own = self.projections[group.scheme]
         weight = self._outputs_first(self.base_weight)
         dtype = torch.promote_types(weight.dtype, torch.float32)
         a_projection = own.group.a.tensor(weight.device, dtype)
         row = slab[group.slot].to(dtype)
         parts = []
-        for columns, corner in zip(self.columns, own.b, strict=True):
-            b = row[columns.b : columns.b + corner.features]
+        for columns, view in zip(self.columns, own.b, strict=True):
+            b = row[columns.b : columns.b + view.features]
             d = row[columns.d : columns.d + own.group.a.rank]
-            b_projection = corner.tensor(weight.device, dtype)
+            b_projection = view.tensor(weight.device, dtype)
             parts.append(add_delta(weight[columns.outputs], a_projection, b_projection, b, d, 1.0))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 

@@ -15,7 +15,7 @@ from veratune.adapters.targets import Target, unwrapped
 from veratune.bank.layers import Columns, part_slices
 from veratune.checkpoint.validate import ReadyAdapter
 from veratune.layers.registry import is_conv1d, is_linear
-from veratune.projections.schemes import PeftShared, PerDimension, Source, Stored
+from veratune.projections.schemes import PeftShared, PerDimension, Scheme, Stored
 from veratune.utils.tensors import bytes_of, float32_of
 
 
@@ -154,14 +154,14 @@ class AdapterRow:
 
     Attributes:
         digest: 32 hexadecimal digits that differ if anything of this would.
-        source: its projections.
+        scheme: its projections.
         rank: its largest rank.
         vectors: (numbers,), on the CPU, in the bank's dtype.
         heads: (head_numbers,), in the heads' dtype, or None where the bank has no heads.
     """
 
     digest: str
-    source: Source
+    scheme: Scheme
     rank: int
     vectors: Tensor
     heads: Tensor | None
@@ -179,7 +179,7 @@ def make_row(layout: Layout, ready: ReadyAdapter, dtype: torch.dtype, base_heads
     Raises:
         BankError: it does not fit this bank, with the reason.
     """
-    loaded, source = ready.loaded, ready.plan.source
+    loaded, scheme = ready.loaded, ready.plan.scheme
     _check_fits(layout, ready)
     row = np.zeros(layout.numbers, np.float32)  # torch takes several times as long for pieces as small as these
     rank = 0
@@ -187,7 +187,7 @@ def make_row(layout: Layout, ready: ReadyAdapter, dtype: torch.dtype, base_heads
         place = layout.layers[target.name]
         b, d = loaded.vectors[target.name]
         own_b = float32_of(b)
-        scaled = float32_of(d).reshape(-1, target.rank) * source.gain(target.rank)
+        scaled = float32_of(d).reshape(-1, target.rank) * scheme.scale(target.rank)
         rank = max(rank, target.rank)
         for columns, own_d in zip(place.columns, scaled, strict=True):
             row[columns.d : columns.d + target.rank] = own_d
@@ -202,18 +202,18 @@ def make_row(layout: Layout, ready: ReadyAdapter, dtype: torch.dtype, base_heads
     for what, tensor in (("vectors", vectors), ("heads", heads)):
         if tensor is not None and not tensor.abs().amax().isfinite():
             raise BankError(f"{loaded.origin}: its {what} are not finite in the bank's dtype {tensor.dtype}")
-    return AdapterRow(digest_of(source, vectors, heads), source, rank, vectors, heads)
+    return AdapterRow(digest_of(scheme, vectors, heads), scheme, rank, vectors, heads)
 
 
-def digest_of(source: Source, vectors: Tensor, heads: Tensor | None) -> str:
+def digest_of(scheme: Scheme, vectors: Tensor, heads: Tensor | None) -> str:
     """Return the digest of a row."""
     tensors = [bytes_of(tensor) for tensor in (vectors, heads) if tensor is not None]
-    return digest_of_bytes(source, vectors.dtype, tensors)
+    return digest_of_bytes(scheme, vectors.dtype, tensors)
 
 
-def digest_of_bytes(source: Source, dtype: torch.dtype, tensors: Iterable[bytes]) -> str:
+def digest_of_bytes(scheme: Scheme, dtype: torch.dtype, tensors: Iterable[bytes]) -> str:
     """Return the digest of a row of which the vectors, of this dtype, and the heads, if any, are given as bytes."""
-    sha = hashlib.sha256(json.dumps([source.fingerprint(), str(dtype)]).encode())
+    sha = hashlib.sha256(json.dumps([scheme.fingerprint(), str(dtype)]).encode())
     for tensor in tensors:
         sha.update(tensor)
     return sha.hexdigest()[:32]
@@ -269,44 +269,44 @@ def _check_fits(layout: Layout, ready: ReadyAdapter) -> None:
         )
 
 
-def largest_rank(source: Source, rank: int) -> int:
+def largest_rank(scheme: Scheme, rank: int) -> int:
     """Return how many rows of a source's projections a bank of this rank can use."""
-    if isinstance(source, PeftShared):
-        return min(rank, source.r)
-    return min(rank, source.a.shape[0]) if isinstance(source, Stored) else rank
+    if isinstance(scheme, PeftShared):
+        return min(rank, scheme.r)
+    return min(rank, scheme.a.shape[0]) if isinstance(scheme, Stored) else rank
 
 
-def source_to_json(source: Source) -> dict[str, Any]:
-    """Return what `source_from_json` makes the same source of.
+def scheme_to_json(scheme: Scheme) -> dict[str, Any]:
+    """Return what `scheme_from_json` makes the same scheme of.
 
     Raises:
         BankError: projections that are known by their values alone.
     """
-    if isinstance(source, PerDimension):
-        return {"scheme": "per_dimension", "key": source.key, "fingerprint": source.fingerprint()}
-    if isinstance(source, PeftShared):
-        sizes = {"key": source.key, "r": source.r, "max_in": source.max_in, "max_out": source.max_out}
-        return {"scheme": "peft", **sizes, "fingerprint": source.fingerprint()}
+    if isinstance(scheme, PerDimension):
+        return {"scheme": "per_dimension", "key": scheme.key, "fingerprint": scheme.fingerprint()}
+    if isinstance(scheme, PeftShared):
+        sizes = {"key": scheme.key, "r": scheme.r, "max_in": scheme.max_in, "max_out": scheme.max_out}
+        return {"scheme": "peft", **sizes, "fingerprint": scheme.fingerprint()}
     raise BankError(
         "an adapter whose projections were read from a file cannot be in a bank's file: they would have to be in it"
         " as well. A bank in memory takes it"
     )
 
 
-def source_from_json(values: dict[str, Any]) -> Source:
-    """Undo `source_to_json`.
+def scheme_from_json(values: dict[str, Any]) -> Scheme:
+    """Undo `scheme_to_json`.
 
     Raises:
         BankError: this version draws other values.
     """
-    source: Source
+    scheme: Scheme
     if values["scheme"] == "per_dimension":
-        source = PerDimension(int(values["key"]))
+        scheme = PerDimension(int(values["key"]))
     else:
-        source = PeftShared(*(int(values[name]) for name in ("key", "r", "max_in", "max_out")))
-    if source.fingerprint() != values["fingerprint"]:
+        scheme = PeftShared(*(int(values[name]) for name in ("key", "r", "max_in", "max_out")))
+    if scheme.fingerprint() != values["fingerprint"]:
         raise BankError(
-            f"the projections {values} are drawn otherwise here (fingerprint {source.fingerprint()}): the file's"
+            f"the projections {values} are drawn otherwise here (fingerprint {scheme.fingerprint()}): the file's"
             " adapters would compute something else than they learned"
         )
-    return source
+    return scheme

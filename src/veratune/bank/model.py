@@ -7,7 +7,7 @@ from typing import Any, NoReturn, Protocol
 import torch
 from torch import Tensor, nn
 
-from veratune.adapters.wrapper import StandsForModel
+from veratune.adapters.wrapper import ModelWrapper
 from veratune.bank.layer_call import BankCall, serving
 from veratune.bank.layout import BankError
 from veratune.bank.registry import AdapterNames
@@ -41,7 +41,7 @@ class LendsAdapters(Protocol):
     def follow_model(self) -> None: ...
 
 
-class BankModel(StandsForModel):
+class BankModel(ModelWrapper):
     """A base model whose rows are computed with adapters of their own.
 
     What this class does not have itself is looked up in the model, and set there.

@@ -1,4 +1,4 @@
-"""The projections that a bank's adapters have: numbered, and each layer of the bank given its corners of them."""
+"""The projections that a bank's adapters have: numbered, and each layer of the bank given its views of them."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -8,7 +8,7 @@ from veratune.adapters.targets import Target
 from veratune.bank.layers import BankedLinear, SharedProjections
 from veratune.bank.layout import largest_rank
 from veratune.projections.pool import projection_pool
-from veratune.projections.schemes import PerDimension, Source
+from veratune.projections.schemes import PerDimension, Scheme
 
 
 class BankProjections:
@@ -28,49 +28,49 @@ class BankProjections:
         self._targets = targets
         self._layers = layers
         self._rank = rank
-        self._sources: dict[int, Source] = {}
+        self._schemes: dict[int, Scheme] = {}
         self._next = 0
 
-    def __getitem__(self, number: int) -> Source:
-        return self._sources[number]
+    def __getitem__(self, number: int) -> Scheme:
+        return self._schemes[number]
 
     def numbers(self) -> list[int]:
         """Return all numbers, in ascending order."""
-        return list(self._sources)
+        return list(self._schemes)
 
     def any_number(self) -> int:
         """Return the number of projections for a trial, whichever they are."""
-        return next(iter(self._sources)) if self._sources else self.number_of(PerDimension(0))
+        return next(iter(self._schemes)) if self._schemes else self.number_of(PerDimension(0))
 
-    def number_of(self, source: Source) -> int:
+    def number_of(self, scheme: Scheme) -> int:
         """Return a source's number, after giving the layers its projections if it is new."""
-        for known, own in self._sources.items():
-            if own == source:
+        for known, own in self._schemes.items():
+            if own == scheme:
                 return known
         number = self._next
-        rank = largest_rank(source, self._rank)
+        rank = largest_rank(scheme, self._rank)
         targets = [replace(target, rank=rank) for target in self._targets]
-        groups = input_groups(targets, source)
+        groups = input_groups(targets, scheme)
         for target in targets:
             widths = target.parts or (target.out_features,)
-            if not _reaches(source, target.in_features, max(widths)):
+            if not _reaches(scheme, target.in_features, max(widths)):
                 continue  # as narrow as the layers that its adapters have, and this one is none of them
-            corners = tuple(projection_pool.corner(source, "B", rank, width) for width in widths)
-            self._layers[target.name].projections[number] = SharedProjections(groups[target.name], corners)
-        self._sources[number] = source
+            views = tuple(projection_pool.view(scheme, "B", rank, width) for width in widths)
+            self._layers[target.name].projections[number] = SharedProjections(groups[target.name], views)
+        self._schemes[number] = scheme
         self._next += 1
         return number
 
     def drop(self, number: int) -> None:
         """Let go of projections that no adapter has any more."""
-        del self._sources[number]
+        del self._schemes[number]
         for layer in self._layers.values():
             layer.projections.pop(number, None)
 
 
-def _reaches(source: Source, in_features: int, out_features: int) -> bool:
+def _reaches(scheme: Scheme, in_features: int, out_features: int) -> bool:
     """Return whether a source's projections are as wide as a layer."""
     return (
-        source.storage_width("A", in_features) >= in_features
-        and source.storage_width("B", out_features) >= out_features
+        scheme.storage_width("A", in_features) >= in_features
+        and scheme.storage_width("B", out_features) >= out_features
     )

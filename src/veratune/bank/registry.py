@@ -4,12 +4,12 @@ import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from veratune.bank.layout import AdapterRow, BankError, source_from_json
+from veratune.bank.layout import AdapterRow, BankError, scheme_from_json
 from veratune.bank.projections import BankProjections
 from veratune.bank.schema import StoredAdapter, check_spelling
 from veratune.bank.slots import Lease, Slots, Version
 from veratune.bank.store import AdapterGoneError, BankStore
-from veratune.projections.schemes import Source
+from veratune.projections.schemes import Scheme
 
 AdapterNames = Sequence[str | None]
 
@@ -60,7 +60,7 @@ class Registry:
         """
         with self._slots.lock:
             version = self.version(name)
-            fingerprint = self._projections[version.source].fingerprint()
+            fingerprint = self._projections[version.scheme].fingerprint()
             return AdapterInfo(name, version.digest, version.rank, fingerprint, version.slot is not None)
 
     def version(self, name: str) -> Version:
@@ -94,7 +94,7 @@ class Registry:
         """Let a name mean an adapter, and make that resident if there is room."""
         with self._slots.lock:
             self._slots.release_abandoned()
-            version = self._known(row.digest, row.source, row.rank)
+            version = self._known(row.digest, row.scheme, row.rank)
             version.names += 1  # so that its row is kept
             try:
                 if version.slot is None and (self._store is None or self._slots.free):
@@ -117,19 +117,19 @@ class Registry:
         """
         with self._slots.lock:
             changed = [
-                (name, adapters[digest], source_from_json(adapters[digest].source))
+                (name, adapters[digest], scheme_from_json(adapters[digest].scheme))
                 for name, digest in names.items()
                 if name not in self.names or self.names[name].digest != digest
             ]
             for name in [name for name in self.names if name not in names]:
                 self._bind(name, None)
-            for name, stored, source in changed:
-                self._bind(name, self._known(stored.digest, source, stored.rank))
+            for name, stored, scheme in changed:
+                self._bind(name, self._known(stored.digest, scheme, stored.rank))
 
-    def _known(self, digest: str, source: Source, rank: int) -> Version:
+    def _known(self, digest: str, scheme: Scheme, rank: int) -> Version:
         """Return the version of a digest, which may be new."""
         if digest not in self.versions:
-            self.versions[digest] = Version(digest, self._projections.number_of(source), rank)
+            self.versions[digest] = Version(digest, self._projections.number_of(scheme), rank)
         return self.versions[digest]
 
     def _bind(self, name: str, version: Version | None) -> None:
@@ -144,8 +144,8 @@ class Registry:
     def _forget(self, version: Version) -> None:
         if version.names or version.leases or self.versions.pop(version.digest, None) is None:
             return
-        if all(other.source != version.source for other in self.versions.values()):
-            self._projections.drop(version.source)
+        if all(other.scheme != version.scheme for other in self.versions.values()):
+            self._projections.drop(version.scheme)
 
     # Leases
 

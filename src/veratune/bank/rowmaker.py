@@ -66,5 +66,5 @@ class RowMaker:
             {bias: tensor.detach() for bias, tensor in state.biases.items()},
         )
         targets = targets_of(self._modules, loaded)
-        ready = make_ready(self._modules, loaded, targets, model.projection_source(own))
+        ready = make_ready(self._modules, loaded, targets, model.projection_scheme(own))
         return make_row(self._layout, ready, *self._settings)

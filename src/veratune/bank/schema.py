@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from veratune.bank.layout import AdapterRow, BankError, source_to_json
+from veratune.bank.layout import AdapterRow, BankError, scheme_to_json
 
 APPLICATION_ID = 0x56455242
 VERSION = 2  # 1 was a format of veratune's own, which began with "VERABANK"
@@ -83,13 +83,13 @@ class StoredAdapter:
 
     Attributes:
         digest, rank: as in `AdapterRow`.
-        source: its projections, as JSON values.
+        scheme: its projections, as JSON values.
         metadata: the text in the file that says both.
     """
 
     digest: str
     rank: int
-    source: Values
+    scheme: Values
     metadata: str
 
 
@@ -198,7 +198,7 @@ def metadata_of(row: AdapterRow) -> str:
     Raises:
         BankError: projections that are known by their values alone.
     """
-    return json.dumps({"rank": row.rank, "source": source_to_json(row.source)}, sort_keys=True)
+    return json.dumps({"rank": row.rank, "source": scheme_to_json(row.scheme)}, sort_keys=True)
 
 
 def read_adapter(digest: object, metadata: object, header: BankHeader) -> StoredAdapter:
@@ -213,25 +213,25 @@ def read_adapter(digest: object, metadata: object, header: BankHeader) -> Stored
     rank, largest = values.get("rank"), header.layout["rank"]
     if type(rank) is not int or not 1 <= rank <= largest:
         raise DamagedError(f"the rank of adapter {digest} is {_shown(rank)} in a bank of {largest}")
-    source = values.get("source")
-    if not isinstance(source, dict) or not _is_source(source, header.layout):
-        raise DamagedError(f"the projections of adapter {digest} are {_shown(source)}")
-    return StoredAdapter(digest, rank, source, str(metadata))
+    scheme = values.get("source")
+    if not isinstance(scheme, dict) or not _is_source(scheme, header.layout):
+        raise DamagedError(f"the projections of adapter {digest} are {_shown(scheme)}")
+    return StoredAdapter(digest, rank, scheme, str(metadata))
 
 
-def _is_source(source: Values, layout: Values) -> bool:
+def _is_source(scheme: Values, layout: Values) -> bool:
     """Return whether these projections can be this layout's, before anything is drawn for them."""
     sizes: dict[str, int] = {}
-    if source.get("scheme") == "peft":
+    if scheme.get("scheme") == "peft":
         widest_in, widest_out = (max(layer[side] for layer in layout["layers"]) for side in (1, 2))
         sizes = {"r": layout["rank"], "max_in": widest_in, "max_out": widest_out}
-    elif source.get("scheme") != "per_dimension":
+    elif scheme.get("scheme") != "per_dimension":
         return False
     return (
-        type(source.get("key")) is int
-        and source["key"] in _KEYS
-        and all(type(source.get(name)) is int and 1 <= source[name] <= most for name, most in sizes.items())
-        and _is_hex(source.get("fingerprint"), 16)
+        type(scheme.get("key")) is int
+        and scheme["key"] in _KEYS
+        and all(type(scheme.get(name)) is int and 1 <= scheme[name] <= most for name, most in sizes.items())
+        and _is_hex(scheme.get("fingerprint"), 16)
     )
 
 

@@ -19,7 +19,7 @@ class Version:
 
     Attributes:
         digest: tells it apart.
-        source: the number of its projections within the bank.
+        scheme: the number of its projections within the bank.
         rank: its largest rank.
         slot: its row in the slab; None while it is not resident.
         names: how many names it has.
@@ -27,7 +27,7 @@ class Version:
     """
 
     digest: str
-    source: int
+    scheme: int
     rank: int
     slot: int | None = None
     names: int = 0

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from veratune.bank.connection import allow_tensors, check_regular, connect, explained
-from veratune.bank.layout import AdapterRow, BankError, Layout, digest_of_bytes, source_from_json
+from veratune.bank.layout import AdapterRow, BankError, Layout, digest_of_bytes, scheme_from_json
 from veratune.bank.schema import (
     BankHeader,
     DamagedError,
@@ -174,14 +174,14 @@ class BankStore:
             stored = self.adapters.get(digest)
             if stored is None or stored.metadata != metadata:
                 stored = read_adapter(digest, metadata, self.header)
-            source = source_from_json(stored.source)
-            if digest_of_bytes(source, self.header.dtype, filter(None, tensors)) != digest:
+            scheme = scheme_from_json(stored.scheme)
+            if digest_of_bytes(scheme, self.header.dtype, filter(None, tensors)) != digest:
                 raise DamagedError(f"what is stored as adapter {digest} has another digest")
             vectors = torch.frombuffer(bytearray(tensors[0]), dtype=self.header.dtype)
             heads = None
             if self.header.head_dtype is not None:
                 heads = torch.frombuffer(bytearray(tensors[1]), dtype=self.header.head_dtype)
-            return AdapterRow(digest, source, stored.rank, vectors, heads)
+            return AdapterRow(digest, scheme, stored.rank, vectors, heads)
 
     def check_layout(self, layout: Layout) -> None:
         """Raise BankError unless the file is for a bank of this layout."""

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from veratune.adapters.adapted_model import AdaptedModel, make_source, notify
+from veratune.adapters.adapted_model import AdaptedModel, make_scheme, notify
 from veratune.adapters.targets import Target, without_wrappers
 from veratune.checkpoint.files import (
     CONFIG_NAME,
@@ -47,7 +47,7 @@ from veratune.checkpoint.validate import (
 )
 from veratune.config import VeraConfig
 from veratune.layers import VeraEmbedding
-from veratune.projections.schemes import PerDimension, Side, Source, Stored
+from veratune.projections.schemes import PerDimension, Scheme, Side, Stored
 from veratune.utils.outside_files import parse_json
 from veratune.utils.tensors import bytes_of, is_finite
 
@@ -67,30 +67,30 @@ def save_native(host: AdaptedModel, adapter_name: str, directory: Path, *, write
         directory: where to.
         write: False only takes part in gathering what is spread over processes, which all have to.
     """
-    config, source = host.peft_config[adapter_name], host.projection_source(adapter_name)
+    config, scheme = host.peft_config[adapter_name], host.projection_scheme(adapter_name)
     tensors = {name: gathered(tensor) for name, tensor in _state_tensors(host, adapter_name).items()}
     if not write:
         return
     if not all(map(is_finite, tensors.values())):
         notify(f"adapter {adapter_name!r} holds NaN or infinity and is saved as it is: its training diverged")
-    if config.save_projection or isinstance(source, Stored):
-        tensors |= _projection_tensors(host, adapter_name, source)
+    if config.save_projection or isinstance(scheme, Stored):
+        tensors |= _projection_tensors(host, adapter_name, scheme)
     saved_config = config.replace(inference_mode=True)
     header: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
         "config": saved_config.to_dict(),
-        "fingerprint": source.fingerprint(),
+        "fingerprint": scheme.fingerprint(),
         "base": describe_base(host.base_model),
         "inputs": {
             name: layer.in_features
             for name, layer in host.vera_layers().items()
-            if adapter_name in layer.slots and not isinstance(layer, VeraEmbedding)
+            if adapter_name in layer.entries and not isinstance(layer, VeraEmbedding)
         },
     }
     header["sha256"] = _digest(header, tensors)
     metadata = {"format": "pt", METADATA_KEY: json.dumps(header)}
     write_tensors(directory / WEIGHTS_NAME, tensors, metadata)
-    shown = {"fingerprint": source.fingerprint(), "base": header["base"]}
+    shown = {"fingerprint": scheme.fingerprint(), "base": header["base"]}
     write_json(directory / CONFIG_NAME, {**saved_config.to_dict(), **shown})
 
 
@@ -137,7 +137,7 @@ def ready_native(
                 f" {target.in_features} here: the adapter is for a model of other dimensions"
             )
     if sizes_only:
-        return make_ready(modules, loaded, targets, make_source(loaded.config, targets))
+        return make_ready(modules, loaded, targets, make_scheme(loaded.config, targets))
     return make_ready(modules, loaded, targets, _source(loaded, targets, header, projections))
 
 
@@ -192,20 +192,20 @@ def _state_tensors(host: AdaptedModel, adapter_name: str) -> dict[str, Tensor]:
     return tensors
 
 
-def _projection_tensors(host: AdaptedModel, adapter_name: str, source: Source) -> dict[str, Tensor]:
-    """Return the projections an adapter uses, float32 as drawn: A (r, width), B (width, r) without its gain."""
+def _projection_tensors(host: AdaptedModel, adapter_name: str, scheme: Scheme) -> dict[str, Tensor]:
+    """Return the projections an adapter uses, float32 as drawn: A (r, width), B (width, r) without its scale."""
     widths: dict[tuple[Side, int], int] = {}
     for layer in host.vera_layers().values():
-        slot = layer.slots.get(adapter_name)
-        corners = () if slot is None else slot.corners
+        entry = layer.entries.get(adapter_name)
+        views = () if entry is None else entry.views
         # An embedding draws single columns of A, and has none of its table's width.
-        for corner in corners[1:] if isinstance(layer, VeraEmbedding) else corners:
-            key = (corner.projection.side, corner.projection.width)
-            widths[key] = max(widths.get(key, 0), corner.rank)
+        for view in views[1:] if isinstance(layer, VeraEmbedding) else views:
+            key = (view.projection.side, view.projection.width)
+            widths[key] = max(widths.get(key, 0), view.rank)
     tensors: dict[str, Tensor] = {}
     for (side, width), rank in widths.items():
-        name = f"projection.{side}.{width}" if isinstance(source, PerDimension) else f"projection.{side}"
-        drawn = source.draw(side, range(rank), width, torch.device("cpu"))
+        name = f"projection.{side}.{width}" if isinstance(scheme, PerDimension) else f"projection.{side}"
+        drawn = scheme.draw(side, range(rank), width, torch.device("cpu"))
         tensors[name] = drawn if side == "A" else drawn.t()
     return tensors
 
@@ -316,23 +316,23 @@ def _check_shapes(origin: str, targets: list[Target], projections: dict[str, Ten
 
 def _source(
     loaded: LoadedAdapter, targets: list[Target], header: dict[str, Any], projections: dict[str, Tensor]
-) -> Source:
+) -> Scheme:
     """Return the adapter's projections, after making sure that they are the ones it was trained with."""
-    source = make_source(loaded.config, targets)
-    if source.fingerprint() == header["fingerprint"]:
-        _check_projections(loaded.origin, source, projections)
-        return source
+    scheme = make_scheme(loaded.config, targets)
+    if scheme.fingerprint() == header["fingerprint"]:
+        _check_projections(loaded.origin, scheme, projections)
+        return scheme
     if loaded.config.projection == "peft" and projections.keys() == {"A", "B"}:
         stored = Stored.from_tensors(projections["A"], projections["B"])
         if stored.fingerprint() == header["fingerprint"]:
             return stored
-    raise other_projections(loaded.origin, loaded.config, header["fingerprint"], source.fingerprint())
+    raise other_projections(loaded.origin, loaded.config, header["fingerprint"], scheme.fingerprint())
 
 
-def _check_projections(origin: str, source: Source, projections: dict[str, Tensor]) -> None:
+def _check_projections(origin: str, scheme: Scheme, projections: dict[str, Tensor]) -> None:
     for name, stored in projections.items():
         side: Side = "A" if name.startswith("A") else "B"
         rank_major = stored if side == "A" else stored.t()
-        drawn = source.draw(side, range(rank_major.shape[0]), rank_major.shape[1], torch.device("cpu"))
+        drawn = scheme.draw(side, range(rank_major.shape[0]), rank_major.shape[1], torch.device("cpu"))
         if drawn.dtype != rank_major.dtype or not torch.equal(drawn, rank_major):
             raise CheckpointError(f"{origin}: its projection {name} differs from the one that its key gives here")

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from veratune.adapters.adapted_model import AdaptedModel, make_source
+from veratune.adapters.adapted_model import AdaptedModel, make_scheme
 from veratune.adapters.targets import Target, base_modules, configured_names, matcher, unwrapped, without_wrappers
 from veratune.checkpoint.files import (
     CONFIG_NAME,
@@ -25,7 +25,7 @@ from veratune.config import VeraConfig
 from veratune.layers import SavedModule, VeraLayer, VeraLinear, VeraParameter
 from veratune.layers.biases import bias_first_names
 from veratune.layers.registry import is_conv1d
-from veratune.projections.schemes import PeftShared, PerDimension, Side, Source, Stored
+from veratune.projections.schemes import PeftShared, PerDimension, Scheme, Side, Stored
 from veratune.utils.patterns import Budget, PatternError
 
 PEFT_VERA = "VERA"
@@ -92,12 +92,12 @@ def ready_peft(
     for target in targets:
         if target.rank != config.r:
             raise CheckpointError(f"{path}: d of {target.name} has {target.rank} numbers, but r is {config.r}")
-    source = make_source(config, targets)
+    scheme = make_scheme(config, targets)
     if a is not None and b is not None:
         _check_shapes(str(path), config, targets, a, b)
         if not sizes_only:
-            source = _stored_source(config, targets, a, b)
-    return make_ready(modules, loaded, targets, source)
+            scheme = _stored_source(config, targets, a, b)
+    return make_ready(modules, loaded, targets, scheme)
 
 
 def check_complete(loaded: LoadedAdapter, modules: Mapping[str, nn.Module]) -> None:
@@ -213,12 +213,12 @@ def _check_shapes(origin: str, config: VeraConfig, targets: list[Target], a: Ten
         raise CheckpointError(f"{origin}: its projections are {a.dtype} and {b.dtype}, not floating")
 
 
-def _stored_source(config: VeraConfig, targets: list[Target], a: Tensor, b: Tensor) -> Source:
+def _stored_source(config: VeraConfig, targets: list[Target], a: Tensor, b: Tensor) -> Scheme:
     """Return the stored projections, or the drawn ones where those have the same bits."""
     stored = Stored.from_tensors(a, b)
     drawn = PeftShared(config.projection_prng_key, config.r, a.shape[1], b.shape[0])
     sides: tuple[tuple[Side, Tensor], ...] = (("A", stored.a), ("B", stored.b))
-    same = drawn == make_source(config, targets) and all(
+    same = drawn == make_scheme(config, targets) and all(
         torch.equal(drawn.draw(side, range(config.r), kept.shape[1], torch.device("cpu")), kept) for side, kept in sides
     )
     return drawn if same else stored
@@ -230,7 +230,7 @@ def _stored_source(config: VeraConfig, targets: list[Target], a: Tensor, b: Tens
 def export_peft(host: AdaptedModel, adapter_name: str, directory: Path, *, save_projection: bool | None = None) -> None:
     """Write an adapter so that the `peft` package (`PeftModel.from_pretrained`) computes the same outputs.
 
-    An adapter of the per_dimension scheme is written with projections: PEFT's one A and B are then the corners of the
+    An adapter of the per_dimension scheme is written with projections: PEFT's one A and B are then the views of the
     same random matrix, and what the widths' scales differ by goes into each d. Layers of a smaller rank than the
     largest get zeros behind their d.
 
@@ -243,8 +243,8 @@ def export_peft(host: AdaptedModel, adapter_name: str, directory: Path, *, save_
     Raises:
         ValueError: `save_projection` is False and PEFT could not draw the projections again.
     """
-    config, source = host.peft_config[adapter_name], host.projection_source(adapter_name)
-    drawable = isinstance(source, PeftShared)
+    config, scheme = host.peft_config[adapter_name], host.projection_scheme(adapter_name)
+    drawable = isinstance(scheme, PeftShared)
     if save_projection is None:
         save_projection = config.save_projection or not drawable
     if not save_projection and not drawable:
@@ -252,21 +252,21 @@ def export_peft(host: AdaptedModel, adapter_name: str, directory: Path, *, save_
             f"save_projection=False is not allowed here: PEFT cannot draw the projections of adapter {adapter_name!r}"
             f" (projection={config.projection!r}) from its key"
         )
-    layers = {name: layer for name, layer in host.vera_layers().items() if adapter_name in layer.slots}
+    layers = {name: layer for name, layer in host.vera_layers().items() if adapter_name in layer.entries}
     for name, layer in layers.items():
-        if not isinstance(layer, VeraLinear) or layer.slots[adapter_name].parts:
+        if not isinstance(layer, VeraLinear) or layer.entries[adapter_name].parts:
             raise ValueError(
                 f"PEFT's VeRA cannot hold the adapter on {name} ({layer.kind}"
-                f"{' in parts' if layer.slots[adapter_name].parts else ''}): it adapts whole linear layers only. Use"
+                f"{' in parts' if layer.entries[adapter_name].parts else ''}): it adapts whole linear layers only. Use"
                 " export_lora, or merge the adapter"
             )
     check_called(host.base_model, layers, "PEFT's VeRA")
-    shared = _shared_projections(source, layers, adapter_name)
+    shared = _shared_projections(scheme, layers, adapter_name)
     tensors: dict[str, Tensor] = {}
     for name, layer in layers.items():
         b, d = layer.vectors(adapter_name)
         tensors[f"{PREFIX}{name}.vera_lambda_b"] = b.float()
-        tensors[f"{PREFIX}{name}.vera_lambda_d"] = _peft_d(d, source, layer, shared)
+        tensors[f"{PREFIX}{name}.vera_lambda_d"] = _peft_d(d, scheme, layer, shared)
     if save_projection:
         tensors[A_KEY], tensors[B_KEY] = shared
     tensors |= other_tensors(host, adapter_name)
@@ -283,24 +283,24 @@ def export_peft(host: AdaptedModel, adapter_name: str, directory: Path, *, save_
     write_pair(directory, tensors, values)
 
 
-def _shared_projections(source: Source, layers: dict[str, VeraLayer], adapter_name: str) -> tuple[Tensor, Tensor]:
-    """Return PEFT's A (r, max_in) and B (max_out, r) that the layers' projections are corners of, up to scales."""
-    rank = max(layer.slots[adapter_name].rank for layer in layers.values())
+def _shared_projections(scheme: Scheme, layers: dict[str, VeraLayer], adapter_name: str) -> tuple[Tensor, Tensor]:
+    """Return PEFT's A (r, max_in) and B (max_out, r) that the layers' projections are views of, up to scales."""
+    rank = max(layer.entries[adapter_name].rank for layer in layers.values())
     max_in = max(layer.in_features for layer in layers.values())
     max_out = max(layer.out_features for layer in layers.values())
     cpu = torch.device("cpu")
-    a = source.draw("A", range(rank), source.storage_width("A", max_in), cpu)[:, :max_in]
-    b = source.draw("B", range(rank), source.storage_width("B", max_out), cpu)[:, :max_out]
-    return a.contiguous(), b.t().contiguous() * source.gain(rank)
+    a = scheme.draw("A", range(rank), scheme.storage_width("A", max_in), cpu)[:, :max_in]
+    b = scheme.draw("B", range(rank), scheme.storage_width("B", max_out), cpu)[:, :max_out]
+    return a.contiguous(), b.t().contiguous() * scheme.scale(rank)
 
 
-def _peft_d(d: Tensor, source: Source, layer: VeraLayer, shared: tuple[Tensor, Tensor]) -> Tensor:
+def _peft_d(d: Tensor, scheme: Scheme, layer: VeraLayer, shared: tuple[Tensor, Tensor]) -> Tensor:
     """Return d for PEFT's A and B: times what this layer's projections differ from them by, zeros up to their rank."""
     rank, widest = shared[0].shape
     d = d.detach().double()
-    if isinstance(source, PerDimension):
+    if isinstance(scheme, PerDimension):
         # A = sqrt(6 / in) u here and sqrt(6 / widest) u there; the gains of B's ranks differ likewise.
-        d = d * math.sqrt(widest / layer.in_features) * (source.gain(d.shape[0]) / source.gain(rank))
+        d = d * math.sqrt(widest / layer.in_features) * (scheme.scale(d.shape[0]) / scheme.scale(rank))
     padded = torch.zeros(rank, dtype=torch.float64, device=d.device)
     padded[: d.shape[0]] = d
     return padded.float()
@@ -348,7 +348,7 @@ def common_values(host: AdaptedModel, adapter_name: str, leave_out: Collection[s
     names = [
         name
         for name, layer in layers.items()
-        if adapter_name in layer.slots and not isinstance(layer, VeraParameter) and name not in leave_out
+        if adapter_name in layer.entries and not isinstance(layer, VeraParameter) and name not in leave_out
     ]
     base = type(without_wrappers(host.base_model))
     return {

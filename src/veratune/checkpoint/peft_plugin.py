@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from veratune.adapters.adapted_model import make_source
+from veratune.adapters.adapted_model import make_scheme
 from veratune.adapters.targets import TargetError, configured_parameters, joined, unwrapped
 from veratune.checkpoint.files import CONFIG_NAME, LARGEST_CONFIG, WEIGHTS_NAME, CheckpointError, read_json
 from veratune.checkpoint.peft import PREFIX, STEPS_FOR_A_FILE, check_complete, check_numbers, sort_tensors
@@ -56,13 +56,13 @@ def ready_plugin(
                 f"{path}: d of {target.name} has {target.rank} numbers, but its rank is {config.r} or one of"
                 f" rank_pattern={config.rank_pattern}"
             )
-    source = make_source(config, targets)
+    scheme = make_scheme(config, targets)
     expected = values.get("fingerprint")
     if not isinstance(expected, str | None):
         raise CheckpointError(f"{directory / CONFIG_NAME}: fingerprint={expected!r} is not a string or null")
-    if expected is not None and not sizes_only and expected != source.fingerprint():
-        raise other_projections(str(path), config, expected, source.fingerprint())
-    return make_ready(modules, loaded, targets, source)
+    if expected is not None and not sizes_only and expected != scheme.fingerprint():
+        raise other_projections(str(path), config, expected, scheme.fingerprint())
+    return make_ready(modules, loaded, targets, scheme)
 
 
 def _config(path: Path, values: dict[str, Any]) -> VeraConfig:

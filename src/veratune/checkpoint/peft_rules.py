@@ -11,7 +11,7 @@ from veratune.adapters.adapted_model import notify
 from veratune.adapters.targets import base_modules, joined, without_wrappers
 from veratune.checkpoint.weight_reads import reader_of
 from veratune.layers import VeraLayer, VeraParameter
-from veratune.layers.quantized import is_quantised
+from veratune.layers.quantized import is_quantized
 from veratune.layers.registry import is_out_proj
 
 # From 0.19 on, PEFT takes targets that end in one of these for the experts of a checkpoint of transformers 4, and
@@ -34,8 +34,8 @@ def check_called(model: nn.Module, layers: Mapping[str, VeraLayer], whose: str) 
     """Raise ValueError for a layer whose weight the model computes with without calling the layer.
 
     Such a layer is right here, but PEFT's layers act only when they are called. Known are layers whose weight was read
-    while the model ran, those where the source of the model's classes shows it, and those of torch's own attention and
-    encoder. Where only a branch of the source reads the weight (a kernel for one device), a warning says so.
+    while the model ran, those where the scheme of the model's classes shows it, and those of torch's own attention and
+    encoder. Where only a branch of the scheme reads the weight (a kernel for one device), a warning says so.
 
     Args:
         model: the model without a wrapper, with its adapters.
@@ -100,7 +100,7 @@ def _installed_ends(model_type: str) -> set[str]:
 def why_not_as_parameter(layer: VeraLayer) -> str | None:
     """Return None if PEFT's LoRA can adapt a layer's weight as a parameter instead, otherwise the reason."""
     base = layer.base_layer
-    if not isinstance(base, nn.Linear) or is_quantised(base) or not layer.base_weight.is_floating_point():
+    if not isinstance(base, nn.Linear) or is_quantized(base) or not layer.base_weight.is_floating_point():
         return f"it is a {type(base).__name__}"
     return None
 

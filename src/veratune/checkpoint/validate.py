@@ -28,7 +28,7 @@ from veratune.config import VeraConfig
 from veratune.layers import Geometry, VeraLayer
 from veratune.layers.biases import bias_owners
 from veratune.layers.registry import geometry, parameter_layout, why_not_adaptable, why_not_parameter
-from veratune.projections.schemes import Source, Stored
+from veratune.projections.schemes import Scheme, Stored
 from veratune.utils.sharding import is_engines, shape_of
 from veratune.utils.tensors import is_finite
 
@@ -148,7 +148,7 @@ def _geometry(origin: str, name: str, module: nn.Module, parameter: str | None) 
 
 
 def make_ready(
-    modules: Mapping[str, nn.Module], loaded: LoadedAdapter, targets: list[Target], source: Source
+    modules: Mapping[str, nn.Module], loaded: LoadedAdapter, targets: list[Target], scheme: Scheme
 ) -> "ReadyAdapter":
     """Check a loaded adapter's saved modules and biases against a model as well, and return it with its plan.
 
@@ -156,7 +156,7 @@ def make_ready(
         modules: what `base_modules` returns for the model.
         loaded: what a reader returned.
         targets: what `targets_of` returned for this model.
-        source: the adapter's projections.
+        scheme: the adapter's projections.
 
     Raises:
         CheckpointError: saved modules or biases that do not fit the model.
@@ -183,7 +183,7 @@ def make_ready(
                 f"{loaded.origin}: {name} is {bias.dtype} of the shape {tuple(bias.shape)}, but {tuple(shape)} in this"
                 " model"
             )
-    return ReadyAdapter(loaded, AdapterPlan(config, targets, source, owners))
+    return ReadyAdapter(loaded, AdapterPlan(config, targets, scheme, owners))
 
 
 @dataclass(frozen=True)
@@ -210,8 +210,8 @@ class ReadyAdapter:
             *((f"{name}.{key}", tensor) for name, state in loaded.saved.items() for key, tensor in state.items()),
             *loaded.biases.items(),
         ]
-        if isinstance(self.plan.source, Stored):
-            tensors += [("its projections", self.plan.source.a), ("its projections", self.plan.source.b)]
+        if isinstance(self.plan.scheme, Stored):
+            tensors += [("its projections", self.plan.scheme.a), ("its projections", self.plan.scheme.b)]
         found = next((name for name, tensor in tensors if not is_finite(tensor)), None)
         if found is not None:
             notify(
@@ -229,7 +229,7 @@ class ReadyAdapter:
             shapes = [tuple(vector.shape) for vector in state.vectors[layer]]
             if [tuple(b.shape), tuple(d.shape)] != shapes:
                 raise CheckpointError(f"{origin}: {layer} has vectors of other shapes than the {shapes} here")
-        if self.plan.source != host.projection_source(name):
+        if self.plan.scheme != host.projection_scheme(name):
             raise CheckpointError(f"{origin}: adapter {name!r} has other projections here")
 
     def copy_into(self, host: AdaptedModel, name: str) -> None:

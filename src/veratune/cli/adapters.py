@@ -108,7 +108,7 @@ def export(
             model.export_lora(output, dtype=numbers, rank=rank, engine="vllm" if engine is Engine.VLLM else None)
     print_text(f"{output}: {adapter} as {to.value}")
     if engine is Engine.VLLM:
-        largest = max(slot.rank for layer in model.vera_layers().values() for slot in layer.slots.values())
+        largest = max(entry.rank for layer in model.vera_layers().values() for entry in layer.entries.values())
         print_text(
             f"vLLM takes it when it is started with --enable-lora --max-lora-rank {max_lora_rank(rank or largest)}"
         )

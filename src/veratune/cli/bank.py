@@ -149,9 +149,9 @@ def show(file: FileArgument, as_json: JsonOption = False) -> None:
                 "name": name,
                 "digest": stored.digest,
                 "rank": stored.rank,
-                "scheme": stored.source["scheme"],
-                "key": stored.source["key"],
-                "fingerprint": stored.source["fingerprint"],
+                "scheme": stored.scheme["scheme"],
+                "key": stored.scheme["key"],
+                "fingerprint": stored.scheme["fingerprint"],
             }
             for name, stored in rows
         ]
@@ -163,7 +163,7 @@ def show(file: FileArgument, as_json: JsonOption = False) -> None:
     )
     if summary["heads"]:
         print_text(f"trained in full: {', '.join(summary['heads'])}, {summary['head_dtype']}")
-    table = [(name, s.digest, str(s.rank), s.source["scheme"], s.source["fingerprint"]) for name, s in rows]
+    table = [(name, s.digest, str(s.rank), s.scheme["scheme"], s.scheme["fingerprint"]) for name, s in rows]
     print_table(("name", "digest", "rank", "projections", "fingerprint"), table)
 
 

@@ -29,7 +29,7 @@ _FEATURES = {
     "deepspeed": ("DeepSpeed's ZeRO-2 and ZeRO-3", "deepspeed"),
     "gguf": ("export for llama.cpp", "veratune[gguf]"),
     "bitsandbytes": ("4-bit and 8-bit base models", "bitsandbytes"),
-    "torchao": ("quantised base models", "torchao"),
+    "torchao": ("quantized base models", "torchao"),
 }
 
 

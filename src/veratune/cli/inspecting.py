@@ -59,7 +59,7 @@ def _inspect_model(place: str, rank: int, tokens: int, *, every: bool, as_json: 
     adapted = get_peft_model(model, VeraConfig(r=rank, target_modules="all-linear", modules_to_save=[]))
     layers = adapted.vera_layers()
     trained = sum(vector.numel() for layer in layers.values() for vector in layer.vectors("default"))
-    uses = Counter((c.projection.side, c.projection.width) for x in layers.values() for c in x.slots["default"].corners)
+    uses = Counter((c.projection.side, c.projection.width) for x in layers.values() for c in x.entries["default"].views)
     projections: list[dict[str, Any]] = [
         {"side": side, "width": width, "layers": count, "bytes_float32": 4 * rank * width}
         for (side, width), count in sorted(uses.items())

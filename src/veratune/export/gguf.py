@@ -102,14 +102,14 @@ def export_gguf(host: AdaptedModel, adapter_name: str, directory: Path, *, dtype
         raise ValueError(f"dtype={dtype} is not allowed in a GGUF file here: use one of {list(map(str, _GGML_TYPES))}")
     architecture, order = _architecture(host.base_model)
     check_vectors_only(host, adapter_name, "a LoRA of llama.cpp", "convert the model")
-    layers = {name: layer for name, layer in host.vera_layers().items() if adapter_name in layer.slots}
+    layers = {name: layer for name, layer in host.vera_layers().items() if adapter_name in layer.entries}
     config: Any = without_wrappers(host.base_model).config
     architectures = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
     names = gguf.get_tensor_name_map(architectures[architecture], config.num_hidden_layers)
     tied = bool(getattr(config, "tie_word_embeddings", None))
     placed = {name: _places(name, layer, names, tied=tied) for name, layer in layers.items()}
     orders = _orders(config, order)
-    alpha = Counter(layer.slots[adapter_name].rank for layer in layers.values()).most_common(1)[0][0]
+    alpha = Counter(layer.entries[adapter_name].rank for layer in layers.values()).most_common(1)[0][0]
     kind = getattr(gguf.GGMLQuantizationType, _GGML_TYPES[dtype])
     with replacing(directory / GGUF_NAME) as path, closing(gguf.GGUFWriter(path, architecture)) as writer:
         writer.add_type(gguf.GGUFType.ADAPTER)
@@ -181,7 +181,7 @@ def _orders(config: Any, order: str | None) -> dict[str, _Order]:
 def _pairs(layer: VeraLayer, adapter_name: str, places: list[str], alpha: int, order: _Order | None) -> Iterator[_Pair]:
     """Yield the matrices of one weight for its tensors, float32, such that llama.cpp's scale alpha / r is one."""
     a, b = lora_matrices(layer, adapter_name)
-    rank, count = layer.slots[adapter_name].rank, layer.geometry.count
+    rank, count = layer.entries[adapter_name].rank, layer.geometry.count
     if rank != alpha:  # there is one alpha in the file
         b = b * (rank / alpha)
     if isinstance(layer, VeraEmbedding):

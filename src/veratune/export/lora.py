@@ -48,14 +48,14 @@ def export_lora(
     """
     check_dtype(dtype)
     config = host.peft_config[adapter_name]
-    layers = {name: layer for name, layer in host.vera_layers().items() if adapter_name in layer.slots}
+    layers = {name: layer for name, layer in host.vera_layers().items() if adapter_name in layer.entries}
     for name, layer in layers.items():
         reason = why_not_lora(layer)
         if reason is not None:
             raise ValueError(f"PEFT's LoRA cannot hold the adapter on {name}: {reason}. Merge it instead")
     check_called(host.base_model, layers, "PEFT's LoRA")
     as_parameters = _as_parameters(host, layers)
-    ranks = {name: rank or layer.slots[adapter_name].rank for name, layer in layers.items()}
+    ranks = {name: rank or layer.entries[adapter_name].rank for name, layer in layers.items()}
     tensors: dict[str, Tensor] = {}
     for name, layer in layers.items():
         pair = lora_matrices(layer, adapter_name)
@@ -162,20 +162,20 @@ def lora_matrices(layer: VeraLayer, adapter_name: str) -> tuple[Tensor, Tensor]:
     embedding's (r, rows) and (out, r); those of a stack of n matrices (n r, in) and (out, r n), the stack's index
     running slowest in the first and fastest in the second.
     """
-    slot = layer.slots[adapter_name]
+    entry = layer.entries[adapter_name]
     b, d = (vector.detach().double().cpu() for vector in layer.vectors(adapter_name))
-    rank, cpu = slot.rank, torch.device("cpu")
-    source = slot.a.projection.source
+    rank, cpu = entry.rank, torch.device("cpu")
+    scheme = entry.a.projection.scheme
     if isinstance(layer, VeraEmbedding):
-        assert isinstance(source, PerDimension)
-        a_projection = source.one_hot_columns(rank, torch.arange(layer.in_features))
+        assert isinstance(scheme, PerDimension)
+        a_projection = scheme.one_hot_columns(rank, torch.arange(layer.in_features))
     else:
-        a_projection = source.draw("A", range(rank), slot.a.projection.width, cpu)[:, : slot.a.features]
+        a_projection = scheme.draw("A", range(rank), entry.a.projection.width, cpu)[:, : entry.a.features]
     b_parts = [
-        source.draw("B", range(rank), corner.projection.width, cpu)[:, : corner.features].double().t() * slot.gain
-        for corner in slot.b
+        scheme.draw("B", range(rank), view.projection.width, cpu)[:, : view.features].double().t() * entry.scale
+        for view in entry.b
     ]
-    if slot.parts:
+    if entry.parts:
         # One A for all parts, so that each part's d goes to its rows of B.
         scaled = [b_part * own for b_part, own in zip(b_parts, d, strict=True)]
         return a_projection.clone(), (b[:, None] * torch.cat(scaled)).float()

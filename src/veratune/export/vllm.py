@@ -18,14 +18,14 @@ def check_vllm(host: AdaptedModel, adapter_name: str, rank: int | None) -> None:
         rank: the rank it is exported with; None for its own.
     """
     check_vectors_only(host, adapter_name, "vLLM's LoRA", "serve the model")
-    layers = {name: layer for name, layer in host.vera_layers().items() if adapter_name in layer.slots}
+    layers = {name: layer for name, layer in host.vera_layers().items() if adapter_name in layer.entries}
     for name, layer in layers.items():
         if not isinstance(layer, VeraLinear):
             raise ValueError(
                 f"vLLM's LoRA is for linear layers, and {name} is none ({layer.kind}). Merge the adapter"
                 " (merge_and_unload) and serve the model"
             )
-    largest = rank or max(layer.slots[adapter_name].rank for layer in layers.values())
+    largest = rank or max(layer.entries[adapter_name].rank for layer in layers.values())
     if largest <= _MAX_RANKS[-1]:
         return
     needed = max(exact_rank(*lora_matrices(layer, adapter_name), 1) for layer in layers.values())

@@ -35,13 +35,13 @@ class _VeraTrlTrainer(VeraTrainer):
         self._adapted = model
         base: Any = model.get_base_model()
         trained = [(parameter, parameter.data) for parameter in model.parameters() if parameter.requires_grad]
-        base._hf_peft_config_loaded = True  # a quantised model has something to train
+        base._hf_peft_config_loaded = True  # a quantized model has something to train
         try:
             super().__init__(base, *args, **kwargs)
         finally:
             del base._hf_peft_config_loaded
             for parameter, values in trained:
-                if parameter.dtype != values.dtype:  # TRL rounds what is trained on a quantised model to bfloat16
+                if parameter.dtype != values.dtype:  # TRL rounds what is trained on a quantized model to bfloat16
                     parameter.data = values.to(parameter.device)
         if self.args.gradient_checkpointing:
             model._let_inputs_require_grad()
@@ -117,7 +117,7 @@ def _frozen_copy(model: VeraModel) -> str:
     """Add a frozen copy of the active adapter and return its name."""
     name = model.active_adapter
     model.check_new_name(REFERENCE_ADAPTER)
-    plan = plan_adapter(model.base_model, model.peft_config[name], model.projection_source(name))
+    plan = plan_adapter(model.base_model, model.peft_config[name], model.projection_scheme(name))
     model.install_adapter(REFERENCE_ADAPTER, plan)
     own, copied = model.adapter_state(name), model.adapter_state(REFERENCE_ADAPTER)
     with torch.no_grad():

@@ -1,6 +1,6 @@
 """Adapted layers: what wraps a layer or a parameter of a model, and computes it with adapters."""
 
-from veratune.layers.base import ComputeSettings, InputGroup, Slot, VectorInit, VeraLayer
+from veratune.layers.base import AdapterEntry, ComputeSettings, InputGroup, VectorInit, VeraLayer
 from veratune.layers.convolution import VeraConv
 from veratune.layers.embedding import VeraEmbedding
 from veratune.layers.geometry import Geometry
@@ -9,11 +9,11 @@ from veratune.layers.modules_to_save import SavedModule
 from veratune.layers.parameter import VeraModule, VeraParameter
 
 __all__ = [
+    "AdapterEntry",
     "ComputeSettings",
     "Geometry",
     "InputGroup",
     "SavedModule",
-    "Slot",
     "VectorInit",
     "VeraConv",
     "VeraConv1D",

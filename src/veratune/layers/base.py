@@ -1,4 +1,4 @@
-"""What every adapted layer has: its vectors, its corners of the projections, and merging."""
+"""What every adapted layer has: its vectors, its views of the projections, and merging."""
 
 import itertools
 import math
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from veratune.layers.biases import check_biases, only_bias_checks
 from veratune.layers.geometry import Geometry, slices
-from veratune.layers.input_cache import SharedDown
+from veratune.layers.input_cache import InputCache
 from veratune.layers.lazy_weight import View
 from veratune.layers.offloading import (
     HOOK_ATTRIBUTES,
@@ -27,9 +27,9 @@ from veratune.layers.products import add, compute_dtype, multiply
 from veratune.layers.recomputation import State, StateLog, recomputing
 from veratune.ops.linear import add_delta, delta_weight, select_and_add, without_autocast
 from veratune.ops.planning import LayerShape, MemoryName, RouteName
-from veratune.projections.pool import Corner, projection_pool
-from veratune.projections.schemes import Source
-from veratune.utils.sharding import how_spread
+from veratune.projections.pool import ProjectionView, projection_pool
+from veratune.projections.schemes import Scheme
+from veratune.utils.sharding import describe_sharding
 
 
 def vector_device(base_layer: nn.Module, weight: Tensor) -> torch.device:
@@ -69,13 +69,13 @@ class InputGroup:
     """What an adapter has in common on layers that may read the same input: A, and the last product with it.
 
     Attributes:
-        a: A's corner.
-        down: the product that these layers hand to each other.
+        a: A's view.
+        cache: the product that these layers hand to each other.
         size: how many layers these are.
     """
 
-    a: Corner
-    down: SharedDown
+    a: ProjectionView
+    cache: InputCache
     size: int
 
 
@@ -95,14 +95,14 @@ class ComputeSettings:
 
 
 @dataclass(frozen=True)
-class Slot:
+class AdapterEntry:
     """What one adapter has on one layer beside its vectors.
 
     Attributes:
         name: the layer's name, which tells it apart within its group.
         group: what it has in common with the layers beside it.
-        b: B's corner; where the weight stands for several parts side by side, one for each.
-        gain: factor that belongs into B.
+        b: B's view; where the weight stands for several parts side by side, one for each.
+        scale: factor that belongs into B.
         settings: how it is computed.
         shapes: the dimensions and the rank, without tokens, of the matrix, or of each part.
         parts: the outputs of each part; empty where the weight stands for one layer.
@@ -110,14 +110,14 @@ class Slot:
 
     name: str
     group: InputGroup
-    b: tuple[Corner, ...]
-    gain: float
+    b: tuple[ProjectionView, ...]
+    scale: float
     settings: ComputeSettings
     shapes: tuple[LayerShape, ...]
     parts: tuple[int, ...]
 
     @property
-    def a(self) -> Corner:
+    def a(self) -> ProjectionView:
         return self.group.a
 
     @property
@@ -125,7 +125,7 @@ class Slot:
         return self.a.rank
 
     @property
-    def corners(self) -> tuple[Corner, ...]:
+    def views(self) -> tuple[ProjectionView, ...]:
         return (self.a, *self.b)
 
 
@@ -148,7 +148,7 @@ class VeraLayer(nn.Module):
         vera_lambda_b: adapter name to b, (out,); for a stack (count, out).
         vera_lambda_d: adapter name to d, (r,); for a stack (count, r), for parts (parts, r).
         vera_dropout: adapter name to the dropout on that adapter's input, where it has any.
-        slots: adapter name to its projections and settings; plain attributes, in no state dict.
+        entries: adapter name to its projections and settings; plain attributes, in no state dict.
         active_adapters: the active adapters that this layer has, in order.
         merged_adapters: the adapters whose deltas are in the base layer's weight at the moment.
         added_adapters: the adapters whose deltas `forward` adds: the active ones that are not merged.
@@ -170,7 +170,7 @@ class VeraLayer(nn.Module):
         self.vera_lambda_b = ResidentParameters()
         self.vera_lambda_d = ResidentParameters()
         self.vera_dropout = nn.ModuleDict()
-        self.slots: dict[str, Slot] = {}
+        self.entries: dict[str, AdapterEntry] = {}
         self.active_adapters: list[str] = []
         self.merged_adapters: list[str] = []
         self.added_adapters: list[str] = []
@@ -241,7 +241,7 @@ class VeraLayer(nn.Module):
         weight = self._outputs_first(base)
         for name in self.added_adapters:
             dtype = torch.promote_types(self.vectors(name)[0].dtype, torch.float32)
-            a_projection = self.slots[name].a.tensor(weight.device, dtype)
+            a_projection = self.entries[name].a.tensor(weight.device, dtype)
             pieces = self.pieces(name, weight.device, dtype)
             if len(pieces) == 1:
                 weight = self._with_delta(weight, a_projection, pieces[0], name, index)
@@ -266,7 +266,7 @@ class VeraLayer(nn.Module):
         if base.ndim == 2:
             flat = x.reshape(math.prod(x.shape[:-1]), self.in_features)
             first, *others = self.added_adapters
-            if self.slots[first].parts:
+            if self.entries[first].parts:
                 return NotImplemented
             bias = None if bias is None else bias.to(dtype)
             output = multiply(self, first, flat, base.to(dtype), bias, index=index)
@@ -291,25 +291,25 @@ class VeraLayer(nn.Module):
             groups: int64 (T,), the matrices.
         """
         for name in self.added_adapters:
-            slot = self.slots[name]
-            a_projection = slot.a.tensor(x.device, x.dtype)
-            b_projection = slot.b[0].tensor(x.device, x.dtype)
-            start = select_and_add(start, x, a_projection, b_projection, *self.vectors(name), groups, slot.gain)
+            entry = self.entries[name]
+            a_projection = entry.a.tensor(x.device, x.dtype)
+            b_projection = entry.b[0].tensor(x.device, x.dtype)
+            start = select_and_add(start, x, a_projection, b_projection, *self.vectors(name), groups, entry.scale)
         return start
 
     def _with_delta(self, weight: Tensor, a_projection: Tensor, piece: Piece, name: str, index: Any) -> Tensor:
         b, d = (piece.b, piece.d) if index is None else (piece.b[index], piece.d[index])
-        return add_delta(weight, a_projection, piece.b_projection, b, d, self.slots[name].gain)
+        return add_delta(weight, a_projection, piece.b_projection, b, d, self.entries[name].scale)
 
     def pieces(self, name: str, device: torch.device, dtype: torch.dtype) -> list[Piece]:
         """Return an adapter's pieces: one, or one for each part."""
-        slot = self.slots[name]
+        entry = self.entries[name]
         b, d = self.vectors(name)
-        if not slot.parts:
-            return [Piece(slice(None), slot.b[0].tensor(device, dtype), b, d, slot.shapes[0])]
+        if not entry.parts:
+            return [Piece(slice(None), entry.b[0].tensor(device, dtype), b, d, entry.shapes[0])]
         return [
-            Piece(outputs, corner.tensor(device, dtype), b[outputs], d[part], shape)
-            for part, (outputs, corner, shape) in enumerate(zip(slices(slot.parts), slot.b, slot.shapes, strict=True))
+            Piece(outputs, view.tensor(device, dtype), b[outputs], d[part], shape)
+            for part, (outputs, view, shape) in enumerate(zip(slices(entry.parts), entry.b, entry.shapes, strict=True))
         ]
 
     @property
@@ -334,7 +334,7 @@ class VeraLayer(nn.Module):
         self,
         name: str,
         layer_name: str,
-        source: Source,
+        scheme: Scheme,
         init: VectorInit,
         settings: ComputeSettings,
         group: InputGroup,
@@ -353,18 +353,18 @@ class VeraLayer(nn.Module):
         if settings.dropout > 0.0:
             self.vera_dropout[name] = nn.Dropout(settings.dropout).train(self.training)
         widths = parts or (self.out_features,)
-        self.slots[name] = Slot(
+        self.entries[name] = AdapterEntry(
             name=layer_name,
             group=group,
-            b=tuple(projection_pool.corner(source, "B", rank, width) for width in widths),
-            gain=source.gain(rank),
+            b=tuple(projection_pool.view(scheme, "B", rank, width) for width in widths),
+            scale=scheme.scale(rank),
             settings=settings,
             shapes=tuple(LayerShape(self.in_features, width, rank, 0, group.size) for width in widths),
             parts=parts,
         )
 
     def delete_adapter(self, name: str) -> None:
-        del self.vera_lambda_b[name], self.vera_lambda_d[name], self.slots[name]
+        del self.vera_lambda_b[name], self.vera_lambda_d[name], self.entries[name]
         if name in self.vera_dropout:
             del self.vera_dropout[name]
         self._log.forget(name)
@@ -372,7 +372,7 @@ class VeraLayer(nn.Module):
 
     def activate(self, names: Sequence[str]) -> None:
         """Let those of these adapters that the layer has be the active ones."""
-        self.active_adapters = [name for name in names if name in self.slots]
+        self.active_adapters = [name for name in names if name in self.entries]
         self._choose_added()
 
     def _computing(self) -> list[str]:
@@ -380,17 +380,17 @@ class VeraLayer(nn.Module):
         return self.active_adapters
 
     def _choose_added(self) -> None:
-        computing = [name for name in self._computing() if name in self.slots]
+        computing = [name for name in self._computing() if name in self.entries]
         self.added_adapters = [name for name in computing if name not in self.merged_adapters]
         self._log.record(State(tuple(self.added_adapters), tuple(self.merged_adapters)))
 
     def check_recomputation(self) -> None:
         """Raise RuntimeError if this is a recomputation of what was computed with other adapters."""
         if recomputing():
-            self._log.check(next((slot.name for slot in self.slots.values()), type(self.base_layer).__name__))
+            self._log.check(next((entry.name for entry in self.entries.values()), type(self.base_layer).__name__))
             check_biases(self.base_layer)
 
-    def weight_at_hand(self, name: str) -> bool:
+    def weight_readable(self, name: str) -> bool:
         """Return whether an adapter's output may be computed from the weight itself, if it is the only active one."""
         return False
 
@@ -413,16 +413,17 @@ class VeraLayer(nn.Module):
 
     def _delta_matrices(self, name: str, dtype: torch.dtype) -> Tensor:
         """Return an adapter's delta as (..., out, in)."""
-        slot, device = self.slots[name], self.device
-        a_projection = slot.a.tensor(device, dtype)
+        entry, device = self.entries[name], self.device
+        a_projection = entry.a.tensor(device, dtype)
         deltas = []
         for piece in self.pieces(name, device, dtype):
             b, d = piece.b.to(dtype), piece.d.to(dtype)
             if self.geometry.count is None:
-                deltas.append(delta_weight(a_projection, piece.b_projection, b, d, slot.gain))
+                deltas.append(delta_weight(a_projection, piece.b_projection, b, d, entry.scale))
             else:  # one by one, which takes less memory
                 deltas += [
-                    delta_weight(a_projection, piece.b_projection, *pair, slot.gain) for pair in zip(b, d, strict=True)
+                    delta_weight(a_projection, piece.b_projection, *pair, entry.scale)
+                    for pair in zip(b, d, strict=True)
                 ]
         return torch.cat(deltas) if self.geometry.count is None else torch.stack(deltas)
 
@@ -460,12 +461,12 @@ class VeraLayer(nn.Module):
             safe: also refuse a result that is not finite.
             called: what the message calls this layer.
         """
-        names = [name for name in names if name in self.slots]
+        names = [name for name in names if name in self.entries]
         if not names:
             return
         tensors = [self.base_layer._parameters.get(self.weight_name)]
         tensors += [own[name] for name in names for own in (self.vera_lambda_b, self.vera_lambda_d)]
-        spread = next((how for how in map(how_spread, tensors) if how is not None), None)
+        spread = next((how for how in map(describe_sharding, tensors) if how is not None), None)
         if spread is not None:
             raise ValueError(
                 f"cannot merge into {called}: its weight or its vectors are spread over processes ({spread}): let all"
@@ -536,9 +537,9 @@ class VeraLayer(nn.Module):
 
     def release_projections(self) -> None:
         """Free this layer's hold on drawn projections; the next use draws them again."""
-        for slot in self.slots.values():
-            for corner in slot.corners:
-                corner.release()
+        for entry in self.entries.values():
+            for view in entry.views:
+                view.release()
 
     def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]
         dtype = self.base_weight.dtype
@@ -546,13 +547,13 @@ class VeraLayer(nn.Module):
         device = self.base_weight.device
         if self.base_weight.dtype != dtype:
             self.release_projections()
-        for slot in self.slots.values():
-            for corner in slot.corners:
-                corner.keep_only(device)
+        for entry in self.entries.values():
+            for view in entry.views:
+                view.keep_only(device)
         return result
 
     def extra_repr(self) -> str:
-        adapters = ", ".join(f"{name}: r={slot.rank}" for name, slot in self.slots.items())
+        adapters = ", ".join(f"{name}: r={entry.rank}" for name, entry in self.entries.items())
         return f"in_features={self.in_features}, out_features={self.out_features}, adapters={{{adapters}}}"
 
 

@@ -43,7 +43,7 @@ class VeraConv(TransparentLayer):
     def _alone(self, name: str, x: Tensor) -> Tensor:
         """Return what an adapter adds for an input of its own."""
         weight, device = self.matrix(self.base_weight), self.device
-        a_projection = self.slots[name].a.tensor(device, weight.dtype)
+        a_projection = self.entries[name].a.tensor(device, weight.dtype)
         (piece,) = self.pieces(name, device, weight.dtype)
         zeros = torch.zeros(weight.shape, dtype=weight.dtype, device=device)
         delta = self._with_delta(zeros, a_projection, piece, name, None)

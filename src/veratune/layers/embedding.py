@@ -30,20 +30,20 @@ class VeraEmbedding(TransparentLayer):
 
     def _columns(self, name: str, tokens: Tensor, dtype: torch.dtype) -> Tensor:
         """Return A[:, tokens]^T, (n, r)."""
-        slot = self.slots[name]
-        source = slot.a.projection.source
-        assert isinstance(source, PerDimension)
+        entry = self.entries[name]
+        scheme = entry.a.projection.scheme
+        assert isinstance(scheme, PerDimension)
         with torch.inference_mode(False), torch.no_grad():
-            return source.one_hot_columns(slot.rank, tokens.to(torch.int64)).t().to(dtype)
+            return scheme.one_hot_columns(entry.rank, tokens.to(torch.int64)).t().to(dtype)
 
     def _rows(self, name: str, tokens: Tensor) -> Tensor:
         """Return an adapter's deltas of these rows of the table, (n, out), in the table's dtype."""
         b, d = self.vectors(name)
         dtype = torch.promote_types(b.dtype, torch.float32)
-        slot = self.slots[name]
+        entry = self.entries[name]
         columns = self._columns(name, tokens, dtype)
         check_values(columns, b, d)
-        up = (columns * (d * slot.gain)) @ slot.b[0].tensor(self.device, dtype)
+        up = (columns * (d * entry.scale)) @ entry.b[0].tensor(self.device, dtype)
         return (up * b).to(self.base_weight.dtype)
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -77,13 +77,13 @@ class VeraEmbedding(TransparentLayer):
         return self.adapted_weight()
 
     def _delta_matrices(self, name: str, dtype: torch.dtype) -> Tensor:
-        slot, device = self.slots[name], self.device
+        entry, device = self.entries[name], self.device
         b, d = (vector.to(dtype) for vector in self.vectors(name))
-        b_projection = slot.b[0].tensor(device, dtype)
+        b_projection = entry.b[0].tensor(device, dtype)
         rows = torch.arange(self.in_features, device=device)
         return torch.cat(
             [
-                delta_weight(self._columns(name, some, dtype).t(), b_projection, b, d, slot.gain)
+                delta_weight(self._columns(name, some, dtype).t(), b_projection, b, d, entry.scale)
                 for some in rows.chunk(-(-len(rows) // _ROWS))
             ],
             dim=1,

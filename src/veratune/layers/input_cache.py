@@ -25,11 +25,11 @@ class _Entry(NamedTuple):
     x: "weakref.ref[Tensor]"
     version: int
     a_projection: Tensor
-    down: Tensor
+    xa: Tensor
     served: set[str]
 
 
-class SharedDown:
+class InputCache:
     """The last product of a group of layers, handed to the others of the group that ask for the same one.
 
     It is a memo by identity: whoever comes with another tensor, or with one that was written to since, or with other
@@ -61,8 +61,8 @@ class SharedDown:
             and layer not in entry.served
         ):
             entry.served.add(layer)
-            return entry.down
-        down = compute()
+            return entry.xa
+        xa = compute()
         me = weakref.ref(self)
 
         def forget(reference: "weakref.ref[Tensor]") -> None:
@@ -70,8 +70,8 @@ class SharedDown:
             if memo is not None and memo._entry is not None and memo._entry.x is reference:
                 memo._entry = None
 
-        self._entry = _Entry(weakref.ref(x, forget), x._version, a_projection, down, {layer})
-        return down
+        self._entry = _Entry(weakref.ref(x, forget), x._version, a_projection, xa, {layer})
+        return xa
 
     def __getstate__(self) -> dict[str, Any]:
         return {"_entry": None}

@@ -12,23 +12,23 @@ from veratune.layers.geometry import Geometry
 from veratune.layers.products import add, compute_dtype, multiply, plan_for
 from veratune.layers.quantized import (
     codes_of,
-    dequantised,
+    dequantized,
     hand_back,
-    is_quantised,
+    is_quantized,
     keep_differentiable,
     loss_of_merging,
-    requantised,
+    requantized,
     spoils_gradients,
     why_not_readable,
 )
-from veratune.ops.linear import gradients_wanted, project_down
+from veratune.ops.linear import gradients_wanted, project
 
 
 class VeraLinear(VeraLayer):
     """A linear layer with VeRA adapters.
 
     The base layer is computed together with the adapter where nothing but its weight and bias matters. A base layer of
-    a class with a forward of its own is called, and reads the adapted weight. One with hooks, with a quantised weight
+    a class with a forward of its own is called, and reads the adapted weight. One with hooks, with a quantized weight
     or beside dropout is called as it is, and the adapter's part is added.
     """
 
@@ -37,7 +37,7 @@ class VeraLinear(VeraLayer):
     def __init__(self, base_layer: nn.Module, geometry: Geometry) -> None:
         super().__init__(base_layer, geometry)
         forward = type(base_layer).forward
-        # What a quantised layer computes with while its weight waits for `unmerge`.
+        # What a quantized layer computes with while its weight waits for `unmerge`.
         self._codes: Any = None
         self._plain_class = f"{forward.__module__}.{forward.__qualname__}" in self.plain_forwards
 
@@ -49,14 +49,14 @@ class VeraLinear(VeraLayer):
             output: Tensor = self.base_layer(x, *args, **kwargs)
             return output
         first = active[0]
-        special = not self._plain_class or bool(self.slots[first].parts) or len(active) > 1
+        special = not self._plain_class or bool(self.entries[first].parts) or len(active) > 1
         if special and self._reads_weight(active, x):
             weight = self.adapted_weight() if self._plain_class else self.weight_over(self.base_weight)
             read: Tensor = call_with(self.base_layer, lambda: {"weight": weight}, (x, *args), kwargs)
             return read
         dtype = None
-        alone = not self.slots[first].parts and not args and not kwargs and x.shape[-1:] == (self.in_features,)
-        if alone and self.weight_at_hand(first):
+        alone = not self.entries[first].parts and not args and not kwargs and x.shape[-1:] == (self.in_features,)
+        if alone and self.weight_readable(first):
             dtype = compute_dtype(x, self.base_weight.dtype)
         if dtype is not None:
             output = self._fused(x, first, dtype)
@@ -71,7 +71,7 @@ class VeraLinear(VeraLayer):
     def _reads_weight(self, names: Sequence[str], x: Tensor) -> bool:
         """Return whether the base layer is to be called with the adapted weight, rather than something added to it."""
         weight = self.base_layer._parameters.get("weight")
-        if weight is None or is_quantised(self.base_layer) or weight.dtype.itemsize < 2:
+        if weight is None or is_quantized(self.base_layer) or weight.dtype.itemsize < 2:
             return False
         if "forward" in self.base_layer.__dict__ or any(self._drops(name) for name in names):
             return False
@@ -79,9 +79,10 @@ class VeraLinear(VeraLayer):
         return not self._plain_class or all(self._is_dense(name, x) for name in names)
 
     def _is_dense(self, name: str, x: Tensor) -> bool:
-        slot = self.slots[name]
-        part = slot.parts.index(max(slot.parts)) if slot.parts else 0
-        plan = plan_for(slot, part, x, training=gradients_wanted(*self.vectors(name)), weight_at_hand=self._is_plain())
+        entry = self.entries[name]
+        part = entry.parts.index(max(entry.parts)) if entry.parts else 0
+        training = gradients_wanted(*self.vectors(name))
+        plan = plan_for(entry, part, x, training=training, weight_readable=self._is_plain())
         return plan.output == "dense"
 
     def _checked_base_output(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -99,17 +100,17 @@ class VeraLinear(VeraLayer):
             )
         return output
 
-    def weight_at_hand(self, name: str) -> bool:
+    def weight_readable(self, name: str) -> bool:
         return not self._drops(name) and self._is_plain()
 
     def full_weight(self) -> Tensor:
-        return dequantised(self.base_layer) if is_quantised(self.base_layer) else super().full_weight()
+        return dequantized(self.base_layer) if is_quantized(self.base_layer) else super().full_weight()
 
     def why_not_mergeable(self) -> str | None:
-        return why_not_readable(self.base_layer) if is_quantised(self.base_layer) else super().why_not_mergeable()
+        return why_not_readable(self.base_layer) if is_quantized(self.base_layer) else super().why_not_mergeable()
 
     def loss_of_merging(self) -> str | None:
-        return loss_of_merging(self.base_layer) if is_quantised(self.base_layer) else None
+        return loss_of_merging(self.base_layer) if is_quantized(self.base_layer) else None
 
     def merge(self, names: Sequence[str]) -> None:
         codes = codes_of(self.base_layer)
@@ -124,8 +125,8 @@ class VeraLinear(VeraLayer):
             self._codes = None
 
     def _as_parameter(self, merged: Tensor, original: nn.Parameter) -> nn.Parameter:
-        if is_quantised(self.base_layer):
-            return requantised(self.base_layer, merged)
+        if is_quantized(self.base_layer):
+            return requantized(self.base_layer, merged)
         return super()._as_parameter(merged, original)
 
     def _is_plain(self) -> bool:
@@ -142,9 +143,9 @@ class VeraLinear(VeraLayer):
 
     def _down(self, name: str, x: Tensor, flat: Tensor) -> Callable[[], Tensor]:
         """Return what gives x A^T: this layer's own product, or that of a layer which has had the same input."""
-        slot = self.slots[name]
-        a_projection = slot.a.tensor(flat.device, flat.dtype)
-        return lambda: slot.group.down.get(slot.name, x, a_projection, lambda: project_down(flat, a_projection))
+        entry = self.entries[name]
+        a_projection = entry.a.tensor(flat.device, flat.dtype)
+        return lambda: entry.group.cache.get(entry.name, x, a_projection, lambda: project(flat, a_projection))
 
     def _fused(self, x: Tensor, name: str, dtype: torch.dtype) -> Tensor:
         weight, bias = self.base_weight, self.bias
@@ -155,19 +156,19 @@ class VeraLinear(VeraLayer):
             flat,
             weight.to(dtype),
             None if bias is None else bias.to(dtype),
-            down=self._down(name, x, flat),
+            xa=self._down(name, x, flat),
         )
         return output.view(*x.shape[:-1], self.out_features)
 
     def _add(self, output: Tensor, x: Tensor, name: str) -> Tensor:
         tokens = math.prod(x.shape[:-1])
         flat = x.to(output.dtype).reshape(tokens, self.in_features)
-        down = None
+        xa = None
         if self._drops(name):
             flat = self.vera_dropout[name](flat)
         else:
-            down = self._down(name, x, flat)
-        return add(self, name, output.reshape(tokens, self.out_features), flat, down=down).view(output.shape)
+            xa = self._down(name, x, flat)
+        return add(self, name, output.reshape(tokens, self.out_features), flat, xa=xa).view(output.shape)
 
 
 class VeraConv1D(VeraLinear):

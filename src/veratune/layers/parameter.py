@@ -65,9 +65,9 @@ class VeraModule(nn.Module):
     def delete_adapter(self, name: str) -> None:
         """Remove an adapter from all parameters, and what is left without adapters."""
         for own, layer in self.parameter_layers().items():
-            if name in layer.slots:
+            if name in layer.entries:
                 layer.delete_adapter(name)
-            if not layer.slots:
+            if not layer.entries:
                 del self.adapted[own]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

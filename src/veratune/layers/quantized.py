@@ -14,14 +14,14 @@ from torch import Tensor, nn
 _PACKS = "support_avx512bf16_for_cpu"
 
 
-def is_quantised(module: nn.Module) -> bool:
+def is_quantized(module: nn.Module) -> bool:
     """Return whether a module's weight is none that ordinary operations compute with."""
     weight = module._parameters.get("weight")
     return weight is None or type(weight) is not nn.Parameter or not weight.is_floating_point()
 
 
 def why_not_readable(module: nn.Module) -> str | None:
-    """Return None if `dequantised` can read a module's weight, otherwise the reason."""
+    """Return None if `dequantized` can read a module's weight, otherwise the reason."""
     weight: Any = module._parameters.get("weight")
     if weight is None:
         return f"{type(module).__name__} keeps its weight in a form of its own"
@@ -30,14 +30,14 @@ def why_not_readable(module: nn.Module) -> str | None:
     kind = type(weight).__name__
     if kind in ("Params4bit", "Int8Params"):
         done = weight.quant_state if kind == "Params4bit" else codes_of(module)
-        return None if done is not None else "its weight is not quantised yet: move it to its device first"
+        return None if done is not None else "its weight is not quantized yet: move it to its device first"
     if hasattr(weight, "dequantize") and type(weight) is not nn.Parameter:
         return None
     return f"its weight is a {kind} of the type {weight.dtype}"
 
 
-def dequantised(module: nn.Module) -> Tensor:
-    """Return a quantised weight as the numbers (out, in) that it stands for, in a floating-point dtype."""
+def dequantized(module: nn.Module) -> Tensor:
+    """Return a quantized weight as the numbers (out, in) that it stands for, in a floating-point dtype."""
     weight: Any = module._parameters["weight"]
     kind = type(weight).__name__
     if kind == "Params4bit":
@@ -131,13 +131,13 @@ def _usual_form(weight: Any) -> tuple[Tensor, Any]:
 
 
 def loss_of_merging(module: nn.Module) -> str:
-    """Return what merging does to a quantised weight, to stand behind "merging"."""
+    """Return what merging does to a quantized weight, to stand behind "merging"."""
     if type(module._parameters.get("weight")).__name__ in ("Params4bit", "Int8Params"):
         return "rounds their weights to the few values they can have, anew"
-    return "makes their weights plain numbers, of the size that they had before they were quantised"
+    return "makes their weights plain numbers, of the size that they had before they were quantized"
 
 
-def requantised(module: nn.Module, full: Tensor) -> nn.Parameter:
+def requantized(module: nn.Module, full: Tensor) -> nn.Parameter:
     """Return a weight of the same kind for other numbers: rounded to bitsandbytes' codes, or as plain numbers."""
     weight: Any = module._parameters["weight"]
     kind = type(weight).__name__
@@ -158,7 +158,7 @@ def requantised(module: nn.Module, full: Tensor) -> nn.Parameter:
         )
     else:
         new = kinds.Int8Params(full.half().cpu(), requires_grad=False, has_fp16_weights=False)
-    placed: nn.Parameter = new.to(weight.device)  # where it is quantised
+    placed: nn.Parameter = new.to(weight.device)  # where it is quantized
     return placed
 
 

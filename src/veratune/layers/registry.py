@@ -13,7 +13,7 @@ from veratune.layers.embedding import VeraEmbedding
 from veratune.layers.geometry import Geometry
 from veratune.layers.linear import VeraConv1D, VeraLinear
 from veratune.layers.parameter import VeraParameter
-from veratune.layers.quantized import is_quantised
+from veratune.layers.quantized import is_quantized
 from veratune.utils.sharding import shape_of
 
 _EXPERTS = re.compile(r"expert", re.IGNORECASE)
@@ -80,7 +80,7 @@ def _why_not_its_weight(module: nn.Module) -> str | None:
 
 
 def _is_linear_like(module: nn.Module) -> bool:
-    """Return whether a module says that it is a linear layer, in the way that quantised ones do: by its dimensions."""
+    """Return whether a module says that it is a linear layer, in the way that quantized ones do: by its dimensions."""
     sizes = [getattr(module, name, None) for name in ("in_features", "out_features")]
     if not all(isinstance(size, int) and not isinstance(size, bool) and size > 0 for size in sizes):
         return False
@@ -181,13 +181,13 @@ def _stored_transposed(module: nn.Module) -> bool:
     hidden = next((size for name in _HIDDEN if isinstance(size := getattr(module, name, None), int)), None)
     shapes = {name: shape_of(p) for name, p in module._parameters.items() if p is not None}
     stacks = {name: shape for name, shape in shapes.items() if len(shape) == 3}
-    pairs = [(stacks[up], stacks[down]) for up in _UP for down in _DOWN if up in stacks and down in stacks]
+    pairs = [(stacks[up], stacks[xa]) for up in _UP for xa in _DOWN if up in stacks and xa in stacks]
     if hidden is not None and pairs and all((up[1] == hidden) != (up[2] == hidden) for up, _ in pairs):
         return all(up[1] == hidden for up, _ in pairs)
     # What goes into the first goes out of the second; what comes out of the first, gate and up together or one of
     # them, goes into the second.
-    straight = [up[2] == down[1] and up[1] in (down[2], 2 * down[2]) for up, down in pairs]
-    turned = [up[1] == down[2] and up[2] in (down[1], 2 * down[1]) for up, down in pairs]
+    straight = [up[2] == xa[1] and up[1] in (xa[2], 2 * xa[2]) for up, xa in pairs]
+    turned = [up[1] == xa[2] and up[2] in (xa[1], 2 * xa[1]) for up, xa in pairs]
     return bool(pairs) and not any(straight) and all(turned)
 
 
@@ -199,7 +199,7 @@ def adapt_parameter(module: nn.Module, name: str) -> VeraParameter:
 
 def has_own_forward(module: nn.Module) -> bool:
     """Return whether a linear layer or a convolution is of a class that computes more than one, with a plain weight."""
-    if not isinstance(module, (nn.Linear, *CONVOLUTIONS)) or is_quantised(module):
+    if not isinstance(module, (nn.Linear, *CONVOLUTIONS)) or is_quantized(module):
         return False
     return not type(module).forward.__module__.startswith("torch.nn.")
 

@@ -4,15 +4,15 @@ One layer computes (Kopiczko et al., ICLR 2024, eq. 2), for a row x of T tokens,
 
     y = W0 x + bias + diag(b) B diag(d) A x.
 
-Here A is (r, in), B is kept rank-major, (r, out), and `gain` is a number that belongs into B (see `sources`). The ways
+Here A is (r, in), B is kept rank-major, (r, out), and `scale` is a number that belongs into B (see `sources`). The ways
 to compute it are told in `routing`. The vectors live in one small matrix
 
-    C = gain * d b^T * B        (r, out; * elementwise)        so that        delta W = C^T A,
+    C = scale * d b^T * B        (r, out; * elementwise)        so that        delta W = C^T A,
 
 which costs r * out, not T * out: no activation is scaled, unless there are fewer of them than ranks. Both vectors'
 gradients come from one matrix as well,
 
-    P = (A G^T) * B    with    G = g^T x  (out, in),        db = gain * P^T d,        dd = gain * P b,
+    P = (A G^T) * B    with    G = g^T x  (out, in),        db = scale * P^T d,        dd = scale * P b,
 
 where A G^T (r, out) may be computed as u^T g, u = x A^T (T, r), or as written, whichever is cheaper.
 
@@ -48,23 +48,23 @@ def check_values(x: Tensor, *operands: Tensor | None) -> None:
             )
 
 
-def fold_vectors(b_projection: Tensor, b: Tensor, d: Tensor, gain: float) -> Tensor:
-    """Return C = gain * d b^T * B, (r, out), in B's dtype, rounded once from float32 or wider.
+def fold_vectors(b_projection: Tensor, b: Tensor, d: Tensor, scale: float) -> Tensor:
+    """Return C = scale * d b^T * B, (r, out), in B's dtype, rounded once from float32 or wider.
 
     With leading dimensions of b and d, (..., out) and (..., r), the same for each pair.
     """
     wide = _wide(b.dtype, b_projection.dtype)
-    folded = (d.to(wide) * gain).unsqueeze(-1) * b.to(wide).unsqueeze(-2)
+    folded = (d.to(wide) * scale).unsqueeze(-1) * b.to(wide).unsqueeze(-2)
     return folded.mul_(b_projection).to(b_projection.dtype)
 
 
-def delta_weight(a_projection: Tensor, b_projection: Tensor, b: Tensor, d: Tensor, gain: float) -> Tensor:
+def delta_weight(a_projection: Tensor, b_projection: Tensor, b: Tensor, d: Tensor, scale: float) -> Tensor:
     """Return delta W = diag(b) B diag(d) A, (out, in), in the projections' dtype.
 
     With leading dimensions of b and d, (..., out) and (..., r), a delta for each pair, (..., out, in).
     """
     check_values(a_projection, b_projection, b, d)
-    return fold_vectors(b_projection, b, d, gain).mT @ a_projection
+    return fold_vectors(b_projection, b, d, scale).mT @ a_projection
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
@@ -92,20 +92,20 @@ def _adapted_weight(weight: Tensor, folded: Tensor, a_projection: Tensor, transp
     return torch.addmm(weight, folded.t(), a_projection)
 
 
-def _gradient_way(plan: Plan, down: Tensor | None) -> Way:
+def _gradient_way(plan: Plan, xa: Tensor | None) -> Way:
     """Return how the vectors' gradients are computed; a plan that expected none to be wanted takes what there is."""
-    return plan.gradients or ("dense" if down is None else "folded")
+    return plan.gradients or ("dense" if xa is None else "folded")
 
 
-def _up(down: Tensor, b_projection: Tensor, d: Tensor, gain: float) -> Tensor:
+def _up(xa: Tensor, b_projection: Tensor, d: Tensor, scale: float) -> Tensor:
     """Return z = (d * u) B^T, (T, out), without b."""
-    return (down * (d.to(_wide(d.dtype)) * gain)).to(down.dtype) @ b_projection
+    return (xa * (d.to(_wide(d.dtype)) * scale)).to(xa.dtype) @ b_projection
 
 
 class _VeraLinear(torch.autograd.Function):
     """y = start + x C^T A, where start is `x W0^T + bias`, or an output that another module has computed.
 
-    `down` is u = x A^T, a constant as far as autograd is concerned: x gets its whole gradient here. The second output
+    `xa` is u = x A^T, a constant as far as autograd is concerned: x gets its whole gradient here. The second output
     is what the plan keeps for the backward pass: the adapted weight, or the product with B.
     """
 
@@ -119,41 +119,41 @@ class _VeraLinear(torch.autograd.Function):
         b_projection: Tensor,
         b: Tensor,
         d: Tensor,
-        down: Tensor | None,
-        gain: float,
+        xa: Tensor | None,
+        scale: float,
         plan: Plan,
         transposed: bool,
     ) -> tuple[Tensor, Tensor | None]:
         if plan.output == "dense":
             assert weight is not None
-            folded = fold_vectors(b_projection, b, d, gain)
+            folded = fold_vectors(b_projection, b, d, scale)
             adapted = _adapted_weight(weight, folded, a_projection, transposed)
             return F.linear(x, adapted, bias), adapted if plan.keep else None
-        assert down is not None
+        assert xa is not None
         own = weight is not None
         if weight is not None:
             start = F.linear(x, weight.t() if transposed else weight, bias)
         assert start is not None
         if plan.output == "scaled":
-            up = _up(down, b_projection, d, gain)
+            up = _up(xa, b_projection, d, scale)
             added = (up * b).to(start.dtype)
             return start.add_(added) if own else start + added, up if plan.keep else None
-        folded = fold_vectors(b_projection, b, d, gain)
-        return start.addmm_(down, folded) if own else torch.addmm(start, down, folded), None
+        folded = fold_vectors(b_projection, b, d, scale)
+        return start.addmm_(xa, folded) if own else torch.addmm(start, xa, folded), None
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor | None]) -> None:
-        x, _, weight, _, a_projection, b_projection, b, d, down, ctx.gain, ctx.plan, ctx.transposed = inputs
+        x, _, weight, _, a_projection, b_projection, b, d, xa, ctx.scale, ctx.plan, ctx.transposed = inputs
         kept = output[1]
         if kept is not None:
             ctx.mark_non_differentiable(kept)
         ctx.set_materialize_grads(False)
         wants_vectors = ctx.needs_input_grad[6] or ctx.needs_input_grad[7]
-        way = _gradient_way(ctx.plan, down)
+        way = _gradient_way(ctx.plan, xa)
         from_x = ctx.needs_input_grad[2] or (wants_vectors and way == "dense")
         from_down = wants_vectors and way != "dense"
         ctx.save_for_backward(
-            x if from_x else None, weight, a_projection, b_projection, b, d, down if from_down else None, kept
+            x if from_x else None, weight, a_projection, b_projection, b, d, xa if from_down else None, kept
         )
 
     @staticmethod
@@ -206,11 +206,11 @@ class _EagerVeraLinear(_VeraLinear):
 
 
 def _backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight, a_projection, b_projection, b, d, down, kept = ctx.saved_tensors
+    x, weight, a_projection, b_projection, b, d, xa, kept = ctx.saved_tensors
     need_x, need_start, need_weight, need_bias, _, _, need_b, need_d = ctx.needs_input_grad[:8]
-    plan, gain, transposed = ctx.plan, ctx.gain, ctx.transposed
+    plan, scale, transposed = ctx.plan, ctx.scale, ctx.transposed
     need_vectors = need_b or need_d
-    way = _gradient_way(plan, down)
+    way = _gradient_way(plan, xa)
     wide = _wide(b.dtype, g.dtype)
     grad_x = grad_weight = grad_b = grad_d = scaled = None
     if need_weight or (need_vectors and way == "dense"):
@@ -222,33 +222,33 @@ def _backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         if need_b:
             up = kept if plan.output == "scaled" else None
             if up is None:
-                up = _up(down, b_projection, d, gain)
+                up = _up(xa, b_projection, d, scale)
             grad_b = (g.to(wide) * up).sum(0).to(b.dtype)
         if need_d:
-            grad_d = ((down.to(wide) * scaled).sum(0) * gain).to(d.dtype)
+            grad_d = ((xa.to(wide) * scaled).sum(0) * scale).to(d.dtype)
     elif need_vectors:
         if way == "dense":
             assert grad_weight is not None
             through_rank = a_projection @ grad_weight.t()
         else:
-            through_rank = down.t() @ g
+            through_rank = xa.t() @ g
         products = through_rank.to(wide).mul_(b_projection)
         if need_b:
-            grad_b = (products.t() @ (d.to(wide) * gain)).to(b.dtype)
+            grad_b = (products.t() @ (d.to(wide) * scale)).to(b.dtype)
         if need_d:
-            grad_d = (products @ (b.to(wide) * gain)).to(d.dtype)
+            grad_d = (products @ (b.to(wide) * scale)).to(d.dtype)
     if need_x:
         if plan.output == "dense":
             if kept is None:
-                folded = fold_vectors(b_projection, b, d, gain)
+                folded = fold_vectors(b_projection, b, d, scale)
                 kept = _adapted_weight(weight, folded, a_projection, transposed)
             grad_x = g @ kept
         else:
             if plan.output == "scaled":
                 assert scaled is not None
-                through = (scaled * (d.to(wide) * gain)).to(g.dtype)
+                through = (scaled * (d.to(wide) * scale)).to(g.dtype)
             else:
-                through = g @ fold_vectors(b_projection, b, d, gain).t()
+                through = g @ fold_vectors(b_projection, b, d, scale).t()
             if weight is None:
                 grad_x = through @ a_projection
             else:
@@ -274,11 +274,11 @@ def vera_linear(
     b_projection: Tensor,
     b: Tensor,
     d: Tensor,
-    gain: float,
+    scale: float,
     plan: Plan,
     *,
     transposed: bool = False,
-    down: Tensor | None = None,
+    xa: Tensor | None = None,
 ) -> Tensor:
     """Return y = x (W0 + delta W)^T + bias, (T, out), by the plan's route.
 
@@ -290,17 +290,17 @@ def vera_linear(
         b_projection: B rank-major, (r, out), in the compute dtype.
         b: the vector b, (out,), of any floating dtype.
         d: the vector d, (r,), of any floating dtype.
-        gain: factor that belongs into B.
+        scale: factor that belongs into B.
         plan: the route.
         transposed: whether the weight is stored as (in, out).
-        down: x A^T (T, r), without a graph, where it has been computed already.
+        xa: x A^T (T, r), without a graph, where it has been computed already.
 
     Gradients flow to x, weight, bias, b and d, each computed only where it is wanted. Differentiating them again raises
     RuntimeError.
     """
-    if down is None and plan.needs_down:
-        down = project_down(x, a_projection)
-    return _apply(x, None, weight, bias, a_projection, b_projection, b, d, down, gain, plan, transposed)
+    if xa is None and plan.needs_xa:
+        xa = project(x, a_projection)
+    return _apply(x, None, weight, bias, a_projection, b_projection, b, d, xa, scale, plan, transposed)
 
 
 def vera_add(
@@ -310,10 +310,10 @@ def vera_add(
     b_projection: Tensor,
     b: Tensor,
     d: Tensor,
-    gain: float,
+    scale: float,
     plan: Plan,
     *,
-    down: Tensor | None = None,
+    xa: Tensor | None = None,
 ) -> Tensor:
     """Return start + x delta W^T, (T, out), through the rank: for a base layer whose weight is not at hand.
 
@@ -324,13 +324,13 @@ def vera_add(
         b_projection: B.
         b: the vector b.
         d: the vector d.
-        gain: factor that belongs into B.
+        scale: factor that belongs into B.
         plan: the route, whose output is not dense.
-        down: x A^T.
+        xa: x A^T.
     """
-    if down is None:
-        down = project_down(x, a_projection)
-    return _apply(x, start, None, None, a_projection, b_projection, b, d, down, gain, plan, False)
+    if xa is None:
+        xa = project(x, a_projection)
+    return _apply(x, start, None, None, a_projection, b_projection, b, d, xa, scale, plan, False)
 
 
 class _AddDelta(torch.autograd.Function):
@@ -338,13 +338,13 @@ class _AddDelta(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, weight: Tensor, a_projection: Tensor, b_projection: Tensor, b: Tensor, d: Tensor, gain: float
+        ctx: Any, weight: Tensor, a_projection: Tensor, b_projection: Tensor, b: Tensor, d: Tensor, scale: float
     ) -> Tensor:
-        ctx.gain = gain
+        ctx.scale = scale
         ctx.save_for_backward(a_projection, b_projection, b, d)
         if weight.ndim == 2 and weight.dtype == b_projection.dtype:
-            return torch.addmm(weight, fold_vectors(b_projection, b, d, gain).t(), a_projection)
-        return (weight + delta_weight(a_projection, b_projection, b, d, gain)).to(weight.dtype)
+            return torch.addmm(weight, fold_vectors(b_projection, b, d, scale).t(), a_projection)
+        return (weight + delta_weight(a_projection, b_projection, b, d, scale)).to(weight.dtype)
 
     @staticmethod
     @once_differentiable
@@ -357,13 +357,13 @@ class _AddDelta(torch.autograd.Function):
             with without_autocast(g.device):
                 products = (a_projection @ g.to(a_projection.dtype).mT).to(wide) * b_projection
                 if need_b:
-                    grad_b = ((d.to(wide) * ctx.gain).unsqueeze(-2) @ products).squeeze(-2).to(b.dtype)
+                    grad_b = ((d.to(wide) * ctx.scale).unsqueeze(-2) @ products).squeeze(-2).to(b.dtype)
                 if need_d:
-                    grad_d = (products @ (b.to(wide) * ctx.gain).unsqueeze(-1)).squeeze(-1).to(d.dtype)
+                    grad_d = (products @ (b.to(wide) * ctx.scale).unsqueeze(-1)).squeeze(-1).to(d.dtype)
         return g if need_weight else None, None, None, grad_b, grad_d, None
 
 
-def add_delta(weight: Tensor, a_projection: Tensor, b_projection: Tensor, b: Tensor, d: Tensor, gain: float) -> Tensor:
+def add_delta(weight: Tensor, a_projection: Tensor, b_projection: Tensor, b: Tensor, d: Tensor, scale: float) -> Tensor:
     """Return W0 + delta W, (..., out, in), in W0's dtype: for code that computes with the weight itself.
 
     Args:
@@ -372,22 +372,22 @@ def add_delta(weight: Tensor, a_projection: Tensor, b_projection: Tensor, b: Ten
         b_projection: B rank-major, (r, out), of the same dtype.
         b: the vectors b, (..., out).
         d: the vectors d, (..., r).
-        gain: factor that belongs into B.
+        scale: factor that belongs into B.
 
     Gradients flow to weight, b and d, once; a compiler, and torch.func, differentiate torch's own operations.
     """
     arguments = (weight, a_projection, b_projection, b, d)
     check_values(*arguments)
     if transformations_active() or torch.compiler.is_compiling():
-        scaled = (d * gain).unsqueeze(-1) * b.unsqueeze(-2) * b_projection
+        scaled = (d * scale).unsqueeze(-1) * b.unsqueeze(-2) * b_projection
         return (weight + scaled.mT @ a_projection).to(weight.dtype)
-    added: Tensor = _AddDelta.apply(*arguments, gain)  # type: ignore[no-untyped-call]
+    added: Tensor = _AddDelta.apply(*arguments, scale)  # type: ignore[no-untyped-call]
     return added
 
 
-def _with_own_vectors(start: Tensor, down: Tensor, b_projection: Tensor, b: Tensor, d: Tensor, gain: float) -> Tensor:
+def _with_own_vectors(start: Tensor, xa: Tensor, b_projection: Tensor, b: Tensor, d: Tensor, scale: float) -> Tensor:
     """Return start + b * (B (d * u)), where each row has vectors of its own, (T, out) and (T, r)."""
-    return start + (_up(down, b_projection, d, gain) * b).to(start.dtype)
+    return start + (_up(xa, b_projection, d, scale) * b).to(start.dtype)
 
 
 class _SelectAndAdd(torch.autograd.Function):
@@ -403,18 +403,18 @@ class _SelectAndAdd(torch.autograd.Function):
         b: Tensor,
         d: Tensor,
         groups: Tensor,
-        gain: float,
+        scale: float,
     ) -> Tensor:
-        ctx.gain = gain
+        ctx.scale = scale
         with without_autocast(x.device):  # x has been cast already
-            down = x @ a_projection.t()
-            ctx.save_for_backward(a_projection, b_projection, b, d, groups, down)
-            return _with_own_vectors(start, down, b_projection, b[groups], d[groups], gain)
+            xa = x @ a_projection.t()
+            ctx.save_for_backward(a_projection, b_projection, b, d, groups, xa)
+            return _with_own_vectors(start, xa, b_projection, b[groups], d[groups], scale)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        a_projection, b_projection, b, d, groups, down = ctx.saved_tensors
+        a_projection, b_projection, b, d, groups, xa = ctx.saved_tensors
         need_start, need_x, _, _, need_b, need_d = ctx.needs_input_grad[:6]
         grad_x = grad_b = grad_d = None
         wide = _wide(b.dtype, g.dtype)
@@ -422,13 +422,13 @@ class _SelectAndAdd(torch.autograd.Function):
             chosen = d[groups]
             through = (g * b[groups]).to(g.dtype) @ b_projection.t()
             if need_b:
-                up = _up(down, b_projection, chosen, ctx.gain)
+                up = _up(xa, b_projection, chosen, ctx.scale)
                 grad_b = torch.zeros_like(b, dtype=wide).index_add_(0, groups, g.to(wide) * up).to(b.dtype)
             if need_d:
-                products = down.to(wide) * through * ctx.gain
+                products = xa.to(wide) * through * ctx.scale
                 grad_d = torch.zeros_like(d, dtype=wide).index_add_(0, groups, products).to(d.dtype)
             if need_x:
-                grad_x = (through * (chosen.to(wide) * ctx.gain)).to(g.dtype) @ a_projection
+                grad_x = (through * (chosen.to(wide) * ctx.scale)).to(g.dtype) @ a_projection
         return g if need_start else None, grad_x, None, None, grad_b, grad_d, None, None
 
 
@@ -440,7 +440,7 @@ def select_and_add(
     b: Tensor,
     d: Tensor,
     groups: Tensor,
-    gain: float,
+    scale: float,
 ) -> Tensor:
     """Return start + x delta W^T, (T, out), where each row of x has vectors of its own.
 
@@ -455,37 +455,37 @@ def select_and_add(
         b: the vectors b of a stack, (count, out).
         d: the vectors d of the stack, (count, r).
         groups: int64 (T,), which of the stack's vectors each row has.
-        gain: factor that belongs into B.
+        scale: factor that belongs into B.
     """
     if transformations_active() or torch.compiler.is_compiling():
-        return _with_own_vectors(start, x @ a_projection.t(), b_projection, b[groups], d[groups], gain)
-    arguments = (start, x, a_projection, b_projection, b, d, groups, gain)
+        return _with_own_vectors(start, x @ a_projection.t(), b_projection, b[groups], d[groups], scale)
+    arguments = (start, x, a_projection, b_projection, b, d, groups, scale)
     check_values(start, x, b, d)
     added: Tensor = _SelectAndAdd.apply(*arguments)  # type: ignore[no-untyped-call]
     return added
 
 
-def _up_for_rows(down: Tensor, b_projection: Tensor, d: Tensor) -> Tensor:
-    scaled = (down * d.unsqueeze(1)).to(down.dtype)
-    return (scaled.flatten(0, 1) @ b_projection).view(*down.shape[:2], -1)
+def _up_for_rows(xa: Tensor, b_projection: Tensor, d: Tensor) -> Tensor:
+    scaled = (xa * d.unsqueeze(1)).to(xa.dtype)
+    return (scaled.flatten(0, 1) @ b_projection).view(*xa.shape[:2], -1)
 
 
-def for_rows(down: Tensor, b_projection: Tensor, b: Tensor, d: Tensor) -> Tensor:
+def for_rows(xa: Tensor, b_projection: Tensor, b: Tensor, d: Tensor) -> Tensor:
     """Return b * (B (d * u)), (rows, n, out), in the dtype of u; as for `add_for_rows`, of at least 32 bits."""
-    return _up_for_rows(down, b_projection, d).mul_(b.unsqueeze(1))
+    return _up_for_rows(xa, b_projection, d).mul_(b.unsqueeze(1))
 
 
-def add_for_rows(start: Tensor, down: Tensor, b_projection: Tensor, b: Tensor, d: Tensor) -> Tensor:
+def add_for_rows(start: Tensor, xa: Tensor, b_projection: Tensor, b: Tensor, d: Tensor) -> Tensor:
     """Return start + b * (B (d * u)), (rows, n, out), where each row has vectors of its own: for inference.
 
     Args:
         start: (rows, n, out), the base layer's output.
-        down: u = x A^T, (rows, n, r), of the same dtype.
+        xa: u = x A^T, (rows, n, r), of the same dtype.
         b_projection: B rank-major, (r, out), of the same dtype.
         b: the vectors b, (rows, out), of any floating dtype.
-        d: the vectors d with the projections' gain, (rows, r), of any floating dtype.
+        d: the vectors d with the projections' scale, (rows, r), of any floating dtype.
     """
-    up = _up_for_rows(down, b_projection, d)
+    up = _up_for_rows(xa, b_projection, d)
     if torch.promote_types(b.dtype, start.dtype) == start.dtype:
         return torch.addcmul(start, up, b.to(start.dtype).unsqueeze(1))
     return start + (up * b.unsqueeze(1)).to(start.dtype)
@@ -516,8 +516,8 @@ def _composed(
     b_projection: Tensor,
     b: Tensor,
     d: Tensor,
-    down: Tensor | None,
-    gain: float,
+    xa: Tensor | None,
+    scale: float,
     plan: Plan,
     transposed: bool,
 ) -> Tensor:
@@ -525,11 +525,11 @@ def _composed(
     if weight is not None:
         start = F.linear(x, weight.t() if transposed else weight, bias)
     assert start is not None
-    scaled = (x @ a_projection.t()) * (d.to(_wide(d.dtype)) * gain)
+    scaled = (x @ a_projection.t()) * (d.to(_wide(d.dtype)) * scale)
     return start + ((scaled.to(x.dtype) @ b_projection) * b).to(start.dtype)
 
 
-def project_down(x: Tensor, a_projection: Tensor) -> Tensor:
+def project(x: Tensor, a_projection: Tensor) -> Tensor:
     """Return u = x A^T, (T, r), without a graph: the functions above give x its gradient."""
     with torch.no_grad():
         return x @ a_projection.t()

@@ -46,7 +46,7 @@ class Plan(NamedTuple):
     keep: bool = False
 
     @property
-    def needs_down(self) -> bool:
+    def needs_xa(self) -> bool:
         """Whether u = x A^T is wanted."""
         return self.output != "dense" or self.gradients in ("scaled", "folded")
 
@@ -128,7 +128,7 @@ def estimate(plan: Plan, shape: LayerShape, profile: DeviceProfile, *, backward:
     size = profile.itemsize
     cost = _Cost(profile)
     saved = 0
-    if plan.needs_down:
+    if plan.needs_xa:
         cost.product(t, r, n, share=shape.sharing)
     for forward in (True, False) if backward else (True,):
         if plan.output == "scaled":
@@ -180,7 +180,7 @@ def possible_plans(
     shape: LayerShape,
     *,
     training: bool,
-    weight_at_hand: bool,
+    weight_readable: bool,
     backward: bool | None = None,
 ) -> list[Plan]:
     """Return the plans that a configuration allows for a call.
@@ -192,13 +192,13 @@ def possible_plans(
             small beside the layer's weight.
         shape: the call's dimensions.
         training: whether the vectors' gradients will be wanted.
-        weight_at_hand: whether W0 can be read, which a dense output needs.
+        weight_readable: whether W0 can be read, which a dense output needs.
         backward: whether any gradient will be wanted, such as the input's through a frozen adapter; as `training` by
             default.
     """
     backward = training if backward is None else backward
     ways = _ALLOWED[route]
-    outputs = [way for way in ways if way != "dense" or weight_at_hand] or ["folded"]
+    outputs = [way for way in ways if way != "dense" or weight_readable] or ["folded"]
     gradients: list[Way | None] = [None]
     if training:
         gradients = list(ways)
@@ -225,12 +225,12 @@ def choose_plan(
     profile: DeviceProfile,
     *,
     training: bool,
-    weight_at_hand: bool = True,
+    weight_readable: bool = True,
     backward: bool | None = None,
 ) -> Plan:
     """Return the allowed plan with the smallest estimate."""
     backward = training if backward is None else backward
-    plans = possible_plans(route, memory, shape, training=training, weight_at_hand=weight_at_hand, backward=backward)
+    plans = possible_plans(route, memory, shape, training=training, weight_readable=weight_readable, backward=backward)
     best, least = plans[0], float("inf")
     for plan in plans:
         seconds = estimate(plan, shape, profile, backward=backward).seconds
@@ -273,7 +273,7 @@ def plan_table(
     shape: LayerShape,
     profile: DeviceProfile,
     training: bool,
-    weight_at_hand: bool,
+    weight_readable: bool,
     backward: bool | None = None,
 ) -> tuple[tuple[int, Plan], ...]:
     """Return the choices for every number of tokens, as (largest number of tokens, plan) in ascending order.
@@ -283,13 +283,13 @@ def plan_table(
 
     Args:
         shape: the layer's; its number of tokens does not count.
-        route, memory, profile, training, weight_at_hand, backward: as for `choose_plan`.
+        route, memory, profile, training, weight_readable, backward: as for `choose_plan`.
     """
 
     def choice(tokens: int) -> Plan:
         here = replace(shape, tokens=tokens)
         return choose_plan(
-            route, memory, here, profile, training=training, weight_at_hand=weight_at_hand, backward=backward
+            route, memory, here, profile, training=training, weight_readable=weight_readable, backward=backward
         )
 
     table: list[tuple[int, Plan]] = []

@@ -1,6 +1,6 @@
 """The pool of projections: made when first needed, shared by every layer of that width, freed with the last of them.
 
-Layers hold `Corner`s as plain attributes, never as buffers, so a projection is in no state dict, is moved by no
+Layers hold `ProjectionView`s as plain attributes, never as buffers, so a projection is in no state dict, is moved by no
 `.to()`, copied by no `deepcopy`, pickled, sharded or broadcast by nothing: whoever needs it on a device or in a dtype
 asks for it there.
 """
@@ -14,14 +14,14 @@ from weakref import WeakSet, WeakValueDictionary
 import torch
 from torch import Tensor
 
-from veratune.projections.schemes import Side, Source
+from veratune.projections.schemes import Scheme, Side
 from veratune.utils.torch_private import constant_while_compiling, outside_transformations
 
 _Place = tuple[torch.device, torch.dtype]
 
 
 class _Backing:
-    """A tensor that several corners are views of; a weak reference to it says whether any is left."""
+    """A tensor that several views are tensors of; a weak reference to it says whether any is left."""
 
     __slots__ = ("__weakref__", "tensor")
 
@@ -41,54 +41,54 @@ def _plain_tensors() -> Iterator[None]:
 
 
 class Projection:
-    """One side of a source at one width, rank-major: at most one tensor (rank, width) for each device and dtype."""
+    """One side of a scheme at one width, rank-major: at most one tensor (rank, width) for each device and dtype."""
 
-    def __init__(self, source: Source, side: Side, width: int, lock: threading.RLock) -> None:
-        self.source = source
+    def __init__(self, scheme: Scheme, side: Side, width: int, lock: threading.RLock) -> None:
+        self.scheme = scheme
         self.side = side
         self.width = width
         self._lock = lock
         self._backings: WeakValueDictionary[_Place, _Backing] = WeakValueDictionary()
-        self._corners: WeakSet[Corner] = WeakSet()
+        self._views: WeakSet[ProjectionView] = WeakSet()
 
-    def join(self, corner: "Corner") -> None:
+    def join(self, view: "ProjectionView") -> None:
         with self._lock:
-            self._corners.add(corner)
+            self._views.add(view)
 
-    def fill(self, corner: "Corner", place: _Place) -> Tensor:
-        """Give the corner its view on this device and in this dtype, drawing only the rows that nobody has yet."""
+    def fill(self, view: "ProjectionView", place: _Place) -> Tensor:
+        """Give the view its part on this device and in this dtype, drawing only the rows that nobody has yet."""
         with self._lock, _plain_tensors():
-            if place in corner.views:
-                return corner.views[place]
+            if place in view.tensors:
+                return view.tensors[place]
             backing = self._backings.get(place)
             held = 0 if backing is None else backing.tensor.shape[0]
-            if backing is None or held < corner.rank:
+            if backing is None or held < view.rank:
                 device, dtype = place
-                tensor = self.source.draw(self.side, range(held, corner.rank), self.width, device).to(dtype)
+                tensor = self.scheme.draw(self.side, range(held, view.rank), self.width, device).to(dtype)
                 if backing is not None:
                     tensor = torch.cat([backing.tensor, tensor])
                 if type(tensor) is not Tensor:  # made under a tracing mode: not a value that outlives it
-                    return tensor[:, : corner.features]
+                    return tensor[:, : view.features]
                 backing = self._install(place, tensor)
-            view = backing.tensor[: corner.rank, : corner.features]
-            if type(view) is Tensor:
-                corner.attach(place, backing, view)
-            return view
+            part = backing.tensor[: view.rank, : view.features]
+            if type(part) is Tensor:
+                view.attach(place, backing, part)
+            return part
 
     def _install(self, place: _Place, tensor: Tensor) -> _Backing:
-        """Make this the tensor of the place, and point every corner that holds the former one at it."""
+        """Make this the tensor of the place, and point every view that holds the former one at it."""
         backing = _Backing(tensor)
         self._backings[place] = backing
-        for corner in self._corners:
-            if place in corner.views:
-                corner.attach(place, backing, tensor[: corner.rank, : corner.features])
+        for view in self._views:
+            if place in view.tensors:
+                view.attach(place, backing, tensor[: view.rank, : view.features])
         return backing
 
     def trim(self) -> None:
         """Free the rows above the largest rank still in use."""
         with self._lock, _plain_tensors():
             for place, backing in list(self._backings.items()):
-                rank = max((corner.rank for corner in self._corners if place in corner.views), default=0)
+                rank = max((view.rank for view in self._views if place in view.tensors), default=0)
                 if 0 < rank < backing.tensor.shape[0]:
                     self._install(place, backing.tensor[:rank].clone())
 
@@ -97,20 +97,20 @@ class Projection:
             return {place: backing.tensor for place, backing in self._backings.items()}
 
 
-class Corner:
+class ProjectionView:
     """A layer's part of a projection: its first `rank` rows and `features` columns, made at the first use.
 
     Attributes:
         rank: number of rows.
         features: number of columns: the layer's own width.
-        views: the tensors that exist now, by (device, dtype); filled by `tensor`.
+        tensors: the tensors that exist now, by (device, dtype); filled by `tensor`.
     """
 
     def __init__(self, projection: Projection, rank: int, features: int) -> None:
         self.projection = projection
         self.rank = rank
         self.features = features
-        self.views: dict[_Place, Tensor] = {}
+        self.tensors: dict[_Place, Tensor] = {}
         self._held: dict[_Place, _Backing] = {}
         projection.join(self)
 
@@ -120,39 +120,39 @@ class Corner:
             # Drawing cannot be traced, and need not be: it happens once, while tracing. The read below is an ordinary
             # guarded one, so that a compiled model follows a change of device, dtype or adapter.
             _fill_while_tracing(self, device, dtype)
-        if (device, dtype) in self.views:
-            return self.views[(device, dtype)]
+        if (device, dtype) in self.tensors:
+            return self.tensors[(device, dtype)]
         return self.projection.fill(self, (device, dtype))
 
-    def attach(self, place: _Place, backing: _Backing, view: Tensor) -> None:
+    def attach(self, place: _Place, backing: _Backing, part: Tensor) -> None:
         self._held[place] = backing
-        self.views[place] = view
+        self.tensors[place] = part
 
     def keep_only(self, device: torch.device) -> None:
         """Let go of what is on other devices, after the layer has been moved to this one."""
-        for place in [place for place in self.views if place[0] != device]:
-            del self.views[place], self._held[place]
+        for place in [place for place in self.tensors if place[0] != device]:
+            del self.tensors[place], self._held[place]
 
     def release(self) -> None:
         """Let go of every tensor; the next use makes it again."""
-        self.views.clear()
+        self.tensors.clear()
         self._held.clear()
 
-    def __deepcopy__(self, memo: dict[int, object]) -> "Corner":
-        return Corner(self.projection, self.rank, self.features)
+    def __deepcopy__(self, memo: dict[int, object]) -> "ProjectionView":
+        return ProjectionView(self.projection, self.rank, self.features)
 
-    def __reduce__(self) -> tuple[Callable[..., "Corner"], tuple[Source, Side, int, int]]:
-        return _restore_corner, (self.projection.source, self.projection.side, self.rank, self.features)
+    def __reduce__(self) -> tuple[Callable[..., "ProjectionView"], tuple[Scheme, Side, int, int]]:
+        return _restore_view, (self.projection.scheme, self.projection.side, self.rank, self.features)
 
 
 @constant_while_compiling
-def _fill_while_tracing(corner: Corner, device: torch.device, dtype: torch.dtype) -> bool:
-    corner.projection.fill(corner, (device, dtype))
+def _fill_while_tracing(view: ProjectionView, device: torch.device, dtype: torch.dtype) -> bool:
+    view.projection.fill(view, (device, dtype))
     return True
 
 
-def _restore_corner(source: Source, side: Side, rank: int, features: int) -> Corner:
-    return projection_pool.corner(source, side, rank, features)
+def _restore_view(scheme: Scheme, side: Side, rank: int, features: int) -> ProjectionView:
+    return projection_pool.view(scheme, side, rank, features)
 
 
 @dataclass(frozen=True)
@@ -172,17 +172,17 @@ class ProjectionPool:
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
-        self._projections: WeakValueDictionary[tuple[Source, Side, int], Projection] = WeakValueDictionary()
+        self._projections: WeakValueDictionary[tuple[Scheme, Side, int], Projection] = WeakValueDictionary()
 
-    def corner(self, source: Source, side: Side, rank: int, features: int) -> Corner:
-        """Return a corner of the shared projection of this source, side and width; nothing is drawn yet."""
-        width = source.storage_width(side, features)
+    def view(self, scheme: Scheme, side: Side, rank: int, features: int) -> ProjectionView:
+        """Return a view of the shared projection of this scheme, side and width; nothing is drawn yet."""
+        width = scheme.storage_width(side, features)
         with self._lock:
-            projection = self._projections.get((source, side, width))
+            projection = self._projections.get((scheme, side, width))
             if projection is None:
-                projection = Projection(source, side, width, self._lock)
-                self._projections[(source, side, width)] = projection
-        return Corner(projection, rank, features)
+                projection = Projection(scheme, side, width, self._lock)
+                self._projections[(scheme, side, width)] = projection
+        return ProjectionView(projection, rank, features)
 
     def trim(self) -> None:
         """Free rows above the largest rank in use, after an adapter of a larger rank has gone."""

@@ -1,6 +1,6 @@
 """Where the frozen projections A and B come from: pure descriptions that can be drawn again at any time.
 
-A source is immutable, hashable and cheap to compare; two layers whose sources are equal share their tensors. All
+A scheme is immutable, hashable and cheap to compare; two layers whose schemes are equal share their tensors. All
 draws are rank-major, (rank, width), float32, whatever the base model's dtype.
 """
 
@@ -28,23 +28,23 @@ _SAMPLED_ROWS = (0, 1, 63)
 _SAMPLED_WIDTH = 64
 
 
-class Source(Protocol):
+class Scheme(Protocol):
     """One pair of (conceptually unbounded or fixed-size) projections A and B."""
 
     def storage_width(self, side: Side, features: int) -> int:
-        """Return the width of the tensor from which a layer with this many features takes its corner."""
+        """Return the width of the tensor from which a layer with this many features takes its view."""
         ...
 
     def draw(self, side: Side, rows: range, width: int, device: torch.device) -> Tensor:
         """Return float32 (len(rows), width): these rank indices of one side."""
         ...
 
-    def gain(self, rank: int) -> float:
+    def scale(self, rank: int) -> float:
         """Return the factor by which `d` is multiplied in every product, because B is stored without it."""
         ...
 
     def fingerprint(self) -> str:
-        """Return 16 hexadecimal digits that differ if any projection of this source would."""
+        """Return 16 hexadecimal digits that differ if any projection of this scheme would."""
         ...
 
 
@@ -57,14 +57,14 @@ def _digest(header: dict[str, object], tensors: Sequence[Tensor]) -> str:
 
 @dataclass(frozen=True)
 class PerDimension:
-    """The `per_dimension` scheme: each width takes its corner of one infinite random matrix for each side.
+    """The `per_dimension` scheme: each width takes its view of one infinite random matrix for each side.
 
     With u[k, j] uniform on (-1, 1), a function of (key, side, k, j) alone, Kaiming-uniform with gain sqrt(2) is
 
         A[k, j] = sqrt(6 / in) u_A[k, j]        and        B[j, k] = sqrt(6 / r) u_B[k, j].
 
     A is stored scaled, as its fan-in is its own width. B's fan-in is the rank, so B is stored as u_B and sqrt(6 / r)
-    is the `gain` folded into d: rank 64 is then, bit for bit, the first 64 rows of rank 256.
+    is the `scale` folded into d: rank 64 is then, bit for bit, the first 64 rows of rank 256.
     """
 
     key: int
@@ -76,7 +76,7 @@ class PerDimension:
         unit = symmetric_uniform(self.key, ("AB".index(side), PER_DIMENSION_VERSION), rows, width, device)
         return unit.mul_(math.sqrt(6.0 / width)) if side == "A" else unit
 
-    def gain(self, rank: int) -> float:
+    def scale(self, rank: int) -> float:
         return math.sqrt(6.0 / rank)
 
     def one_hot_columns(self, rank: int, columns: Tensor) -> Tensor:
@@ -94,24 +94,24 @@ class PerDimension:
 
 @lru_cache(maxsize=256)
 def _per_dimension_fingerprint(key: int) -> str:
-    source, cpu = PerDimension(key), torch.device("cpu")
+    scheme, cpu = PerDimension(key), torch.device("cpu")
     sides: tuple[Side, Side] = ("A", "B")
     with torch.inference_mode(False):
         samples = [
-            source.draw(side, range(row, row + 1), _SAMPLED_WIDTH, cpu) for side in sides for row in _SAMPLED_ROWS
+            scheme.draw(side, range(row, row + 1), _SAMPLED_WIDTH, cpu) for side in sides for row in _SAMPLED_ROWS
         ]
         header = {
             "scheme": "per_dimension",
             "version": PER_DIMENSION_VERSION,
             "key": key,
-            "gain": [source.gain(rank).hex() for rank in (1, 64, 256)],
+            "gain": [scheme.scale(rank).hex() for rank in (1, 64, 256)],
         }
         return _digest(header, samples)
 
 
 @dataclass(frozen=True)
 class PeftShared:
-    """PEFT's scheme: one A (r, max_in) and one B (max_out, r) from a seeded torch generator, corners for each layer.
+    """PEFT's scheme: one A (r, max_in) and one B (max_out, r) from a seeded torch generator, views for each layer.
 
     The values depend on torch's CPU generator, and the fan-in of A is the widest layer's. It is here to load, train
     and write PEFT's own VeRA checkpoints.
@@ -141,7 +141,7 @@ class PeftShared:
         empty = torch.empty(shape, dtype=torch.float32, device="cpu")
         return empty.uniform_(-bound, bound, generator=generator)
 
-    def gain(self, rank: int) -> float:
+    def scale(self, rank: int) -> float:
         return 1.0
 
     def fingerprint(self) -> str:
@@ -149,13 +149,13 @@ class PeftShared:
 
 
 @lru_cache(maxsize=32)
-def _peft_fingerprint(source: PeftShared) -> str:
+def _peft_fingerprint(scheme: PeftShared) -> str:
     cpu = torch.device("cpu")
-    rows = [row for row in _SAMPLED_ROWS if row < source.r]
+    rows = [row for row in _SAMPLED_ROWS if row < scheme.r]
     with torch.inference_mode(False):
-        a = source.draw("A", range(source.r), min(source.max_in, _SAMPLED_WIDTH), cpu)
-        b = source.draw("B", range(source.r), min(source.max_out, _SAMPLED_WIDTH), cpu)
-        header = {"scheme": "peft", "key": source.key, "shape": [source.r, source.max_in, source.max_out]}
+        a = scheme.draw("A", range(scheme.r), min(scheme.max_in, _SAMPLED_WIDTH), cpu)
+        b = scheme.draw("B", range(scheme.r), min(scheme.max_out, _SAMPLED_WIDTH), cpu)
+        header = {"scheme": "peft", "key": scheme.key, "shape": [scheme.r, scheme.max_in, scheme.max_out]}
         return _digest(header, [a[rows], b[rows]])
 
 
@@ -181,7 +181,7 @@ class Stored:
         stored = self.a if side == "A" else self.b
         return stored[rows.start : rows.stop, :width].to(device).contiguous()
 
-    def gain(self, rank: int) -> float:
+    def scale(self, rank: int) -> float:
         return 1.0
 
     def fingerprint(self) -> str:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 
-def how_spread(tensor: Tensor | None) -> str | None:
+def describe_sharding(tensor: Tensor | None) -> str | None:
     """Return how a tensor is spread over processes at the moment, or None if it is whole here."""
     found: Any = tensor
     if hasattr(found, "device_mesh"):  # tensor parallelism, FSDP2

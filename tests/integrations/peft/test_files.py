@@ -86,14 +86,14 @@ def test_peft_loads_native_files_and_veratune_what_peft_makes_of_them(
     # PEFT leaves trained biases trainable.
     assert not any(p.requires_grad for n, p in loaded.named_parameters() if not n.endswith(".bias"))
     assert torch.equal(outputs(loaded, kind), expected)
-    assert loaded.peft_config["default"].fingerprint == model.projection_source("default").fingerprint()
+    assert loaded.peft_config["default"].fingerprint == model.projection_scheme("default").fingerprint()
     loaded.save_pretrained(tmp_path / "plug-in")
     again = peft.PeftModel.from_pretrained(tiny_model(kind), tmp_path / "plug-in")
     assert torch.equal(outputs(again, kind), expected)
     back = VeraModel.from_pretrained(tiny_model(kind), tmp_path / "plug-in")
     assert torch.equal(outputs(back, kind), expected)
     assert_equal(vectors(back), vectors(model))
-    assert back.projection_source("default") == model.projection_source("default")
+    assert back.projection_scheme("default") == model.projection_scheme("default")
 
 
 @EVERY

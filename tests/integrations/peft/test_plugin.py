@@ -267,7 +267,7 @@ def test_a_safe_merge_that_fails_leaves_all_layers_as_they_were() -> None:
 
 def test_merging_a_second_adapter_into_eight_bits_adds_each_once() -> None:
     bitsandbytes = pytest.importorskip("bitsandbytes")
-    from veratune.layers import quantized as quantised
+    from veratune.layers import quantized
 
     plain = nn.Sequential(nn.Linear(64, 64))
     layer = bitsandbytes.nn.Linear8bitLt(64, 64, has_fp16_weights=False, threshold=0.0)
@@ -281,13 +281,13 @@ def test_merging_a_second_adapter_into_eight_bits_adds_each_once() -> None:
             for vector in tuned.vectors(name):
                 vector.normal_(std=0.3)
         model(x)
-        before = quantised.dequantised(tuned.base_layer)
+        before = quantized.dequantized(tuned.base_layer)
         expected = before + tuned.get_delta_weight("default") + tuned.get_delta_weight("other")
         for name in ("default", "other"):
             model.merge_adapter([name])
             model(x)
         scale = float(expected.abs().max())
-        assert float((quantised.dequantised(tuned.base_layer) - expected).abs().max()) < 0.02 * scale
+        assert float((quantized.dequantized(tuned.base_layer) - expected).abs().max()) < 0.02 * scale
         model.unmerge_adapter()
         model(x)
-        assert torch.equal(quantised.dequantised(tuned.base_layer), before)
+        assert torch.equal(quantized.dequantized(tuned.base_layer), before)

@@ -148,7 +148,7 @@ class TestEveryKind:
         with pytest.warns(UserWarning, match=r"default was active .* Setting active adapter to other"):
             model.delete_adapter("default")
         assert list(model.peft_config) == ["other"] and model.active_adapters == ["other"]
-        assert all(list(layer.slots) == ["other"] and layer.active_adapters == ["other"] for layer in layers(model))
+        assert all(list(layer.entries) == ["other"] and layer.active_adapters == ["other"] for layer in layers(model))
         assert torch.equal(outputs(model, kind), second) and not vectors_of(model)
         model.delete_adapter("other")
         # A PeftModel without adapters cannot be called in PEFT, what is in it can.

@@ -261,7 +261,7 @@ def test_biases(peft_config: Make, kind: str, bias: str) -> None:
         assert relative(outputs(model, kind), outputs(base(kind), kind)) > 1e-3
     with pytest.raises(ValueError, match="only 1 adapter with bias"):
         model.add_adapter("other", peft_config(kind, bias="all"))
-    assert "other" not in {name for layer in model.modules() if isinstance(layer, TunedLayer) for name in layer.slots}
+    assert "other" not in {name for layer in model.modules() if isinstance(layer, TunedLayer) for name in layer.entries}
 
 
 # Which layers
@@ -296,7 +296,7 @@ def test_target_modules(peft_config: Make, wanted: Any, expected: list[str]) -> 
     model = peft.get_peft_model(base("llama"), peft_config(target_modules=wanted))
     assert model.base_model.targeted_module_names == [f"model.{name}" for name in expected]
     model.add_adapter("other", peft_config(target_modules=wanted))
-    assert all(set(m.slots) == {"default", "other"} for m in model.modules() if isinstance(m, TunedLayer))
+    assert all(set(m.entries) == {"default", "other"} for m in model.modules() if isinstance(m, TunedLayer))
     assert torch.equal(outputs(model, "llama"), outputs(base("llama"), "llama"))
 
 

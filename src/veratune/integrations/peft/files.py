@@ -146,7 +146,7 @@ def _peft_tensors(native: LoadedAdapter, peft_model: Any, adapter_name: str) -> 
     base: nn.Module = peft_model.get_base_model()
     names = module_names(peft_model)
     places = {id(module): name for name, module in peft_model.named_modules() if not names[name].wrapper}
-    layers = {name: layer for name, layer in adapted_layers(base).items() if adapter_name in layer.slots}
+    layers = {name: layer for name, layer in adapted_layers(base).items() if adapter_name in layer.entries}
     check_named(peft_model.peft_config[adapter_name], native, set(layers))
     tensors: dict[str, Tensor] = {}
     for name, layer in layers.items():

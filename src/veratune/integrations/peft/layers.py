@@ -15,7 +15,7 @@ class TunedLayer(BaseTunerLayer):
     """What PEFT wants of a layer, on top of a `VeraLayer`."""
 
     adapter_layer_names = ("vera_lambda_b", "vera_lambda_d")
-    other_param_names = ("vera_dropout", "slots")
+    other_param_names = ("vera_dropout", "entries")
     # What was merged when the adapters were disabled.
     _taken_out: Sequence[str] = ()
     # What was trainable then.
@@ -72,7 +72,7 @@ class TunedLayer(BaseTunerLayer):
         self._disable_adapters = not enabled
         layer._choose_added()
         if enabled:
-            self.merge_again([name for name in self._taken_out if name in layer.slots])
+            self.merge_again([name for name in self._taken_out if name in layer.entries])
             self._taken_out = self._frozen = []
 
     def _take_out(self) -> None:
@@ -99,7 +99,7 @@ class TunedLayer(BaseTunerLayer):
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Let a weight with these adapters' deltas stand in for the layer's."""
         layer: Any = self
-        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in layer.slots]
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in layer.entries]
         if not names:
             return
         layer.check_mergeable(names, safe=safe_merge, called=str(layer.base_layer))

@@ -23,7 +23,7 @@ def adapter_layers(model: nn.Module, adapter_name: str) -> Iterator[tuple[Module
     names = module_names(model)
     for name, module in model.named_modules():
         layer: Any = module
-        if isinstance(module, TunedLayer) and adapter_name in layer.slots:
+        if isinstance(module, TunedLayer) and adapter_name in layer.entries:
             yield names[name], layer
 
 

@@ -30,14 +30,14 @@ except ImportError:
 import torch
 from torch import Tensor, nn
 
-from veratune.adapters.adapted_model import check_adapter_name, input_groups, make_source, vector_dtype
+from veratune.adapters.adapted_model import check_adapter_name, input_groups, make_scheme, vector_dtype
 from veratune.adapters.surgery import StructureBefore, prepare, undone_on_error
 from veratune.adapters.targets import (
     ModuleName,
     Target,
     adapted_layers,
+    check_not_sharded,
     check_settings,
-    check_whole,
     module_names,
     parameter_targets,
     parts_of,
@@ -52,15 +52,15 @@ from veratune.integrations.peft.layers import TunedLayer, TunedModule, tuned_lay
 from veratune.integrations.peft.matching import is_meant
 from veratune.integrations.peft.saving import saving
 from veratune.integrations.peft.state import tensors_to_load, tensors_to_save, without_adapter_name
-from veratune.layers import ComputeSettings, InputGroup, Slot, VectorInit, VeraLinear
+from veratune.layers import AdapterEntry, ComputeSettings, InputGroup, VectorInit, VeraLinear
 from veratune.layers.guards import guard_loading
-from veratune.layers.input_cache import SharedDown
+from veratune.layers.input_cache import InputCache
 from veratune.layers.quantized import keep_differentiable, leave_to_library
 from veratune.layers.registry import adaptable_parameters, geometry, layer_class, why_not_adaptable
 from veratune.ops.calibration import load_calibration
 from veratune.ops.planning import MemoryName, RouteName
 from veratune.projections.pool import projection_pool
-from veratune.projections.schemes import Side, Source, Stored
+from veratune.projections.schemes import Scheme, Side, Stored
 from veratune.utils.torch_private import follow_replacement
 
 
@@ -175,14 +175,14 @@ class _Plan:
 
     Attributes:
         config: its settings.
-        source: its projections.
+        scheme: its projections.
         layers: the layers to adapt, by the id of the module or of the tuned layer that another adapter made of it.
         parameters: the parameters to adapt that their modules read themselves.
         groups: what layers of one input have in common, by the target's name.
     """
 
     config: VeraConfig
-    source: Source
+    scheme: Scheme
     layers: dict[int, Target]
     parameters: list[Target]
     groups: dict[str, InputGroup]
@@ -324,10 +324,10 @@ class VeratuneTuner(BaseTuner):
         if not targets:
             return  # PEFT says so
         check_settings(config, targets)
-        check_whole(targets)
-        source = make_source(config, targets)
-        self._check_projections(peft_config, source)
-        self._plan = _Plan(config, source, layers, parameters, input_groups(targets, source))
+        check_not_sharded(targets)
+        scheme = make_scheme(config, targets)
+        self._check_projections(peft_config, scheme)
+        self._plan = _Plan(config, scheme, layers, parameters, input_groups(targets, scheme))
 
     def _matched_layers(self, peft_config: Any, config: VeraConfig, model: nn.Module) -> dict[int, Target]:
         """Return the layers that PEFT is about to hand over, having checked that they can be adapted."""
@@ -420,7 +420,7 @@ class VeratuneTuner(BaseTuner):
         layer.add_adapter(
             adapter_name,
             target.name,
-            plan.source,
+            plan.scheme,
             # PEFT widens half-precision vectors itself, after this.
             VectorInit(target.rank, config.d_initial, config.init_weights, vector_dtype(weight.dtype, autocast=False)),
             ComputeSettings(config.vera_dropout, config.route, config.memory),
@@ -504,9 +504,9 @@ class VeratuneTuner(BaseTuner):
         settings: VeraConfig = peft_config.checked()
         return settings
 
-    def _check_projections(self, peft_config: Any, source: Source) -> None:
+    def _check_projections(self, peft_config: Any, scheme: Scheme) -> None:
         """Note the projections' fingerprint, after making sure that they are those it was trained with."""
-        peft_config.fingerprint = source.fingerprint()
+        peft_config.fingerprint = scheme.fingerprint()
         if peft_config._expected not in (None, peft_config.fingerprint):
             found = peft_config.fingerprint
             raise other_projections("this adapter", peft_config.checked(), peft_config._expected, found)
@@ -532,7 +532,7 @@ class PeftVeraTuner(VeratuneTuner):
                 )
         return found
 
-    def _check_projections(self, peft_config: Any, source: Source) -> None:
+    def _check_projections(self, peft_config: Any, scheme: Scheme) -> None:
         pass  # PEFT's files have no fingerprint, but may have the projections
 
     @classmethod
@@ -548,8 +548,8 @@ class PeftVeraTuner(VeratuneTuner):
             model, config, adapter_name, state_dict, unwanted_adapter_names
         )
         if config.save_projection:
-            source = _slots(model, adapter_name)[0].a.projection.source
-            a, b = (source.draw(s, range(config.r), _width(source, s), torch.device("cpu")) for s in _SIDES)
+            scheme = _entries(model, adapter_name)[0].a.projection.scheme
+            a, b = (scheme.draw(s, range(config.r), _width(scheme, s), torch.device("cpu")) for s in _SIDES)
             found[f"base_model.vera_A.{adapter_name}"] = a
             found[f"base_model.vera_B.{adapter_name}"] = b.t().contiguous()
         return found
@@ -572,36 +572,36 @@ _SIDES: tuple[Side, Side] = ("A", "B")
 _PROJECTION_KEYS = ("base_model.vera_A", "base_model.vera_B")
 
 
-def _slots(model: nn.Module, adapter_name: str) -> list[Slot]:
+def _entries(model: nn.Module, adapter_name: str) -> list[AdapterEntry]:
     layers: list[Any] = [module for module in model.modules() if isinstance(module, TunedLayer)]
-    return [layer.slots[adapter_name] for layer in layers if adapter_name in layer.slots]
+    return [layer.entries[adapter_name] for layer in layers if adapter_name in layer.entries]
 
 
-def _width(source: Any, side: Side) -> int:
+def _width(scheme: Any, side: Side) -> int:
     """Return the width of one side of PEFT's projections, drawn or read from a file."""
-    if isinstance(source, Stored):
-        return int((source.a if side == "A" else source.b).shape[1])
-    return int(source.max_in if side == "A" else source.max_out)
+    if isinstance(scheme, Stored):
+        return int((scheme.a if side == "A" else scheme.b).shape[1])
+    return int(scheme.max_in if side == "A" else scheme.max_out)
 
 
 def _use_projections(model: nn.Module, adapter_name: str, a: Tensor, b: Tensor) -> None:
     """Let an adapter use projections from a file where they are not those that its key gives here."""
-    slots = _slots(model, adapter_name)
-    source = slots[0].a.projection.source
+    entries = _entries(model, adapter_name)
+    scheme = entries[0].a.projection.scheme
     stored = Stored.from_tensors(a, b)
     cpu = torch.device("cpu")
-    drawn = [source.draw(side, range(a.shape[0]), _width(source, side), cpu) for side in _SIDES]
+    drawn = [scheme.draw(side, range(a.shape[0]), _width(scheme, side), cpu) for side in _SIDES]
     if torch.equal(drawn[0], stored.a) and torch.equal(drawn[1], stored.b):
         return
     groups: dict[int, InputGroup] = {}
     layers: list[Any] = [module for module in model.modules() if isinstance(module, TunedLayer)]
     for layer in layers:
-        slot = layer.slots.get(adapter_name)
-        if slot is not None:
-            corner = projection_pool.corner(stored, "A", slot.rank, layer.in_features)
-            group = groups.setdefault(id(slot.group), InputGroup(corner, SharedDown(), slot.group.size))
-            own = projection_pool.corner(stored, "B", slot.rank, layer.out_features)
-            layer.slots[adapter_name] = replace(slot, group=group, b=(own,), gain=stored.gain(slot.rank))
+        entry = layer.entries.get(adapter_name)
+        if entry is not None:
+            view = projection_pool.view(stored, "A", entry.rank, layer.in_features)
+            group = groups.setdefault(id(entry.group), InputGroup(view, InputCache(), entry.group.size))
+            own = projection_pool.view(stored, "B", entry.rank, layer.out_features)
+            layer.entries[adapter_name] = replace(entry, group=group, b=(own,), scale=stored.scale(entry.rank))
 
 
 @contextmanager
