@@ -1,8 +1,8 @@
-"""The chooser against the measured best of all plans, for a forward pass and for a training step of one layer.
+"""The chooser against the measured best of all routes, for a forward pass and for a training step of one layer.
 
     python benchmarks/choice.py --budget 240
 
-Every plan that `routing.possible_plans` allows is measured at points (in, out, r, T); those that take half as long
+Every route that `possible_choices` allows is measured at points (in, out, r, T); those that take half as long
 again as the fastest, and 4 ms more, when warm are measured once only. The choice is made with the built-in constants,
 and with those that `veratune.calibrate` measures on this machine. It counts as good within 5 % of the best.
 """
@@ -19,8 +19,11 @@ from torch import Tensor
 import veratune
 from common import Benchmark, Case, Table, Target, Times, Work, interleave, new_case, progress
 from veratune.ops.calibration import device_profile
-from veratune.ops.linear import vera_linear
-from veratune.ops.planning import LayerShape, Plan, choose_plan, possible_plans
+from veratune.ops.costs import LayerShape
+from veratune.ops.factors import Factors
+from veratune.ops.linear import adapted_linear
+from veratune.ops.planning import RouteChoice, choose_route, possible_choices
+from veratune.projections.structure import Matrix
 
 SHAPES = (
     (384, 384),
@@ -49,7 +52,7 @@ def all_points() -> list[LayerShape]:
 
 
 class Layer:
-    """One layer's tensors, on which any plan can run."""
+    """One layer's tensors, on which any route can run."""
 
     def __init__(self, shape: LayerShape, dtype: torch.dtype) -> None:
         n, m, r, tokens = shape.in_features, shape.out_features, shape.rank, shape.tokens
@@ -59,36 +62,37 @@ class Layer:
 
         self.x = random_tensor(tokens, n).requires_grad_()
         self.gradient = random_tensor(tokens, m)
-        self.frozen = random_tensor(m, n), None, random_tensor(r, n), random_tensor(r, m)
+        self.weight = random_tensor(m, n)
+        self.projections = Matrix(random_tensor(r, n)), Matrix(random_tensor(r, m))
         self.b = torch.full((m,), 0.01, requires_grad=True)
         self.d = torch.full((r,), 0.1, requires_grad=True)
 
-    def run(self, plan: Plan) -> Tensor:
-        """Return the layer's output, computed by a plan."""
-        return vera_linear(self.x, *self.frozen, self.b, self.d, 1.0, plan)
+    def run(self, choice: RouteChoice) -> Tensor:
+        """Return the layer's output, computed by a route."""
+        return adapted_linear(self.x, self.weight, None, Factors(*self.projections, self.b, self.d, 1.0), choice)
 
-    def work(self, plan: Plan, kind: str) -> Work:
-        """Return what runs a plan, forward only or forward and backward."""
+    def work(self, choice: RouteChoice, kind: str) -> Work:
+        """Return what runs a route, forward only or forward and backward."""
         if kind == "forward":
-            return torch.no_grad()(lambda: self.run(plan))
-        return lambda: torch.autograd.grad(self.run(plan), (self.x, self.b, self.d), self.gradient)
+            return torch.no_grad()(lambda: self.run(choice))
+        return lambda: torch.autograd.grad(self.run(choice), (self.x, self.b, self.d), self.gradient)
 
 
 def near_the_best(seconds: dict[str, float]) -> set[str]:
-    """Return the plans that may still turn out to be the fastest; a short run may have been held up."""
+    """Return the routes that may still turn out to be the fastest; a short run may have been held up."""
     limit = 1.5 * min(seconds.values()) + 0.004
     return {name for name, value in seconds.items() if value <= limit}
 
 
 def measure(shape: LayerShape, dtype_name: str, rounds: int) -> Case:
-    """Time all plans of one point."""
+    """Time all routes of one point."""
     n, m, r, tokens = shape.in_features, shape.out_features, shape.rank, shape.tokens
     key = f"{n}->{m} r={r} T={tokens} {dtype_name}"
     case = new_case(key, shape=[n, m], r=r, tokens=tokens, dtype=dtype_name, chosen={})
     layer = Layer(shape, getattr(torch, dtype_name))
     for kind in KINDS:
-        plans = possible_plans("auto", "balanced", shape, training=kind == "training", weight_readable=True)
-        works = {str(plan): layer.work(plan, kind) for plan in plans}
+        choices = possible_choices("auto", "balanced", shape, training=kind == "training", weight_readable=True)
+        works = {str(choice): layer.work(choice, kind) for choice in choices}
         case[kind] = interleave(works, rounds, least_seconds=0.005, worth_repeating=near_the_best)
     return case
 
@@ -99,14 +103,14 @@ def choose(cases: list[Case], profile_name: str) -> None:
         profile = device_profile(torch.device("cpu"), getattr(torch, case["dtype"]))
         shape = LayerShape(*case["shape"], case["r"], case["tokens"])
         case["chosen"][profile_name] = {
-            kind: str(choose_plan("auto", "balanced", shape, profile, training=kind == "training")) for kind in KINDS
+            kind: str(choose_route("auto", "balanced", shape, profile, training=kind == "training")) for kind in KINDS
         }
 
 
 def regret(case: Case, kind: str, profile: str) -> float:
-    """Return the time of the chosen plan relative to the best one's."""
+    """Return the time of the chosen route relative to the best one's."""
     times: Times = case[kind]
-    medians = {plan: statistics.median(values) for plan, values in times.items()}
+    medians = {route: statistics.median(values) for route, values in times.items()}
     return medians[case["chosen"][profile][kind]] / min(medians.values())
 
 
@@ -136,11 +140,11 @@ def _summary(cases: list[Case]) -> Table:
 def _points(cases: list[Case], kind: str) -> Table:
     rows = []
     for case in sorted(cases, key=lambda case: (case["dtype"], list(case["shape"]), case["r"], case["tokens"])):
-        medians = {plan: statistics.median(values) for plan, values in case[kind].items()}
-        best = min(medians, key=lambda plan: medians[plan])
+        medians = {route: statistics.median(values) for route, values in case[kind].items()}
+        best = min(medians, key=lambda route: medians[route])
         chosen = [f"{case['chosen'][profile][kind]} ({regret(case, kind, profile):.2f})" for profile in PROFILES]
         rows.append((case["key"], best, f"{1e3 * medians[best]:.3g}", *chosen))
-    header = ("", "best plan", "its ms", "chosen (time relative to the best)", "chosen after calibrate")
+    header = ("", "best route", "its ms", "chosen (time relative to the best)", "chosen after calibrate")
     return Table(f"Points, {kind}", header, rows)
 
 

@@ -11,17 +11,16 @@ from dataclasses import dataclass
 from typing import Any, Literal, NoReturn, TypeVar
 
 from veratune.ops.planning import MEMORY_NAMES, ROUTE_NAMES, MemoryName, RouteName
+from veratune.projections.schemes import SCHEMES
 from veratune.utils.patterns import PatternError, pattern
 from veratune.utils.text import clipped
 
 PEFT_TYPE = "VERATUNE"
 
 Bias = Literal["none", "all", "vera_only"]
-ProjectionScheme = Literal["per_dimension", "peft"]
 TASK_TYPES = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "CAUSAL_LM", "SEQ_2_SEQ_LM", "FEATURE_EXTRACTION")
 
 _BIASES = ("none", "all", "vera_only")
-_PROJECTIONS = ("per_dimension", "peft")
 _KEY_RANGE = range(-(1 << 63), 1 << 64)
 _LARGEST_RANK = 1 << 20
 _LARGEST_INDEX = (1 << 63) - 1
@@ -155,7 +154,7 @@ class VeraConfig:
     bias: Bias = "none"
     init_weights: bool = True
     projection_prng_key: int = 0
-    projection: ProjectionScheme = "per_dimension"
+    projection: str = "per_dimension"
     save_projection: bool = False
     route: RouteName = "auto"
     memory: MemoryName = "balanced"
@@ -185,7 +184,7 @@ class VeraConfig:
         if not 0.0 <= self.vera_dropout < 1.0:
             raise _bad("vera_dropout", self.vera_dropout, "a probability in [0, 1)")
         _check_choice("bias", self.bias, _BIASES)
-        _check_choice("projection", self.projection, _PROJECTIONS)
+        _check_choice("projection", self.projection, tuple(SCHEMES))
         _check_choice("route", self.route, ROUTE_NAMES)
         _check_choice("memory", self.memory, MEMORY_NAMES)
         self.task_type = _task_type(self.task_type)
@@ -221,15 +220,15 @@ class VeraConfig:
                 f"route='dense' cannot be combined with vera_dropout={self.vera_dropout!r}: one weight for both parts"
                 " of a layer cannot leave out inputs of the adapter's part alone; use route='auto', or vera_dropout=0.0"
             )
-        if self.projection == "peft" and self.fused_parts:
+        if SCHEMES[self.projection].one_rank_linear_only and self.fused_parts:
             raise ValueError(
-                f"fused_parts={self.fused_parts!r} cannot be combined with projection='peft', which knows one d for a"
-                " layer: use projection='per_dimension', or leave fused_parts out"
+                f"fused_parts={self.fused_parts!r} cannot be combined with projection={self.projection!r}, which has"
+                " one d for a layer: use projection='per_dimension', or leave fused_parts out"
             )
-        if self.projection == "peft" and self.rank_pattern:
+        if SCHEMES[self.projection].one_rank_linear_only and self.rank_pattern:
             raise ValueError(
-                f"rank_pattern={self.rank_pattern!r} cannot be combined with projection='peft', whose A and B have one"
-                " rank for all layers: use projection='per_dimension', or leave rank_pattern out"
+                f"rank_pattern={self.rank_pattern!r} cannot be combined with projection={self.projection!r}, whose A"
+                " and B have one rank for all layers: use projection='per_dimension', or leave rank_pattern out"
             )
 
     def _is_regex(self) -> bool:

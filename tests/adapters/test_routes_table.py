@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from veratune import VeraConfig, get_peft_model
-from veratune.ops.planning import Plan
+from veratune.ops.planning import RouteChoice
 
 
 def model(**settings):
@@ -16,36 +16,36 @@ def test_the_table_names_what_the_layers_do(monkeypatch):
     seen = []
     from veratune.layers import products
 
-    original = products.vera_linear
+    original = products.adapted_linear
 
     def note(*args, **kwargs):
-        seen.append(args[8])
+        seen.append(args[4])
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(products, "vera_linear", note)
+    monkeypatch.setattr(products, "adapted_linear", note)
     for tokens in (1, 100, 3000):
         seen.clear()
         adapted(torch.randn(tokens, 384))
-        assert [routes.chosen.plan for routes in adapted.explain_routes(tokens)] == seen
+        assert [routes.chosen.choice for routes in adapted.explain_routes(tokens)] == seen
         with torch.no_grad():
             seen.clear()
             adapted(torch.randn(tokens, 384))
-            assert [routes.chosen.plan for routes in adapted.explain_routes(tokens, training=False)] == seen
+            assert [routes.chosen.choice for routes in adapted.explain_routes(tokens, training=False)] == seen
 
 
-def test_the_chosen_plan_is_the_fastest_alternative():
+def test_the_chosen_route_is_the_fastest_alternative():
     for routes in model(r=64).explain_routes(512):
         assert routes.alternatives[0].seconds == routes.chosen.seconds
         assert routes.shape.tokens == 512
-        assert len({e.plan for e in routes.alternatives}) == len(routes.alternatives) > 3
+        assert len({e.choice for e in routes.alternatives}) == len(routes.alternatives) > 3
 
 
 def test_settings_limit_the_alternatives():
-    assert {e.plan for e in model(r=64, route="dense").explain_routes(4096)[0].alternatives} == {
-        Plan("dense", "dense", keep=True)
+    assert {e.choice for e in model(r=64, route="dense").explain_routes(4096)[0].alternatives} == {
+        RouteChoice("dense", keep=True)
     }
-    assert all(e.plan.output != "dense" for e in model(r=64, vera_dropout=0.1).explain_routes(4096)[0].alternatives)
-    assert not any(e.plan.keep for e in model(r=64, memory="low").explain_routes(4096)[0].alternatives)
+    assert all(not e.choice.reads_weight for e in model(r=64, vera_dropout=0.1).explain_routes(4096)[0].alternatives)
+    assert not any(e.choice.keep for e in model(r=64, memory="low").explain_routes(4096)[0].alternatives)
 
 
 def test_printing():
@@ -80,6 +80,6 @@ def test_layers_without_a_choice_are_left_out_and_quantized_ones_counted_in_numb
     whole = get_peft_model(nn.Sequential(nn.Linear(256, 512)), VeraConfig(r=64, target_modules=["0"]))
     packed = get_peft_model(nn.Sequential(nn.Linear(256, 512)), VeraConfig(r=64, target_modules=["0"]))
     packed.base_model[0].base_layer.weight = nn.Parameter(torch.zeros(1, 2, dtype=torch.uint8), requires_grad=False)
-    expected = {str(e.plan): e.saved_bytes for e in whole.explain_routes(128)[0].alternatives}
+    expected = {str(e.choice): e.saved_bytes for e in whole.explain_routes(128)[0].alternatives}
     for found in packed.explain_routes(128)[0].alternatives:
-        assert found.plan.output != "dense" and found.saved_bytes == expected[str(found.plan)]
+        assert not found.choice.reads_weight and found.saved_bytes == expected[str(found.choice)]

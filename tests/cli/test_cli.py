@@ -162,7 +162,7 @@ def test_inspecting_a_lora(adapter: Path, tmp_path: Path, capsys: pytest.Capture
     assert values["matrix_parameters"] == sum(4 * (x.in_features + x.out_features) for x in vera.values())
     for name, layer in vera.items():
         b, d = (vector.detach() for vector in layer.vectors("default"))
-        a_projection = layer.entries["default"].a.tensor(torch.device("cpu"), torch.float32)
+        a_projection = layer.entries["default"].a.values(torch.device("cpu"), torch.float32)
         assert layers[name]["shapes"] == {"lora_A": [4, layer.in_features], "lora_B": [layer.out_features, 4]}
         assert layers[name]["a_norm"] == pytest.approx(float((d[:, None] * a_projection).norm()), rel=1e-4)
         assert layers[name]["b_norm"] > 0 and b.norm() > 0

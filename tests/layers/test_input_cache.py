@@ -12,6 +12,7 @@ from reference import randomise
 from veratune import VeraConfig, get_peft_model
 from veratune.layers.input_cache import InputCache
 from veratune.ops.linear import project
+from veratune.projections.structure import Matrix
 
 
 class Attention(nn.Module):
@@ -85,7 +86,7 @@ def test_the_same_layer_twice_on_one_tensor_computes_twice(products):
 
 def test_nothing_outlives_the_input():
     model = adapted(route="factored")
-    memo = model.base_model[0].q.entries["default"].group.xa
+    memo = model.base_model[0].q.entries["default"].group.cache
     x = torch.randn(5, 6, dtype=torch.float64)
     with torch.no_grad():
         model(x)
@@ -156,17 +157,17 @@ def test_copies_have_memos_of_their_own():
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         groups = [getattr(twin.base_model[0], name).entries["default"].group for name in "qkv"]
         assert groups[0] is groups[1] is groups[2]
-        assert groups[0].xa is not model.base_model[0].q.entries["default"].group.xa
-        assert groups[0].xa._entry is None
+        assert groups[0].cache is not model.base_model[0].q.entries["default"].group.cache
+        assert groups[0].cache._entry is None
         assert torch.equal(twin(x), expected)
 
 
 def test_a_memo_holds_one_product():
     memo = InputCache()
-    a = torch.randn(3, 6)
+    a = Matrix(torch.randn(3, 6))
     x, y = torch.randn(4, 6), torch.randn(4, 6)
-    first = memo.get("q", x, a, lambda: project(x, a))
-    assert memo.get("k", x, a, lambda: pytest.fail("computed again")) is first
-    second = memo.get("q", y, a, lambda: project(y, a))
+    first = memo.get("q", x, a.values, lambda: project(x, a))
+    assert memo.get("k", x, a.values, lambda: pytest.fail("computed again")) is first
+    second = memo.get("q", y, a.values, lambda: project(y, a))
     assert second is not first
-    assert memo.get("v", y, a, lambda: pytest.fail("computed again")) is second
+    assert memo.get("v", y, a.values, lambda: pytest.fail("computed again")) is second

@@ -607,7 +607,7 @@ def test_what_experts_keep_for_the_backward_pass_is_the_product_with_a() -> None
 
     entry = layer.entries["default"]
     constants = sum(t.nbytes for t in layer.vectors("default"))
-    constants += sum(c.tensor(x.device, x.dtype).nbytes for c in entry.views)
+    constants += sum(c.values(x.device, x.dtype).nbytes for c in entry.views)
     assert saved(layer.weight.transpose(1, 2)) - saved(base) <= constants + 40 * (
         3 * 4 + 8 + 1
     )  # x A^T, the groups, a mask

@@ -240,7 +240,7 @@ def test_deepcopy_is_independent_and_shares_projections():
     twin = copy.deepcopy(model)
     assert torch.equal(twin(x), expected)
     entries = model.first.entries["default"], twin.first.entries["default"]
-    pointers = [entry.a.tensor(x.device, x.dtype).data_ptr() for entry in entries]
+    pointers = [entry.a.values(x.device, x.dtype).data_ptr() for entry in entries]
     assert pointers[0] == pointers[1]
     randomise(twin)
     assert torch.equal(model(x), expected)
@@ -387,7 +387,7 @@ def test_two_adapters_with_many_tokens_are_one_product(monkeypatch):
     randomise(model)
     x = torch.randn(4096, 48, dtype=torch.float64, requires_grad=True)
     w, bias = weights(model.base_model[0], {"default": 0, "other": 3})
-    monkeypatch.setattr(products, "vera_add", lambda *_, **__: pytest.fail("a product for every token"))
+    monkeypatch.setattr(products, "residual", lambda *_, **__: pytest.fail("a product for every token"))
     output = model(x)
     torch.testing.assert_close(output, x @ w.t() + bias, rtol=1e-6, atol=1e-6)
     (gradient,) = torch.autograd.grad(output.sum(), x)

@@ -1,4 +1,3 @@
-import itertools
 from dataclasses import replace
 
 import pytest
@@ -6,33 +5,37 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from veratune.ops.calibration import device_profile
-from veratune.ops.linear import vera_linear
+from veratune.ops.costs import LayerShape
+from veratune.ops.factors import Factors
+from veratune.ops.linear import adapted_linear
 from veratune.ops.planning import (
-    LayerShape,
-    Plan,
-    choose_plan,
+    RouteChoice,
+    choose_route,
+    dense_pays,
     estimate,
-    folding_pays,
     look_up,
-    plan_table,
-    possible_plans,
+    possible_choices,
+    route_table,
 )
+from veratune.ops.routes import ROUTES
+from veratune.projections.structure import Matrix
 
-WAYS = ["scaled", "folded", "dense"]
 SHAPES = [(384, 384, 256, 4096), (384, 1536, 256, 8), (64, 32, 16, 100), (32, 64, 100, 20), (48, 48, 7, 1)]
 PROFILE = device_profile(torch.device("cpu"), torch.float32)
 
 
-def plans(training):
-    kept = [Plan("dense", way, keep=True) for way in WAYS] + [Plan("scaled", "scaled", keep=True)] if training else []
-    return [Plan(output, way) for output, way in itertools.product(WAYS, WAYS if training else [None])] + kept
+def choices(training):
+    names = [name for name in ROUTES if training or name != "mixed"]
+    return [RouteChoice(name) for name in names] + [
+        RouteChoice(name, keep=True) for name in names if training and name != "folded"
+    ]
 
 
 def _addmm_flops(_, first, second, **__):
     return 2 * first[0] * first[1] * second[1]  # torch's counter leaves the in-place form out
 
 
-def counted_flops(in_features, out_features, rank, tokens, plan, *, training):
+def counted_flops(in_features, out_features, rank, tokens, choice, *, training):
     """Operations that torch itself counts, less the frozen layer's."""
     # The products are counted as they run; the values do not matter.
     x = torch.empty(tokens, in_features, requires_grad=training)
@@ -41,7 +44,7 @@ def counted_flops(in_features, out_features, rank, tokens, plan, *, training):
     b = torch.empty(out_features, requires_grad=training)
     d = torch.empty(rank, requires_grad=training)
     with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: _addmm_flops}) as counter:
-        y = vera_linear(x, weight, None, a, bt, b, d, 1.0, plan)
+        y = adapted_linear(x, weight, None, Factors(Matrix(a), Matrix(bt), b, d, 1.0), choice)
         if training:
             y.backward(torch.empty_like(y))
     frozen = (2 if training else 1) * 2 * tokens * in_features * out_features
@@ -49,14 +52,14 @@ def counted_flops(in_features, out_features, rank, tokens, plan, *, training):
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize(("training", "plan"), [(t, plan) for t in (False, True) for plan in plans(t)], ids=str)
-def test_the_estimate_counts_the_operations_that_torch_counts(shape, plan, training):
-    estimated = estimate(plan, LayerShape(*shape), PROFILE, backward=training)
-    assert estimated.flops == counted_flops(*shape, plan, training=training)
+@pytest.mark.parametrize(("training", "choice"), [(t, choice) for t in (False, True) for choice in choices(t)], ids=str)
+def test_the_estimate_counts_the_operations_that_torch_counts(shape, choice, training):
+    estimated = estimate(choice, LayerShape(*shape), PROFILE, training=training)
+    assert estimated.flops == counted_flops(*shape, choice, training=training)
 
 
-@pytest.mark.parametrize("plan", plans(training=True), ids=str)
-def test_the_estimate_knows_what_is_saved(plan):
+@pytest.mark.parametrize("choice", choices(training=True), ids=str)
+def test_the_estimate_knows_what_is_saved(choice):
     n, m, r, t = 24, 40, 8, 100
     x = torch.randn(t, n, requires_grad=True)
     weight, a, bt = torch.randn(m, n), torch.randn(r, n), torch.randn(r, m)
@@ -70,62 +73,67 @@ def test_the_estimate_knows_what_is_saved(plan):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        vera_linear(x, weight, None, a, bt, b, d, 1.0, plan)
-    assert sum(saved.values()) == estimate(plan, LayerShape(n, m, r, t), PROFILE).saved_bytes
+        adapted_linear(x, weight, None, Factors(Matrix(a), Matrix(bt), b, d, 1.0), choice)
+    assert sum(saved.values()) == estimate(choice, LayerShape(n, m, r, t), PROFILE, training=True).saved_bytes
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("training", [False, True])
 def test_the_choice_has_the_smallest_estimate(shape, training):
     layer = LayerShape(*shape)
-    chosen = choose_plan("auto", "fast", layer, PROFILE, training=training)
-    seconds = {plan: estimate(plan, layer, PROFILE, backward=training).seconds for plan in plans(training)}
+    chosen = choose_route("auto", "fast", layer, PROFILE, training=training)
+    seconds = {choice: estimate(choice, layer, PROFILE, training=training).seconds for choice in choices(training)}
     assert seconds[chosen] == min(seconds.values())
 
 
 def test_the_product_is_kept_where_it_is_small_beside_the_weight():
     def chosen(tokens, memory):
-        return choose_plan(
+        return choose_route(
             memory=memory, route="auto", shape=LayerShape(2048, 5632, 1024, tokens), profile=PROFILE, training=True
         )
 
-    assert chosen(16, "balanced") == Plan("scaled", "scaled", keep=True)
+    assert chosen(16, "balanced") == RouteChoice("scaled", keep=True)
     assert chosen(256, "balanced").keep and not chosen(257, "balanced").keep
     assert not chosen(16, "low").keep
     assert chosen(257, "fast").keep
 
 
 def test_few_tokens_scale_and_many_are_dense():
-    few = choose_plan("auto", "balanced", LayerShape(4096, 4096, 256, 1), PROFILE, training=False)
-    many = choose_plan("auto", "balanced", LayerShape(384, 384, 1024, 4096), PROFILE, training=True)
-    assert few == Plan("scaled", None)
-    assert many == Plan("dense", "dense", keep=True)
+    few = choose_route("auto", "balanced", LayerShape(4096, 4096, 256, 1), PROFILE, training=False)
+    many = choose_route("auto", "balanced", LayerShape(384, 384, 1024, 4096), PROFILE, training=True)
+    assert few == RouteChoice("scaled")
+    assert many == RouteChoice("dense", keep=True)
 
 
 def test_orders_are_followed():
     shape = LayerShape(384, 384, 1024, 4096)
 
     def possible(route, memory="balanced", training=True, weight_readable=True):
-        return possible_plans(route, memory, shape, training=training, weight_readable=weight_readable)
+        return possible_choices(route, memory, shape, training=training, weight_readable=weight_readable)
 
-    assert {(p.output, p.gradients) for p in possible("factored")} == set(itertools.product(WAYS[:2], WAYS[:2]))
-    assert possible("dense") == [Plan("dense", "dense", keep=True)]
-    assert possible("dense", weight_readable=False) == [Plan("folded", "dense")]
-    assert all(p.output != "dense" for p in possible("auto", weight_readable=False))
-    assert all(p.gradients is None and not p.keep for p in possible("auto", training=False))
-    assert not any(p.keep for p in possible("auto", memory="low"))
-    assert all(p.gradients == "dense" for p in possible("auto", memory="low"))  # x is smaller than x A^T
-    assert all(p.keep for p in possible("auto", memory="fast") if p.output == "dense" or p[:2] == ("scaled", "scaled"))
+    def names(*arguments, **settings):
+        return [choice.route for choice in possible(*arguments, **settings)]
+
+    assert names("auto") == ["scaled", "folded", "dense", "mixed"]
+    assert names("factored") == ["scaled", "folded"]
+    assert possible("dense") == [RouteChoice("dense", keep=True)]
+    assert possible("dense", weight_readable=False) == [RouteChoice("folded")]
+    assert names("auto", weight_readable=False) == ["scaled", "folded"]
+    assert names("auto", training=False) == ["scaled", "folded", "dense"]
+    assert not any(choice.keep for choice in possible("auto", training=False))
+    assert not any(choice.keep for choice in possible("auto", memory="low"))
+    assert names("auto", memory="low") == ["dense"]  # x is smaller than x A^T
+    assert {choice.route for choice in possible("auto", memory="fast") if choice.keep} == {"scaled", "dense", "mixed"}
 
 
 @pytest.mark.parametrize("shape", [(384, 384, 256), (384, 1536, 1024), (4096, 11008, 64), (8, 8, 8)], ids=str)
 @pytest.mark.parametrize("training", [False, True])
 def test_tables_say_what_the_choice_says(shape, training):
     layer = LayerShape(*shape, 0, 2)
-    table = plan_table("auto", "balanced", layer, PROFILE, training, True)
+    table = route_table("auto", "balanced", layer, PROFILE, training, True)
     tokens = {1, 2, 3, 17, 100, 1000, 4096, 50000} | {limit + i for limit, _ in table[:-1] for i in (0, 1)}
     for count in tokens:
-        expected = choose_plan("auto", "balanced", replace(layer, tokens=count), PROFILE, training=training)
+        expected = choose_route("auto", "balanced", replace(layer, tokens=count), PROFILE, training=training)
         assert look_up(table, count) == expected, count
     assert look_up(table, 0) == table[0][1]
     assert look_up(table, 1 << 40) == table[-1][1]
@@ -133,17 +141,17 @@ def test_tables_say_what_the_choice_says(shape, training):
 
 def test_a_frozen_adapter_between_trained_ones_is_planned_with_its_input_s_gradient():
     shape = LayerShape(384, 384, 1024, 4096)
-    only_forward = choose_plan("auto", "balanced", shape, PROFILE, training=False)
-    through = choose_plan("auto", "balanced", shape, PROFILE, training=False, backward=True)
-    assert only_forward == Plan("dense", None) and through == Plan("dense", None, keep=True)
+    only_forward = choose_route("auto", "balanced", shape, PROFILE, training=False)
+    through = choose_route("auto", "balanced", shape, PROFILE, training=False, backward=True)
+    assert only_forward == RouteChoice("dense") and through == RouteChoice("dense", keep=True)
 
 
 @pytest.mark.parametrize("rank", [64, 256])
-def test_folding_pays_from_some_tokens_on(rank):
+def test_dense_pays_from_some_tokens_on(rank):
     """With more tokens it pays ever more, by the whole batch sooner than by a part that has to be moved."""
     counts = [2**k for k in range(14)]
     whole, part = (
-        [folding_pays(LayerShape(384, 384, rank, tokens), PROFILE, moved=moved) for tokens in counts]
+        [dense_pays(LayerShape(384, 384, rank, tokens), PROFILE, moved=moved) for tokens in counts]
         for moved in (False, True)
     )
     assert whole == sorted(whole) and part == sorted(part)  # no, and from some number on yes

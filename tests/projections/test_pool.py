@@ -127,21 +127,21 @@ def test_fingerprints_tell_sources_apart():
 def test_nothing_is_drawn_before_it_is_used(pool):
     view = pool.view(PerDimension(0), "A", 8, 16)
     assert pool.summary() == []
-    view.tensor(CPU, F32)
+    view.values(CPU, F32)
     assert [(info.side, info.rank, info.width, info.nbytes) for info in pool.summary()] == [("A", 8, 16, 8 * 16 * 4)]
 
 
 def test_layers_of_one_width_share_memory(pool):
     first, second = (pool.view(PerDimension(0), "A", 8, 16) for _ in range(2))
-    assert first.tensor(CPU, F32).data_ptr() == second.tensor(CPU, F32).data_ptr()
+    assert first.values(CPU, F32).data_ptr() == second.values(CPU, F32).data_ptr()
     other_key = pool.view(PerDimension(1), "A", 8, 16)
-    assert other_key.tensor(CPU, F32).data_ptr() != first.tensor(CPU, F32).data_ptr()
+    assert other_key.values(CPU, F32).data_ptr() != first.values(CPU, F32).data_ptr()
 
 
 def test_freed_with_the_last_layer(pool):
     first, second = (pool.view(PerDimension(0), "A", 8, 16) for _ in range(2))
-    first.tensor(CPU, F32)
-    second.tensor(CPU, F32)
+    first.values(CPU, F32)
+    second.values(CPU, F32)
     del first
     gc.collect()
     assert len(pool.summary()) == 1
@@ -154,73 +154,73 @@ def test_freed_with_the_last_layer(pool):
 def test_growth_keeps_values_and_one_tensor(pool, small_first):
     small, large = (pool.view(PerDimension(0), "B", rank, 12) for rank in (4, 32))
     order = [small, large] if small_first else [large, small]
-    before = [view.tensor(CPU, F32).clone() for view in order]
-    after = [view.tensor(CPU, F32) for view in order]
+    before = [view.values(CPU, F32).clone() for view in order]
+    after = [view.values(CPU, F32) for view in order]
     assert all(torch.equal(x, y) for x, y in zip(before, after, strict=True))
-    assert torch.equal(small.tensor(CPU, F32), large.tensor(CPU, F32)[:4])
-    assert small.tensor(CPU, F32).data_ptr() == large.tensor(CPU, F32).data_ptr()
+    assert torch.equal(small.values(CPU, F32), large.values(CPU, F32)[:4])
+    assert small.values(CPU, F32).data_ptr() == large.values(CPU, F32).data_ptr()
     assert [info.rank for info in pool.summary()] == [32]
 
 
 def test_trim_frees_rows_of_ranks_that_are_gone(pool):
     small, large = (pool.view(PerDimension(0), "B", rank, 12) for rank in (4, 32))
-    kept = small.tensor(CPU, F32).clone()
-    large.tensor(CPU, F32)
-    small.tensor(CPU, F32)
+    kept = small.values(CPU, F32).clone()
+    large.values(CPU, F32)
+    small.values(CPU, F32)
     del large
     gc.collect()
     pool.trim()
     assert [info.rank for info in pool.summary()] == [4]
-    assert torch.equal(small.tensor(CPU, F32), kept)
+    assert torch.equal(small.values(CPU, F32), kept)
 
 
 def test_dtypes_are_rounded_from_the_same_float32_values(pool):
     view = pool.view(PerDimension(0), "A", 8, 16)
     reference = PerDimension(0).draw("A", range(8), 16, CPU)
     for dtype in (torch.float64, torch.bfloat16, torch.float16):
-        assert torch.equal(view.tensor(CPU, dtype), reference.to(dtype))
+        assert torch.equal(view.values(CPU, dtype), reference.to(dtype))
 
 
 def test_peft_corners_are_views_of_one_tensor(pool):
     scheme = PeftShared(key=0, r=4, max_in=20, max_out=30)
     narrow, wide = pool.view(scheme, "A", 4, 8), pool.view(scheme, "A", 4, 20)
-    assert torch.equal(narrow.tensor(CPU, F32), wide.tensor(CPU, F32)[:, :8])
-    assert narrow.tensor(CPU, F32).data_ptr() == wide.tensor(CPU, F32).data_ptr()
+    assert torch.equal(narrow.values(CPU, F32), wide.values(CPU, F32)[:, :8])
+    assert narrow.values(CPU, F32).data_ptr() == wide.values(CPU, F32).data_ptr()
 
 
 def test_other_devices_are_let_go(pool):
     view = pool.view(PerDimension(0), "A", 8, 16)
-    view.tensor(CPU, F32)
-    view.tensor(torch.device("meta"), F32)
+    view.values(CPU, F32)
+    view.values(torch.device("meta"), F32)
     view.keep_only(torch.device("meta"))
     assert [info.device.type for info in pool.summary()] == ["meta"]
 
 
 def test_deepcopy_shares_and_pickle_draws_again():
     view = projection_pool.view(PerDimension(0), "A", 8, 16)
-    view = view.tensor(CPU, F32)
-    assert copy.deepcopy(view).tensor(CPU, F32).data_ptr() == view.data_ptr()
+    values = view.values(CPU, F32)
+    assert copy.deepcopy(view).values(CPU, F32).data_ptr() == values.data_ptr()
     data = pickle.dumps(view)
     assert len(data) < 1000
     restored = pickle.loads(data)
-    assert torch.equal(restored.tensor(CPU, F32), view)
+    assert torch.equal(restored.values(CPU, F32), values)
 
 
 def test_a_projection_made_in_inference_mode_serves_training(pool):
     view = pool.view(PerDimension(0), "A", 8, 16)
     with torch.inference_mode():
-        assert not view.tensor(CPU, F32).is_inference()
+        assert not view.values(CPU, F32).is_inference()
     x = torch.randn(2, 16, requires_grad=True)
-    (x @ view.tensor(CPU, F32).t()).sum().backward()
+    (x @ view.values(CPU, F32).t()).sum().backward()
     assert x.grad is not None
 
 
 def test_a_tracing_mode_leaves_nothing_behind(pool):
     view = pool.view(PerDimension(0), "A", 8, 16)
     with FakeTensorMode():
-        assert view.tensor(CPU, F32).shape == (8, 16)
-    assert type(view.tensor(CPU, F32)) is torch.Tensor
-    assert torch.equal(view.tensor(CPU, F32), PerDimension(0).draw("A", range(8), 16, CPU))
+        assert view.values(CPU, F32).shape == (8, 16)
+    assert type(view.values(CPU, F32)) is torch.Tensor
+    assert torch.equal(view.values(CPU, F32), PerDimension(0).draw("A", range(8), 16, CPU))
 
 
 def test_defaults_of_the_caller_do_not_matter(pool):
@@ -229,7 +229,7 @@ def test_defaults_of_the_caller_do_not_matter(pool):
     torch.set_default_dtype(torch.float64)
     try:
         with torch.device("meta"):
-            drawn = view.tensor(CPU, F32)
+            drawn = view.values(CPU, F32)
             peft = PeftShared(0, 2, 3, 4).draw("A", range(2), 3, CPU)
     finally:
         torch.set_default_dtype(torch.float32)
@@ -246,7 +246,7 @@ def test_many_threads_get_one_tensor_each_value_right(pool):
     def work(offset: int) -> None:
         barrier.wait()
         turned = views[offset:] + views[:offset]
-        wrong.extend(c.rank for c in turned if not torch.equal(c.tensor(CPU, F32), expected[: c.rank]))
+        wrong.extend(c.rank for c in turned if not torch.equal(c.values(CPU, F32), expected[: c.rank]))
 
     threads = [threading.Thread(target=work, args=(4 * i,)) for i in range(8)]
     for thread in threads:

@@ -36,7 +36,7 @@ from veratune.layers.quantized import keep_differentiable, leave_to_library
 from veratune.layers.registry import adapt, adapt_parameter
 from veratune.ops.calibration import load_calibration
 from veratune.projections.pool import projection_pool
-from veratune.projections.schemes import PeftShared, PerDimension, Scheme
+from veratune.projections.schemes import SCHEMES, Scheme
 from veratune.utils.sharding import describe_sharding
 from veratune.utils.tensors import is_finite
 from veratune.utils.text import clipped
@@ -161,9 +161,7 @@ def plan_adapter(model: nn.Module, config: VeraConfig, scheme: Scheme | None = N
 
 def make_scheme(config: VeraConfig, targets: Sequence[Target]) -> Scheme:
     """Return the projections that a configuration describes for these layers."""
-    if config.projection == "per_dimension":
-        return PerDimension(config.projection_prng_key % (1 << 64))
-    return PeftShared(
+    return SCHEMES[config.projection].for_layers(
         key=config.projection_prng_key,
         r=config.r,
         max_in=max(target.in_features for target in targets),

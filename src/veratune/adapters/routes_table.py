@@ -7,7 +7,8 @@ import torch
 
 from veratune.layers import VeraLayer, VeraLinear
 from veratune.ops.calibration import device_profile
-from veratune.ops.planning import Estimate, LayerShape, choose_plan, estimate, possible_plans
+from veratune.ops.costs import LayerShape
+from veratune.ops.planning import Estimate, choose_route, estimate, possible_choices
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class RouteTable(list[LayerRoutes]):
             shape = routes.shape
             dimensions = (shape.in_features, shape.out_features, shape.rank, shape.tokens)
             rows.append((name, *map(str, dimensions), *_cells(routes.chosen)))
-            others = (e for e in routes.alternatives if e.plan != routes.chosen.plan)
+            others = (e for e in routes.alternatives if e.choice != routes.chosen.choice)
             rows.extend(("", "", "", "", "", *_cells(other, mark="  or ")) for other in others)
         widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
         left_aligned = (0, 5)
@@ -64,7 +65,7 @@ class RouteTable(list[LayerRoutes]):
 
 def _cells(estimated: Estimate, mark: str = "") -> tuple[str, str, str, str]:
     return (
-        f"{mark}{estimated.plan}",
+        f"{mark}{estimated.choice}",
         f"{estimated.flops / 1e9:.3f}",
         f"{estimated.saved_bytes / 1e6:.2f}",
         f"{estimated.seconds * 1e3:.3f}",
@@ -101,10 +102,10 @@ def explain_routes(
         profile = device_profile(device or layer.base_weight.device, dtype or number)
         route, memory = entry.settings.route, entry.settings.memory
         at_hand = layer.weight_readable(adapter_name)
-        plans = possible_plans(route, memory, shape, training=training, weight_readable=at_hand)
+        choices = possible_choices(route, memory, shape, training=training, weight_readable=at_hand)
         estimates = sorted(
-            (estimate(plan, shape, profile, backward=training) for plan in plans), key=lambda e: e.seconds
+            (estimate(choice, shape, profile, training=training) for choice in choices), key=lambda e: e.seconds
         )
-        chosen = choose_plan(route, memory, shape, profile, training=training, weight_readable=at_hand)
-        table.append(LayerRoutes(name, shape, next(e for e in estimates if e.plan == chosen), estimates))
+        chosen = choose_route(route, memory, shape, profile, training=training, weight_readable=at_hand)
+        table.append(LayerRoutes(name, shape, next(e for e in estimates if e.choice == chosen), estimates))
     return table

@@ -20,6 +20,7 @@ from veratune.layers.registry import (
     why_not_adaptable,
     why_not_parameter,
 )
+from veratune.projections.schemes import SCHEMES
 from veratune.utils.patterns import Budget, pattern
 from veratune.utils.sharding import describe_sharding, is_emptied, is_engines
 from veratune.utils.text import clipped
@@ -498,9 +499,10 @@ def check_settings(config: VeraConfig, targets: list[Target]) -> None:
                 f"vera_dropout={config.vera_dropout!r} cannot be had for {target.name}: there is no input of the"
                 " adapter's own to drop from. Use vera_dropout=0.0, or name it in exclude_modules"
             )
-        if config.projection == "peft" and (target.parameter is not None or isinstance(module, nn.Embedding)):
+        whole_linear = target.parameter is None and not isinstance(module, nn.Embedding)
+        if SCHEMES[config.projection].one_rank_linear_only and not whole_linear:
             raise TargetError(
-                f"projection='peft' cannot be had for {target.name}, which PEFT's VeRA does not adapt: use"
+                f"projection={config.projection!r} cannot adapt {target.name}, which is not a linear layer: use"
                 " projection='per_dimension', or name it in exclude_modules"
             )
 

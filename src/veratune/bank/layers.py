@@ -14,9 +14,15 @@ from veratune.layers.base import InputGroup
 from veratune.layers.geometry import Geometry, slices
 from veratune.layers.linear import VeraConv1D, VeraLinear
 from veratune.ops.calibration import device_profile
-from veratune.ops.linear import add_delta, add_for_rows, for_rows, gradients_wanted, project
-from veratune.ops.planning import LayerShape, RouteName, folding_pays
+from veratune.ops.costs import LayerShape
+from veratune.ops.delta import add_delta
+from veratune.ops.factors import Factors
+from veratune.ops.linear import project
+from veratune.ops.planning import RouteName, dense_pays
+from veratune.ops.rows import row_deltas, row_residual
 from veratune.projections.pool import ProjectionView
+from veratune.projections.structure import Matrix
+from veratune.utils.tensors import gradients_wanted
 from veratune.utils.torch_private import transformations_active
 
 
@@ -126,28 +132,28 @@ class BankedLinear(VeraLinear):
 
     def _added(self, slab: Tensor, xa: Tensor, own: SharedProjections, slots: Tensor) -> Tensor:
         """Return what the adapters of one kind of projections add, (rows, n, out); as for `_add`."""
-        parts = [for_rows(xa, *vectors) for vectors in self._vectors_of(xa, slab, own, slots)]
+        parts = [row_deltas(xa, *vectors) for vectors in self._vectors_of(xa, slab, own, slots)]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
     def _vectors_of(
         self, xa: Tensor, slab: Tensor, own: SharedProjections, slots: Tensor
-    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    ) -> Iterator[tuple[Matrix, Tensor, Tensor]]:
         """Yield B, rank-major, and each row's b and d, for each part of the layer."""
         rank = xa.shape[-1]
         for columns, view in zip(self.columns, own.b, strict=True):
             b = slab[:, columns.b : columns.b + view.features].index_select(0, slots)
             d = slab[:, columns.d : columns.d + rank].index_select(0, slots)
-            yield view.tensor(xa.device, xa.dtype), b, d
+            yield view.matrix(xa.device, xa.dtype), b, d
 
     def _project(self, x: Tensor, call: BankCall, dtype: torch.dtype, own: SharedProjections) -> Tensor:
         """Return x A^T, (rows, n, r): this layer's own product, or that of a layer which has had the same input."""
         grouped = by_rows(x, call, self.name)
         flat = grouped.flatten(0, 1).to(dtype)
-        a_projection = own.group.a.tensor(flat.device, dtype)
+        A = own.group.a.matrix(flat.device, dtype)  # noqa: N806
         if torch.is_grad_enabled() and flat.requires_grad:
-            xa = flat @ a_projection.t()
+            xa = A.rmatmul(flat)
         else:
-            xa = own.group.cache.get(self.name, x, a_projection, lambda: project(flat, a_projection))
+            xa = own.group.cache.get(self.name, x, A.values, lambda: project(flat, A))
         return xa.view(*grouped.shape[:2], -1)
 
     def _add(self, start: Tensor, xa: Tensor, slab: Tensor, own: SharedProjections, slots: Tensor) -> Tensor:  # type: ignore[override]
@@ -166,7 +172,7 @@ class BankedLinear(VeraLinear):
         parts = []
         for columns, vectors in zip(self.columns, self._vectors_of(xa, slab, own, slots), strict=True):
             part = grouped if len(self.columns) == 1 else grouped[..., columns.outputs]
-            parts.append(add_for_rows(part, xa, *vectors))
+            parts.append(row_residual(part, xa, *vectors))
         return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)).view(start.shape)
 
     # Few adapters in a batch: each one's weight is added up and multiplied by once.
@@ -183,7 +189,7 @@ class BankedLinear(VeraLinear):
 
         def pays(own: SharedProjections, rows: int, moved: bool) -> bool:
             shape = LayerShape(self.in_features, self.out_features, own.group.a.rank, per_row * rows, own.group.size)
-            return self.route == "dense" or folding_pays(shape, profile, moved=moved)
+            return self.route == "dense" or dense_pays(shape, profile, moved=moved)
 
         # With many adapters, asking for each of them would take a good part of the layer's time.
         if not any(pays(own, call.largest, False) for own, _ in self._kinds(call)):
@@ -209,7 +215,7 @@ class BankedLinear(VeraLinear):
         if others.numel():
             some = grouped.index_select(0, others)
             products = [
-                (some @ own.group.a.tensor(some.device, some.dtype).t(), own, slots[others])
+                (own.group.a.matrix(some.device, some.dtype).rmatmul(some), own, slots[others])
                 for own, slots in self._kinds(call)
             ]
             output.index_copy_(0, others, self._by_rank(some, call.slab, products))
@@ -231,14 +237,14 @@ class BankedLinear(VeraLinear):
         own = self.projections[group.scheme]
         weight = self._outputs_first(self.base_weight)
         dtype = torch.promote_types(weight.dtype, torch.float32)
-        a_projection = own.group.a.tensor(weight.device, dtype)
+        A = own.group.a.matrix(weight.device, dtype)  # noqa: N806
         row = slab[group.slot].to(dtype)
         parts = []
         for columns, view in zip(self.columns, own.b, strict=True):
             b = row[columns.b : columns.b + view.features]
             d = row[columns.d : columns.d + own.group.a.rank]
-            b_projection = view.tensor(weight.device, dtype)
-            parts.append(add_delta(weight[columns.outputs], a_projection, b_projection, b, d, 1.0))
+            factors = Factors(A, view.matrix(weight.device, dtype), b, d, 1.0)
+            parts.append(add_delta(weight[columns.outputs], factors))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     # Models that read the weight rather than call the layer cannot be given a weight for each row.

@@ -15,7 +15,8 @@ from veratune.adapters.targets import Target, unwrapped
 from veratune.bank.layers import Columns, part_slices
 from veratune.checkpoint.validate import ReadyAdapter
 from veratune.layers.registry import is_conv1d, is_linear
-from veratune.projections.schemes import PeftShared, PerDimension, Scheme, Stored
+from veratune.projections import schemes
+from veratune.projections.schemes import Scheme
 from veratune.utils.tensors import bytes_of, float32_of
 
 
@@ -269,28 +270,16 @@ def _check_fits(layout: Layout, ready: ReadyAdapter) -> None:
         )
 
 
-def largest_rank(scheme: Scheme, rank: int) -> int:
-    """Return how many rows of a source's projections a bank of this rank can use."""
-    if isinstance(scheme, PeftShared):
-        return min(rank, scheme.r)
-    return min(rank, scheme.a.shape[0]) if isinstance(scheme, Stored) else rank
-
-
 def scheme_to_json(scheme: Scheme) -> dict[str, Any]:
     """Return what `scheme_from_json` makes the same scheme of.
 
     Raises:
         BankError: projections that are known by their values alone.
     """
-    if isinstance(scheme, PerDimension):
-        return {"scheme": "per_dimension", "key": scheme.key, "fingerprint": scheme.fingerprint()}
-    if isinstance(scheme, PeftShared):
-        sizes = {"key": scheme.key, "r": scheme.r, "max_in": scheme.max_in, "max_out": scheme.max_out}
-        return {"scheme": "peft", **sizes, "fingerprint": scheme.fingerprint()}
-    raise BankError(
-        "an adapter whose projections were read from a file cannot be in a bank's file: they would have to be in it"
-        " as well. A bank in memory takes it"
-    )
+    try:
+        return scheme.to_json()
+    except ValueError as error:
+        raise BankError(f"{error}, so that a bank's file cannot hold the adapter: a bank in memory takes it") from None
 
 
 def scheme_from_json(values: dict[str, Any]) -> Scheme:
@@ -299,14 +288,7 @@ def scheme_from_json(values: dict[str, Any]) -> Scheme:
     Raises:
         BankError: this version draws other values.
     """
-    scheme: Scheme
-    if values["scheme"] == "per_dimension":
-        scheme = PerDimension(int(values["key"]))
-    else:
-        scheme = PeftShared(*(int(values[name]) for name in ("key", "r", "max_in", "max_out")))
-    if scheme.fingerprint() != values["fingerprint"]:
-        raise BankError(
-            f"the projections {values} are drawn otherwise here (fingerprint {scheme.fingerprint()}): the file's"
-            " adapters would compute something else than they learned"
-        )
-    return scheme
+    try:
+        return schemes.scheme_from_json(values)
+    except ValueError as error:
+        raise BankError(str(error)) from None

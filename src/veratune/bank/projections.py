@@ -6,7 +6,6 @@ from dataclasses import replace
 from veratune.adapters.adapted_model import input_groups
 from veratune.adapters.targets import Target
 from veratune.bank.layers import BankedLinear, SharedProjections
-from veratune.bank.layout import largest_rank
 from veratune.projections.pool import projection_pool
 from veratune.projections.schemes import PerDimension, Scheme
 
@@ -48,7 +47,7 @@ class BankProjections:
             if own == scheme:
                 return known
         number = self._next
-        rank = largest_rank(scheme, self._rank)
+        rank = scheme.largest_rank(self._rank)
         targets = [replace(target, rank=rank) for target in self._targets]
         groups = input_groups(targets, scheme)
         for target in targets:

@@ -244,7 +244,7 @@ def export_peft(host: AdaptedModel, adapter_name: str, directory: Path, *, save_
         ValueError: `save_projection` is False and PEFT could not draw the projections again.
     """
     config, scheme = host.peft_config[adapter_name], host.projection_scheme(adapter_name)
-    drawable = isinstance(scheme, PeftShared)
+    drawable = scheme.drawn_by_peft
     if save_projection is None:
         save_projection = config.save_projection or not drawable
     if not save_projection and not drawable:

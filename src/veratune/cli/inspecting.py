@@ -65,7 +65,7 @@ def _inspect_model(place: str, rank: int, tokens: int, *, every: bool, as_json: 
         for (side, width), count in sorted(uses.items())
     ]
     all_projections = sum(4 * rank * width for _, width in uses)
-    routes = {r.layer: str(r.chosen.plan) for r in adapted.explain_routes(tokens, device=torch.device("cpu"))}
+    routes = {r.layer: str(r.chosen.choice) for r in adapted.explain_routes(tokens, device=torch.device("cpu"))}
     total = sum(parameter.numel() for parameter in adapted.base_model.parameters()) - trained
     summary = {
         "model": place,

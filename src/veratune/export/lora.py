@@ -18,7 +18,6 @@ from veratune.checkpoint.peft import PREFIX, common_values, other_tensors
 from veratune.checkpoint.peft_rules import check_called, check_read_back, taken_for_experts, why_not_as_parameter
 from veratune.export.lora_rank import with_rank
 from veratune.layers import VeraConv, VeraEmbedding, VeraLayer, VeraParameter
-from veratune.projections.schemes import PerDimension
 
 # Rows of an embedding beyond which its lora_A is not written out.
 _LARGEST_TABLE = 1 << 20
@@ -167,7 +166,6 @@ def lora_matrices(layer: VeraLayer, adapter_name: str) -> tuple[Tensor, Tensor]:
     rank, cpu = entry.rank, torch.device("cpu")
     scheme = entry.a.projection.scheme
     if isinstance(layer, VeraEmbedding):
-        assert isinstance(scheme, PerDimension)
         a_projection = scheme.one_hot_columns(rank, torch.arange(layer.in_features))
     else:
         a_projection = scheme.draw("A", range(rank), entry.a.projection.width, cpu)[:, : entry.a.features]

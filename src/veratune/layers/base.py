@@ -25,11 +25,15 @@ from veratune.layers.offloading import (
 )
 from veratune.layers.products import add, compute_dtype, multiply
 from veratune.layers.recomputation import State, StateLog, recomputing
-from veratune.ops.linear import add_delta, delta_weight, select_and_add, without_autocast
-from veratune.ops.planning import LayerShape, MemoryName, RouteName
+from veratune.ops.costs import LayerShape
+from veratune.ops.delta import add_delta, delta_weight
+from veratune.ops.factors import Factors
+from veratune.ops.planning import MemoryName, RouteName
+from veratune.ops.rows import stack_residual
 from veratune.projections.pool import ProjectionView, projection_pool
 from veratune.projections.schemes import Scheme
 from veratune.utils.sharding import describe_sharding
+from veratune.utils.tensors import without_autocast
 
 
 def vector_device(base_layer: nn.Module, weight: Tensor) -> torch.device:
@@ -133,10 +137,7 @@ class Piece(NamedTuple):
     """One adapter's share in consecutive outputs of a layer that has vectors and projections for them alone."""
 
     outputs: slice
-    b_projection: Tensor
-    b: Tensor
-    d: Tensor
-    shape: LayerShape
+    factors: Factors
 
 
 class VeraLayer(nn.Module):
@@ -241,13 +242,11 @@ class VeraLayer(nn.Module):
         weight = self._outputs_first(base)
         for name in self.added_adapters:
             dtype = torch.promote_types(self.vectors(name)[0].dtype, torch.float32)
-            a_projection = self.entries[name].a.tensor(weight.device, dtype)
             pieces = self.pieces(name, weight.device, dtype)
             if len(pieces) == 1:
-                weight = self._with_delta(weight, a_projection, pieces[0], name, index)
+                weight = add_delta(weight, pieces[0].factors.at(index))
             else:
-                rows = [self._with_delta(weight[p.outputs], a_projection, p, name, None) for p in pieces]
-                weight = torch.cat(rows)
+                weight = torch.cat([add_delta(weight[piece.outputs], piece.factors) for piece in pieces])
         return self._outputs_first(weight)
 
     def product(self, x: Tensor, base: Tensor, index: Any, bias: Tensor | None = None) -> Any:
@@ -291,25 +290,20 @@ class VeraLayer(nn.Module):
             groups: int64 (T,), the matrices.
         """
         for name in self.added_adapters:
-            entry = self.entries[name]
-            a_projection = entry.a.tensor(x.device, x.dtype)
-            b_projection = entry.b[0].tensor(x.device, x.dtype)
-            start = select_and_add(start, x, a_projection, b_projection, *self.vectors(name), groups, entry.scale)
+            (piece,) = self.pieces(name, x.device, x.dtype)
+            start = stack_residual(start, x, piece.factors, groups)
         return start
-
-    def _with_delta(self, weight: Tensor, a_projection: Tensor, piece: Piece, name: str, index: Any) -> Tensor:
-        b, d = (piece.b, piece.d) if index is None else (piece.b[index], piece.d[index])
-        return add_delta(weight, a_projection, piece.b_projection, b, d, self.entries[name].scale)
 
     def pieces(self, name: str, device: torch.device, dtype: torch.dtype) -> list[Piece]:
         """Return an adapter's pieces: one, or one for each part."""
         entry = self.entries[name]
         b, d = self.vectors(name)
+        A = entry.a.matrix(device, dtype)  # noqa: N806
         if not entry.parts:
-            return [Piece(slice(None), entry.b[0].tensor(device, dtype), b, d, entry.shapes[0])]
+            return [Piece(slice(None), Factors(A, entry.b[0].matrix(device, dtype), b, d, entry.scale))]
         return [
-            Piece(outputs, view.tensor(device, dtype), b[outputs], d[part], shape)
-            for part, (outputs, view, shape) in enumerate(zip(slices(entry.parts), entry.b, entry.shapes, strict=True))
+            Piece(outputs, Factors(A, view.matrix(device, dtype), b[outputs], d[part], entry.scale))
+            for part, (outputs, view) in enumerate(zip(slices(entry.parts), entry.b, strict=True))
         ]
 
     @property
@@ -413,18 +407,13 @@ class VeraLayer(nn.Module):
 
     def _delta_matrices(self, name: str, dtype: torch.dtype) -> Tensor:
         """Return an adapter's delta as (..., out, in)."""
-        entry, device = self.entries[name], self.device
-        a_projection = entry.a.tensor(device, dtype)
         deltas = []
-        for piece in self.pieces(name, device, dtype):
-            b, d = piece.b.to(dtype), piece.d.to(dtype)
+        for piece in self.pieces(name, self.device, dtype):
+            factors = piece.factors._replace(b=piece.factors.b.to(dtype), d=piece.factors.d.to(dtype))
             if self.geometry.count is None:
-                deltas.append(delta_weight(a_projection, piece.b_projection, b, d, entry.scale))
+                deltas.append(delta_weight(factors))
             else:  # one by one, which takes less memory
-                deltas += [
-                    delta_weight(a_projection, piece.b_projection, *pair, entry.scale)
-                    for pair in zip(b, d, strict=True)
-                ]
+                deltas += [delta_weight(factors.at(matrix)) for matrix in range(self.geometry.count)]
         return torch.cat(deltas) if self.geometry.count is None else torch.stack(deltas)
 
     def full_weight(self) -> Tensor:

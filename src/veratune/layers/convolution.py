@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from veratune.layers.base import TransparentLayer, call_with, stand_in_for
+from veratune.ops.delta import add_delta
 
 
 class VeraConv(TransparentLayer):
@@ -43,10 +44,8 @@ class VeraConv(TransparentLayer):
     def _alone(self, name: str, x: Tensor) -> Tensor:
         """Return what an adapter adds for an input of its own."""
         weight, device = self.matrix(self.base_weight), self.device
-        a_projection = self.entries[name].a.tensor(device, weight.dtype)
         (piece,) = self.pieces(name, device, weight.dtype)
-        zeros = torch.zeros(weight.shape, dtype=weight.dtype, device=device)
-        delta = self._with_delta(zeros, a_projection, piece, name, None)
+        delta = add_delta(torch.zeros(weight.shape, dtype=weight.dtype, device=device), piece.factors)
         stand_in = stand_in_for(self.base_layer, {"weight": self.like_weight(delta), "bias": None})
         alone: Tensor = stand_in.forward(x)  # without hooks, which have been called with the base layer's output
         return alone

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from veratune.layers.base import TransparentLayer
-from veratune.ops.linear import check_values, delta_weight
-from veratune.projections.schemes import PerDimension
+from veratune.ops.delta import delta_weight
+from veratune.ops.factors import Factors, check_values
+from veratune.projections.structure import Matrix
 
 # Rows of the delta that are made at a time when merging.
 _ROWS = 4096
@@ -32,7 +33,6 @@ class VeraEmbedding(TransparentLayer):
         """Return A[:, tokens]^T, (n, r)."""
         entry = self.entries[name]
         scheme = entry.a.projection.scheme
-        assert isinstance(scheme, PerDimension)
         with torch.inference_mode(False), torch.no_grad():
             return scheme.one_hot_columns(entry.rank, tokens.to(torch.int64)).t().to(dtype)
 
@@ -43,7 +43,7 @@ class VeraEmbedding(TransparentLayer):
         entry = self.entries[name]
         columns = self._columns(name, tokens, dtype)
         check_values(columns, b, d)
-        up = (columns * (d * entry.scale)) @ entry.b[0].tensor(self.device, dtype)
+        up = entry.b[0].matrix(self.device, dtype).matmul(columns * (d * entry.scale))
         return (up * b).to(self.base_weight.dtype)
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -79,11 +79,11 @@ class VeraEmbedding(TransparentLayer):
     def _delta_matrices(self, name: str, dtype: torch.dtype) -> Tensor:
         entry, device = self.entries[name], self.device
         b, d = (vector.to(dtype) for vector in self.vectors(name))
-        b_projection = entry.b[0].tensor(device, dtype)
+        b_projection = entry.b[0].matrix(device, dtype)
         rows = torch.arange(self.in_features, device=device)
         return torch.cat(
             [
-                delta_weight(self._columns(name, some, dtype).t(), b_projection, b, d, entry.scale)
+                delta_weight(Factors(Matrix(self._columns(name, some, dtype).t()), b_projection, b, d, entry.scale))
                 for some in rows.chunk(-(-len(rows) // _ROWS))
             ],
             dim=1,

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from veratune.layers.base import VeraLayer, call_with, only_computes, plain_tensor
 from veratune.layers.geometry import Geometry
-from veratune.layers.products import add, compute_dtype, multiply, plan_for
+from veratune.layers.products import add, choose, compute_dtype, multiply
 from veratune.layers.quantized import (
     codes_of,
     dequantized,
@@ -21,7 +21,8 @@ from veratune.layers.quantized import (
     spoils_gradients,
     why_not_readable,
 )
-from veratune.ops.linear import gradients_wanted, project
+from veratune.ops.linear import project
+from veratune.utils.tensors import gradients_wanted
 
 
 class VeraLinear(VeraLayer):
@@ -82,8 +83,7 @@ class VeraLinear(VeraLayer):
         entry = self.entries[name]
         part = entry.parts.index(max(entry.parts)) if entry.parts else 0
         training = gradients_wanted(*self.vectors(name))
-        plan = plan_for(entry, part, x, training=training, weight_readable=self._is_plain())
-        return plan.output == "dense"
+        return choose(entry, part, x, training=training, weight_readable=self._is_plain()).reads_weight
 
     def _checked_base_output(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if spoils_gradients(self.base_layer) and gradients_wanted(
@@ -144,8 +144,8 @@ class VeraLinear(VeraLayer):
     def _down(self, name: str, x: Tensor, flat: Tensor) -> Callable[[], Tensor]:
         """Return what gives x A^T: this layer's own product, or that of a layer which has had the same input."""
         entry = self.entries[name]
-        a_projection = entry.a.tensor(flat.device, flat.dtype)
-        return lambda: entry.group.cache.get(entry.name, x, a_projection, lambda: project(flat, a_projection))
+        A = entry.a.matrix(flat.device, flat.dtype)  # noqa: N806
+        return lambda: entry.group.cache.get(entry.name, x, A.values, lambda: project(flat, A))
 
     def _fused(self, x: Tensor, name: str, dtype: torch.dtype) -> Tensor:
         weight, bias = self.base_weight, self.bias

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from veratune.ops.calibration import device_profile
-from veratune.ops.linear import gradients_wanted, project, vera_add, vera_linear
-from veratune.ops.planning import Plan, look_up, plan_table, representative_tokens
+from veratune.ops.linear import adapted_linear, project, residual
+from veratune.ops.planning import RouteChoice, look_up, representative_tokens, route_table
+from veratune.ops.routes import ROUTES
+from veratune.utils.tensors import gradients_wanted
 from veratune.utils.torch_private import constant_while_compiling
 
 if TYPE_CHECKING:
@@ -28,16 +30,16 @@ def compute_dtype(x: Tensor, weight_dtype: torch.dtype) -> torch.dtype | None:
     return x.dtype if x.dtype == weight_dtype else None
 
 
-def plan_for(entry: "AdapterEntry", part: int, x: Tensor, *, training: bool, weight_readable: bool) -> Plan:
-    """Return the plan of one adapter, or of one of its parts, for an input (..., in) in the compute dtype."""
+def choose(entry: "AdapterEntry", part: int, x: Tensor, *, training: bool, weight_readable: bool) -> RouteChoice:
+    """Return the route of one adapter, or of one of its parts, for an input (..., in) in the compute dtype."""
     backward = training or gradients_wanted(x)
-    table = _plan_table(entry, part, x.device, x.dtype, training, weight_readable, backward)
+    table = _route_table(entry, part, x.device, x.dtype, training, weight_readable, backward)
     tokens = math.prod(x.shape[:-1])
     return look_up(table, representative_tokens(tokens) if torch.compiler.is_compiling() else tokens)
 
 
 @constant_while_compiling
-def _plan_table(
+def _route_table(
     entry: "AdapterEntry",
     part: int,
     device: torch.device,
@@ -45,11 +47,11 @@ def _plan_table(
     training: bool,
     weight_readable: bool,
     backward: bool,
-) -> tuple[tuple[int, Plan], ...]:
+) -> tuple[tuple[int, RouteChoice], ...]:
     # A compiler need not trace the search for what depends on constants alone.
     profile = device_profile(device, dtype)
     route, memory = entry.settings.route, entry.settings.memory
-    return plan_table(route, memory, entry.shapes[part], profile, training, weight_readable, backward)
+    return route_table(route, memory, entry.shapes[part], profile, training, weight_readable, backward)
 
 
 def multiply(
@@ -73,28 +75,12 @@ def multiply(
         index: which matrix of a stack the weight is.
         xa: makes x A^T, where that is shared with other layers.
     """
-    entry = layer.entries[name]
-    b, d = layer.vectors(name)
-    plan = plan_for(entry, 0, x, training=gradients_wanted(b, d), weight_readable=True)
-    if index is not None:
-        b, d = b[index], d[index]
-    a_projection = entry.a.tensor(x.device, x.dtype)
-    projected = None
-    if plan.needs_xa:
-        projected = project(x, a_projection) if xa is None else xa()
-    return vera_linear(
-        x,
-        weight,
-        bias,
-        a_projection,
-        entry.b[0].tensor(x.device, x.dtype),
-        b,
-        d,
-        entry.scale,
-        plan,
-        transposed=layer.out_axis == 1,
-        xa=projected,
-    )
+    training = gradients_wanted(*layer.vectors(name))
+    choice = choose(layer.entries[name], 0, x, training=training, weight_readable=True)
+    projected = xa() if xa is not None and ROUTES[choice.route].uses_xa(training) else None
+    (piece,) = layer.pieces(name, x.device, x.dtype)
+    factors = piece.factors.at(index)
+    return adapted_linear(x, weight, bias, factors, choice, transposed=layer.out_axis == 1, xa=projected)
 
 
 def add(
@@ -113,14 +99,14 @@ def add(
         output: (T, out).
         x: (T, in), of the output's dtype.
     """
-    entry = layer.entries[name]
-    a_projection = entry.a.tensor(x.device, x.dtype)
-    projected = project(x, a_projection) if xa is None else xa()
+    projected = None if xa is None else xa()
     outputs = []
     pieces = layer.pieces(name, x.device, x.dtype)
-    for part, piece in enumerate(pieces):
-        plan = plan_for(entry, part, x, training=gradients_wanted(piece.b, piece.d), weight_readable=False)
-        b, d = (piece.b, piece.d) if index is None else (piece.b[index], piece.d[index])
-        start = output if len(pieces) == 1 else output[:, piece.outputs]
-        outputs.append(vera_add(start, x, a_projection, piece.b_projection, b, d, entry.scale, plan, xa=projected))
+    for part, (outputs_of_part, factors) in enumerate(pieces):
+        training = gradients_wanted(factors.b, factors.d)
+        choice = choose(layer.entries[name], part, x, training=training, weight_readable=False)
+        start = output if len(pieces) == 1 else output[:, outputs_of_part]
+        if projected is None and len(pieces) > 1:
+            projected = project(x, factors.A)
+        outputs.append(residual(start, x, factors.at(index), choice, xa=projected))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)

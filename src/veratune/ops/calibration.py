@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from veratune.ops.planning import DeviceProfile
+from veratune.ops.costs import DeviceProfile
 from veratune.utils.atomic import write_atomically
 
 # Rates, bandwidth and launch times of ordinary devices: two cores of a server CPU, and a data-centre GPU. What counts
@@ -38,6 +38,7 @@ def _default(device_type: str, dtype: torch.dtype) -> DeviceProfile:
         bandwidth=_BANDWIDTH[kind],
         launch=_LAUNCH[kind],
         itemsize=dtype.itemsize,
+        device_type=kind,
     )
 
 
@@ -77,7 +78,7 @@ def load_calibration(device: torch.device) -> None:
     for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
         entry = values.get(_key(device, dtype))
         if entry is not None:
-            _profiles[(device.type, dtype)] = DeviceProfile(itemsize=dtype.itemsize, **entry)
+            _profiles[(device.type, dtype)] = DeviceProfile(itemsize=dtype.itemsize, device_type=device.type, **entry)
 
 
 def calibration_path() -> Path:
@@ -116,7 +117,7 @@ def _measure(device: torch.device, dtype: torch.dtype) -> DeviceProfile:
     bandwidth = 3 * wide.nbytes / _seconds(lambda: torch.mul(wide, wide), device)
     small = torch.randn(4, device=device)
     launch = _seconds(lambda: small * small, device, repeats=200)
-    return DeviceProfile(flops, bandwidth, launch, dtype.itemsize)
+    return DeviceProfile(flops, bandwidth, launch, dtype.itemsize, device.type)
 
 
 def _seconds(work: Callable[[], Any], device: torch.device, repeats: int = 5) -> float:

@@ -1,14 +1,8 @@
-"""Dimension-aware routing: which of the exact ways to compute a layer is the cheapest for its shape.
+"""Dimension-aware routing: choose the cheapest exact route for a layer's shape.
 
-With T tokens and rank r, what VeRA adds to a frozen layer's products can be had in three ways:
-
-    scaled   u = x A^T, then b * ((d * u) B^T): the vectors scale activations. For few tokens.
-    folded   u = x A^T, then u C with C = d b^T * B folded once: the vectors scale a small matrix.
-    dense    W0 + C^T A once, then one product as without VeRA. For many tokens, or high ranks.
-
-and the vectors' gradients in three as well, from u (scaled, folded) or from the weight's gradient g^T x (dense). The
-output and the gradients are chosen together, by an estimate in seconds: operations / rate + bytes / bandwidth, for each
-product, and bytes / bandwidth for what is elementwise. Its constants are a device's `DeviceProfile`.
+The choice is made by an estimate in seconds: operations / rate + bytes / bandwidth for each product, and bytes /
+bandwidth for what is elementwise, with the constants of a device's `DeviceProfile`. Each route in `ops.routes` knows
+its own cost.
 """
 
 from bisect import bisect_left
@@ -16,165 +10,74 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Literal, NamedTuple
 
+from veratune.ops.costs import Cost, DeviceProfile, LayerShape
+from veratune.ops.routes import ROUTES, Route
+
 RouteName = Literal["auto", "factored", "dense"]
 ROUTE_NAMES: tuple[RouteName, ...] = ("auto", "factored", "dense")
 MemoryName = Literal["balanced", "low", "fast"]
 MEMORY_NAMES: tuple[MemoryName, ...] = ("balanced", "low", "fast")
 
-Way = Literal["scaled", "folded", "dense"]
 
-
-_ALLOWED: dict[RouteName, tuple[Way, ...]] = {
-    "auto": ("scaled", "folded", "dense"),
-    "factored": ("scaled", "folded"),
-    "dense": ("dense",),
-}
-
-
-class Plan(NamedTuple):
+class RouteChoice(NamedTuple):
     """The route of one call of one layer.
 
     Attributes:
-        output: how the output and the input's gradient are computed.
-        gradients: how the vectors' gradients are computed; None where none are wanted.
-        keep: keep what the output was made with for the backward pass, rather than make it again: the adapted weight of
-            a dense output, (out, in); the product with B of a scaled one whose gradients are scaled, (T, out).
+        route: its name in `ROUTES`.
+        keep: keep what the output was made with for the backward pass, instead of making it again: the adapted weight
+            of a dense output, (out, in); the product with B of a scaled one, (T, out).
     """
 
-    output: Way
-    gradients: Way | None
+    route: str
     keep: bool = False
 
     @property
-    def needs_xa(self) -> bool:
-        """Whether u = x A^T is wanted."""
-        return self.output != "dense" or self.gradients in ("scaled", "folded")
+    def reads_weight(self) -> bool:
+        """Whether the route computes with W0 itself."""
+        return ROUTES[self.route].reads_weight
 
     def __str__(self) -> str:
-        gradients = "" if self.gradients is None else f", gradients {self.gradients}"
-        kept = (", weight kept" if self.output == "dense" else ", product kept") if self.keep else ""
-        return f"{self.output}{gradients}{kept}"
-
-
-@dataclass(frozen=True)
-class DeviceProfile:
-    """What the estimate has to know of a device and a dtype.
-
-    Attributes:
-        flops: operations of matrix products in a second.
-        bandwidth: bytes read or written in a second.
-        launch: seconds that any operation takes at least.
-        itemsize: bytes of one element.
-    """
-
-    flops: float
-    bandwidth: float
-    launch: float
-    itemsize: int
-
-
-@dataclass(frozen=True)
-class LayerShape:
-    """The dimensions of one call: (in, out) of the layer, rank, tokens, and how many layers share x A^T."""
-
-    in_features: int
-    out_features: int
-    rank: int
-    tokens: int
-    sharing: int = 1
+        kept = (", weight kept" if self.reads_weight else ", product kept") if self.keep else ""
+        return f"{self.route}{kept}"
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What one plan adds to the frozen layer.
+    """What one choice adds to the frozen layer.
 
     Attributes:
-        plan: the plan.
+        choice: the choice.
         flops: operations of its matrix products.
-        saved_bytes: what it keeps from the forward to the backward pass, beside the parameters.
+        saved_bytes: what it keeps from the forward to the backward pass, besides the parameters.
         seconds: the estimated time.
     """
 
-    plan: Plan
+    choice: RouteChoice
     flops: int
     saved_bytes: int
     seconds: float
 
 
-class _Cost:
-    """Adds up products and elementwise passes."""
+def estimate(
+    choice: RouteChoice, shape: LayerShape, profile: DeviceProfile, *, training: bool, backward: bool | None = None
+) -> Estimate:
+    """Return what a choice costs beyond the frozen layer: forward and, if `backward`, backward to the input.
 
-    def __init__(self, profile: DeviceProfile) -> None:
-        self.profile = profile
-        self.flops = 0
-        self.seconds = 0.0
-
-    def product(self, rows: int, columns: int, inner: int, share: int = 1) -> None:
-        """Add (rows, inner) times (inner, columns), of which this layer bears 1 / share."""
-        profile = self.profile
-        flops = 2 * rows * columns * inner
-        touched = (rows * inner + inner * columns + rows * columns) * profile.itemsize
-        self.flops += flops // share
-        self.seconds += (flops / profile.flops + touched / profile.bandwidth + profile.launch) / share
-
-    def pass_over(self, elements: int, width: int = 4) -> None:
-        """Add the reading or writing of so many elements of so many bytes, in an operation of its own."""
-        self.seconds += elements * width / self.profile.bandwidth + self.profile.launch
+    Args:
+        choice: the route.
+        shape: the call's dimensions.
+        profile: the device's.
+        training: whether the vectors' gradients are wanted.
+        backward: whether any gradient is wanted, such as the input's through a frozen adapter; as `training` by
+            default.
+    """
+    cost = Cost(profile)
+    backward = training if backward is None else backward
+    ROUTES[choice.route].cost(cost, shape, training=training, backward=backward, keep=choice.keep)
+    return Estimate(choice, cost.flops, cost.saved_bytes, cost.seconds)
 
 
-def estimate(plan: Plan, shape: LayerShape, profile: DeviceProfile, *, backward: bool = True) -> Estimate:
-    """Return what a plan costs beyond the frozen layer, forward and, if wanted, backward to the input."""
-    n, m, r, t = shape.in_features, shape.out_features, shape.rank, shape.tokens
-    size = profile.itemsize
-    cost = _Cost(profile)
-    saved = 0
-    if plan.needs_xa:
-        cost.product(t, r, n, share=shape.sharing)
-    for forward in (True, False) if backward else (True,):
-        if plan.output == "scaled":
-            if forward:
-                cost.product(t, m, r)
-            elif plan.gradients != "scaled":  # which makes (b * g) B anyway
-                cost.product(t, r, m)
-            if not forward:
-                cost.product(t, n, r)
-            cost.pass_over(2 * t * r, size)
-            cost.pass_over(3 * t * m, size)
-            continue
-        if plan.output == "dense" and plan.keep and not forward:
-            continue
-        cost.pass_over(4 * r * m)  # outer product, times B, rounded
-        if plan.output == "dense":
-            cost.product(m, n, r)
-        elif forward:
-            cost.product(t, m, r)
-        else:
-            cost.product(t, r, m)
-            cost.product(t, n, r)
-    if plan.gradients == "dense":
-        cost.product(m, n, t)
-        cost.product(r, m, n)
-        saved += t * n * size
-    elif plan.gradients is not None:
-        if plan.gradients == "folded":
-            cost.product(r, m, t)
-        else:
-            cost.product(t, r, m)
-            if plan.keep and plan.output == "scaled":
-                saved += t * m * size
-            else:
-                cost.product(t, m, r)
-            cost.pass_over(2 * t * r, size)
-            cost.pass_over(4 * t * m, size)
-        saved += t * r * size // shape.sharing
-    if plan.gradients in ("dense", "folded"):
-        cost.pass_over(4 * r * m)
-    if plan.keep and plan.output == "dense":
-        saved += m * n * size
-    return Estimate(plan, cost.flops, saved, cost.seconds)
-
-
-def possible_plans(
+def possible_choices(
     route: RouteName,
     memory: MemoryName,
     shape: LayerShape,
@@ -182,29 +85,34 @@ def possible_plans(
     training: bool,
     weight_readable: bool,
     backward: bool | None = None,
-) -> list[Plan]:
-    """Return the plans that a configuration allows for a call.
+    device_type: str = "cpu",
+) -> list[RouteChoice]:
+    """Return the choices that a configuration allows for a call.
 
     Args:
-        route: which ways are allowed: "factored" leaves out dense ones, "dense" all others.
+        route: which routes are allowed: "factored" leaves out those that read the weight, "dense" all but "dense".
         memory: "low" keeps the smaller of x and x A^T for the gradients and nothing else; "fast" keeps what saves work;
-            "balanced" keeps an adapted weight that is small beside the layer's activations, and activations that are
-            small beside the layer's weight.
+            "balanced" keeps an adapted weight that is small compared with the layer's activations, and activations that
+            are small compared with the layer's weight.
         shape: the call's dimensions.
         training: whether the vectors' gradients will be wanted.
         weight_readable: whether W0 can be read, which a dense output needs.
-        backward: whether any gradient will be wanted, such as the input's through a frozen adapter; as `training` by
-            default.
+        backward: as for `estimate`.
+        device_type: where the layer is computed.
     """
     backward = training if backward is None else backward
-    ways = _ALLOWED[route]
-    outputs = [way for way in ways if way != "dense" or weight_readable] or ["folded"]
-    gradients: list[Way | None] = [None]
-    if training:
-        gradients = list(ways)
-        if memory == "low" and route == "auto":
-            small: tuple[Way, ...] = ("dense",) if shape.in_features < shape.rank else ("scaled", "folded")
-            gradients = [way for way in gradients if way in small]
+    possible = [each for each in ROUTES.values() if each.available(device_type) and (training or each.name != "mixed")]
+    if not weight_readable:
+        possible = [each for each in possible if not each.reads_weight]
+        if route == "dense":
+            possible = [ROUTES["folded"]]
+    elif route == "factored":
+        possible = [each for each in possible if not each.reads_weight]
+    elif route == "dense":
+        possible = [ROUTES["dense"]]
+    if training and memory == "low" and route == "auto":
+        smaller = "x" if shape.in_features < shape.rank else "xa"
+        possible = [each for each in possible if each.gradients_from == smaller] or possible
     weight_is_small = 8 * shape.in_features * shape.out_features <= shape.tokens * (
         shape.in_features + shape.out_features
     )
@@ -212,13 +120,13 @@ def possible_plans(
     keep_weight = backward and (memory == "fast" or (memory == "balanced" and weight_is_small))
     keep_product = training and (memory == "fast" or (memory == "balanced" and activations_are_small))
 
-    def keep(output: Way, way: Way | None) -> bool:
-        return keep_weight if output == "dense" else keep_product and output == way == "scaled"
+    def keep(each: Route) -> bool:
+        return keep_weight if each.reads_weight else keep_product and each.name == "scaled"
 
-    return [Plan(output, way, keep(output, way)) for output in outputs for way in gradients]
+    return [RouteChoice(each.name, keep(each)) for each in possible]
 
 
-def choose_plan(
+def choose_route(
     route: RouteName,
     memory: MemoryName,
     shape: LayerShape,
@@ -227,16 +135,22 @@ def choose_plan(
     training: bool,
     weight_readable: bool = True,
     backward: bool | None = None,
-) -> Plan:
-    """Return the allowed plan with the smallest estimate."""
-    backward = training if backward is None else backward
-    plans = possible_plans(route, memory, shape, training=training, weight_readable=weight_readable, backward=backward)
-    best, least = plans[0], float("inf")
-    for plan in plans:
-        seconds = estimate(plan, shape, profile, backward=backward).seconds
-        if seconds < least:
-            best, least = plan, seconds
-    return best
+) -> RouteChoice:
+    """Return the allowed choice with the smallest estimate. Arguments as for `possible_choices`."""
+    choices = possible_choices(
+        route,
+        memory,
+        shape,
+        training=training,
+        weight_readable=weight_readable,
+        backward=backward,
+        device_type=profile.device_type,
+    )
+
+    def seconds(choice: RouteChoice) -> float:
+        return estimate(choice, shape, profile, training=training, backward=backward).seconds
+
+    return min(choices, key=seconds)
 
 
 # How much longer than alone it takes, measured in whole models, to add up a weight for every adapter: neither what it
@@ -245,29 +159,30 @@ _IN_A_MODEL = 2.5
 
 
 @lru_cache(maxsize=4096)
-def folding_pays(shape: LayerShape, profile: DeviceProfile, *, moved: bool) -> bool:
-    """Return whether tokens with vectors of their own cost less through a weight added up for them than by the rank.
+def dense_pays(shape: LayerShape, profile: DeviceProfile, *, moved: bool) -> bool:
+    """Return whether rows with one adapter cost less through an added-up weight than through the rank. For inference.
 
     Args:
-        shape: the layer, and how many those tokens are.
+        shape: the layer, and how many tokens those rows have.
         profile: the device's.
-        moved: whether they do not stand together in the batch, so that they are taken out of it and put back.
+        moved: whether the rows are not consecutive in the batch, so that they are gathered and scattered.
     """
-    moving = _Cost(profile)
+    moving = Cost(profile)
     if moved:
         moving.pass_over(2 * shape.tokens * shape.in_features, profile.itemsize)
         moving.pass_over(2 * shape.tokens * shape.out_features, profile.itemsize)
-    added_up = estimate(Plan("dense", None), shape, profile, backward=False)
-    by_rank = estimate(Plan("scaled", None), shape, profile, backward=False)
-    return _IN_A_MODEL * added_up.seconds + moving.seconds < by_rank.seconds
+    dense, factored = (
+        estimate(RouteChoice(name), shape, profile, training=False).seconds for name in ("dense", "scaled")
+    )
+    return _IN_A_MODEL * dense + moving.seconds < factored
 
 
-# Beyond so many tokens nothing changes any more.
+# The choice is the same for any larger number of tokens.
 _MANY = 1 << 24
 
 
 @lru_cache(maxsize=4096)
-def plan_table(
+def route_table(
     route: RouteName,
     memory: MemoryName,
     shape: LayerShape,
@@ -275,33 +190,33 @@ def plan_table(
     training: bool,
     weight_readable: bool,
     backward: bool | None = None,
-) -> tuple[tuple[int, Plan], ...]:
-    """Return the choices for every number of tokens, as (largest number of tokens, plan) in ascending order.
+) -> tuple[tuple[int, RouteChoice], ...]:
+    """Return the choices for every number of tokens, as (largest number of tokens, choice) in ascending order.
 
     A table is looked up faster than an estimate is made, and a compiler that traces with a symbolic number of tokens
     meets a few comparisons with constants.
 
     Args:
         shape: the layer's; its number of tokens does not count.
-        route, memory, profile, training, weight_readable, backward: as for `choose_plan`.
+        route, memory, profile, training, weight_readable, backward: as for `choose_route`.
     """
 
-    def choice(tokens: int) -> Plan:
+    def choice(tokens: int) -> RouteChoice:
         here = replace(shape, tokens=tokens)
-        return choose_plan(
+        return choose_route(
             route, memory, here, profile, training=training, weight_readable=weight_readable, backward=backward
         )
 
-    table: list[tuple[int, Plan]] = []
+    table: list[tuple[int, RouteChoice]] = []
     low = 1
     while low < _MANY:
-        plan, high = choice(low), 2 * low
-        while high < _MANY and choice(high) == plan:
+        chosen, high = choice(low), 2 * low
+        while high < _MANY and choice(high) == chosen:
             high *= 2
         # The choice changes between the last power of two that agreed and the first that did not.
         last = high // 2
-        limit = last + bisect_left(range(last + 1, high), True, key=lambda tokens: choice(tokens) != plan)
-        table.append((limit, plan))
+        limit = last + bisect_left(range(last + 1, high), True, key=lambda tokens: choice(tokens) != chosen)
+        table.append((limit, chosen))
         low = limit + 1
     return tuple(table)
 
@@ -317,9 +232,9 @@ def representative_tokens(tokens: int) -> int:
     return 256 if tokens <= 1024 else 4096
 
 
-def look_up(table: tuple[tuple[int, Plan], ...], tokens: int) -> Plan:
-    """Return a table's plan for a number of tokens."""
-    for limit, plan in table:
+def look_up(table: tuple[tuple[int, RouteChoice], ...], tokens: int) -> RouteChoice:
+    """Return a table's choice for a number of tokens."""
+    for limit, choice in table:
         if tokens <= limit:
-            return plan
+            return choice
     return table[-1][1]

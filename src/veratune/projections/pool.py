@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from veratune.projections.schemes import Scheme, Side
+from veratune.projections.structure import Matrix
 from veratune.utils.torch_private import constant_while_compiling, outside_transformations
 
 _Place = tuple[torch.device, torch.dtype]
@@ -68,9 +69,9 @@ class Projection:
                 if backing is not None:
                     tensor = torch.cat([backing.tensor, tensor])
                 if type(tensor) is not Tensor:  # made under a tracing mode: not a value that outlives it
-                    return tensor[:, : view.features]
+                    return tensor[:, : view.columns]
                 backing = self._install(place, tensor)
-            part = backing.tensor[: view.rank, : view.features]
+            part = backing.tensor[: view.rank, : view.columns]
             if type(part) is Tensor:
                 view.attach(place, backing, part)
             return part
@@ -81,7 +82,7 @@ class Projection:
         self._backings[place] = backing
         for view in self._views:
             if place in view.tensors:
-                view.attach(place, backing, tensor[: view.rank, : view.features])
+                view.attach(place, backing, tensor[: view.rank, : view.columns])
         return backing
 
     def trim(self) -> None:
@@ -102,20 +103,28 @@ class ProjectionView:
 
     Attributes:
         rank: number of rows.
-        features: number of columns: the layer's own width.
-        tensors: the tensors that exist now, by (device, dtype); filled by `tensor`.
+        features: the layer's own width.
+        structure: how the numbers are laid out.
+        columns: how many numbers are stored for each row; `features` for a dense projection.
+        tensors: the tensors that exist now, by (device, dtype); filled by `values`.
     """
 
     def __init__(self, projection: Projection, rank: int, features: int) -> None:
         self.projection = projection
         self.rank = rank
         self.features = features
+        self.structure = projection.scheme.structure(projection.side, rank, features)
+        self.columns = projection.scheme.stored_columns(projection.side, features)
         self.tensors: dict[_Place, Tensor] = {}
         self._held: dict[_Place, _Backing] = {}
         projection.join(self)
 
-    def tensor(self, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """Return (rank, features) on this device and in this dtype; a view of shared memory, never to be written."""
+    def matrix(self, device: torch.device, dtype: torch.dtype) -> Matrix:
+        """Return the projection, (rank, features), ready to compute with on this device and in this dtype."""
+        return Matrix(self.values(device, dtype), self.structure)
+
+    def values(self, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """Return the stored numbers, (rank, columns): a view of shared memory, never to be written."""
         if torch.compiler.is_compiling():
             # Drawing cannot be traced, and need not be: it happens once, while tracing. The read below is an ordinary
             # guarded one, so that a compiled model follows a change of device, dtype or adapter.

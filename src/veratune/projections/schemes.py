@@ -4,18 +4,21 @@ A scheme is immutable, hashable and cheap to compare; two layers whose schemes a
 draws are rank-major, (rank, width), float32, whatever the base model's dtype.
 """
 
+import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Literal, Protocol
+from typing import Any, ClassVar, Literal, Self, cast
 
 import torch
 from torch import Tensor
 
 from veratune.projections.philox import symmetric_uniform, symmetric_uniform_columns
+from veratune.projections.structure import DENSE, Structure
 from veratune.utils.tensors import bytes_of
 
 Side = Literal["A", "B"]
@@ -28,24 +31,74 @@ _SAMPLED_ROWS = (0, 1, 63)
 _SAMPLED_WIDTH = 64
 
 
-class Scheme(Protocol):
-    """One pair of (conceptually unbounded or fixed-size) projections A and B."""
+class Scheme(ABC):
+    """A pair of frozen random matrices A and B, unbounded or of a fixed size, described by a few numbers.
+
+    A subclass is a frozen dataclass, and is registered in `SCHEMES` if a configuration may name it. To add a scheme,
+    write the subclass in a file here and add it there.
+
+    Attributes:
+        name: the value of `VeraConfig.projection` that selects it, and its name in files.
+        one_rank_linear_only: whether it serves whole linear layers of one rank only, as PEFT's VeRA does.
+        has_columns: whether single columns of A can be drawn, which embeddings need.
+        drawn_by_peft: whether PEFT draws the same A and B from the same key.
+    """
+
+    name: ClassVar[str]
+    one_rank_linear_only: ClassVar[bool] = False
+    has_columns: ClassVar[bool] = False
+    drawn_by_peft: ClassVar[bool] = False
+
+    @classmethod
+    def for_layers(cls, key: int, r: int, max_in: int, max_out: int) -> Self:
+        """Return the scheme for a configuration's key, and layers up to this rank and these widths."""
+        raise NotImplementedError(f"{cls.name!r} projections are not drawn from a key")
 
     def storage_width(self, side: Side, features: int) -> int:
-        """Return the width of the tensor from which a layer with this many features takes its view."""
-        ...
+        """Return the row length of the pool's tensor that holds the view of a layer with this many features."""
+        return self.stored_columns(side, features)
 
+    def stored_columns(self, side: Side, features: int) -> int:
+        """Return how many of the stored numbers of each row belong to a layer with this many features."""
+        return features
+
+    def structure(self, side: Side, rank: int, features: int) -> Structure:
+        """Return how the stored numbers make up the projection (rank, features) of one layer."""
+        return DENSE
+
+    @abstractmethod
     def draw(self, side: Side, rows: range, width: int, device: torch.device) -> Tensor:
-        """Return float32 (len(rows), width): these rank indices of one side."""
-        ...
+        """Return float32 (len(rows), width): the stored numbers of these rank indices of one side."""
 
+    def one_hot_columns(self, rank: int, columns: Tensor) -> Tensor:
+        """Return A's columns for inputs that are one-hot, float32 (rank, n), without drawing the others.
+
+        Args:
+            rank: number of rows.
+            columns: int64 (n,), the column indices.
+        """
+        raise NotImplementedError(f"{self.name!r} projections have no single columns")
+
+    @abstractmethod
     def scale(self, rank: int) -> float:
-        """Return the factor by which `d` is multiplied in every product, because B is stored without it."""
-        ...
+        """Return the factor that belongs into B, which is stored without it; every formula multiplies d by it."""
 
+    @abstractmethod
     def fingerprint(self) -> str:
-        """Return 16 hexadecimal digits that differ if any projection of this scheme would."""
-        ...
+        """Return 16 hexadecimal digits that differ if any of the projections would."""
+
+    def largest_rank(self, rank: int) -> int:
+        """Return how many of the first `rank` rows there are."""
+        return rank
+
+    def to_json(self) -> dict[str, int | str]:
+        """Return the numbers that describe it, for `scheme_from_json`.
+
+        Raises:
+            ValueError: projections known by their values alone.
+        """
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(cast("Any", self))}
+        return {"scheme": self.name, **fields, "fingerprint": self.fingerprint()}
 
 
 def _digest(header: dict[str, object], tensors: Sequence[Tensor]) -> str:
@@ -56,7 +109,7 @@ def _digest(header: dict[str, object], tensors: Sequence[Tensor]) -> str:
 
 
 @dataclass(frozen=True)
-class PerDimension:
+class PerDimension(Scheme):
     """The `per_dimension` scheme: each width takes its view of one infinite random matrix for each side.
 
     With u[k, j] uniform on (-1, 1), a function of (key, side, k, j) alone, Kaiming-uniform with gain sqrt(2) is
@@ -67,10 +120,14 @@ class PerDimension:
     is the `scale` folded into d: rank 64 is then, bit for bit, the first 64 rows of rank 256.
     """
 
+    name: ClassVar[str] = "per_dimension"
+    has_columns: ClassVar[bool] = True
+
     key: int
 
-    def storage_width(self, side: Side, features: int) -> int:
-        return features
+    @classmethod
+    def for_layers(cls, key: int, r: int, max_in: int, max_out: int) -> Self:
+        return cls(key % (1 << 64))
 
     def draw(self, side: Side, rows: range, width: int, device: torch.device) -> Tensor:
         unit = symmetric_uniform(self.key, ("AB".index(side), PER_DIMENSION_VERSION), rows, width, device)
@@ -80,11 +137,8 @@ class PerDimension:
         return math.sqrt(6.0 / rank)
 
     def one_hot_columns(self, rank: int, columns: Tensor) -> Tensor:
-        """Return A's columns for inputs that are one-hot, float32 (rank, n), without drawing the others.
-
-        An embedding multiplies such an input. Only one element of it is not zero, so A's fan-in is one, however many
-        rows the embedding has: A[k, j] = sqrt(6) u_A[k, j].
-        """
+        # Only one element of a one-hot input is not zero, so A's fan-in is one, however many rows the embedding has:
+        # A[k, j] = sqrt(6) u_A[k, j].
         unit = symmetric_uniform_columns(self.key, ("AB".index("A"), PER_DIMENSION_VERSION), range(rank), columns)
         return unit.mul_(math.sqrt(6.0))
 
@@ -110,17 +164,28 @@ def _per_dimension_fingerprint(key: int) -> str:
 
 
 @dataclass(frozen=True)
-class PeftShared:
+class PeftShared(Scheme):
     """PEFT's scheme: one A (r, max_in) and one B (max_out, r) from a seeded torch generator, views for each layer.
 
     The values depend on torch's CPU generator, and the fan-in of A is the widest layer's. It is here to load, train
     and write PEFT's own VeRA checkpoints.
     """
 
+    name: ClassVar[str] = "peft"
+    one_rank_linear_only: ClassVar[bool] = True
+    drawn_by_peft: ClassVar[bool] = True
+
     key: int
     r: int
     max_in: int
     max_out: int
+
+    @classmethod
+    def for_layers(cls, key: int, r: int, max_in: int, max_out: int) -> Self:
+        return cls(key, r, max_in, max_out)
+
+    def largest_rank(self, rank: int) -> int:
+        return min(rank, self.r)
 
     def storage_width(self, side: Side, features: int) -> int:
         return self.max_in if side == "A" else self.max_out
@@ -160,8 +225,11 @@ def _peft_fingerprint(scheme: PeftShared) -> str:
 
 
 @dataclass(frozen=True)
-class Stored:
+class Stored(Scheme):
     """Projections read from a file: A (r, max_in) and B (r, max_out), float32, compared by content."""
+
+    name: ClassVar[str] = "stored"
+    one_rank_linear_only: ClassVar[bool] = True
 
     digest: str
     a: Tensor = field(compare=False, repr=False)
@@ -186,3 +254,38 @@ class Stored:
 
     def fingerprint(self) -> str:
         return self.digest
+
+    def largest_rank(self, rank: int) -> int:
+        return min(rank, self.a.shape[0])
+
+    def to_json(self) -> dict[str, int | str]:
+        raise ValueError("projections that were read from a file are known by their values alone, not by a key")
+
+
+SCHEMES: dict[str, type[Scheme]] = {scheme.name: scheme for scheme in (PerDimension, PeftShared)}
+
+
+def scheme_from_json(values: Mapping[str, Any]) -> Scheme:
+    """Return the scheme that `Scheme.to_json` described.
+
+    Args:
+        values: "scheme", the fields of that scheme (integers), and "fingerprint".
+
+    Raises:
+        ValueError: an unknown scheme, missing, surplus or ill-typed fields, or this version draws other values.
+    """
+    name = values.get("scheme")
+    kind = SCHEMES.get(name) if isinstance(name, str) else None
+    if kind is None:
+        raise ValueError(f"projections of the scheme {name!r} are unknown: there are {sorted(SCHEMES)}")
+    fields = {key: value for key, value in values.items() if key not in ("scheme", "fingerprint")}
+    names = {field.name for field in dataclasses.fields(cast("Any", kind))}
+    if fields.keys() != names or not all(type(value) is int for value in fields.values()):
+        raise ValueError(f"{name!r} projections are described by the integers {sorted(names)}, not by {fields!r:.200}")
+    scheme = kind(**fields)
+    if scheme.fingerprint() != values.get("fingerprint"):
+        raise ValueError(
+            f"the projections {dict(values)!r:.300} have the fingerprint {scheme.fingerprint()} here: this version"
+            " draws other values, and adapters trained with those would compute something else"
+        )
+    return scheme

@@ -1,4 +1,7 @@
-"""Tensors as bytes, for digests and files, and as numpy arrays, for pieces too small to be worth torch's calls."""
+"""Small helpers on tensors: their bytes, their numpy arrays, and the precision of what is computed with them."""
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -30,3 +33,24 @@ def float32_of(tensor: Tensor) -> npt.NDArray[np.float32]:
         tensor if tensor.dtype == torch.float32 else tensor.detach().to("cpu", torch.float32)
     ).numpy(force=True)
     return array
+
+
+def wide_dtype(*dtypes: torch.dtype) -> torch.dtype:
+    """Return the dtype to sum and scale in: float32, or wider where one of these is."""
+    wide = torch.float32
+    for dtype in dtypes:
+        wide = torch.promote_types(wide, dtype)
+    return wide
+
+
+def gradients_wanted(*values: object) -> bool:
+    """Return whether autograd is on and any of these is a tensor that requires a gradient."""
+    return torch.is_grad_enabled() and any(isinstance(value, Tensor) and value.requires_grad for value in values)
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Return a context in which autocast narrows no product on this device."""
+    # Autocast raises an error for devices that it does not support, such as meta.
+    known = device.type != "meta" and torch.amp.is_autocast_available(device.type)
+    narrowing = known and torch.is_autocast_enabled(device.type)
+    return torch.autocast(device.type, enabled=False) if narrowing else nullcontext()

@@ -296,8 +296,8 @@ def test_projections_do_not_depend_on_the_dtype_of_the_base(projection, tmp_path
     cpu = torch.device("cpu")
     for name, layer in half.vera_layers().items():
         for side in range(2):
-            drawn = layer.entries["default"].views[side].tensor(cpu, torch.float32)
-            expected = single.vera_layers()[name].entries["default"].views[side].tensor(cpu, torch.float32)
+            drawn = layer.entries["default"].views[side].values(cpu, torch.float32)
+            expected = single.vera_layers()[name].entries["default"].views[side].values(cpu, torch.float32)
             assert torch.equal(drawn, expected)
             assert not torch.equal(drawn, drawn.to(torch.bfloat16).float())
 
@@ -479,7 +479,7 @@ def test_peft_scales_a_by_the_widest_layer():
 def test_a_is_scaled_by_each_layers_own_width():
     model = get_peft_model(Uneven(), VeraConfig(**UNEVEN))
     for layer in model.vera_layers().values():
-        drawn = layer.entries["default"].a.tensor(torch.device("cpu"), torch.float32)
+        drawn = layer.entries["default"].a.values(torch.device("cpu"), torch.float32)
         bound = math.sqrt(6 / layer.in_features)
         assert drawn.shape == (16, layer.in_features)
         assert 0.9 * bound < drawn.abs().max() <= bound
@@ -487,6 +487,6 @@ def test_a_is_scaled_by_each_layers_own_width():
         assert drawn.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.08)
 
     peft_scheme = get_peft_model(Uneven(), VeraConfig(**UNEVEN, projection="peft"))
-    narrow = peft_scheme.vera_layers()["narrow"].entries["default"].a.tensor(torch.device("cpu"), torch.float32)
+    narrow = peft_scheme.vera_layers()["narrow"].entries["default"].a.values(torch.device("cpu"), torch.float32)
     theirs = peft.get_peft_model(Uneven(), peft.VeraConfig(**UNEVEN)).base_model.vera_A["default"]
     assert torch.equal(narrow, theirs[:, :64])  # PEFT's values where they are asked for

@@ -1,0 +1,76 @@
+"""The values that travel together through every formula: A, B, b, d and the factor of B."""
+
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from veratune.projections.structure import Matrix
+from veratune.utils.tensors import wide_dtype
+
+
+def check_values(x: Tensor, *operands: Tensor | None) -> None:
+    """Raise RuntimeError if an operand is on the meta device and x is not, or the reverse.
+
+    torch computes some products with such an operand from uninitialized memory, without an error.
+    """
+    for operand in operands:
+        if operand is not None and operand.is_meta != x.is_meta:
+            raise RuntimeError(
+                "a weight, a vector or an input of an adapted layer is on the meta device, without values, and the"
+                " others are not. If accelerate has offloaded it (preload_module_classes, say), call"
+                " accelerate.hooks.remove_hook_from_submodules(model), and offload before adding adapters"
+            )
+
+
+class Factors(NamedTuple):
+    """One adapter on one weight: delta W = scale * diag(b) B diag(d) A, (out, in).
+
+    Attributes:
+        A: (r, in), frozen, in the compute dtype.
+        B: stored rank-major, (r, out), frozen, in the compute dtype.
+        b: the vector b, (out,), of any floating dtype.
+        d: the vector d, (r,), of any floating dtype.
+        scale: the factor that belongs into B (see `projections.schemes`).
+    """
+
+    A: Matrix
+    B: Matrix
+    b: Tensor
+    d: Tensor
+    scale: float
+
+    def at(self, index: Any) -> "Factors":
+        """Return the factors with b and d indexed: those of some matrices of a stack."""
+        return self if index is None else self._replace(b=self.b[index], d=self.d[index])
+
+    def scaled_d(self) -> Tensor:
+        """Return scale * d in float32 or wider."""
+        return self.d.to(wide_dtype(self.d.dtype)) * self.scale
+
+    def folded(self) -> Matrix:
+        """Return C = scale * d b^T * B, (r, out), with which delta W = C^T A; rounded once, to B's dtype.
+
+        With leading dimensions of b and d, (..., out) and (..., r), one C for each pair.
+        """
+        wide = wide_dtype(self.b.dtype, self.B.dtype)
+        values = self.B.structure.scaled(self.B.values, self.d.to(wide) * self.scale, self.b.to(wide))
+        return Matrix(values, self.B.structure)
+
+    def vector_gradients(self, products: Matrix, need_b: bool, need_d: bool) -> tuple[Tensor | None, Tensor | None]:
+        """Return (db, dd), each None where it is not needed.
+
+        Args:
+            products: P = B * (A G^T), (r, out), with G = g^T x the gradient of the weight; in float32 or wider. Then
+                db = scale * P^T d and dd = scale * P b.
+            need_b, need_d: which gradients to compute.
+        """
+        wide = products.dtype
+        one = self.b.ndim == 1
+        grad_b = grad_d = None
+        if need_b:
+            d = self.d.to(wide) * self.scale
+            grad_b = (products.matmul(d) if one else products.matmul(d.unsqueeze(-2)).squeeze(-2)).to(self.b.dtype)
+        if need_d:
+            b = self.b.to(wide) * self.scale
+            grad_d = (products.rmatmul(b) if one else products.rmatmul(b.unsqueeze(-2)).squeeze(-2)).to(self.d.dtype)
+        return grad_b, grad_d

@@ -1,0 +1,134 @@
+"""What a route is: one exact way to compute an adapted layer and its gradients."""
+
+from typing import ClassVar, Literal, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from veratune.ops.costs import Cost, LayerShape
+from veratune.ops.factors import Factors
+
+
+class LinearInputs(NamedTuple):
+    """What a route computes y = start + x delta W^T from.
+
+    Attributes:
+        x: (T, in), in the compute dtype; None in a backward pass that does not need it.
+        start: (T, out), the output of a base layer that has been called already; None where `weight` is given.
+        weight: W0, (out, in), or (in, out) if `transposed`; None where it cannot be read.
+        bias: (out,), or None.
+        factors: the adapter.
+        xa: x A^T, (T, r), where the route uses it.
+        transposed: whether the weight is stored as (in, out).
+    """
+
+    x: Tensor | None
+    start: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+    factors: Factors
+    xa: Tensor | None
+    transposed: bool
+
+    def base_output(self) -> tuple[Tensor, bool]:
+        """Return the base layer's output (T, out), and whether it was made here and so may be written to."""
+        if self.weight is None:
+            assert self.start is not None
+            return self.start, False
+        assert self.x is not None
+        return F.linear(self.x, self.outputs_first(), self.bias), True
+
+    def outputs_first(self) -> Tensor:
+        """Return W0 as (out, in)."""
+        assert self.weight is not None
+        return self.weight.t() if self.transposed else self.weight
+
+    def input_gradient(self, g: Tensor, through_rank: Tensor) -> Tensor:
+        """Return g W0 + V A, (T, in), without the first term where the base layer's weight is not at hand.
+
+        Args:
+            g: the output's gradient, (T, out).
+            through_rank: V, (T, r).
+        """
+        A = self.factors.A  # noqa: N806
+        if self.weight is None:
+            return A.matmul(through_rank)
+        return A.structure.plus_matmul(g @ self.outputs_first(), A.values, through_rank, in_place=True)
+
+
+class Wanted(NamedTuple):
+    """Which gradients to compute."""
+
+    x: bool
+    b: bool
+    d: bool
+
+    @property
+    def vectors(self) -> bool:
+        return self.b or self.d
+
+
+class Gradients(NamedTuple):
+    """The gradients of x (T, in), b (out,) and d (r,); None where they are not wanted."""
+
+    x: Tensor | None = None
+    b: Tensor | None = None
+    d: Tensor | None = None
+
+
+class Route(Protocol):
+    """One exact way to compute an adapted layer, forward and backward.
+
+    Attributes:
+        name: how it is called in tables and tests.
+        reads_weight: whether it computes with W0 itself, rather than adding to the base layer's output.
+        gradients_from: what is kept from the forward pass for the gradients of b and d: x, or x A^T.
+    """
+
+    name: ClassVar[str]
+    reads_weight: ClassVar[bool]
+    gradients_from: ClassVar[Literal["x", "xa"]]
+
+    def available(self, device_type: str) -> bool:
+        """Return whether it can run on devices of this type ("cpu", "cuda")."""
+        ...
+
+    def uses_xa(self, training: bool) -> bool:
+        """Return whether it computes with x A^T."""
+        ...
+
+    def forward(self, inputs: LinearInputs, keep: bool) -> tuple[Tensor, Tensor | None]:
+        """Return (the output (T, out), what `keep` keeps for the backward pass)."""
+        ...
+
+    def backward(
+        self, g: Tensor, inputs: LinearInputs, kept: Tensor | None, wanted: Wanted, weight_gradient: Tensor | None
+    ) -> Gradients:
+        """Return the gradients of x, b and d.
+
+        Args:
+            g: the output's gradient, (T, out).
+            inputs: those of the forward pass; x is None unless `gradients_from` is "x".
+            kept: what the forward pass returned to be kept.
+            wanted: which gradients to compute.
+            weight_gradient: g^T x, (out, in), where `gradients_from` is "x" and vector gradients are wanted.
+        """
+        ...
+
+    def cost(self, cost: Cost, shape: LayerShape, *, training: bool, backward: bool, keep: bool) -> None:
+        """Add what it costs beyond the frozen layer.
+
+        Args:
+            cost: where to add it.
+            shape: the call's dimensions.
+            training: whether the vectors' gradients are wanted.
+            backward: whether any gradient is wanted.
+            keep: whether the forward pass keeps what the backward pass would otherwise make again.
+        """
+        ...
+
+
+def vectors_dtype(g: Tensor, factors: Factors) -> torch.dtype:
+    """Return the dtype to sum the vectors' gradients in."""
+    return torch.promote_types(torch.promote_types(torch.float32, g.dtype), factors.b.dtype)

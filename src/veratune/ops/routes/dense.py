@@ -1,0 +1,68 @@
+"""The route for many tokens: the delta is added to the weight once, and the layer is one product as without VeRA."""
+
+from typing import ClassVar, Literal
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from veratune.ops.costs import Cost, LayerShape
+from veratune.ops.delta import plus_delta, weighted_by_gradient
+from veratune.ops.routes.base import Gradients, LinearInputs, Wanted, vectors_dtype
+
+
+def adapted_weight(inputs: LinearInputs) -> Tensor:
+    """Return W0 + delta W, (out, in)."""
+    assert inputs.weight is not None
+    factors = inputs.factors
+    return plus_delta(inputs.weight, factors.folded(), factors.A, transposed=inputs.transposed)
+
+
+class Dense:
+    """y = x (W0 + C^T A)^T. The gradients of b and d come from the weight's, g^T x. `keep` keeps the adapted weight."""
+
+    name: ClassVar[str] = "dense"
+    reads_weight: ClassVar[bool] = True
+    gradients_from: ClassVar[Literal["x", "xa"]] = "x"
+
+    def available(self, device_type: str) -> bool:
+        return True
+
+    def uses_xa(self, training: bool) -> bool:
+        return False
+
+    def forward(self, inputs: LinearInputs, keep: bool) -> tuple[Tensor, Tensor | None]:
+        assert inputs.x is not None
+        adapted = adapted_weight(inputs)
+        return F.linear(inputs.x, adapted, inputs.bias), adapted if keep else None
+
+    def backward(
+        self, g: Tensor, inputs: LinearInputs, kept: Tensor | None, wanted: Wanted, weight_gradient: Tensor | None
+    ) -> Gradients:
+        factors = inputs.factors
+        grad_x = grad_b = grad_d = None
+        if wanted.vectors:
+            assert weight_gradient is not None
+            products = weighted_by_gradient(factors, weight_gradient, vectors_dtype(g, factors))
+            grad_b, grad_d = factors.vector_gradients(products, wanted.b, wanted.d)
+        if wanted.x:
+            grad_x = g @ (adapted_weight(inputs) if kept is None else kept)
+        return Gradients(grad_x, grad_b, grad_d)
+
+    def cost(self, cost: Cost, shape: LayerShape, *, training: bool, backward: bool, keep: bool) -> None:
+        n, m, r, t = shape.in_features, shape.out_features, shape.rank, shape.tokens
+        add_adapted_weight(cost, shape, times=2 if backward and not keep else 1, kept=keep)
+        if training:
+            cost.product(m, n, t)
+            cost.product(r, m, n)
+            cost.saved_bytes += t * n * cost.profile.itemsize
+            cost.pass_over(4 * r * m)
+
+
+def add_adapted_weight(cost: Cost, shape: LayerShape, *, times: int, kept: bool) -> None:
+    """Add the cost of making the adapted weight so many times, and of keeping it."""
+    n, m, r = shape.in_features, shape.out_features, shape.rank
+    for _ in range(times):
+        cost.pass_over(4 * r * m * shape.density)  # outer product, times B, rounded
+        cost.product(m, n, r, density=shape.density**2)
+    if kept:
+        cost.saved_bytes += m * n * cost.profile.itemsize

@@ -1,0 +1,121 @@
+"""How a projection's numbers are laid out in memory, and the products with them.
+
+A frozen projection is conceptually a dense matrix M of shape (r, n). A scheme may draw one that is mostly zeros and
+store only the rest; its `Structure` then computes the products with M at the cost of what is stored. The arithmetic
+in `veratune.ops` asks for nothing but these products, so it works for every structure.
+"""
+
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+
+class Structure(Protocol):
+    """The layout of a matrix M (r, n), and its products. Implementations are immutable and hashable.
+
+    In each method `values` are M's numbers in this layout, z is (T, r) or (r,), and x is (T, n) or (n,). What `scaled`
+    and `outer` return for several vector pairs has leading dimensions, which `matmul`, `rmatmul` and `gram` accept.
+    """
+
+    @property
+    def density(self) -> float:
+        """The fraction of M's elements that are stored, which scales the cost of its products."""
+        ...
+
+    def matmul(self, values: Tensor, z: Tensor) -> Tensor:
+        """Return z M, (T, n)."""
+        ...
+
+    def rmatmul(self, values: Tensor, x: Tensor) -> Tensor:
+        """Return x M^T, (T, r)."""
+        ...
+
+    def plus_matmul(self, target: Tensor, values: Tensor, z: Tensor, *, in_place: bool) -> Tensor:
+        """Return target + z M, (T, n), written into `target` if `in_place`."""
+        ...
+
+    def scaled(self, values: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+        """Return diag(rows) M diag(columns) in this layout and in the dtype of `values`, rounded once.
+
+        Args:
+            values: M.
+            rows: (..., r), in float32 or wider. Leading dimensions give one result for each vector pair.
+            columns: (..., n), of the same dtype.
+        """
+        ...
+
+    def outer(self, values: Tensor, z: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return M * (z^T x) in this layout and in `dtype`, computing only the elements that M stores.
+
+        With leading dimensions of z or x, one result for each pair.
+        """
+        ...
+
+    def gram(self, values: Tensor, other: "Matrix") -> Tensor:
+        """Return M^T N, (n, width of N), for another matrix N of r rows."""
+        ...
+
+    def dense(self, values: Tensor) -> Tensor:
+        """Return M as a dense tensor, (r, n)."""
+        ...
+
+
+class Dense(NamedTuple):
+    """The ordinary layout: `values` is M itself, (r, n)."""
+
+    @property
+    def density(self) -> float:
+        return 1.0
+
+    def matmul(self, values: Tensor, z: Tensor) -> Tensor:
+        return values.mT @ z if z.ndim == 1 else z @ values
+
+    def rmatmul(self, values: Tensor, x: Tensor) -> Tensor:
+        return values @ x if x.ndim == 1 else x @ values.mT
+
+    def plus_matmul(self, target: Tensor, values: Tensor, z: Tensor, *, in_place: bool) -> Tensor:
+        return target.addmm_(z, values) if in_place else torch.addmm(target, z, values)
+
+    def scaled(self, values: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+        product = rows.unsqueeze(-1) * columns.unsqueeze(-2)
+        return product.mul_(values).to(values.dtype)
+
+    def outer(self, values: Tensor, z: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+        return (z.mT @ x).to(dtype).mul_(values)
+
+    def gram(self, values: Tensor, other: "Matrix") -> Tensor:
+        return values.mT @ other.dense()
+
+    def dense(self, values: Tensor) -> Tensor:
+        return values
+
+
+DENSE: Structure = Dense()
+
+
+class Matrix(NamedTuple):
+    """A projection ready to compute with: its numbers, and their layout. Stands for M, (r, n)."""
+
+    values: Tensor
+    structure: Structure = DENSE
+
+    def matmul(self, z: Tensor) -> Tensor:
+        """Return z M, (T, n), for z (T, r)."""
+        return self.structure.matmul(self.values, z)
+
+    def rmatmul(self, x: Tensor) -> Tensor:
+        """Return x M^T, (T, r), for x (T, n)."""
+        return self.structure.rmatmul(self.values, x)
+
+    def gram(self, other: "Matrix") -> Tensor:
+        """Return M^T N for another matrix N of r rows."""
+        return self.structure.gram(self.values, other)
+
+    def dense(self) -> Tensor:
+        """Return M, (r, n), as an ordinary tensor."""
+        return self.structure.dense(self.values)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.values.dtype
