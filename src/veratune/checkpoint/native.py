@@ -47,7 +47,7 @@ from veratune.checkpoint.validate import (
 )
 from veratune.config import VeraConfig
 from veratune.layers import VeraEmbedding
-from veratune.projections.schemes import PerDimension, Scheme, Side, Stored
+from veratune.projections.schemes import Scheme, Side, Stored
 from veratune.utils.outside_files import parse_json
 from veratune.utils.tensors import bytes_of, is_finite
 
@@ -204,7 +204,7 @@ def _projection_tensors(host: AdaptedModel, adapter_name: str, scheme: Scheme) -
             widths[key] = max(widths.get(key, 0), view.rank)
     tensors: dict[str, Tensor] = {}
     for (side, width), rank in widths.items():
-        name = f"projection.{side}.{width}" if isinstance(scheme, PerDimension) else f"projection.{side}"
+        name = f"projection.{side}.{width}" if not scheme.one_rank_linear_only else f"projection.{side}"
         drawn = scheme.draw(side, range(rank), width, torch.device("cpu"))
         tensors[name] = drawn if side == "A" else drawn.t()
     return tensors

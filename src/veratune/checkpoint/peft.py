@@ -1,6 +1,5 @@
 """PEFT's own VeRA files: reading what the `peft` package wrote, and writing what it reads, with equal outputs."""
 
-import math
 import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -25,7 +24,7 @@ from veratune.config import VeraConfig
 from veratune.layers import SavedModule, VeraLayer, VeraLinear, VeraParameter
 from veratune.layers.biases import bias_first_names
 from veratune.layers.registry import is_conv1d
-from veratune.projections.schemes import PeftShared, PerDimension, Scheme, Side, Stored
+from veratune.projections.schemes import PeftShared, Scheme, Side, Stored
 from veratune.utils.patterns import Budget, PatternError
 
 PEFT_VERA = "VERA"
@@ -252,6 +251,11 @@ def export_peft(host: AdaptedModel, adapter_name: str, directory: Path, *, save_
             f"save_projection=False is not allowed here: PEFT cannot draw the projections of adapter {adapter_name!r}"
             f" (projection={config.projection!r}) from its key"
         )
+    if scheme.scale_in_shared_pair(1, 1, 1, 1) is None:
+        raise ValueError(
+            f"PEFT's VeRA cannot hold projections of the scheme {scheme.name!r}: it has one A and one B for all layers."
+            " Use export_lora, which is exact, or merge the adapter"
+        )
     layers = {name: layer for name, layer in host.vera_layers().items() if adapter_name in layer.entries}
     for name, layer in layers.items():
         if not isinstance(layer, VeraLinear) or layer.entries[adapter_name].parts:
@@ -298,9 +302,9 @@ def _peft_d(d: Tensor, scheme: Scheme, layer: VeraLayer, shared: tuple[Tensor, T
     """Return d for PEFT's A and B: times what this layer's projections differ from them by, zeros up to their rank."""
     rank, widest = shared[0].shape
     d = d.detach().double()
-    if isinstance(scheme, PerDimension):
-        # A = sqrt(6 / in) u here and sqrt(6 / widest) u there; the gains of B's ranks differ likewise.
-        d = d * math.sqrt(widest / layer.in_features) * (scheme.scale(d.shape[0]) / scheme.scale(rank))
+    scale = scheme.scale_in_shared_pair(layer.in_features, d.shape[0], widest, rank)
+    assert scale is not None
+    d = d * scale
     padded = torch.zeros(rank, dtype=torch.float64, device=d.device)
     padded[: d.shape[0]] = d
     return padded.float()

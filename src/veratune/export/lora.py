@@ -163,16 +163,12 @@ def lora_matrices(layer: VeraLayer, adapter_name: str) -> tuple[Tensor, Tensor]:
     """
     entry = layer.entries[adapter_name]
     b, d = (vector.detach().double().cpu() for vector in layer.vectors(adapter_name))
-    rank, cpu = entry.rank, torch.device("cpu")
-    scheme = entry.a.projection.scheme
+    rank = entry.rank
     if isinstance(layer, VeraEmbedding):
-        a_projection = scheme.one_hot_columns(rank, torch.arange(layer.in_features))
+        a_projection = entry.a.projection.scheme.one_hot_columns(rank, torch.arange(layer.in_features))
     else:
-        a_projection = scheme.draw("A", range(rank), entry.a.projection.width, cpu)[:, : entry.a.features]
-    b_parts = [
-        scheme.draw("B", range(rank), view.projection.width, cpu)[:, : view.features].double().t() * entry.scale
-        for view in entry.b
-    ]
+        a_projection = entry.a.drawn()
+    b_parts = [view.drawn().double().t() * entry.scale for view in entry.b]
     if entry.parts:
         # One A for all parts, so that each part's d goes to its rows of B.
         scaled = [b_part * own for b_part, own in zip(b_parts, d, strict=True)]

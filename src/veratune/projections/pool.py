@@ -133,6 +133,12 @@ class ProjectionView:
             return self.tensors[(device, dtype)]
         return self.projection.fill(self, (device, dtype))
 
+    def drawn(self) -> Tensor:
+        """Draw the projection, (rank, features), as a dense float32 tensor on the CPU that is not kept."""
+        projection = self.projection
+        values = projection.scheme.draw(projection.side, range(self.rank), projection.width, torch.device("cpu"))
+        return self.structure.dense(values[:, : self.columns])
+
     def attach(self, place: _Place, backing: _Backing, part: Tensor) -> None:
         self._held[place] = backing
         self.tensors[place] = part

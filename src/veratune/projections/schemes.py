@@ -87,6 +87,18 @@ class Scheme(ABC):
     def fingerprint(self) -> str:
         """Return 16 hexadecimal digits that differ if any of the projections would."""
 
+    def scale_in_shared_pair(self, in_features: int, rank: int, max_in: int, max_rank: int) -> float | None:
+        """Return how a layer's d is multiplied if the layer uses corners of the largest layer's A and B instead.
+
+        This is how PEFT's VeRA stores projections: one pair, of which each layer takes a corner. None if the
+        projections of layers of other shapes are not corners of one pair.
+
+        Args:
+            in_features, rank: of the layer.
+            max_in, max_rank: of the shared A.
+        """
+        return None
+
     def largest_rank(self, rank: int) -> int:
         """Return how many of the first `rank` rows there are."""
         return rank
@@ -128,6 +140,10 @@ class PerDimension(Scheme):
     @classmethod
     def for_layers(cls, key: int, r: int, max_in: int, max_out: int) -> Self:
         return cls(key % (1 << 64))
+
+    def scale_in_shared_pair(self, in_features: int, rank: int, max_in: int, max_rank: int) -> float:
+        # A = sqrt(6 / in) u here and sqrt(6 / max_in) u there; the scales of B's ranks differ likewise.
+        return math.sqrt(max_in / in_features) * (self.scale(rank) / self.scale(max_rank))
 
     def draw(self, side: Side, rows: range, width: int, device: torch.device) -> Tensor:
         unit = symmetric_uniform(self.key, ("AB".index(side), PER_DIMENSION_VERSION), rows, width, device)
@@ -183,6 +199,9 @@ class PeftShared(Scheme):
     @classmethod
     def for_layers(cls, key: int, r: int, max_in: int, max_out: int) -> Self:
         return cls(key, r, max_in, max_out)
+
+    def scale_in_shared_pair(self, in_features: int, rank: int, max_in: int, max_rank: int) -> float:
+        return 1.0
 
     def largest_rank(self, rank: int) -> int:
         return min(rank, self.r)
@@ -254,6 +273,9 @@ class Stored(Scheme):
 
     def fingerprint(self) -> str:
         return self.digest
+
+    def scale_in_shared_pair(self, in_features: int, rank: int, max_in: int, max_rank: int) -> float:
+        return 1.0
 
     def largest_rank(self, rank: int) -> int:
         return min(rank, self.a.shape[0])
