@@ -1,7 +1,7 @@
 """A table of the routes that an adapter's layers take, with what each alternative would have cost."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -96,7 +96,7 @@ def explain_routes(
         entry = layer.entries.get(adapter_name)
         if entry is None or entry.parts or not isinstance(layer, VeraLinear):
             continue  # there is one way only to compute it, or its module decides
-        shape = LayerShape(layer.in_features, layer.out_features, entry.rank, tokens, entry.group.size)
+        shape = replace(entry.shapes[0], tokens=tokens)
         own = layer.base_weight.dtype
         number = own if own.is_floating_point and own.itemsize > 1 else layer.vectors(adapter_name)[0].dtype
         profile = device_profile(device or layer.base_weight.device, dtype or number)

@@ -52,7 +52,7 @@ class BankProjections:
         groups = input_groups(targets, scheme)
         for target in targets:
             widths = target.parts or (target.out_features,)
-            if not _reaches(scheme, target.in_features, max(widths)):
+            if not (scheme.reaches("A", target.in_features) and scheme.reaches("B", max(widths))):
                 continue  # as narrow as the layers that its adapters have, and this one is none of them
             views = tuple(projection_pool.view(scheme, "B", rank, width) for width in widths)
             self._layers[target.name].projections[number] = SharedProjections(groups[target.name], views)
@@ -65,11 +65,3 @@ class BankProjections:
         del self._schemes[number]
         for layer in self._layers.values():
             layer.projections.pop(number, None)
-
-
-def _reaches(scheme: Scheme, in_features: int, out_features: int) -> bool:
-    """Return whether a source's projections are as wide as a layer."""
-    return (
-        scheme.storage_width("A", in_features) >= in_features
-        and scheme.storage_width("B", out_features) >= out_features
-    )

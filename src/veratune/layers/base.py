@@ -346,14 +346,17 @@ class VeraLayer(nn.Module):
         self.vera_lambda_d[name] = nn.Parameter(d, requires_grad=False)
         if settings.dropout > 0.0:
             self.vera_dropout[name] = nn.Dropout(settings.dropout).train(self.training)
-        widths = parts or (self.out_features,)
+        views = tuple(projection_pool.view(scheme, "B", rank, width) for width in parts or (self.out_features,))
         self.entries[name] = AdapterEntry(
             name=layer_name,
             group=group,
-            b=tuple(projection_pool.view(scheme, "B", rank, width) for width in widths),
+            b=views,
             scale=scheme.scale(rank),
             settings=settings,
-            shapes=tuple(LayerShape(self.in_features, width, rank, 0, group.size) for width in widths),
+            shapes=tuple(
+                LayerShape(self.in_features, view.features, rank, 0, group.size, view.structure.density)
+                for view in views
+            ),
             parts=parts,
         )
 

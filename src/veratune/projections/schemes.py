@@ -99,6 +99,10 @@ class Scheme(ABC):
         """
         return None
 
+    def reaches(self, side: Side, features: int) -> bool:
+        """Return whether a side is wide enough for a layer with this many features."""
+        return True
+
     def largest_rank(self, rank: int) -> int:
         """Return how many of the first `rank` rows there are."""
         return rank
@@ -203,6 +207,9 @@ class PeftShared(Scheme):
     def scale_in_shared_pair(self, in_features: int, rank: int, max_in: int, max_rank: int) -> float:
         return 1.0
 
+    def reaches(self, side: Side, features: int) -> bool:
+        return features <= self.storage_width(side, features)
+
     def largest_rank(self, rank: int) -> int:
         return min(rank, self.r)
 
@@ -276,6 +283,9 @@ class Stored(Scheme):
 
     def scale_in_shared_pair(self, in_features: int, rank: int, max_in: int, max_rank: int) -> float:
         return 1.0
+
+    def reaches(self, side: Side, features: int) -> bool:
+        return features <= self.storage_width(side, features)
 
     def largest_rank(self, rank: int) -> int:
         return min(rank, self.a.shape[0])
