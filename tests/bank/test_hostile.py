@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from test_bank_store import assert_holds, layout_of, make, row_of
 from torch import nn
 
+from bank_files import assert_holds, layout_of, make, row_of
 from veratune.bank import AdapterBank, BankError
 from veratune.bank.connection import connect
 from veratune.bank.schema import DamagedError, checksum_bytes, mark_of_all

@@ -1,7 +1,6 @@
 """A projection scheme is one class and one line in `SCHEMES`: a toy with a product of its own does all that ours do."""
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, Self
 
@@ -92,10 +91,9 @@ class ToyHalves(Scheme):
 
 
 @pytest.fixture(autouse=True)
-def registered(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def registered(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(SCHEMES, "halves", ToyHalves)
     _calls.clear()
-    yield
 
 
 class Net(nn.Module):
