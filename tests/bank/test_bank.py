@@ -72,7 +72,7 @@ def test_vectors_in_half_precision_round_and_nothing_else(dtype: torch.dtype) ->
         for layer in model.vera_layers().values():
             for own in CUSTOMERS:
                 b, d = layer.vectors(own)
-                scale = layer.slots[own].scale
+                scale = layer.entries[own].scale
                 b.copy_(b.to(dtype))
                 d.copy_((d * scale).to(dtype).float() / scale)
     bank = bank_of(tiny_model("bert"), model, config, dtype=dtype)

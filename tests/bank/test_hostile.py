@@ -23,11 +23,6 @@ from veratune.projections.schemes import PeftShared, PerDimension
 EXPECTED = {"a": 3, "b": 2, "c": 2}
 
 
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "bank"
-
-
 def tamper(path: Path, *statements: str | tuple[str, tuple[Any, ...]]) -> None:
     """Change a file as another program could, with a checksum that fits, so that nothing else is found."""
     connection = sqlite3.connect(path, isolation_level=None)

@@ -281,7 +281,7 @@ file.close()
 
 
 def start_writer(path: Path, own: str, count: int) -> "subprocess.Popen[str]":
-    code = _WRITER.format(tests=str(Path(__file__).parent))
+    code = _WRITER.format(tests=str(Path(__file__).parents[1] / "helpers"))
     command = [sys.executable, "-c", code, str(path), own, str(count)]
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
@@ -371,7 +371,7 @@ print(journals)
 @pytest.mark.skipif(os.name != "posix", reason="fork and SIGKILL are POSIX's")
 def test_whoever_is_killed_leaves_the_file_as_it_was_before_or_after_a_change(path: Path) -> None:
     make(path).close()
-    code = _KILLED.format(tests=str(Path(__file__).parent))
+    code = _KILLED.format(tests=str(Path(__file__).parents[1] / "helpers"))
     done = subprocess.run([sys.executable, "-c", code, str(path)], check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) > 0  # of the forty some died in the midst of a change

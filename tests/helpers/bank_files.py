@@ -1,6 +1,5 @@
 from pathlib import Path
 
-import pytest
 import torch
 
 from veratune.bank.layers import Columns
@@ -41,11 +40,6 @@ def assert_holds(path: Path, expected: dict[str, int]) -> None:
     for name, seed in expected.items():
         assert_same(file.row(file.names[name]), row_of(seed))
     file.close()
-
-
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "bank"
 
 
 def make(path: Path, names: dict[str, int] | None = None) -> BankStore:

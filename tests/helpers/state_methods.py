@@ -194,6 +194,14 @@ def merged_for_good(*names: str) -> Callable[[Env, Any], None]:
     return check
 
 
+def interrupted(env: Env) -> None:
+    """Change what is active on every layer, and fail."""
+    with suppress(KeyboardInterrupt), env.model.undone_on_error():
+        for layer in env.model.vera_layers().values():
+            layer.activate([])
+        raise KeyboardInterrupt
+
+
 def native_files(env: Env, _: Any) -> None:
     for name, adapter in env.truth.adapters.items():
         check_native(env.path / "saved" / ("" if name == "default" else name), adapter)
@@ -328,6 +336,7 @@ def methods() -> list[Method]:
         Method("check_new_name", lambda env: env.model.check_new_name("other"), (never,), variant="taken"),
         Method("add_adapter", lambda env: env.model.add_adapter("new", new_config(env)), (gathered,), new),
         Method("add_adapter", lambda env: env.model.add_adapter("other", new_config(env)), (never,), variant="taken"),
+        Method("undone_on_error", interrupted),
         Method("install_adapter", lambda env: env.model.install_adapter(
             "new", plan_adapter(env.model.base_model, new_config(env))), (gathered,), new),
         Method("load_adapter", lambda env: env.model.load_adapter(env.library("else"), "new"), (gathered,),

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from veratune.bank.layout import BankError
 from veratune.bank.schema import APPLICATION_ID, TABLES, VERSION, DamagedError
+from veratune.utils.atomic import publish
 
 PATIENCE = 30.0  # seconds that one process waits for others
 REMEDY = "Put back a copy of it, or build it again from the adapters' directories"
@@ -97,10 +98,21 @@ def explained(shown: Path, action: str) -> Iterator[None]:
         raise _damaged(shown, "it holds text that is not UTF-8") from None
     except sqlite3.Error as error:
         raise _explanation(shown, action, error) from None
-    except FileExistsError:
-        raise BankError(f"{shown} exists already") from None
     except OSError as error:
         raise BankError(f"{shown} cannot be {action}: {error.strerror}") from None
+
+
+def publish_bank(temporary: Path, path: Path) -> None:
+    """Give a finished file its name.
+
+    Raises:
+        BankError: there is a file of that name, or the disk refuses.
+    """
+    with explained(path, "made"):
+        try:
+            publish(temporary, path)
+        except FileExistsError:
+            raise BankError(f"{path} exists already") from None
 
 
 def _damaged(shown: Path, what: object) -> BankError:

@@ -279,7 +279,7 @@ def scheme_to_json(scheme: Scheme) -> dict[str, Any]:
     try:
         return scheme.to_json()
     except ValueError as error:
-        raise BankError(f"{error}, so that a bank's file cannot hold the adapter: a bank in memory takes it") from None
+        raise BankError(f"{error}, so that a bank's file cannot hold the adapter. A bank in memory takes it") from None
 
 
 def scheme_from_json(values: dict[str, Any]) -> Scheme:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from veratune.bank.connection import allow_tensors, check_regular, connect, explained
+from veratune.bank.connection import allow_tensors, check_regular, connect, explained, publish_bank
 from veratune.bank.layout import AdapterRow, BankError, Layout, digest_of_bytes, scheme_from_json
 from veratune.bank.schema import (
     BankHeader,
@@ -31,7 +31,7 @@ from veratune.bank.schema import (
     read_header,
 )
 from veratune.bank.tables import NO_STATE, header_row, read_all, read_state, snapshot, write_tables
-from veratune.utils.atomic import publish, temporary_beside
+from veratune.utils.atomic import temporary_beside
 from veratune.utils.tensors import bytes_of
 
 # A connection must not be used, nor closed, in a process that was forked from the one that made it.
@@ -126,7 +126,7 @@ class BankStore:
                 temporary.touch(exist_ok=False)  # says what is wrong, where SQLite only says that it cannot
                 write_tables(temporary, header)
                 cls(temporary).close()
-                publish(temporary, path)
+                publish_bank(temporary, path)
             finally:
                 temporary.unlink(missing_ok=True)
         return cls(path)

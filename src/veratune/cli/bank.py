@@ -9,14 +9,14 @@ import typer
 
 from veratune.bank import AdapterBank, BankError
 from veratune.bank.configs import config_for_adapters
-from veratune.bank.connection import explained
+from veratune.bank.connection import publish_bank
 from veratune.bank.schema import check_spelling, dtype_name
 from veratune.bank.store import BankStore
 from veratune.bank.verify import examine
 from veratune.cli.models import adapter_in, load_model
 from veratune.cli.output import bytes_text, print_json, print_table, print_text
 from veratune.config import VeraConfig
-from veratune.utils.atomic import is_there, publish, temporary_beside
+from veratune.utils.atomic import is_there, temporary_beside
 
 app = typer.Typer(
     help="Files of many adapters of one base model, to serve them all at once.",
@@ -74,8 +74,7 @@ def build(
         for name, place in places.items():
             bank.load(name, place)
         bank.unload()
-        with explained(file, "made"):
-            publish(temporary, file)
+        publish_bank(temporary, file)
     finally:
         temporary.unlink(missing_ok=True)
     layout = bank.layout

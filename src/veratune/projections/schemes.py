@@ -317,7 +317,7 @@ def scheme_from_json(values: Mapping[str, Any]) -> Scheme:
     scheme = kind(**fields)
     if scheme.fingerprint() != values.get("fingerprint"):
         raise ValueError(
-            f"the projections {dict(values)!r:.300} have the fingerprint {scheme.fingerprint()} here: this version"
-            " draws other values, and adapters trained with those would compute something else"
+            f"the projections {dict(values)!r:.300} are drawn otherwise here, with the fingerprint"
+            f" {scheme.fingerprint()}: adapters trained with them would compute something else"
         )
     return scheme
