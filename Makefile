@@ -21,7 +21,7 @@ test: lint
 
 # Mutated files in numbers, of other seeds at every call: some minutes.
 fuzz: $(VENV)/dev.done
-	VERATUNE_FUZZ=250 VERATUNE_FUZZ_SEED=random $(BIN)/python -m pytest tests/test_fuzz_files.py
+	VERATUNE_FUZZ=250 VERATUNE_FUZZ_SEED=random $(BIN)/python -m pytest tests/checkpoint/test_fuzz.py
 
 lint: $(VENV)/dev.done
 	$(BIN)/ruff check .
@@ -73,8 +73,7 @@ $(ENGINES)/llama.done:
 
 # The oldest and the newest PEFT that the plug-in works in, each before the environment's own.
 PEFT_VERSIONS := 0.21.0 0.21.2
-PEFT_TESTS := tests/test_peft_plugin.py tests/test_peft_files.py tests/test_peft_suite_*.py tests/test_peft_parameters.py \
-	tests/test_peft_versions.py
+PEFT_TESTS := $(addprefix tests/integrations/peft/,test_plugin.py test_files.py test_suite_*.py test_parameters.py test_versions.py)
 
 peft-versions: $(VENV)/dev.done
 	for version in $(PEFT_VERSIONS); do \

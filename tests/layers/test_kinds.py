@@ -686,7 +686,7 @@ def test_other_methods_see_adapted_parameters_and_writing_to_them_is_refused() -
     x = torch.randn(2, 3)
     assert torch.equal(model(x), model.base_model[0].encode(x))
     weight = model.vera_layers()["0.proj"].weight
-    with torch.no_grad(), pytest.raises(RuntimeError, match="mul_ would write to a weight that has adapters"):
+    with torch.no_grad(), pytest.raises(RuntimeError, match=r"mul_ would write to .*, which has adapters"):
         weight.mul_(2)
     assert weight.div_(1) is weight
 

@@ -24,6 +24,7 @@ from veratune.layers.offloading import (
     why_no_values,
 )
 from veratune.layers.products import add, compute_dtype, multiply
+from veratune.layers.read_only_weight import read_only
 from veratune.layers.recomputation import State, StateLog, recomputing
 from veratune.ops.costs import LayerShape
 from veratune.ops.delta import add_delta, delta_weight
@@ -160,6 +161,8 @@ class VeraLayer(nn.Module):
     # The weight's axis of output features, as `matrix` sees it: 0 for (..., out, in), 1 for (..., in, out).
     out_axis: Literal[0, 1] = 0
     weight_name: str = "weight"
+    # Whether products with the weight, and with some matrices of a stack, are made without adding it up.
+    shown_in_parts: ClassVar[bool] = True
     weight_was_read: bool = False
 
     def __init__(self, base_layer: nn.Module, geometry: Geometry) -> None:
@@ -229,13 +232,19 @@ class VeraLayer(nn.Module):
         if not self.added_adapters:
             return base
         matrix = self.matrix(base)
-        if torch.compiler.is_compiling() or matrix.shape != base.shape or not plain_tensor(base):
-            return self.like_weight(self.adapted_part(matrix, None))
+        if torch.compiler.is_compiling() or not plain_tensor(base):
+            return self.added_up(base)
+        if matrix.shape != base.shape or not self.shown_in_parts:
+            return read_only(self.added_up(base), self, outside=outside)
         return View(self, base, outside=outside).stand_in()
 
     def adapted_weight(self) -> Tensor:
         """Return W0 with the deltas of the adapters that `forward` adds, in W0's layout and dtype, differentiably."""
-        return self.like_weight(self.adapted_part(self.matrix(self.full_weight()), None))
+        return self.added_up(self.full_weight())
+
+    def added_up(self, base: Tensor) -> Tensor:
+        """Return a W0 that is given, in its own layout, with the deltas of the adapters that `forward` adds."""
+        return self.like_weight(self.adapted_part(self.matrix(base), None))
 
     def adapted_part(self, base: Tensor, index: Any) -> Tensor:
         """Return W0 with deltas, of all matrices (`index` None) or those that `base` was chosen from the stack with."""

@@ -22,6 +22,7 @@ class VeraEmbedding(TransparentLayer):
     """
 
     kind = "embedding"
+    shown_in_parts = False
 
     def matrix(self, weight: Tensor) -> Tensor:
         return weight.t()
@@ -64,17 +65,11 @@ class VeraEmbedding(TransparentLayer):
             output = output + torch.nn.functional.embedding(places, rows) * scale
         return output
 
-    def adapted_weight(self) -> Tensor:
-        weight = self.full_weight()
-        tokens = torch.arange(self.in_features, device=weight.device)
+    def added_up(self, base: Tensor) -> Tensor:
+        tokens = torch.arange(self.in_features, device=base.device)
         for name in self.added_adapters:
-            weight = weight + self._rows(name, tokens)
-        return weight
-
-    @property
-    def weight(self) -> Tensor:
-        self.check_recomputation()
-        return self.adapted_weight()
+            base = base + self._rows(name, tokens)
+        return base
 
     def _delta_matrices(self, name: str, dtype: torch.dtype) -> Tensor:
         entry, device = self.entries[name], self.device

@@ -14,20 +14,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from veratune.layers.read_only_weight import ABOUT, check_not_written, protected
+
 if TYPE_CHECKING:
     from veratune.layers.base import VeraLayer
-
-# Questions about a tensor that its values do not answer, and the adapters do not change.
-_ABOUT = {
-    *(
-        getattr(Tensor, name).__get__
-        for name in ("dtype", "device", "shape", "ndim", "layout", "is_meta", "is_cuda", "is_sparse", "is_quantized")
-    ),
-    *(
-        getattr(Tensor, name)
-        for name in ("size", "dim", "numel", "nelement", "is_floating_point", "is_complex", "element_size", "__len__")
-    ),
-}
 
 
 @dataclass(frozen=True)
@@ -86,31 +76,34 @@ class AdaptedWeight(Tensor):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = dict(kwargs or {})
-        if func in _ABOUT:
+        if func in ABOUT:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
-        name = getattr(func, "__name__", "")
-        if args and isinstance(args[0], AdaptedWeight) and name.endswith("_") and not name.endswith("__"):
-            if name in ("mul_", "div_") and len(args) > 1 and isinstance(args[1], int | float) and args[1] == 1:
-                return args[0]  # RWKV rescales its first layers by one
-            weight_name = args[0]._view.layer.weight_name
-            raise RuntimeError(
-                f"{name} would write to a weight that has adapters, and be lost: exclude {weight_name}, or merge first"
-            )
+        scales = getattr(func, "__name__", "") in ("mul_", "div_") and isinstance(args[0], AdaptedWeight)
+        if scales and len(args) > 1 and isinstance(args[1], int | float) and args[1] == 1:
+            return args[0]  # RWKV rescales its first layers by one
+        check_not_written(func, args, kwargs)
         cheap = _CHEAP.get(func)
         if cheap is not None:
             result = cheap(func, *args, **kwargs)
             if result is not NotImplemented:
                 return result
-        computed = {name: _added_up(value) for name, value in kwargs.items()}
-        return func(*(_added_up(value) for value in args), **computed)
+        weights: list[tuple[View, Tensor]] = []
+        computed = {name: _added_up(value, weights) for name, value in kwargs.items()}
+        result = func(*(_added_up(value, weights) for value in args), **computed)
+        for view, weight in weights:
+            result = protected(result, weight, view.layer, outside=view.outside)
+        return result
 
 
-def _added_up(value: Any) -> Any:
+def _added_up(value: Any, weights: list[tuple[View, Tensor]]) -> Any:
+    """Return an argument with stand-ins replaced by added-up weights, which are noted in `weights`."""
     if isinstance(value, AdaptedWeight):
-        return value._view.added_up()
+        weight = value._view.added_up()
+        weights.append((value._view, weight))
+        return weight
     if isinstance(value, list | tuple) and any(isinstance(part, AdaptedWeight) for part in value):
-        return type(value)(_added_up(part) for part in value)
+        return type(value)(_added_up(part, weights) for part in value)
     return value
 
 

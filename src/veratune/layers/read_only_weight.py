@@ -1,0 +1,131 @@
+"""Adapted weights for code that reads them without calling their layer. What is written to one would be lost."""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from veratune.utils.torch_private import modes_active, transformations_active
+
+if TYPE_CHECKING:
+    from veratune.layers.base import VeraLayer
+
+# Questions about a tensor that its values do not answer, and the adapters do not change.
+ABOUT = {
+    *(
+        getattr(Tensor, name).__get__
+        for name in ("dtype", "device", "shape", "ndim", "layout", "is_meta", "is_cuda", "is_sparse", "is_quantized")
+    ),
+    *(
+        getattr(Tensor, name)
+        for name in ("size", "dim", "numel", "nelement", "is_floating_point", "is_complex", "element_size", "__len__")
+    ),
+}
+# Functions that write to their first argument, besides those whose names end in "_".
+_WRITING = {
+    *("__setitem__", "__delitem__", "__set__", "__delete__"),
+    *("__iadd__", "__isub__", "__imul__", "__idiv__", "__itruediv__", "__ifloordiv__", "__imod__", "__ipow__"),
+    *("__iand__", "__ior__", "__ixor__", "__ilshift__", "__irshift__"),
+}
+
+
+class ReadOnlyWeight(Tensor):
+    """A layer's weight with adapters' deltas added up, or a view of it. It computes as a plain tensor does."""
+
+    _layer: "VeraLayer"
+    _outside: bool
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if func in ABOUT:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        check_not_written(func, args, kwargs)
+        read: list[ReadOnlyWeight] = []
+
+        def plain(value: Any) -> Any:
+            if isinstance(value, ReadOnlyWeight):
+                read.append(value)
+                value._layer.weight_was_read |= value._outside
+                with torch._C.DisableTorchFunctionSubclass():
+                    return value.as_subclass(Tensor)
+            if isinstance(value, list | tuple) and any(isinstance(part, ReadOnlyWeight) for part in value):
+                return type(value)(plain(part) for part in value)
+            return value
+
+        computed = {name: plain(value) for name, value in kwargs.items()}
+        result = func(*(plain(value) for value in args), **computed)
+        for weight in read:
+            result = protected(result, weight, weight._layer, outside=weight._outside)
+        return result
+
+
+def read_only(weight: Tensor, layer: "VeraLayer", *, outside: bool) -> ReadOnlyWeight:
+    """Return a layer's adapted weight, or a view of it, for reading.
+
+    Args:
+        weight: the added-up weight; its graph is kept.
+        layer: the layer.
+        outside: whether code that may not call the layer reads it, which is noted when it computes with the weight.
+    """
+    protected_weight = weight.as_subclass(ReadOnlyWeight)
+    protected_weight._layer, protected_weight._outside = layer, outside
+    return protected_weight
+
+
+def protected(result: Any, weight: Tensor, layer: "VeraLayer", *, outside: bool) -> Any:
+    """Return what was computed with an added-up weight, read-only where it is a view of the weight.
+
+    Args:
+        result: a tensor, several, or anything else.
+        weight: the weight.
+        layer, outside: as for `read_only`.
+    """
+    if isinstance(result, list | tuple) and type(result) in (list, tuple):
+        return type(result)(protected(part, weight, layer, outside=outside) for part in result)
+    if type(result) is not Tensor or transformations_active() or modes_active():
+        return result
+    with torch._C.DisableTorchFunctionSubclass():
+        same = result.layout is weight.layout is torch.strided and (
+            result.untyped_storage()._cdata == weight.untyped_storage()._cdata
+        )
+    return read_only(result, layer, outside=outside) if same else result
+
+
+def check_not_written(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """Raise RuntimeError if a function of torch would write to an adapted weight that was read from a layer.
+
+    Args:
+        func, args, kwargs: a call that `__torch_function__` got.
+    """
+    name = getattr(func, "__name__", "")
+    targets = [kwargs.get("out")]
+    if name in _WRITING or (name.endswith("_") and not name.endswith("__")):
+        # The functions of torch.nn.init give what they write to by name.
+        targets.append(args[0] if args else kwargs.get("tensor"))
+    for target in targets:
+        for tensor in target if isinstance(target, list | tuple) else (target,):
+            layer = _layer_of(tensor)
+            if layer is not None:
+                entry = next(iter(layer.entries.values()), None)
+                raise RuntimeError(
+                    f"{name} would write to {layer.weight_name} of {entry.name if entry else 'a layer'}, which has"
+                    " adapters, and be lost: write to the base_layer's, exclude the layer, or take the adapters off"
+                    " first"
+                )
+
+
+def _layer_of(tensor: Any) -> "VeraLayer | None":
+    if isinstance(tensor, ReadOnlyWeight):
+        return tensor._layer
+    view = getattr(tensor, "_view", None) if isinstance(tensor, Tensor) and type(tensor) is not Tensor else None
+    layer: VeraLayer | None = getattr(view, "layer", None)
+    return layer

@@ -1,0 +1,145 @@
+"""Weights that a model reads without calling their layer: the adapted values, and never a place to write to."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn import init
+
+from reference import randomise
+from veratune import VeraConfig, get_peft_model
+
+KINDS = ("linear", "table", "square", "conv")
+ONES = torch.ones(6, 6)
+TOKENS = torch.tensor([[1, 2, 3]])
+
+
+class Net(nn.Module):
+    """Calls its embedding, and reads all weights itself as well, as a model with tied embeddings does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(7, 6)
+        self.square = nn.Embedding(6, 6)
+        self.conv = nn.Conv1d(6, 6, 1)
+        self.linear = nn.Linear(6, 6)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = F.conv1d((self.table(tokens) + self.square(tokens)).mT, self.conv.weight, self.conv.bias).mT
+        return F.linear(F.linear(x @ self.linear.weight.T, self.square.weight), self.table.weight)
+
+
+def adapted(plugin: bool) -> tuple[Any, Net]:
+    torch.manual_seed(0)
+    net = Net()
+    settings: dict[str, Any] = {"r": 3, "target_modules": list(KINDS)}
+    if plugin:
+        peft = pytest.importorskip("peft")
+        from veratune.integrations.peft import VeratuneConfig
+
+        model: Any = peft.get_peft_model(net, VeratuneConfig(**settings))
+    else:
+        model = get_peft_model(net, VeraConfig(**settings))
+    torch.manual_seed(1)
+    randomise(model, 0.4)
+    return model, net
+
+
+@pytest.mark.parametrize("plugin", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_read_is_the_weight_with_the_delta(kind: str, plugin: bool) -> None:
+    layer: Any = getattr(adapted(plugin)[1], kind)
+    expected = layer.base_layer.weight + layer.get_delta_weight("default")
+    torch.testing.assert_close(layer.weight * 1, expected)
+    torch.testing.assert_close(F.linear(ONES, layer.weight.flatten(1)), ONES @ expected.flatten(1).T)
+    b, _ = layer.vectors("default")
+    (gradient,) = torch.autograd.grad((layer.weight * 2).sum(), b)
+    assert gradient.abs().sum() > 0
+
+
+@pytest.mark.parametrize("plugin", [False, True])
+def test_a_model_that_reads_them_computes_as_when_merged(plugin: bool) -> None:
+    model, _ = adapted(plugin)
+    output = model(TOKENS)
+    model.merge_adapter()
+    torch.testing.assert_close(output, model(TOKENS))
+
+
+def set_item(weight: Any) -> None:
+    weight[0] = 3.0
+
+
+def set_data(weight: Any) -> None:
+    weight.data = ONES
+
+
+def add_in_place(weight: Any) -> None:
+    weight += 1
+
+
+WRITES: dict[str, Callable[[Any], Any]] = {
+    "item": set_item,
+    "data": set_data,
+    "in place": add_in_place,
+    "through data": lambda weight: weight.data.copy_(torch.ones(weight.shape)),
+    "a row": lambda weight: weight[1].zero_(),
+    "a row of data": lambda weight: weight.data[1].zero_(),
+    "detached": lambda weight: weight.detach().zero_(),
+    "a view": lambda weight: weight.view(-1).zero_(),
+    "a chunk": lambda weight: weight.chunk(2)[0].fill_(1.0),
+    "transposed": lambda weight: weight.flatten(1).t().zero_(),
+    "normal": init.normal_,
+    "kaiming": lambda weight: init.kaiming_uniform_(weight.flatten(1)),
+    "constant": lambda weight: init.constant_(weight, 1.0),
+    "orthogonal": init.orthogonal_,
+    "out": lambda weight: torch.add(torch.ones(weight.shape), 1, out=weight),
+    "foreach": lambda weight: torch._foreach_add_([weight], 1.0),
+    "flag": lambda weight: setattr(weight, "requires_grad", True),
+}
+
+
+@pytest.mark.parametrize("plugin", [False, True])
+@pytest.mark.parametrize("write", WRITES)
+@torch.no_grad()
+def test_writing_to_it_is_refused(write: str, plugin: bool) -> None:
+    _, net = adapted(plugin)
+    for kind in KINDS:
+        layer: Any = getattr(net, kind)
+        before = layer.weight * 1
+        with pytest.raises(RuntimeError, match=f"would write to weight of {kind}, which has adapters"):
+            WRITES[write](layer.weight)
+        assert torch.equal(layer.weight * 1, before)
+
+
+@torch.no_grad()
+def test_without_active_adapters_the_weight_itself_is_written() -> None:
+    model, net = adapted(plugin=False)
+    model.set_adapter([])
+    for kind in KINDS:
+        layer: Any = getattr(net, kind)
+        init.constant_(layer.weight, 2.0)
+        assert (layer.base_layer.weight == 2.0).all()
+
+
+@pytest.mark.parametrize("kind", ["table", "conv"])
+def test_an_export_misses_no_layer_whose_weight_a_function_reads(kind: str, tmp_path: Path) -> None:
+    class Reading(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.conv = nn.Embedding(7, 6), nn.Conv1d(6, 6, 1)
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            modules = dict(self.named_children())
+            return F.embedding(tokens, modules["table"].weight) @ modules["conv"].weight.squeeze(-1)
+
+    model = get_peft_model(Reading(), VeraConfig(r=2, target_modules=[kind]))
+    layer: Any = model.get_submodule(f"base_model.{kind}")
+    assert layer.weight.dtype == torch.float32 and layer.weight.shape[1] == 6
+    assert not layer.weight_was_read
+    model(TOKENS)
+    with pytest.raises(ValueError, match=f"{kind}: the model computes with its weight"):
+        model.export_lora(tmp_path)
