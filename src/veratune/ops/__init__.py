@@ -1,1 +1,1 @@
-"""VeRA's arithmetic on tensors. Nothing here knows a module."""
+"""VeRA's arithmetic on tensors, independent of modules."""

@@ -1,4 +1,4 @@
-"""What this machine's devices can do: built-in defaults, and a calibration that is measured once and kept."""
+"""Device profiles: built-in defaults, and a calibration that is measured once and cached in a file."""
 
 import json
 import os
@@ -13,8 +13,8 @@ import torch
 from veratune.ops.costs import DeviceProfile
 from veratune.utils.atomic import write_atomically
 
-# Rates, bandwidth and launch times of ordinary devices: two cores of a server CPU, and a data-centre GPU. What counts
-# for the choice of a route is mostly the ratio of the first two.
+# Rates, bandwidth and launch times of ordinary devices: two cores of a server CPU, and a data-centre GPU. The
+# choice of a route depends mostly on the ratio of the first two.
 _DEFAULTS = {
     "cpu": {torch.float32: 1.5e11, torch.bfloat16: 3e11, torch.float16: 5e10, torch.float64: 7e10},
     "cuda": {torch.float32: 4e13, torch.bfloat16: 4e14, torch.float16: 4e14, torch.float64: 3e13},
@@ -45,17 +45,17 @@ def _default(device_type: str, dtype: torch.dtype) -> DeviceProfile:
 def calibrate(
     device: torch.device | str = "cpu", dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
 ) -> dict[torch.dtype, DeviceProfile]:
-    """Measure a device (some seconds), use the result from now on, and keep it for later processes.
+    """Measure a device (a few seconds), use the result from now on, and store it for later processes.
 
-    The file is `veratune/calibration.json` in the user's cache directory (`VERATUNE_CACHE` names another one). It
-    counts only for the same device, torch version and number of threads.
+    The file is `veratune/calibration.json` in the user's cache directory (or in `VERATUNE_CACHE`). It applies
+    only to the same device, torch version and number of threads.
 
     Args:
-        device: which device.
+        device: the device to measure.
         dtypes: the compute dtypes to measure.
 
     Returns:
-        The profiles measured.
+        The measured profiles.
     """
     device = torch.device(device)
     measured = {dtype: _measure(device, dtype) for dtype in dtypes}
@@ -73,7 +73,7 @@ def calibrate(
 
 
 def load_calibration(device: torch.device) -> None:
-    """Use what an earlier `calibrate` kept for this device, if it did."""
+    """Use the stored result of an earlier `calibrate` for this device, if there is one."""
     values = _read(calibration_path())
     for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
         entry = values.get(_key(device, dtype))
@@ -82,14 +82,14 @@ def load_calibration(device: torch.device) -> None:
 
 
 def calibration_path() -> Path:
-    """Return where calibrations are kept."""
+    """Return the path of the calibration file."""
     chosen = os.environ.get("VERATUNE_CACHE")
     root = Path(chosen) if chosen else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "veratune"
     return root / "calibration.json"
 
 
 def _read(path: Path) -> dict[str, dict[str, float]]:
-    """Return the kept calibrations; a file that is missing or damaged is no error, since the defaults serve."""
+    """Return the stored calibrations; a missing or damaged file is not an error, since there are defaults."""
     try:
         values: Any = json.loads(path.read_text(encoding="utf-8"))
         return {
@@ -121,7 +121,7 @@ def _measure(device: torch.device, dtype: torch.dtype) -> DeviceProfile:
 
 
 def _seconds(work: Callable[[], Any], device: torch.device, repeats: int = 5) -> float:
-    """Return the median time of one run, after a run to warm up."""
+    """Return the median time of one run, after a warm-up run."""
     times = []
     work()
     for _ in range(repeats):

@@ -1,16 +1,16 @@
-"""What operations cost on a device: the numbers that routes are chosen by."""
+"""The cost of operations on a device, from which routes are chosen."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class DeviceProfile:
-    """What the cost model knows about a device and a dtype.
+    """Constants of the cost model for a device and a dtype.
 
     Attributes:
-        flops: operations of matrix products per second.
+        flops: floating-point operations per second of matrix products.
         bandwidth: bytes read or written per second.
-        launch: seconds that any operation takes at least.
+        launch: minimum seconds of any operation.
         itemsize: bytes of one element.
         device_type: "cpu" or "cuda".
     """
@@ -29,8 +29,8 @@ class LayerShape:
     Attributes:
         in_features, out_features: of the layer.
         rank: r.
-        tokens: T, all leading dimensions of the input multiplied.
-        sharing: how many layers share one x A^T.
+        tokens: T, the product of all leading dimensions of the input.
+        sharing: number of layers that share one x A^T.
         density: the fraction of A's and B's elements that their scheme stores; 1 for dense ones.
     """
 
@@ -48,7 +48,7 @@ class Cost:
     Attributes:
         flops: operations of the matrix products.
         seconds: the estimated time.
-        saved_bytes: what is kept from the forward to the backward pass, besides the parameters.
+        saved_bytes: bytes saved for the backward pass, in addition to the parameters.
     """
 
     def __init__(self, profile: DeviceProfile) -> None:
@@ -58,7 +58,7 @@ class Cost:
         self.saved_bytes = 0
 
     def product(self, rows: int, columns: int, inner: int, *, share: int = 1, density: float = 1.0) -> None:
-        """Add (rows, inner) times (inner, columns), of which this layer bears 1 / share."""
+        """Add the product (rows, inner) times (inner, columns), divided among `share` layers."""
         profile = self.profile
         flops = 2 * rows * columns * inner * density
         touched = (rows * inner + inner * columns + rows * columns) * profile.itemsize
@@ -66,5 +66,5 @@ class Cost:
         self.seconds += (flops / profile.flops + touched / profile.bandwidth + profile.launch) / share
 
     def pass_over(self, elements: float, width: int = 4) -> None:
-        """Add reading or writing this many elements of `width` bytes, in an operation of its own."""
+        """Add a separate operation that reads or writes this many elements of `width` bytes."""
         self.seconds += elements * width / self.profile.bandwidth + self.profile.launch

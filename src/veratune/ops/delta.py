@@ -1,4 +1,4 @@
-"""The delta of a weight itself, for merging and for code that computes with the weight."""
+"""Compute the delta of a weight, for merging and for code that reads the weight."""
 
 from typing import Any
 
@@ -24,7 +24,7 @@ def delta_weight(factors: Factors) -> Tensor:
 def plus_delta(weight: Tensor, folded: Matrix, A: Matrix, *, transposed: bool = False) -> Tensor:  # noqa: N803
     """Return W0 + C^T A, (out, in).
 
-    The result has W0's memory layout, so that products with it sum in the same order: C = 0 gives the same bits.
+    The result has W0's memory layout, so that products with it sum in the same order and C = 0 gives the same bits.
 
     Args:
         weight: W0, (out, in), or (in, out) if `transposed`.
@@ -83,10 +83,10 @@ def weighted_by_gradient(factors: Factors, weight_gradient: Tensor, dtype: torch
 
 
 def add_delta(weight: Tensor, factors: Factors) -> Tensor:
-    """Return W0 + delta W, (..., out, in), in W0's dtype: for code that computes with the weight itself.
+    """Return W0 + delta W, (..., out, in), in W0's dtype, for code that reads the weight.
 
-    Gradients flow to weight, b and d, once. Under a compiler or torch.func, the result is made of torch's own
-    operations, which those differentiate themselves.
+    Differentiable once with respect to weight, b and d. Under a compiler or torch.func, the result is composed of
+    ordinary torch operations, which they differentiate themselves.
 
     Args:
         weight: W0, (..., out, in).

@@ -1,4 +1,4 @@
-"""The values that travel together through every formula: A, B, b, d and the factor of B."""
+"""A, B, b, d and the scale of B, which occur together in every formula."""
 
 from typing import Any, NamedTuple
 
@@ -30,7 +30,7 @@ class Factors(NamedTuple):
         B: stored rank-major, (r, out), frozen, in the compute dtype.
         b: the vector b, (out,), of any floating dtype.
         d: the vector d, (r,), of any floating dtype.
-        scale: the factor that belongs into B (see `projections.schemes`).
+        scale: the constant factor that B is stored without (see `projections.schemes`).
     """
 
     A: Matrix
@@ -40,7 +40,7 @@ class Factors(NamedTuple):
     scale: float
 
     def at(self, index: Any) -> "Factors":
-        """Return the factors with b and d indexed: those of some matrices of a stack."""
+        """Return the factors with b and d indexed, for some matrices of a stack."""
         return self if index is None else self._replace(b=self.b[index], d=self.d[index])
 
     def scaled_d(self) -> Tensor:
@@ -57,7 +57,7 @@ class Factors(NamedTuple):
         return Matrix(values, self.B.structure)
 
     def vector_gradients(self, products: Matrix, need_b: bool, need_d: bool) -> tuple[Tensor | None, Tensor | None]:
-        """Return (db, dd), each None where it is not needed.
+        """Return (db, dd), each None if not needed.
 
         Args:
             products: P = B * (A G^T), (r, out), with G = g^T x the gradient of the weight; in float32 or wider. Then

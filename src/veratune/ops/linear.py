@@ -1,16 +1,16 @@
-"""Adapted linear layers on plain tensors, with exact hand-written gradients: the entry points for autograd.
+"""Autograd entry points of adapted linear layers, with exact hand-written gradients.
 
 One layer computes (Kopiczko et al., ICLR 2024, eq. 2), for a row x of T tokens,
 
     y = W0 x + bias + diag(b) B diag(d) A x.
 
-Here A is (r, in), B is kept rank-major, (r, out), and `scale` is a factor that belongs into B (see
-`projections.schemes`). The vectors live in one small matrix
+Here A is (r, in), B is stored rank-major, (r, out), and `scale` is the constant factor that B is stored without (see
+`projections.schemes`). The vectors are folded into one small matrix
 
     C = scale * d b^T * B        (r, out; * elementwise)        so that        delta W = C^T A,
 
-which costs r * out, not T * out: no activation is scaled, unless there are fewer tokens than ranks. The gradients of
-both vectors come from one matrix as well,
+which costs r * out, not T * out: scaling activations instead pays only with fewer tokens than ranks. The gradients of
+both vectors also come from one matrix,
 
     P = (A G^T) * B    with    G = g^T x  (out, in),        db = scale * P^T d,        dd = scale * P b,
 
@@ -35,7 +35,7 @@ from veratune.utils.torch_private import transformations_active
 
 
 class _Constants(NamedTuple):
-    """What one call passes to autograd besides tensors."""
+    """The arguments of one call other than tensors."""
 
     choice: RouteChoice
     scale: float
@@ -58,10 +58,10 @@ class _Constants(NamedTuple):
 
 
 class _AdaptedLinear(torch.autograd.Function):
-    """y = start + x C^T A, where start is `x W0^T + bias`, or an output that another module has computed.
+    """y = start + x C^T A, where start is `x W0^T + bias`, or the output of another module.
 
-    `xa` is u = x A^T, a constant as far as autograd is concerned: x gets its whole gradient here. The second output
-    is what the route keeps for the backward pass.
+    `xa` is u = x A^T, a constant for autograd: the complete gradient of x is computed here. The second output is the
+    tensor that the route keeps for the backward pass.
     """
 
     @staticmethod
@@ -101,8 +101,8 @@ class _AdaptedLinear(torch.autograd.Function):
         # The caller's autocast must not narrow the float32 part.
         with torch.no_grad(), without_autocast(g.device):
             grads = _backward(ctx, g)
-        # With a graph wanted (create_graph=True), the gradients look differentiable and refuse to be. A compiler
-        # refuses by itself.
+        # Under create_graph=True, the gradients appear differentiable and raise when differentiated. A compiler raises
+        # by itself.
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             grads = tuple(None if grad is None else _refuse_second_derivative(grad) for grad in grads)
         return grads
@@ -131,7 +131,7 @@ def _refuse_second_derivative(grad: Tensor) -> Tensor:
 
 
 class _EagerAdaptedLinear(_AdaptedLinear):
-    """The same in the older style, for which autograd does not inspect a signature in each call."""
+    """The same in the older style, which spares autograd inspecting a signature in each call."""
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor | None]:
@@ -139,7 +139,7 @@ class _EagerAdaptedLinear(_AdaptedLinear):
         _AdaptedLinear.setup_context(ctx, arguments, output)
         return output
 
-    # That of a function without one.
+    # The default, as for a function that defines none.
     setup_context = torch.autograd.Function.setup_context
 
 
@@ -183,7 +183,7 @@ def adapted_linear(
 ) -> Tensor:
     """Return y = x (W0 + delta W)^T + bias, (T, out), by the chosen route.
 
-    Gradients flow to x, weight, bias, b and d, each computed only where it is wanted. Differentiating them again raises
+    Gradients flow to x, weight, bias, b and d, each computed only if required. Differentiating them again raises
     RuntimeError.
 
     Args:
@@ -193,7 +193,7 @@ def adapted_linear(
         factors: the adapter, A and B in the compute dtype.
         choice: the route.
         transposed: whether the weight is stored as (in, out).
-        xa: x A^T (T, r), without a graph, where it has been computed already.
+        xa: x A^T (T, r), without a graph, if already computed.
     """
     return _apply(x, None, weight, bias, factors, choice, transposed, xa)
 
@@ -206,7 +206,7 @@ def residual(start: Tensor, x: Tensor, factors: Factors, choice: RouteChoice, *,
         x: (T, in), in the compute dtype.
         factors: the adapter, A and B in the compute dtype.
         choice: the route, one that does not read the weight.
-        xa: x A^T (T, r), without a graph, where it has been computed already.
+        xa: x A^T (T, r), without a graph, if already computed.
     """
     return _apply(start=start, x=x, weight=None, bias=None, factors=factors, choice=choice, transposed=False, xa=xa)
 
@@ -230,8 +230,8 @@ def _apply(
         xa = project(x, A)
     constants = _Constants(choice, scale, transposed, A.structure, B.structure)
     arguments = (x, start, weight, bias, A.values, B.values, b, d, xa, constants)
-    # Autograd's own bookkeeping can take longer than a small layer: there is none where nothing is differentiated, and
-    # the full one only for a compiler, which needs it.
+    # Autograd's bookkeeping can take longer than a small layer: skip it if nothing is differentiated, and use the
+    # newer, slower style only for a compiler, which needs it.
     if not (training or gradients_wanted(x, start, weight, bias)):
         output = _AdaptedLinear.forward(*arguments)[0]
     elif torch.compiler.is_compiling():
@@ -249,7 +249,7 @@ def _composed(
     factors: Factors,
     transposed: bool,
 ) -> Tensor:
-    """Return the same from torch's own operations alone, for torch.func: vmap, jvp and derivatives of any order."""
+    """Compute the same with ordinary torch operations, for torch.func: vmap, jvp and derivatives of any order."""
     if weight is not None:
         start = F.linear(x, weight.t() if transposed else weight, bias)
     assert start is not None
@@ -258,6 +258,6 @@ def _composed(
 
 
 def project(x: Tensor, A: Matrix) -> Tensor:  # noqa: N803
-    """Return u = x A^T, (T, r), without a graph: the functions above give x its gradient."""
+    """Return u = x A^T, (T, r), without a graph: the functions above compute the gradient of x."""
     with torch.no_grad():
         return A.rmatmul(x)

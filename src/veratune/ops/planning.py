@@ -1,8 +1,8 @@
 """Dimension-aware routing: choose the cheapest exact route for a layer's shape.
 
-The choice is made by an estimate in seconds: operations / rate + bytes / bandwidth for each product, and bytes /
-bandwidth for what is elementwise, with the constants of a device's `DeviceProfile`. Each route in `ops.routes` knows
-its own cost.
+The choice minimizes an estimate in seconds: operations / rate + bytes / bandwidth for each product, and bytes /
+bandwidth for elementwise operations, with the constants of a `DeviceProfile`. Each route in `ops.routes` states its
+cost.
 """
 
 from bisect import bisect_left
@@ -24,8 +24,8 @@ class RouteChoice(NamedTuple):
 
     Attributes:
         route: its name in `ROUTES`.
-        keep: keep what the output was made with for the backward pass, instead of making it again: the adapted weight
-            of a dense output, (out, in); the product with B of a scaled one, (T, out).
+        keep: save an intermediate result for the backward pass instead of recomputing it: the adapted weight of a
+            dense output, (out, in); the product with B of a scaled one, (T, out).
     """
 
     route: str
@@ -43,12 +43,12 @@ class RouteChoice(NamedTuple):
 
 @dataclass(frozen=True)
 class Estimate:
-    """What one choice adds to the frozen layer.
+    """The estimated cost of one choice in addition to the frozen layer.
 
     Attributes:
         choice: the choice.
-        flops: operations of its matrix products.
-        saved_bytes: what it keeps from the forward to the backward pass, besides the parameters.
+        flops: floating-point operations of its matrix products.
+        saved_bytes: bytes saved for the backward pass, in addition to the parameters.
         seconds: the estimated time.
     """
 
@@ -61,7 +61,7 @@ class Estimate:
 def estimate(
     choice: RouteChoice, shape: LayerShape, profile: DeviceProfile, *, training: bool, backward: bool | None = None
 ) -> Estimate:
-    """Return what a choice costs beyond the frozen layer: forward and, if `backward`, backward to the input.
+    """Estimate the cost of a choice in addition to the frozen layer: forward and, if `backward`, backward to the input.
 
     Args:
         choice: the route.
@@ -90,15 +90,15 @@ def possible_choices(
     """Return the choices that a configuration allows for a call.
 
     Args:
-        route: which routes are allowed: "factored" leaves out those that read the weight, "dense" all but "dense".
-        memory: "low" keeps the smaller of x and x A^T for the gradients and nothing else; "fast" keeps what saves work;
-            "balanced" keeps an adapted weight that is small compared with the layer's activations, and activations that
-            are small compared with the layer's weight.
+        route: which routes are allowed: "factored" excludes those that read the weight, "dense" all but "dense".
+        memory: "low" saves only the smaller of x and x A^T for the gradients; "fast" saves everything that avoids
+            recomputation; "balanced" saves an adapted weight that is small compared with the layer's activations, and
+            activations that are small compared with the layer's weight.
         shape: the call's dimensions.
         training: whether the vectors' gradients will be wanted.
         weight_readable: whether W0 can be read, which a dense output needs.
         backward: as for `estimate`.
-        device_type: where the layer is computed.
+        device_type: the type of the layer's device.
     """
     backward = training if backward is None else backward
     possible = [each for each in ROUTES.values() if each.available(device_type) and (training or each.name != "mixed")]
@@ -153,17 +153,17 @@ def choose_route(
     return min(choices, key=seconds)
 
 
-# How much longer than alone it takes, measured in whole models, to add up a weight for every adapter: neither what it
-# is made from nor the memory that it goes to is in a cache, while products with a batch's tokens find theirs there.
+# How much longer computing W0 + delta W takes in a complete model than in isolation (measured): neither its operands
+# nor its destination are in a cache, while those of products with a batch's tokens are.
 _IN_A_MODEL = 2.5
 
 
 @lru_cache(maxsize=4096)
 def dense_pays(shape: LayerShape, profile: DeviceProfile, *, moved: bool) -> bool:
-    """Return whether rows with one adapter cost less through an added-up weight than through the rank. For inference.
+    """Return whether rows with one adapter cost less with W0 + delta W than through the rank. For inference.
 
     Args:
-        shape: the layer, and how many tokens those rows have.
+        shape: the layer, and the number of tokens of those rows.
         profile: the device's.
         moved: whether the rows are not consecutive in the batch, so that they are gathered and scattered.
     """
@@ -177,7 +177,7 @@ def dense_pays(shape: LayerShape, profile: DeviceProfile, *, moved: bool) -> boo
     return _IN_A_MODEL * dense + moving.seconds < factored
 
 
-# The choice is the same for any larger number of tokens.
+# The choice does not change for larger numbers of tokens.
 _MANY = 1 << 24
 
 
@@ -193,11 +193,11 @@ def route_table(
 ) -> tuple[tuple[int, RouteChoice], ...]:
     """Return the choices for every number of tokens, as (largest number of tokens, choice) in ascending order.
 
-    A table is looked up faster than an estimate is made, and a compiler that traces with a symbolic number of tokens
-    meets a few comparisons with constants.
+    A lookup is faster than an estimate, and a compiler that traces with a symbolic number of tokens sees only a few
+    comparisons with constants.
 
     Args:
-        shape: the layer's; its number of tokens does not count.
+        shape: the layer's dimensions; `tokens` is ignored.
         route, memory, profile, training, weight_readable, backward: as for `choose_route`.
     """
 
@@ -213,7 +213,7 @@ def route_table(
         chosen, high = choice(low), 2 * low
         while high < _MANY and choice(high) == chosen:
             high *= 2
-        # The choice changes between the last power of two that agreed and the first that did not.
+        # The choice changes between the last power of two with this choice and the first with another.
         last = high // 2
         limit = last + bisect_left(range(last + 1, high), True, key=lambda tokens: choice(tokens) != chosen)
         table.append((limit, chosen))
@@ -222,10 +222,10 @@ def route_table(
 
 
 def representative_tokens(tokens: int) -> int:
-    """Return the number of tokens by which a compiled model chooses: few, some, or many.
+    """Return the number of tokens for which a compiled model chooses: few, some, or many.
 
-    Each comparison of a symbolic number of tokens may make a compiler compile again. Two of them, the same for all
-    layers, are what a model of many shapes can afford.
+    Each comparison of a symbolic number of tokens may trigger recompilation. A model with many shapes can afford two,
+    the same for all layers.
     """
     if tokens <= 32:
         return 8

@@ -1,4 +1,4 @@
-"""Products in which each row of a batch has vectors of its own: experts of a stack, adapters of a bank."""
+"""Products with different vectors for each row of a batch: experts of a stack, adapters of a bank."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ from veratune.utils.torch_private import transformations_active
 
 
 def _residual(start: Tensor, xa: Tensor, factors: Factors) -> Tensor:
-    """Return start + b * ((scale * d * u) B^T), with a b and a d for each row, (T, out) and (T, r)."""
+    """Return start + b * ((scale * d * u) B^T), with b (T, out) and d (T, r) for each row."""
     return start + (up(xa, factors) * factors.b).to(start.dtype)
 
 
@@ -66,14 +66,14 @@ class _StackResidual(torch.autograd.Function):
 def stack_residual(start: Tensor, x: Tensor, factors: Factors, groups: Tensor) -> Tensor:
     """Return start + x delta W^T, (T, out), where each row of x has the vectors of one matrix of a stack.
 
-    All rows share A and B, so this takes two products, however many matrices there are. x A^T, (T, r), is kept for the
+    All rows share A and B, so this takes two products for any number of matrices. x A^T, (T, r), is saved for the
     backward pass.
 
     Args:
         start: (T, out), in the compute dtype.
         x: (T, in).
         factors: the adapter, with vectors b (count, out) and d (count, r) of the whole stack.
-        groups: int64 (T,), which of the stack's vectors each row has.
+        groups: int64 (T,), the index of each row's matrix in the stack.
     """
     A, B, b, d, scale = factors  # noqa: N806
     if transformations_active() or torch.compiler.is_compiling():
@@ -95,7 +95,7 @@ def row_deltas(xa: Tensor, B: Matrix, b: Tensor, d: Tensor) -> Tensor:  # noqa: 
 
 
 def row_residual(start: Tensor, xa: Tensor, B: Matrix, b: Tensor, d: Tensor) -> Tensor:  # noqa: N803
-    """Return start + b * ((d * u) B^T), (rows, n, out), where each row has vectors of its own. For inference.
+    """Return start + b * ((d * u) B^T), (rows, n, out), with different vectors for each row. For inference.
 
     Args:
         start: (rows, n, out), the base layer's output.

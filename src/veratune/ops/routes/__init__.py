@@ -1,10 +1,10 @@
-"""The exact ways to compute an adapted layer, a file each. `veratune.ops.planning` chooses among them.
+"""The exact ways to compute an adapted layer, one file each. `veratune.ops.planning` chooses among them.
 
 With T tokens and rank r:
 
     scaled   u = x A^T, then b * ((d * u) B^T): the vectors scale activations. For few tokens.
     folded   u = x A^T, then u C with C = d b^T * B folded once. For a moderate number of tokens.
-    dense    W0 + C^T A once, then one product as without VeRA; vector gradients from g^T x. For high ranks.
+    dense    W0 + C^T A once, then one product as for a plain layer; vector gradients from g^T x. For high ranks.
     mixed    the output of `dense`, the vector gradients of `folded`. For training with many tokens.
 
 To add a route, write a class with the methods of `Route` in a file here and add it to `ROUTES`.

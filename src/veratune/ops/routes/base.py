@@ -1,4 +1,4 @@
-"""What a route is: one exact way to compute an adapted layer and its gradients."""
+"""The interface of a route: one exact way to compute an adapted layer and its gradients."""
 
 from typing import ClassVar, Literal, NamedTuple, Protocol
 
@@ -11,15 +11,15 @@ from veratune.ops.factors import Factors
 
 
 class LinearInputs(NamedTuple):
-    """What a route computes y = start + x delta W^T from.
+    """The inputs from which a route computes y = start + x delta W^T.
 
     Attributes:
         x: (T, in), in the compute dtype; None in a backward pass that does not need it.
-        start: (T, out), the output of a base layer that has been called already; None where `weight` is given.
-        weight: W0, (out, in), or (in, out) if `transposed`; None where it cannot be read.
+        start: (T, out), the output of a base layer that was already called; None if `weight` is given.
+        weight: W0, (out, in), or (in, out) if `transposed`; None if it cannot be read.
         bias: (out,), or None.
         factors: the adapter.
-        xa: x A^T, (T, r), where the route uses it.
+        xa: x A^T, (T, r), if the route uses it.
         transposed: whether the weight is stored as (in, out).
     """
 
@@ -32,7 +32,7 @@ class LinearInputs(NamedTuple):
     transposed: bool
 
     def base_output(self) -> tuple[Tensor, bool]:
-        """Return the base layer's output (T, out), and whether it was made here and so may be written to."""
+        """Return the base layer's output (T, out), and whether it may be overwritten because it was computed here."""
         if self.weight is None:
             assert self.start is not None
             return self.start, False
@@ -45,7 +45,7 @@ class LinearInputs(NamedTuple):
         return self.weight.t() if self.transposed else self.weight
 
     def input_gradient(self, g: Tensor, through_rank: Tensor) -> Tensor:
-        """Return g W0 + V A, (T, in), without the first term where the base layer's weight is not at hand.
+        """Return g W0 + V A, (T, in), without the first term if the base layer's weight is not available.
 
         Args:
             g: the output's gradient, (T, out).
@@ -70,7 +70,7 @@ class Wanted(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """The gradients of x (T, in), b (out,) and d (r,); None where they are not wanted."""
+    """The gradients of x (T, in), b (out,) and d (r,); None if not required."""
 
     x: Tensor | None = None
     b: Tensor | None = None
@@ -81,9 +81,9 @@ class Route(Protocol):
     """One exact way to compute an adapted layer, forward and backward.
 
     Attributes:
-        name: how it is called in tables and tests.
+        name: its name in tables and its key in `ROUTES`.
         reads_weight: whether it computes with W0 itself, rather than adding to the base layer's output.
-        gradients_from: what is kept from the forward pass for the gradients of b and d: x, or x A^T.
+        gradients_from: the tensor saved for the gradients of b and d: x, or x A^T.
     """
 
     name: ClassVar[str]
@@ -99,7 +99,7 @@ class Route(Protocol):
         ...
 
     def forward(self, inputs: LinearInputs, keep: bool) -> tuple[Tensor, Tensor | None]:
-        """Return (the output (T, out), what `keep` keeps for the backward pass)."""
+        """Return the output (T, out), and the tensor to save for the backward pass if `keep`, otherwise None."""
         ...
 
     def backward(
@@ -110,21 +110,21 @@ class Route(Protocol):
         Args:
             g: the output's gradient, (T, out).
             inputs: those of the forward pass; x is None unless `gradients_from` is "x".
-            kept: what the forward pass returned to be kept.
+            kept: the second result of the forward pass.
             wanted: which gradients to compute.
-            weight_gradient: g^T x, (out, in), where `gradients_from` is "x" and vector gradients are wanted.
+            weight_gradient: g^T x, (out, in), if `gradients_from` is "x" and vector gradients are required.
         """
         ...
 
     def cost(self, cost: Cost, shape: LayerShape, *, training: bool, backward: bool, keep: bool) -> None:
-        """Add what it costs beyond the frozen layer.
+        """Add its cost in addition to the frozen layer.
 
         Args:
-            cost: where to add it.
+            cost: the sum to add to.
             shape: the call's dimensions.
             training: whether the vectors' gradients are wanted.
             backward: whether any gradient is wanted.
-            keep: whether the forward pass keeps what the backward pass would otherwise make again.
+            keep: whether the forward pass saves what the backward pass would otherwise recompute.
         """
         ...
 

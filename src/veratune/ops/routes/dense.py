@@ -1,4 +1,4 @@
-"""The route for many tokens: the delta is added to the weight once, and the layer is one product as without VeRA."""
+"""The route for many tokens: W0 + delta W is computed once, and the layer is one product."""
 
 from typing import ClassVar, Literal
 
@@ -59,7 +59,7 @@ class Dense:
 
 
 def add_adapted_weight(cost: Cost, shape: LayerShape, *, times: int, kept: bool) -> None:
-    """Add the cost of making the adapted weight so many times, and of keeping it."""
+    """Add the cost of computing the adapted weight `times` times, and of saving it if `kept`."""
     n, m, r = shape.in_features, shape.out_features, shape.rank
     for _ in range(times):
         cost.pass_over(4 * r * m * shape.density)  # outer product, times B, rounded

@@ -63,7 +63,7 @@ class Folded:
 
 
 def add_vector_gradients(cost: Cost, shape: LayerShape) -> None:
-    """Add the cost of `vector_gradients_through_rank`, and of keeping x A^T for it."""
+    """Add the cost of `vector_gradients_through_rank`, and of saving x A^T for it."""
     r, m, t = shape.rank, shape.out_features, shape.tokens
     cost.product(r, m, t, density=shape.density)
     cost.saved_bytes += t * r * cost.profile.itemsize // shape.sharing
