@@ -616,8 +616,8 @@ def test_inference_mode_freezes():
 
 def test_parameter_groups():
     model = get_peft_model(Net(), config(modules_to_save=["head"]))
-    vectors, rest = parameter_groups(model, lr=0.5, head_lr=0.25, weight_decay=0.125)
-    assert (vectors["lr"], rest["lr"]) == (0.5, 0.25)
+    vectors, rest = parameter_groups(model, lr=0.0625, head_lr=0.25, weight_decay=0.125)
+    assert (vectors["lr"], rest["lr"]) == (0.0625, 0.25)
     assert vectors["weight_decay"] == rest["weight_decay"] == 0.125
     assert {id(p) for p in vectors["params"]} == {
         id(v) for layer in model.vera_layers().values() for v in layer.vectors("default")
