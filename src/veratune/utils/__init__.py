@@ -1,1 +1,1 @@
-"""What the other packages share: files, torch internals, sharding, timing."""
+"""Helpers for the other packages: files, torch internals, sharding, timing."""

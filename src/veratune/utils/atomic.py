@@ -1,4 +1,4 @@
-"""Writing files in one step: whoever is killed at any moment leaves the old file or the new one."""
+"""Atomic writes: a process killed at any moment leaves either the old file or the new one."""
 
 import hashlib
 import os
@@ -11,7 +11,7 @@ from pathlib import Path
 
 
 def _machine() -> str:
-    """Return eight digits for this machine, and for its set of process numbers where it has several (containers)."""
+    """Return eight digits that identify this machine and its PID namespace (containers have different ones)."""
     try:
         numbers = str(Path("/proc/self/ns/pid").readlink())
     except OSError:
@@ -23,10 +23,10 @@ _HERE = _machine()
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write a new file beside `path`, then put it in the place of `path` in one step.
+    """Write a temporary file next to `path`, then atomically rename it to `path`.
 
-    A process that is killed leaves the old file or the new one. A new file that was not finished stays beside it
-    under a name that starts with a dot and ends in `.tmp`, until the next one is written there.
+    A process that is killed leaves the old file or the new one. Its unfinished file has a name that starts with a dot
+    and ends in `.tmp`; the next write to `path` removes it.
     """
     with replacing(path) as temporary:
         temporary.write_bytes(data)
@@ -34,9 +34,9 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Give the place of a new file beside `path`, and put it in the place of `path` in one step if nothing is raised.
+    """Yield a temporary path next to `path`; atomically rename it to `path` on success.
 
-    What writes there must have closed the file.
+    The caller must have closed the file.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_abandoned(path)
@@ -51,15 +51,15 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def temporary_beside(path: Path) -> Path:
-    """Return a name in the same directory, for a file that is not finished, which nobody else uses."""
+    """Return an unused name in the same directory for an unfinished file."""
     return path.with_name(f".{path.name}.{_HERE}-{os.getpid()}-{secrets.token_hex(4)}.tmp")
 
 
 def remove_abandoned(path: Path) -> None:
-    """Remove the unfinished files for `path` that processes left which run no more.
+    """Remove unfinished files for `path` that were left by processes no longer running.
 
-    Only names that `temporary_beside` makes are looked at, and only those of this machine, since nobody can say from
-    here whether a process of another one still runs. A number that another process has by now keeps its file.
+    Only names made by `temporary_beside` on this machine are considered, since processes of other machines cannot be
+    checked from here. If the PID has been reused, the file is kept.
     """
     name = re.compile(rf"\.{re.escape(path.name)}\.{_HERE}-(\d{{1,10}})-[0-9a-f]{{8}}\.tmp")
     with suppress(OSError):
@@ -71,7 +71,7 @@ def remove_abandoned(path: Path) -> None:
 
 
 def _runs(process: int) -> bool:
-    """Return whether a process of this number runs; true where a system does not say."""
+    """Return whether a process with this PID is running; true where the system cannot tell."""
     if os.name != "posix":
         return True  # there a signal of 0 would end it
     try:
@@ -104,13 +104,13 @@ def publish(temporary: Path, path: Path) -> None:
 
 
 def write_through(path: Path, data: bytes) -> None:
-    """Write a file and wait until it is on the disk."""
+    """Write a file and flush it to disk."""
     path.write_bytes(data)
     _sync(path)
 
 
 def sync_directory(directory: Path) -> None:
-    """Wait until the names in a directory are on the disk, where a system can do that."""
+    """Flush the entries of a directory to disk, where the system supports it."""
     if os.name == "posix":  # elsewhere a directory cannot be opened
         _sync(directory)
 

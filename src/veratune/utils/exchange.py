@@ -1,4 +1,4 @@
-"""Replacing several files of a directory at once: whoever is killed at any moment leaves all old or all new ones."""
+"""Replace several files of a directory at once: a process killed at any moment leaves all old or all new ones."""
 
 import ctypes
 import os
@@ -9,21 +9,21 @@ from pathlib import Path
 
 from veratune.utils.atomic import sync_directory, temporary_beside, write_atomically, write_through
 
-# What renameat2 (Linux) and renamex_np (macOS) call the exchange of two names.
+# Arguments of renameat2 (Linux) and renamex_np (macOS) for exchanging two names.
 _AT_FDCWD, _EXCHANGE, _SWAP = -100, 2, 2
 
 
 def replace_together(directory: Path, files: dict[str, bytes]) -> None:
-    """Write files into a directory in place of those that are there, in one step where the system can do that.
+    """Replace files of a directory, atomically where the system supports it.
 
-    The files are complete on the disk, in a directory next to this one, before anything old is touched. Then the two
-    directories change places; what else was in the old one is in both. Where they cannot (a directory with folders in
-    it, a mount point, a file system without such an exchange), the last of the files goes first and comes last: a
-    process killed in between leaves none of it, and never the new ones with the old last one.
+    The new files are first written to a directory next to this one, with hard links to the other files of the old one.
+    Then the two directories are exchanged. Where that is impossible (a directory with subdirectories, a mount point, a
+    file system without exchange), the last of the files is removed first and written last: a process killed in between
+    leaves a directory without it, never new files with the old last one.
 
     Args:
-        directory: where to; made if need be.
-        files: name to contents, the one without which the others are not read last.
+        directory: the destination; created if it does not exist.
+        files: name to contents. Last comes the file without which no reader accepts the others.
     """
     directory = directory.resolve()
     directory.parent.mkdir(parents=True, exist_ok=True)
@@ -43,7 +43,7 @@ def _holds(path: Path, data: bytes) -> bool:
 
 
 def _exchanged(directory: Path, files: dict[str, bytes]) -> bool:
-    """Write the files by exchanging directories; return False, with nothing changed, where that is not possible."""
+    """Write the files by exchanging directories; return False, with nothing changed, if that is impossible."""
     if directory.exists() and not _exchangeable(directory):
         return False
     staged = directory.with_name(f".{directory.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
@@ -75,14 +75,14 @@ def _exchanged(directory: Path, files: dict[str, bytes]) -> bool:
 
 
 def _exchangeable(directory: Path) -> bool:
-    """Return whether a directory holds nothing but files, and is not where this process works."""
+    """Return whether a directory holds only regular files and does not contain the working directory."""
     working = Path.cwd()
     inside = working == directory or directory in working.parents
     return not inside and all(path.is_file() and not path.is_symlink() for path in directory.iterdir())
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Let two directories change places in one step; return whether they have."""
+    """Exchange two directories atomically; return whether it succeeded."""
     libc = ctypes.CDLL(None) if os.name == "posix" else None
     names = os.fsencode(one), os.fsencode(other)
     if sys.platform == "darwin":
@@ -93,7 +93,7 @@ def _exchange(one: Path, other: Path) -> bool:
 
 
 def _remove(staged: Path, directory: Path, files: dict[str, bytes]) -> None:
-    """Remove what is in the other directory now; what somebody has put there in the meantime goes to the right one."""
+    """Remove the replaced directory; move files that were added to it in the meantime to the new one."""
     if not staged.is_dir():
         return
     for path in list(staged.iterdir()):

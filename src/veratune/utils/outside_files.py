@@ -1,7 +1,7 @@
-"""Reading files that come from outside: regular files of a bounded size, and JSON without surprises.
+"""Read untrusted files: regular files of bounded size, and strict JSON.
 
-Whoever gives the path may not be who wrote the file. A pipe or a device never ends, a sparse file claims a terabyte in
-no space, and JSON can nest deeper than Python's stack, repeat a key, or hold numbers that no field here has.
+The user who gives the path may not have written the file. A pipe or a device never ends, a sparse file claims a
+terabyte while using no space, and JSON can nest deeper than Python's stack, repeat a key, or hold huge numbers.
 """
 
 import json
@@ -30,11 +30,11 @@ def opened(path: Path) -> Iterator[tuple[BufferedReader, int]]:
     """Open a regular file for reading and yield it with its size. Opening never waits.
 
     Raises:
-        OutsideFileError: it is missing, is no regular file, or cannot be opened.
+        OutsideFileError: the file is missing, not a regular file, or cannot be opened.
     """
     flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
     try:
-        # Asked first, since opening a device may already do something.
+        # Checked before opening, since opening a device may have side effects.
         if not stat.S_ISREG(path.stat().st_mode):
             raise OutsideFileError(f"{path} is {'a directory' if path.is_dir() else 'not a regular file'}")
         descriptor = os.open(path, flags)
@@ -52,10 +52,10 @@ def opened(path: Path) -> Iterator[tuple[BufferedReader, int]]:
 
 
 def read_bounded(path: Path, largest: int = LARGEST_TEXT) -> bytes:
-    """Return the bytes of a regular file of at most so many.
+    """Return the bytes of a regular file of at most `largest` bytes.
 
     Raises:
-        OutsideFileError: it is missing, is no regular file, is larger, or cannot be read.
+        OutsideFileError: the file is missing, not a regular file, larger, or cannot be read.
     """
     with opened(path) as (file, size):
         if size > largest:
@@ -70,10 +70,10 @@ def read_bounded(path: Path, largest: int = LARGEST_TEXT) -> bytes:
 
 
 def read_text(path: Path, largest: int = LARGEST_TEXT) -> str:
-    """Return the text of a regular UTF-8 file of at most so many bytes.
+    """Return the text of a regular UTF-8 file of at most `largest` bytes.
 
     Raises:
-        OutsideFileError: as for `read_bounded`, or it is not UTF-8.
+        OutsideFileError: as for `read_bounded`, or the file is not UTF-8.
     """
     try:
         return read_bounded(path, largest).decode("utf-8")
@@ -86,10 +86,10 @@ def parse_json(text: str | bytes, *, finite: bool = True) -> Any:
 
     Args:
         text: the text.
-        finite: refuse NaN and infinity, which JSON does not have and Python's own reader takes.
+        finite: reject NaN and infinity, which are not JSON but accepted by Python's parser.
 
     Raises:
-        ValueError: it is not JSON, repeats a key, nests too deeply, or has a number that nothing here can be.
+        ValueError: the text is not JSON, repeats a key, nests too deeply, or has a number that is too large.
     """
     constant = _refuse_constant if finite else float
     number = _finite if finite else float

@@ -1,9 +1,9 @@
 r"""Regular expressions on names in bounded time, whatever the expression.
 
-Python's `re` backtracks: "(\w+\.?)+!" on one name can take longer than anyone waits, and holds the interpreter's lock.
-Here an expression is run on all positions of a name at once, a set of positions as the bits of an integer, so that no
-position is looked at twice by the same part of it. The language is that of `re`, but for what needs backtracking:
-references to groups, conditions, atomic groups and possessive quantifiers.
+Python's `re` backtracks: "(\w+\.?)+!" on one name can take exponential time while holding the interpreter's lock. Here
+an expression is run on all positions of a name at once, with a set of positions as the bits of an integer, so that each
+part visits a position at most once. The syntax is that of `re` without the features that need backtracking:
+backreferences, conditions, atomic groups and possessive quantifiers.
 """
 
 import re
@@ -15,17 +15,17 @@ from typing import Any
 
 _LONGEST = 1 << 20
 _DEEPEST = 60
-# Names joined by "|" with what is special in them escaped, as `re.escape` does.
+# Names joined by "|" with special characters escaped, as by `re.escape`.
 _NAMES = re.compile(r"(?:[\w\-]|\\\W)+(?:\|(?:[\w\-]|\\\W)+)*")
 _MOST_STEPS = 200_000
 
 
 class PatternError(ValueError):
-    """A regular expression that is none, cannot be run here, or takes too long."""
+    """An invalid or unsupported regular expression, or one that takes too long."""
 
 
 class Budget:
-    """The steps that may be taken in total by expressions that somebody else has written."""
+    """The total number of steps that untrusted expressions may take."""
 
     def __init__(self, steps: int) -> None:
         self.left = steps
@@ -358,7 +358,7 @@ def _cases(character: str) -> frozenset[str]:
 
 
 def _bits(mask: int) -> Iterator[int]:
-    """Yield the positions in a set."""
+    """Yield the positions in a bit set."""
     while mask:
         lowest = mask & -mask
         yield lowest.bit_length() - 1

@@ -1,7 +1,7 @@
-"""Parameters of which each process holds a part.
+"""Parameters that are sharded over processes.
 
-DeepSpeed's ZeRO-3 leaves nothing in a parameter between its uses: from `deepspeed.initialize` on, or, where
-transformers loads a model for it, from the beginning.
+DeepSpeed's ZeRO-3 keeps parameters empty between uses: after `deepspeed.initialize`, or, if transformers loads the
+model for ZeRO-3, from the start.
 """
 
 from collections.abc import Iterable, Iterator
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 
 def describe_sharding(tensor: Tensor | None) -> str | None:
-    """Return how a tensor is spread over processes at the moment, or None if it is whole here."""
+    """Describe how the tensor is sharded, or return None if this process holds all of it."""
     found: Any = tensor
     if hasattr(found, "device_mesh"):  # tensor parallelism, FSDP2
         return str(tuple(found.placements))
@@ -21,25 +21,25 @@ def describe_sharding(tensor: Tensor | None) -> str | None:
 
 
 def is_emptied(tensor: Tensor | None) -> bool:
-    """Return whether ZeRO-3 has left nothing in a parameter."""
+    """Return whether ZeRO-3 has emptied a parameter."""
     status = getattr(tensor, "ds_status", None)
     return status is not None and status.name != "AVAILABLE"
 
 
 def is_engines(module: nn.Module) -> bool:
-    """Return whether `deepspeed.initialize` has taken a module over for ZeRO-3, too late for new parameters."""
+    """Return whether `deepspeed.initialize` manages a module for ZeRO-3, so that it accepts no new parameters."""
     return type(module._parameters).__name__ == "ZeROOrderedDict"
 
 
 def shape_of(tensor: Tensor) -> torch.Size:
-    """Return the shape of a tensor, of one that is emptied too."""
+    """Return the shape of a tensor, also of an emptied one."""
     shape: torch.Size = getattr(tensor, "ds_shape", tensor.shape)
     return shape
 
 
 @contextmanager
 def whole(parameters: Iterable[Tensor]) -> Iterator[None]:
-    """Have emptied parameters whole within this context; all processes have to enter it."""
+    """Gather emptied parameters within this context; all processes must enter it."""
     emptied = [parameter for parameter in parameters if is_emptied(parameter)]
     if not emptied:
         yield

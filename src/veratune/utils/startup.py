@@ -1,6 +1,6 @@
 """Ctrl-C while the command is still importing packages: one line instead of a traceback.
 
-Imported first of all, since importing torch takes most of the time. In a program that imports veratune it does nothing.
+Must be imported first, since importing torch takes most of the time. It does nothing in programs that import veratune.
 """
 
 import os
@@ -12,23 +12,23 @@ from pathlib import Path
 from types import FrameType
 
 INTERRUPTED = 130
-"""The exit code of a command that Ctrl-C has ended, as shells have it."""
+"""The exit code of a command stopped by Ctrl-C, as in shells."""
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
-    # Nothing is there yet that would have to be put in order, and packages take the exception for their own.
+    # There is nothing to clean up yet, and packages that are being imported may swallow a KeyboardInterrupt.
     os.write(2, b"veratune: stopped\n")
     os._exit(INTERRUPTED)
 
 
 def _is_command() -> bool:
-    if sys.argv[0] == "-m":  # as long as the package is imported whose __main__ will run
+    if sys.argv[0] == "-m":  # while the package is imported, before its __main__ runs
         return "-mveratune" in sys.orig_argv or ("-m", "veratune") in pairwise(sys.orig_argv)
     return Path(sys.argv[0]).stem == "veratune"
 
 
 def handle_interrupts_as_usual() -> None:
-    """Give Ctrl-C back its usual effect, now that the command can handle it."""
+    """Restore the default SIGINT handler, now that the command can handle KeyboardInterrupt."""
     if signal.getsignal(signal.SIGINT) is _stop:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -1,4 +1,4 @@
-"""Small helpers on tensors: their bytes, their numpy arrays, and the precision of what is computed with them."""
+"""Small tensor helpers: bytes, numpy arrays, and the precision of computations."""
 
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -12,14 +12,14 @@ _KNOWN_TO_NUMPY = {torch.float32, torch.float64, torch.float16, torch.int64, tor
 
 
 def bytes_of(tensor: Tensor) -> bytes:
-    """Return a tensor's values as they are in memory, in order; a tensor of any dtype, shape and device."""
+    """Return a tensor's values as contiguous bytes, for any dtype, shape and device."""
     if tensor.dtype in _KNOWN_TO_NUMPY:
         return tensor.numpy(force=True).tobytes()
     return tensor.contiguous().flatten().view(torch.uint8).numpy(force=True).tobytes()
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Return whether a tensor has neither NaN nor infinity, without memory for each of its values."""
+    """Return whether a tensor has neither NaN nor infinity, without allocating a mask of its size."""
     if not tensor.is_floating_point() or not tensor.numel() or tensor.is_meta:
         return True
     values = tensor.detach()
@@ -28,7 +28,7 @@ def is_finite(tensor: Tensor) -> bool:
 
 
 def float32_of(tensor: Tensor) -> npt.NDArray[np.float32]:
-    """Return a floating tensor of any dtype and device as float32, sharing its memory where that is possible."""
+    """Return a floating tensor of any dtype and device as float32, sharing its memory if possible."""
     array: npt.NDArray[np.float32] = (
         tensor if tensor.dtype == torch.float32 else tensor.detach().to("cpu", torch.float32)
     ).numpy(force=True)
@@ -36,7 +36,7 @@ def float32_of(tensor: Tensor) -> npt.NDArray[np.float32]:
 
 
 def wide_dtype(*dtypes: torch.dtype) -> torch.dtype:
-    """Return the dtype to sum and scale in: float32, or wider where one of these is."""
+    """Return the dtype to sum and scale in: float32, or wider if any of these is."""
     wide = torch.float32
     for dtype in dtypes:
         wide = torch.promote_types(wide, dtype)

@@ -1,12 +1,12 @@
-"""Text from outside in messages: of bounded length, without control characters."""
+"""Untrusted text in messages: bounded in length, without control characters."""
 
 LONGEST_MESSAGE = 2000
 
 
 def clipped(text: str, longest: int = LONGEST_MESSAGE) -> str:
-    """Return a text with its middle cut out where it is too long, and control characters escaped.
+    """Return a text with its middle removed if it is too long, and control characters escaped.
 
-    Names and values in messages come from files. Remedies stand at the end of a message, so its end is kept.
+    Names and values in messages come from files. The end is kept because it holds the remedy.
     """
     if len(text) > longest:
         end = longest // 3

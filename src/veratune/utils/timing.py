@@ -1,4 +1,4 @@
-"""Timing calls against each other on a machine that does other things as well, and the memory that a call takes."""
+"""Compare the time of calls on a machine that is not idle, and measure the memory that a call takes."""
 
 import gc
 import statistics
@@ -21,14 +21,14 @@ def interleaved(
 ) -> dict[str, list[float]]:
     """Return the seconds of one call of each variant, round by round.
 
-    Each is called once to warm up. Then every round calls all of them, beginning with another one than the round
-    before, so that what else the machine does falls on all alike.
+    Each is called once to warm up. Then every round calls all of them, starting with the next one in turn, so that
+    other load on the machine affects all of them alike.
 
     Args:
-        variants: what to call, by name.
-        rounds: how often.
-        wait: waits until a device has done what it was given, such as `torch.cuda.synchronize`.
-        after_each: called when a round is over, to tell of progress.
+        variants: name to callable.
+        rounds: number of rounds.
+        wait: waits for the device, such as `torch.cuda.synchronize`.
+        after_each: called after each round, to report progress.
     """
     names = list(variants)
     times: dict[str, list[float]] = {name: [] for name in names}
@@ -69,10 +69,10 @@ def median_ratio(times: dict[str, list[float]], name: str, baseline: str) -> flo
 
 
 def peak_bytes(work: Work) -> int:
-    """Return by how much the bytes of all living tensors on the CPU rose at most during a call.
+    """Return the peak increase of the bytes of all live CPU tensors during a call.
 
-    Every allocation and every release of torch's CPU allocator counts, also those within one operation, as the
-    profiler records them. What lived before the call counts nothing, unless it is freed during the call.
+    Counts every allocation and release of torch's CPU allocator that the profiler records, also within one operation.
+    Tensors that existed before the call count only if they are freed during it.
     """
     gc.collect()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
@@ -87,7 +87,7 @@ def peak_bytes(work: Work) -> int:
 
 
 def peak_device_bytes(work: Work, device: torch.device) -> int:
-    """Return by how much the allocated bytes of a device, or of the CPU's tensors, rose at most during a call."""
+    """Return the peak increase of a device's allocated bytes, or of the CPU tensors' bytes, during a call."""
     if device.type != "cuda":
         return peak_bytes(work)
     torch.cuda.synchronize(device)

@@ -1,4 +1,4 @@
-"""The few things that torch has no public name for, each with what happens where a version lacks it."""
+"""Private torch APIs in use, each with a fallback for versions without it."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -8,10 +8,10 @@ import torch
 import torch.utils._pytree
 from torch import nn
 
-# Whether a transformation of torch.func is at work. Without the name, every call counts as transformed.
+# Whether a torch.func transformation is active. Without this API, every call counts as transformed.
 transformations_active: Callable[[], bool] = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
 
-# The tensors, and whatever else there is, inside of dicts, lists and the like.
+# The leaves (tensors and other values) of nested dicts, lists and the like.
 tree_leaves: Callable[[Any], list[Any]] = torch.utils._pytree.tree_leaves
 
 _length_of_mode_stack: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
@@ -21,22 +21,22 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 def constant_while_compiling(function: _Function) -> _Function:
-    """Let a compiler call this function once, while tracing, and take its result for a constant.
+    """Call this function once while tracing, and treat its result as a constant.
 
-    It is what `torch.compiler.assume_constant_result` does, which imports the compiler: a second for everybody who
-    imports this library.
+    Same as `torch.compiler.assume_constant_result`, which imports the compiler and so would add a second to importing
+    this library.
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
 
 
 def modes_active() -> bool:
-    """Return whether something watches or replaces tensor operations (fake tensors, tracing). If unknown, yes."""
+    """Return whether a dispatch mode is active (fake tensors, tracing). True if unknown."""
     return _length_of_mode_stack() > 0
 
 
 def outside_transformations() -> AbstractContextManager[Any]:
-    """Return a context in which new tensors belong to no transformation of torch.func, and so outlive it."""
+    """Return a context in which new tensors are not wrapped by torch.func transformations, and so outlive them."""
     if not transformations_active():
         return nullcontext()
     try:
@@ -58,36 +58,36 @@ def in_backward() -> bool:
 
 
 def next_node_number() -> int:
-    """Return the number that the next node of this thread's autograd graphs will have."""
+    """Return the sequence number of the next autograd node created in this thread."""
     return _next_number()
 
 
 def node_number_of_backward() -> int | None:
-    """Return the number of the node whose backward is being computed in this thread, or None if there is none."""
+    """Return the sequence number of the node whose backward is running in this thread, or None."""
     number: Callable[[], int] | None = getattr(_current_node(), "_sequence_nr", None)
     return None if number is None else number()
 
 
-# What torch's wrappers call the module inside: torch.compile, checkpoint_wrapper (and offload_wrapper), FSDP 1.
+# The attribute in which wrappers hold the module: torch.compile, checkpoint_wrapper (also offload_wrapper), FSDP 1.
 _WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
-# Those of them that leave the name out of a state dict.
+# Those that do not appear in state dict keys.
 _NOT_IN_STATE = ("_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 
 
 def name_in_wrapper(module: nn.Module) -> str | None:
-    """Return the name under which one of torch's wrappers holds a module; None for every other module."""
+    """Return the attribute under which a torch wrapper holds its module; None for other modules."""
     if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
         return "module"
     return next((name for name in _WRAPPED if module._modules.get(name) is not None), None)
 
 
 def in_state_dict(name: str) -> bool:
-    """Return whether state dicts show what a wrapper calls the module inside."""
+    """Return whether a wrapper's attribute name appears in state dict keys."""
     return name not in _NOT_IN_STATE
 
 
 def follow_replacement(parent: nn.Module) -> None:
-    """Make a compiled module call the module that it holds now, rather than the one that it was made around."""
+    """Make a compiled module call the module it holds now, not the one it was created with."""
     initialize: Callable[[nn.Module], None] | None = getattr(type(parent), "_initialize", None)
     if initialize is not None and "_orig_mod" in parent._modules:
         initialize(parent)
