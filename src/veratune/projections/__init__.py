@@ -1,1 +1,1 @@
-"""The frozen random matrices A and B: how they are drawn, and where they are kept."""
+"""The frozen random matrices A and B: how they are drawn and stored."""

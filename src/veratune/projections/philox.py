@@ -1,8 +1,8 @@
 """Counter-based random numbers: every element is a pure function of (key, counter).
 
 Philox4x32-10 (Salmon, Moraes, Dror & Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011) maps a
-128-bit counter and a 64-bit key to four 32-bit words. No state is carried from one number to the next, so a
-matrix can be drawn in any order, in pieces, or grown later, and always holds the same bits.
+128-bit counter and a 64-bit key to four 32-bit words. There is no state between numbers, so a matrix can be
+drawn in any order, in pieces, or grown later, with the same bits.
 
 Only exact integer operations and one float32 product are used: the result is the same on every device.
 """
@@ -56,10 +56,10 @@ def symmetric_uniform(key: int, stream: tuple[int, int], rows: range, width: int
 
     Args:
         key: 64-bit key.
-        stream: two 32-bit words that tell independent matrices of one key apart.
+        stream: two 32-bit words that distinguish independent matrices of one key.
         rows: the row indices k to draw, each in [0, 2^32), with step 1.
         width: number of columns, from column 0.
-        device: where to draw.
+        device: device of the result.
 
     Returns:
         float32 tensor (len(rows), width).
@@ -74,7 +74,7 @@ def symmetric_uniform(key: int, stream: tuple[int, int], rows: range, width: int
 
 
 def symmetric_uniform_columns(key: int, stream: tuple[int, int], rows: range, columns: Tensor) -> Tensor:
-    """Draw chosen columns of the same matrix, without the others.
+    """Draw selected columns of the same matrix, without the others.
 
     Args:
         key, stream, rows: as for `symmetric_uniform`.

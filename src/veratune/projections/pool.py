@@ -1,8 +1,7 @@
-"""The pool of projections: made when first needed, shared by every layer of that width, freed with the last of them.
+"""The pool of projections: created on first use, shared by all layers of a width, freed with the last of them.
 
-Layers hold `ProjectionView`s as plain attributes, never as buffers, so a projection is in no state dict, is moved by no
-`.to()`, copied by no `deepcopy`, pickled, sharded or broadcast by nothing: whoever needs it on a device or in a dtype
-asks for it there.
+Layers hold `ProjectionView`s as plain attributes, never as buffers. So projections are not in state dicts, and are not
+moved by `.to()`, copied, pickled, sharded or broadcast: a layer requests its projection for a device and dtype.
 """
 
 import threading
@@ -22,7 +21,7 @@ _Place = tuple[torch.device, torch.dtype]
 
 
 class _Backing:
-    """A tensor that several views are tensors of; a weak reference to it says whether any is left."""
+    """A tensor that several views slice; a weak reference to it shows whether any view is left."""
 
     __slots__ = ("__weakref__", "tensor")
 
@@ -32,10 +31,10 @@ class _Backing:
 
 @contextmanager
 def _plain_tensors() -> Iterator[None]:
-    """Let what is made here serve everybody later, whatever the caller is in the middle of.
+    """Create ordinary tensors in this context, whatever modes the caller is in.
 
-    A tensor made in inference mode could not be saved for a backward pass, and one made inside a transformation of
-    torch.func would end with it.
+    A tensor created in inference mode cannot be saved for a backward pass, and one created inside a torch.func
+    transformation is invalid after it.
     """
     with torch.inference_mode(False), torch.no_grad(), outside_transformations():
         yield
@@ -57,7 +56,7 @@ class Projection:
             self._views.add(view)
 
     def fill(self, view: "ProjectionView", place: _Place) -> Tensor:
-        """Give the view its part on this device and in this dtype, drawing only the rows that nobody has yet."""
+        """Set the view's tensor for this device and dtype, drawing only the rows that do not exist yet."""
         with self._lock, _plain_tensors():
             if place in view.tensors:
                 return view.tensors[place]
@@ -68,7 +67,7 @@ class Projection:
                 tensor = self.scheme.draw(self.side, range(held, view.rank), self.width, device).to(dtype)
                 if backing is not None:
                     tensor = torch.cat([backing.tensor, tensor])
-                if type(tensor) is not Tensor:  # made under a tracing mode: not a value that outlives it
+                if type(tensor) is not Tensor:  # created under a tracing mode: not valid after it
                     return tensor[:, : view.columns]
                 backing = self._install(place, tensor)
             part = backing.tensor[: view.rank, : view.columns]
@@ -77,7 +76,7 @@ class Projection:
             return part
 
     def _install(self, place: _Place, tensor: Tensor) -> _Backing:
-        """Make this the tensor of the place, and point every view that holds the former one at it."""
+        """Install the tensor for a device and dtype, and update every view that uses the previous one."""
         backing = _Backing(tensor)
         self._backings[place] = backing
         for view in self._views:
@@ -99,12 +98,12 @@ class Projection:
 
 
 class ProjectionView:
-    """A layer's part of a projection: its first `rank` rows and `features` columns, made at the first use.
+    """A layer's view of a projection: its first `rank` rows and `features` columns, created on first use.
 
     Attributes:
         rank: number of rows.
-        features: the layer's own width.
-        structure: how the numbers are laid out.
+        features: the layer's width.
+        structure: how the numbers are stored.
         columns: how many numbers are stored for each row; `features` for a dense projection.
         tensors: the tensors that exist now, by (device, dtype); filled by `values`.
     """
@@ -124,17 +123,17 @@ class ProjectionView:
         return Matrix(self.values(device, dtype), self.structure)
 
     def values(self, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """Return the stored numbers, (rank, columns): a view of shared memory, never to be written."""
+        """Return the stored numbers, (rank, columns): a view of shared memory that must not be written to."""
         if torch.compiler.is_compiling():
-            # Drawing cannot be traced, and need not be: it happens once, while tracing. The read below is an ordinary
-            # guarded one, so that a compiled model follows a change of device, dtype or adapter.
+            # Drawing cannot be traced, and need not be: it happens once, while tracing. The read below is guarded, so
+            # that a compiled model notices a change of device, dtype or adapter.
             _fill_while_tracing(self, device, dtype)
         if (device, dtype) in self.tensors:
             return self.tensors[(device, dtype)]
         return self.projection.fill(self, (device, dtype))
 
     def drawn(self) -> Tensor:
-        """Draw the projection, (rank, features), as a dense float32 tensor on the CPU that is not kept."""
+        """Draw the projection, (rank, features), as a dense float32 tensor on the CPU, without caching it."""
         projection = self.projection
         values = projection.scheme.draw(projection.side, range(self.rank), projection.width, torch.device("cpu"))
         return self.structure.dense(values[:, : self.columns])
@@ -144,12 +143,12 @@ class ProjectionView:
         self.tensors[place] = part
 
     def keep_only(self, device: torch.device) -> None:
-        """Let go of what is on other devices, after the layer has been moved to this one."""
+        """Release tensors on other devices, after the layer has been moved to this one."""
         for place in [place for place in self.tensors if place[0] != device]:
             del self.tensors[place], self._held[place]
 
     def release(self) -> None:
-        """Let go of every tensor; the next use makes it again."""
+        """Release all tensors; the next use creates them again."""
         self.tensors.clear()
         self._held.clear()
 
@@ -172,7 +171,7 @@ def _restore_view(scheme: Scheme, side: Side, rank: int, features: int) -> Proje
 
 @dataclass(frozen=True)
 class ProjectionInfo:
-    """One tensor that the pool holds at the moment."""
+    """One tensor that the pool currently holds."""
 
     side: Side
     rank: int
@@ -183,7 +182,7 @@ class ProjectionInfo:
 
 
 class ProjectionPool:
-    """All projections of the process, each held only by the layers that use it."""
+    """All projections of the process, each kept alive only by the layers that use it."""
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
@@ -200,13 +199,13 @@ class ProjectionPool:
         return ProjectionView(projection, rank, features)
 
     def trim(self) -> None:
-        """Free rows above the largest rank in use, after an adapter of a larger rank has gone."""
+        """Free rows above the largest rank in use, after an adapter of a larger rank was deleted."""
         with self._lock:
             for projection in list(self._projections.values()):
                 projection.trim()
 
     def summary(self) -> list[ProjectionInfo]:
-        """List the tensors that exist now, the largest first."""
+        """List the existing tensors, largest first."""
         with self._lock:
             infos = [
                 ProjectionInfo(projection.side, tensor.shape[0], projection.width, device, dtype, tensor.nbytes)

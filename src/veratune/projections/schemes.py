@@ -1,4 +1,4 @@
-"""Where the frozen projections A and B come from: pure descriptions that can be drawn again at any time.
+"""How the frozen projections A and B are determined: descriptions from which they can be drawn at any time.
 
 A scheme is immutable, hashable and cheap to compare; two layers whose schemes are equal share their tensors. All
 draws are rank-major, (rank, width), float32, whatever the base model's dtype.
@@ -23,8 +23,8 @@ from veratune.utils.tensors import bytes_of
 
 Side = Literal["A", "B"]
 
-# Part of every counter of the `per_dimension` scheme. A change of the scheme's values needs another number, so that
-# adapters trained with this one are told apart.
+# Part of every counter of the `per_dimension` scheme. Increment it when the scheme's values change, so that adapters
+# trained with the old values are recognized.
 PER_DIMENSION_VERSION = 1
 
 _SAMPLED_ROWS = (0, 1, 63)
@@ -39,7 +39,7 @@ class Scheme(ABC):
 
     Attributes:
         name: the value of `VeraConfig.projection` that selects it, and its name in files.
-        one_rank_linear_only: whether it serves whole linear layers of one rank only, as PEFT's VeRA does.
+        one_rank_linear_only: whether it supports only unfused linear layers of one common rank, as in PEFT.
         has_columns: whether single columns of A can be drawn, which embeddings need.
         drawn_by_peft: whether PEFT draws the same A and B from the same key.
     """
@@ -59,19 +59,19 @@ class Scheme(ABC):
         return self.stored_columns(side, features)
 
     def stored_columns(self, side: Side, features: int) -> int:
-        """Return how many of the stored numbers of each row belong to a layer with this many features."""
+        """Return how many stored elements of each row belong to a layer with this many features."""
         return features
 
     def structure(self, side: Side, rank: int, features: int) -> Structure:
-        """Return how the stored numbers make up the projection (rank, features) of one layer."""
+        """Return how the projection (rank, features) of one layer is stored."""
         return DENSE
 
     @abstractmethod
     def draw(self, side: Side, rows: range, width: int, device: torch.device) -> Tensor:
-        """Return float32 (len(rows), width): the stored numbers of these rank indices of one side."""
+        """Return float32 (len(rows), width): the stored elements of these rank indices of one side."""
 
     def one_hot_columns(self, rank: int, columns: Tensor) -> Tensor:
-        """Return A's columns for inputs that are one-hot, float32 (rank, n), without drawing the others.
+        """Return A's columns for one-hot inputs, float32 (rank, n), without drawing the others.
 
         Args:
             rank: number of rows.
@@ -81,17 +81,17 @@ class Scheme(ABC):
 
     @abstractmethod
     def scale(self, rank: int) -> float:
-        """Return the factor that belongs into B, which is stored without it; every formula multiplies d by it."""
+        """Return the constant factor of B. B is stored without it; every formula multiplies d by it."""
 
     @abstractmethod
     def fingerprint(self) -> str:
         """Return 16 hexadecimal digits that differ if any of the projections would."""
 
     def scale_in_shared_pair(self, in_features: int, rank: int, max_in: int, max_rank: int) -> float | None:
-        """Return how a layer's d is multiplied if the layer uses corners of the largest layer's A and B instead.
+        """Return the factor for d if the layer slices the largest layer's A and B.
 
-        This is how PEFT's VeRA stores projections: one pair, of which each layer takes a corner. None if the
-        projections of layers of other shapes are not corners of one pair.
+        PEFT's VeRA stores projections that way: one pair, of which each layer takes the first rows and columns. None
+        if the projections of layers of different shapes are not slices of one pair.
 
         Args:
             in_features, rank: of the layer.
@@ -104,14 +104,14 @@ class Scheme(ABC):
         return True
 
     def largest_rank(self, rank: int) -> int:
-        """Return how many of the first `rank` rows there are."""
+        """Return how many of the first `rank` rows exist."""
         return rank
 
     def to_json(self) -> dict[str, int | str]:
-        """Return the numbers that describe it, for `scheme_from_json`.
+        """Return the values from which `scheme_from_json` restores the scheme.
 
         Raises:
-            ValueError: projections known by their values alone.
+            ValueError: the projections cannot be drawn from a key.
         """
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(cast("Any", self))}
         return {"scheme": self.name, **fields, "fingerprint": self.fingerprint()}
@@ -187,8 +187,8 @@ def _per_dimension_fingerprint(key: int) -> str:
 class PeftShared(Scheme):
     """PEFT's scheme: one A (r, max_in) and one B (max_out, r) from a seeded torch generator, views for each layer.
 
-    The values depend on torch's CPU generator, and the fan-in of A is the widest layer's. It is here to load, train
-    and write PEFT's own VeRA checkpoints.
+    The values depend on torch's CPU generator, and the fan-in of A is the widest layer's. It exists to load, train and
+    write PEFT's VeRA checkpoints.
     """
 
     name: ClassVar[str] = "peft"
@@ -227,7 +227,7 @@ class PeftShared(Scheme):
 
     @staticmethod
     def _kaiming_uniform(shape: tuple[int, int], generator: torch.Generator) -> Tensor:
-        # PEFT's order of operations, so that the bound rounds as there.
+        # PEFT's order of operations, so that the bound rounds identically.
         bound = math.sqrt(3.0) * (math.sqrt(2) / math.sqrt(shape[1]))
         empty = torch.empty(shape, dtype=torch.float32, device="cpu")
         return empty.uniform_(-bound, bound, generator=generator)
@@ -263,7 +263,7 @@ class Stored(Scheme):
 
     @classmethod
     def from_tensors(cls, a: Tensor, b: Tensor) -> "Stored":
-        """Take A (r, max_in) and B in the method's layout, (max_out, r); any floating dtype."""
+        """Create a scheme from A (r, max_in) and B (max_out, r), of any floating dtype."""
         a = a.detach().to("cpu", torch.float32).contiguous()
         b = b.detach().to("cpu", torch.float32).t().contiguous()
         return cls(_digest({"scheme": "stored", "shapes": [list(a.shape), list(b.shape)]}, [a, b]), a, b)
@@ -304,7 +304,7 @@ def scheme_from_json(values: Mapping[str, Any]) -> Scheme:
         values: "scheme", the fields of that scheme (integers), and "fingerprint".
 
     Raises:
-        ValueError: an unknown scheme, missing, surplus or ill-typed fields, or this version draws other values.
+        ValueError: unknown scheme; missing, unexpected or ill-typed fields; or a fingerprint of other values.
     """
     name = values.get("scheme")
     kind = SCHEMES.get(name) if isinstance(name, str) else None

@@ -1,8 +1,8 @@
-"""How a projection's numbers are laid out in memory, and the products with them.
+"""How a projection is stored, and the products with it.
 
 A frozen projection is conceptually a dense matrix M of shape (r, n). A scheme may draw one that is mostly zeros and
-store only the rest; its `Structure` then computes the products with M at the cost of what is stored. The arithmetic
-in `veratune.ops` asks for nothing but these products, so it works for every structure.
+store only the nonzero elements; its `Structure` then computes products with M from these alone. The arithmetic in
+`veratune.ops` uses only these products, so it works for every structure.
 """
 
 from typing import NamedTuple, Protocol
@@ -14,8 +14,8 @@ from torch import Tensor
 class Structure(Protocol):
     """The layout of a matrix M (r, n), and its products. Implementations are immutable and hashable.
 
-    In each method `values` are M's numbers in this layout, z is (T, r) or (r,), and x is (T, n) or (n,). What `scaled`
-    and `outer` return for several vector pairs has leading dimensions, which `matmul`, `rmatmul` and `gram` accept.
+    In each method, `values` are M's stored elements, z is (T, r) or (r,), and x is (T, n) or (n,). For several vector
+    pairs, the results of `scaled` and `outer` have leading dimensions, which `matmul`, `rmatmul` and `gram` accept.
     """
 
     @property
@@ -95,7 +95,7 @@ DENSE: Structure = Dense()
 
 
 class Matrix(NamedTuple):
-    """A projection ready to compute with: its numbers, and their layout. Stands for M, (r, n)."""
+    """A projection M, (r, n), ready to compute with: its stored elements and their layout."""
 
     values: Tensor
     structure: Structure = DENSE
