@@ -1,4 +1,4 @@
-"""From the adapters of a batch's rows to what the layers have to know of the call."""
+"""Build the `BankCall` that layers read, from the adapters of a batch's rows."""
 
 import operator
 from collections.abc import Sequence
@@ -31,7 +31,7 @@ def make_call(
         flattened: as in `BankCall`.
 
     Raises:
-        BankError: no rows, or lengths that are not one for each row.
+        BankError: there are no rows, or not one length for each row.
     """
     slots, schemes = lease.slots, [-1 if v is None else v.scheme for v in lease.versions]
     if lengths is not None:

@@ -1,4 +1,4 @@
-"""Modules that adapters train in full, in a model that serves many adapters at once."""
+"""The modules_to_save of a model that serves many adapters at once."""
 
 import math
 from typing import Any
@@ -13,12 +13,12 @@ from veratune.layers.offloading import is_hooked
 
 
 class BankedHead(SavedModule):
-    """A module that adapters train in full, such as a classification head: each row computes with its own copy.
+    """A module of modules_to_save, such as a classification head: each row computes with its adapter's copy.
 
     Attributes:
-        owner: what tells this bank's calls from another's.
+        owner: identifies this bank's calls.
         name: the module's name in the model.
-        places: parameter name to (first column in the slab of heads, shape).
+        places: parameter name to (first column in `BankCall.heads`, shape).
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class BankedHead(SavedModule):
         output = self._own(call, args, kwargs)
         if not call.has_base:
             return output
-        # The base model's own, as it is now, rather than as the bank found it.
+        # Use the base model's current values, not those from when the bank was made.
         base = call.rows == 0
 
         def choose(own: Any, plain: Any) -> Any:
@@ -56,7 +56,7 @@ class BankedHead(SavedModule):
         return torch.utils._pytree.tree_map(choose, output, self.original_module(*args, **kwargs))
 
     def _own(self, call: BankCall, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Return what each row's own copy computes."""
+        """Compute each row with its adapter's copy."""
         assert call.heads is not None
         parameters = {
             name: call.heads[:, start : start + math.prod(shape)]

@@ -1,7 +1,7 @@
-"""What one call of a model that serves many adapters at once computes with, and which rows have which adapter.
+"""The state of one call of a bank's model: the vectors, and which rows have which adapter.
 
-It is found in a `BankCall` of the calling thread, as a model hands its layers nothing but their inputs. A layer that
-finds none refuses to compute, rather than let some other adapter, or none, stand in for the one wanted.
+A model passes nothing but inputs to its layers, so the `BankCall` is stored per thread. A layer without one raises an
+error rather than compute with another adapter, or with none.
 """
 
 import math
@@ -18,10 +18,10 @@ class RowGroup:
     """The rows of a call that have the same adapter.
 
     Attributes:
-        slot: the adapter's row in the slab.
-        scheme: which projections it has.
-        rows: int64 (n,), the rows.
-        span: the same as a slice, if they stand together.
+        slot: the adapter's index in the slab.
+        scheme: the number of its projections' scheme.
+        rows: int64 (n,), the rows of the batch.
+        span: the same as a slice, if they are consecutive.
     """
 
     slot: int
@@ -30,29 +30,29 @@ class RowGroup:
     span: slice | None
 
     def of(self, x: Tensor) -> Tensor:
-        """Return its rows of a tensor."""
+        """Return the group's rows of a tensor."""
         return x.index_select(0, self.rows) if self.span is None else x[self.span]
 
 
 @dataclass(frozen=True)
 class BankCall:
-    """What the layers have to know of one call of the model.
+    """Everything that layers read about one call of the model.
 
     Attributes:
         owner: the bank; layers of another one refuse the call.
         slab: (slots, numbers), the vectors of all resident adapters; row 0 is zero, which is the base model.
-        heads: (slots, numbers), what adapters train in full; row 0 is the base model's own. None without heads.
-        rows: int64 (n,), the slot of each row of the batch or, if `packed`, of each token.
-        by_scheme: for each kind of projections that occurs the same, with 0 in rows of other kinds; for all kinds that
-            the bank has if the model is compiled, so that it need not be compiled anew for other combinations.
+        heads: (slots, numbers), the values of modules_to_save; row 0 is the base model's. None without modules_to_save.
+        rows: int64 (n,), the index in the slab for each row of the batch or, if `packed`, for each token.
+        by_scheme: for each scheme in the call, its number and `rows` with 0 for rows of other schemes; for all schemes
+            of the bank if the model is compiled, so that other combinations do not trigger recompilation.
         packed: whether `rows` are tokens.
-        groups: the rows by adapter, the base model left out.
-        largest: the number of rows that the commonest adapter has.
+        groups: the rows by adapter, without those of the base model.
+        largest: the number of rows of the most frequent adapter.
         has_base: whether there may be rows of the base model.
-        copies: how often a row may stand in a layer's input, one behind the other: beams and returned sequences.
-        flattened: whether layers may be given (rows * tokens, in). Not so where a row also has images or sounds, whose
-            number nothing tells.
-        held: what keeps the slots as they are while the call is there.
+        copies: how many consecutive copies of a row a layer's input may have: beams and returned sequences.
+        flattened: whether inputs may be (rows * tokens, in). False if rows also have images or sounds, whose number is
+            unknown.
+        held: an object that keeps the slab's rows in place during the call.
     """
 
     owner: object
@@ -71,7 +71,7 @@ class BankCall:
     @property
     def plain(self) -> bool:
         """Whether all rows are the base model's."""
-        return len(self.by_scheme) == 0  # in words that a compiler can follow
+        return len(self.by_scheme) == 0  # written so that torch.compile can trace it
 
 
 class _Calls(threading.local):
@@ -83,7 +83,7 @@ _calls = _Calls()
 
 @contextmanager
 def serving(call: BankCall) -> Iterator[None]:
-    """Let the layers that this thread calls serve this call."""
+    """Make this the active call of the thread."""
     before = _calls.current
     _calls.current = call
     try:
@@ -98,7 +98,7 @@ def active_call() -> BankCall | None:
 
 
 def current_call(owner: object) -> BankCall:
-    """Return what this thread's call of a bank's model serves.
+    """Return this thread's active call of a bank.
 
     Raises:
         RuntimeError: the model was not called through this bank.
@@ -117,8 +117,8 @@ def by_rows(x: Tensor, call: BankCall, what: str) -> Tensor:
     """Return an input (..., in) as (rows, n, in), where the n vectors of each row belong to one adapter.
 
     Raises:
-        RuntimeError: the input's first dimension does not stand for the rows (or their beams, or rows and tokens in
-            one), so that nothing tells what belongs to which adapter.
+        RuntimeError: the input's first dimension is not the rows (or their beams, or rows and tokens flattened), so
+            that rows cannot be matched with adapters.
     """
     rows = call.rows.shape[0]
     tokens = math.prod(x.shape[:-1])
@@ -137,7 +137,7 @@ def by_rows(x: Tensor, call: BankCall, what: str) -> Tensor:
 
 
 def is_by_rows(x: Tensor, call: BankCall) -> bool:
-    """Return whether an input's first dimension is that of the rows, or of their copies, or rows and tokens in one."""
+    """Return whether an input's first dimension is the rows, their copies, or rows and tokens flattened."""
     rows = call.rows.shape[0]
     if x.ndim == 2 and call.flattened:
         return x.shape[0] % rows == 0

@@ -1,4 +1,4 @@
-"""Linear layers of a model that serves many adapters at once: each row of a batch has vectors of its own."""
+"""Linear layers of a model that serves many adapters at once, with different vectors for each row of a batch."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -28,7 +28,7 @@ from veratune.utils.torch_private import transformations_active
 
 @dataclass(frozen=True)
 class Columns:
-    """Where a layer's vectors stand in the slab, for each of its parts, or for the one that it is.
+    """The columns of a layer's vectors in the slab, for one of its parts (an unfused layer has one).
 
     Attributes:
         d: the first column of d.
@@ -43,22 +43,22 @@ class Columns:
 
 @dataclass(frozen=True)
 class SharedProjections:
-    """A layer's views of one kind of projections: A's, what it shares with its neighbours, and B's of each part."""
+    """A layer's views of one scheme's projections: A, shared by layers with the same input, and B for each part."""
 
     group: InputGroup
     b: tuple[ProjectionView, ...]
 
 
 class BankedLinear(VeraLinear):
-    """A linear layer, plain or quantized, whose rows have adapters of their own.
+    """A linear layer, plain or quantized, with an adapter for each row.
 
     Attributes:
-        owner: what tells this bank's calls from another's.
+        owner: identifies this bank's calls.
         name: the layer's name in the model.
-        route: which ways of computing are allowed.
-        columns: where its vectors stand, for each part.
-        projections: a number for each kind of projections to what the layer has of them, filled by the bank as kinds
-            turn up. A kind that is too narrow for this layer has no adapters on it.
+        route: which routes are allowed.
+        columns: the columns of its vectors in the slab, for each part.
+        projections: number of each scheme to this layer's views, filled by the bank when an adapter uses a new scheme.
+            A scheme too narrow for this layer has no adapters on it.
     """
 
     def __init__(
@@ -95,28 +95,28 @@ class BankedLinear(VeraLinear):
         return output
 
     def _kinds(self, call: BankCall) -> Iterator[tuple[SharedProjections, Tensor]]:
-        """Yield the kinds of projections that occur in a call and reach this layer, with the rows' slots."""
+        """Yield the projections of each scheme in a call that reaches this layer, with each row's index in the slab."""
         for scheme, slots in call.by_scheme:
             own = self.projections.get(scheme)
             if own is not None:
                 yield own, slots
 
     def _reads_base(self, x: Tensor) -> bool:
-        """Return whether computing with the base layer's weight, into memory made here, is the same as calling it."""
+        """Return whether computing with the base layer's weight directly is equivalent to calling the layer."""
         if torch.is_autocast_enabled(x.device.type) or transformations_active():
             return False
         return x.dtype == self.base_weight.dtype and self._is_plain()
 
     def _by_rank(self, x: Tensor, slab: Tensor, products: Sequence[tuple[Tensor, SharedProjections, Tensor]]) -> Tensor:
-        """Return the outputs of rows (rows, n, in) with what their adapters add, through the rank.
+        """Return the outputs of rows (rows, n, in), adapters included, computed through the rank.
 
         Args:
             x: the rows.
             slab: the vectors.
-            products: x A^T, (rows, n, r), the projections and the rows' slots, for each kind of projections.
+            products: for each scheme, x A^T (rows, n, r), the projections, and each row's index in the slab.
         """
         weight, bias = self._outputs_first(self.base_weight), self.bias
-        # In 16 bits the sum of what is added would be rounded before the larger product comes to it.
+        # In 16 bits the sum of the deltas would be rounded before the larger product is added.
         if not products or x.dtype.itemsize < 4 or gradients_wanted(x):
             output = F.linear(x, weight, bias)
             for xa, own, slots in products:
@@ -127,11 +127,11 @@ class BankedLinear(VeraLinear):
             output.add_(self._added(slab, *product))
         if bias is not None:
             output.add_(bias)
-        # The base layer's product comes last, into the same memory: what a new output costs is not little.
+        # The base layer's product is added last, in place: allocating another output is expensive.
         return output.flatten(0, 1).addmm_(x.flatten(0, 1), weight.t()).view(output.shape)
 
     def _added(self, slab: Tensor, xa: Tensor, own: SharedProjections, slots: Tensor) -> Tensor:
-        """Return what the adapters of one kind of projections add, (rows, n, out); as for `_add`."""
+        """Return the sum of the deltas of one scheme's adapters, (rows, n, out); arguments as for `_add`."""
         parts = [row_deltas(xa, *vectors) for vectors in self._vectors_of(xa, slab, own, slots)]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
@@ -146,7 +146,7 @@ class BankedLinear(VeraLinear):
             yield view.matrix(xa.device, xa.dtype), b, d
 
     def _project(self, x: Tensor, call: BankCall, dtype: torch.dtype, own: SharedProjections) -> Tensor:
-        """Return x A^T, (rows, n, r): this layer's own product, or that of a layer which has had the same input."""
+        """Return x A^T, (rows, n, r), from the cache if a layer with the same input has computed it."""
         grouped = by_rows(x, call, self.name)
         flat = grouped.flatten(0, 1).to(dtype)
         A = own.group.a.matrix(flat.device, dtype)  # noqa: N806
@@ -157,16 +157,16 @@ class BankedLinear(VeraLinear):
         return xa.view(*grouped.shape[:2], -1)
 
     def _add(self, start: Tensor, xa: Tensor, slab: Tensor, own: SharedProjections, slots: Tensor) -> Tensor:  # type: ignore[override]
-        """Return an output with what the adapters of one kind of projections add to their rows.
+        """Return an output plus the deltas of one scheme's adapters on their rows.
 
         Args:
             start: (..., out), the output so far.
             xa: x A^T, (rows, n, r).
             slab: the vectors.
             own: the projections.
-            slots: int64 (rows,), the slot of each row; 0 where it has no adapter of this kind.
+            slots: int64 (rows,), each row's index in the slab; 0 without an adapter of this scheme.
         """
-        if xa.dtype == torch.float16:  # what overflows times zero is no zero
+        if xa.dtype == torch.float16:  # infinity times zero is NaN
             xa = xa.masked_fill((slots == 0)[:, None, None], 0.0)
         grouped = start.reshape(*xa.shape[:2], self.out_features)
         parts = []
@@ -175,7 +175,7 @@ class BankedLinear(VeraLinear):
             parts.append(row_residual(part, xa, *vectors))
         return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)).view(start.shape)
 
-    # Few adapters in a batch: each one's weight is added up and multiplied by once.
+    # Few adapters in a batch: compute each one's W0 + delta W once and multiply by it.
 
     def _worth_folding(self, x: Tensor, call: BankCall) -> list[RowGroup]:
         """Return the groups whose adapted weight costs less than going through the rank with all their tokens."""
@@ -191,7 +191,7 @@ class BankedLinear(VeraLinear):
             shape = LayerShape(self.in_features, self.out_features, own.group.a.rank, per_row * rows, own.group.size)
             return self.route == "dense" or dense_pays(shape, profile, moved=moved)
 
-        # With many adapters, asking for each of them would take a good part of the layer's time.
+        # With many adapters, checking each of them would take a large part of the layer's time.
         if not any(pays(own, call.largest, False) for own, _ in self._kinds(call)):
             return []
         return [
@@ -222,7 +222,7 @@ class BankedLinear(VeraLinear):
         return output.view(*x.shape[:-1], self.out_features)
 
     def _multiply(self, group: RowGroup, grouped: Tensor, weight: Tensor, output: Tensor) -> None:
-        """Write the outputs of a group's rows, computed with a weight of their own."""
+        """Compute the outputs of a group's rows with the group's weight, and write them to `output`."""
         x = group.of(grouped)
         if group.span is None or gradients_wanted(x, weight, self.bias):
             output.index_copy_(0, group.rows, F.linear(x, weight, self.bias))
@@ -247,7 +247,7 @@ class BankedLinear(VeraLinear):
             parts.append(add_delta(weight[columns.outputs], factors))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    # Models that read the weight rather than call the layer cannot be given a weight for each row.
+    # Models that read the weight instead of calling the layer cannot use a different weight for each row.
 
     def weight_over(self, base: Tensor, *, outside: bool = False) -> Tensor:
         call = active_call()
@@ -270,16 +270,16 @@ class BankedLinear(VeraLinear):
 
 
 class BankedConv1D(BankedLinear):
-    """The same on transformers' `Conv1D`."""
+    """`BankedLinear` for transformers' `Conv1D`."""
 
     out_axis = VeraConv1D.out_axis
     plain_forwards = VeraConv1D.plain_forwards
 
-    # The name that Conv1D gives its argument.
+    # Conv1D names its argument x.
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
         return super().forward(x, *args, **kwargs)
 
 
 def part_slices(parts: tuple[int, ...], out_features: int) -> list[slice]:
-    """Return the outputs of each part, or of the one that a layer without parts is."""
+    """Return the outputs of each part; an unfused layer has one."""
     return slices(parts or (out_features,))

@@ -1,4 +1,4 @@
-"""What an adapter of a bank is: one row of numbers, in the same order for every adapter of the same bank."""
+"""The layout of a bank's adapters: one row of numbers each, in the same order for all of them."""
 
 import hashlib
 import json
@@ -21,18 +21,18 @@ from veratune.utils.tensors import bytes_of, float32_of
 
 
 class BankError(ValueError):
-    """What a bank cannot do, with the reason. The bank and its file are as they were."""
+    """An operation that a bank refuses, with the reason. The bank and its file are unchanged."""
 
 
 @dataclass(frozen=True)
 class LayerPlace:
-    """One layer of a bank and where its vectors stand in a row.
+    """One layer of a bank and the columns of its vectors in a row.
 
     Attributes:
         name: the layer's name in the model.
         in_features, out_features: its dimensions.
-        parts: the outputs of each part; empty where it is one layer.
-        columns: where the vectors of each part stand.
+        parts: the outputs of each part; empty if the layer is not fused.
+        columns: the columns of each part's vectors.
     """
 
     name: str
@@ -44,7 +44,7 @@ class LayerPlace:
 
 @dataclass(frozen=True)
 class HeadPlace:
-    """A module that adapters train in full, and where its parameters stand in a row of heads.
+    """A module of modules_to_save, and the columns of its parameters in a row of heads.
 
     Attributes:
         name: the module's name in the model.
@@ -62,7 +62,7 @@ class Layout:
     Attributes:
         rank: the largest rank that fits; d of a smaller one is followed by zeros.
         layers: the layers, by name.
-        heads: the modules trained in full, by name.
+        heads: modules_to_save, by name.
         numbers: the length of a row.
         head_numbers: the length of a row of heads.
     """
@@ -74,9 +74,9 @@ class Layout:
     head_numbers: int
 
     def describe(self) -> dict[str, Any]:
-        """Return the layout as JSON values; two layouts are the same if and only if these are equal.
+        """Return the layout as JSON values, which are equal if and only if the layouts are.
 
-        Layers and heads are lists, since their order is the order of a row.
+        Layers and modules_to_save are lists, since their order is that of a row.
         """
         return {
             "rank": self.rank,
@@ -94,7 +94,7 @@ def make_layout(targets: Sequence[Target], rank: int, heads: dict[str, nn.Module
     """Lay out the vectors of these layers and the parameters of these modules.
 
     Raises:
-        BankError: a layer or module of a kind whose rows cannot have adapters of their own.
+        BankError: a layer or module cannot have a different adapter for each row.
     """
     layers: dict[str, LayerPlace] = {}
     position = 0
@@ -121,7 +121,7 @@ def make_layout(targets: Sequence[Target], rank: int, heads: dict[str, nn.Module
 
 
 def check_kind(target: Target, refusal: str) -> None:
-    """Raise BankError, beginning with the refusal, for a layer whose rows cannot have vectors of their own."""
+    """Raise BankError, beginning with `refusal`, for a layer that cannot have different vectors for each row."""
     module = unwrapped(target.module)
     if target.parameter is not None:
         reason = f"its module {type(module).__name__} reads the parameter itself"
@@ -151,14 +151,14 @@ def _check_head(name: str, module: nn.Module) -> None:
 
 @dataclass(frozen=True)
 class AdapterRow:
-    """One adapter as a bank holds it.
+    """One adapter as stored in a bank.
 
     Attributes:
-        digest: 32 hexadecimal digits that differ if anything of this would.
+        digest: 32 hexadecimal digits of a hash over all of it.
         scheme: its projections.
         rank: its largest rank.
         vectors: (numbers,), on the CPU, in the bank's dtype.
-        heads: (head_numbers,), in the heads' dtype, or None where the bank has no heads.
+        heads: (head_numbers,), the values of modules_to_save, or None if the bank has none.
     """
 
     digest: str
@@ -174,15 +174,15 @@ def make_row(layout: Layout, ready: ReadyAdapter, dtype: torch.dtype, base_heads
     Args:
         layout: the bank's.
         ready: the adapter, checked against the model.
-        dtype: the bank's dtype of vectors.
-        base_heads: the row of heads of the base model; its values stay where an adapter has no head of its own.
+        dtype: the dtype of the bank's vectors.
+        base_heads: the base model's row of heads, whose values fill in for modules that the adapter does not train.
 
     Raises:
-        BankError: it does not fit this bank, with the reason.
+        BankError: the adapter does not fit this bank.
     """
     loaded, scheme = ready.loaded, ready.plan.scheme
     _check_fits(layout, ready)
-    row = np.zeros(layout.numbers, np.float32)  # torch takes several times as long for pieces as small as these
+    row = np.zeros(layout.numbers, np.float32)  # torch takes several times as long for such small slices
     rank = 0
     for target in ready.plan.targets:
         place = layout.layers[target.name]
@@ -221,7 +221,7 @@ def digest_of_bytes(scheme: Scheme, dtype: torch.dtype, tensors: Iterable[bytes]
 
 
 def head_row(layout: Layout, modules: dict[str, nn.Module]) -> Tensor | None:
-    """Return the base model's own row of heads; None without heads."""
+    """Return the base model's row of heads; None without modules_to_save."""
     parameters = [p.detach().reshape(-1) for name in layout.heads for p in modules[name].parameters()]
     if not parameters:
         return None
@@ -271,10 +271,10 @@ def _check_fits(layout: Layout, ready: ReadyAdapter) -> None:
 
 
 def scheme_to_json(scheme: Scheme) -> dict[str, Any]:
-    """Return what `scheme_from_json` makes the same scheme of.
+    """Return JSON values from which `scheme_from_json` restores the scheme.
 
     Raises:
-        BankError: projections that are known by their values alone.
+        BankError: the projections cannot be drawn from a key.
     """
     try:
         return scheme.to_json()
@@ -286,7 +286,7 @@ def scheme_from_json(values: dict[str, Any]) -> Scheme:
     """Undo `scheme_to_json`.
 
     Raises:
-        BankError: this version draws other values.
+        BankError: this version of veratune draws other values.
     """
     try:
         return schemes.scheme_from_json(values)

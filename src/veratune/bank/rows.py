@@ -1,4 +1,4 @@
-"""Whether a model keeps the rows of a batch apart, as a bank needs it: what is known of it, and what a trial shows."""
+"""Check that a model keeps the rows of a batch apart, as a bank requires: by its type, and by a trial."""
 
 import inspect
 import typing
@@ -11,23 +11,23 @@ from torch import Tensor, nn
 from veratune.bank.layer_call import BankCall, serving
 from veratune.bank.layout import BankError
 
-# Models whose layers are given time before rows, or that mix them, so that the first dimension is not the batch.
+# Models whose layers get inputs with time as the first dimension, or with time and rows mixed.
 _TIME_FIRST = {"fsmt", "xlnet", "transfo-xl", "longformer", "led"}
-# Outputs of models that compare each row's text with each other row's image, so that no output belongs to one row.
+# Outputs of models that compare each row's text with each other row's image: outputs do not belong to single rows.
 _EACH_WITH_EACH = "logits_per_"
 
 
 def check_order(model: nn.Module) -> None:
-    """Refuse models whose layers' first dimension is known not to be the rows of the batch, or that mix rows.
+    """Refuse models known to mix rows, or whose layers' first dimension is not the batch.
 
     Raises:
-        BankError: it is one of them.
+        BankError: the model is one of them.
     """
     if any(_EACH_WITH_EACH in name for name in _declared_outputs(model)):
         raise BankError(
             f"a bank cannot serve {type(model).__name__}: it compares each text with each image (or sound) of a batch"
         )
-    for module in model.modules():  # a model may stand in another one
+    for module in model.modules():  # a model may be part of another one
         config = getattr(module, "config", None)
         if getattr(config, "sparse_prediction", False) is True:
             raise BankError(
@@ -45,7 +45,7 @@ def _declared_outputs(model: nn.Module) -> set[str]:
     """Return the names of the outputs that a model's `forward` is declared to have."""
     try:
         declared = typing.get_type_hints(inspect.unwrap(type(model).forward)).get("return")
-    except (NameError, TypeError):  # written with names that are not there at run time
+    except (NameError, TypeError):  # annotations use names that do not exist at run time
         return set()
     return {name for kind in (declared, *typing.get_args(declared)) for name in getattr(kind, "__annotations__", ())}
 
@@ -55,7 +55,7 @@ def check_kept_apart(model: nn.Module, call_of: Callable[[Tensor], BankCall], in
 
     Args:
         model: the model with the bank's layers.
-        call_of: returns the call in which rows have an adapter, int64 (rows,), 1 for those that do and 0 for others.
+        call_of: makes the call from int64 (rows,): 1 for rows with an adapter, 0 for the others.
         inputs: the model's arguments.
     """
     rows = next(value.shape[0] for value in inputs.values() if isinstance(value, Tensor))
