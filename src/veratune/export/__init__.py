@@ -1,1 +1,1 @@
-"""Formats that are only written: LoRA for PEFT and vLLM, and GGUF."""
+"""Write-only formats: LoRA for PEFT and vLLM, and GGUF."""

@@ -1,8 +1,8 @@
-"""Export as a GGUF file with a LoRA, which llama.cpp and what is built on it add to a base model.
+"""Export as a LoRA in a GGUF file, for llama.cpp and programs built on it.
 
-The matrices are those of the LoRA export. What differs is what llama.cpp's own conversion of the base model does:
-tensors have other names, the rows of some queries and keys stand in another order, and gate and up matrices of experts
-are tensors of their own. Only architectures are written for which this is known: see docs/engines.md.
+The matrices are those of the LoRA export, changed as llama.cpp's conversion changes the base model: tensors are
+renamed, the rows of some queries and keys are reordered, and gate and up matrices of experts are separate tensors. Only
+architectures with a known conversion are written: see docs/engines.md.
 """
 
 from collections import Counter
@@ -57,12 +57,12 @@ _GGML_TYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16
 
 
 class _Pair(NamedTuple):
-    """The two matrices on one tensor of the base model.
+    """The two LoRA matrices of one tensor of the base model.
 
     Attributes:
         name: the tensor's name in the base model's file.
-        a: (r, in); of a stack (n, r, in); of the table of tokens (tokens, r).
-        b: (out, r); of a stack (n, out, r).
+        a: (r, in); for a stack (n, r, in); for the token embedding (tokens, r).
+        b: (out, r); for a stack (n, out, r).
     """
 
     name: str
@@ -71,7 +71,7 @@ class _Pair(NamedTuple):
 
 
 class _Order(NamedTuple):
-    """Another order of rows: they are seen as (*outer, rest), and two of these axes swapped."""
+    """A permutation of rows: view them as (*outer, rest) and swap two of these axes."""
 
     outer: tuple[int, int]
     swapped: tuple[int, int]
@@ -83,15 +83,15 @@ def export_gguf(host: AdaptedModel, adapter_name: str, directory: Path, *, dtype
     Args:
         host: the model; its base is a causal language model of transformers.
         adapter_name: which adapter.
-        directory: where to; a file of this name there is replaced in one step.
-        dtype: float32, float16 or bfloat16, of the matrices. In the latter two llama.cpp rounds the activations, too.
+        directory: the destination; an existing file of this name is replaced atomically.
+        dtype: float32, float16 or bfloat16, for the matrices. With the latter two llama.cpp also rounds activations.
 
     Returns:
-        The file.
+        The path of the file.
 
     Raises:
         ImportError: the package gguf is missing.
-        ValueError: llama.cpp has no place for this model or a part of the adapter, or dtype is none of these.
+        ValueError: llama.cpp does not support this model or a part of the adapter, or dtype is another one.
     """
     try:
         import gguf
@@ -140,7 +140,7 @@ def _places(name: str, layer: VeraLayer, names: Any, *, tied: bool) -> list[str]
     """Return the tensors of a GGUF file that one weight becomes: one, or two for the experts' gate and up.
 
     Raises:
-        ValueError: there is none, or no LoRA for it.
+        ValueError: llama.cpp has no such tensor, or no LoRA for it.
     """
     stem = name
     if isinstance(layer, VeraParameter):
@@ -179,10 +179,10 @@ def _orders(config: Any, order: str | None) -> dict[str, _Order]:
 
 
 def _pairs(layer: VeraLayer, adapter_name: str, places: list[str], alpha: int, order: _Order | None) -> Iterator[_Pair]:
-    """Yield the matrices of one weight for its tensors, float32, such that llama.cpp's scale alpha / r is one."""
+    """Yield the float32 matrices for each tensor of one weight, with llama.cpp's scale alpha / r equal to one."""
     a, b = lora_matrices(layer, adapter_name)
     rank, count = layer.entries[adapter_name].rank, layer.geometry.count
-    if rank != alpha:  # there is one alpha in the file
+    if rank != alpha:  # the file has one alpha for all layers
         b = b * (rank / alpha)
     if isinstance(layer, VeraEmbedding):
         a = a.t()

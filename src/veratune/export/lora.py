@@ -1,4 +1,4 @@
-"""Export as a LoRA adapter, which everything that serves LoRA can load.
+"""Export as a LoRA adapter, for any engine that serves LoRA.
 
 VeRA's delta diag(b) B diag(d) A is LoRA's B A with lora_A = d * A and lora_B = b * B (rows scaled), of the same rank,
 with lora_alpha = r so that LoRA's own scale is one. Nothing is approximated.
@@ -37,13 +37,13 @@ def export_lora(
     Args:
         host: the model.
         adapter_name: which adapter.
-        directory: where to; files there are replaced.
+        directory: the destination; existing files are replaced.
         dtype: dtype of the two matrices of each layer.
-        rank: the LoRA's rank on all layers; None for the adapter's own.
+        rank: the LoRA's rank on all layers; None keeps the adapter's ranks.
 
     Raises:
-        ValueError: dtype is not a floating-point one, PEFT's LoRA has no place for an adapter on one of the layers, or
-            a delta does not fit into the rank without an approximation.
+        ValueError: dtype is not a floating-point dtype, PEFT's LoRA does not support one of the layers, or the rank
+            cannot represent a delta exactly.
     """
     check_dtype(dtype)
     config = host.peft_config[adapter_name]
@@ -64,7 +64,7 @@ def export_lora(
             tensors[PREFIX + key] = matrix.to(dtype)
     tensors |= other_tensors(host, adapter_name)
     usual = Counter(ranks.values()).most_common(1)[0][0]
-    # PEFT compares a pattern with the end of a name; the anchor makes it the whole name.
+    # PEFT matches a pattern with the end of a name; the anchor makes it match the full name.
     other_ranks = {
         f"^{re.escape(as_parameters.get(name, name))}": other for name, other in ranks.items() if other != usual
     }
@@ -74,7 +74,7 @@ def export_lora(
         "lora_alpha": usual,
         "rank_pattern": other_ranks,
         "alpha_pattern": other_ranks,
-        "lora_dropout": 0.0 if as_parameters else config.vera_dropout,  # which PEFT has not for parameters
+        "lora_dropout": 0.0 if as_parameters else config.vera_dropout,  # PEFT does not support it for parameters
         "bias": _BIASES[config.bias],
         "use_rslora": False,
         "use_dora": False,
@@ -111,13 +111,13 @@ def check_dtype(dtype: torch.dtype) -> None:
 
 
 def check_vectors_only(host: AdaptedModel, adapter_name: str, whose: str, instead: str) -> None:
-    """Raise ValueError if an adapter trains heads or biases, which a LoRA of some engine has no place for.
+    """Raise ValueError if an adapter trains modules_to_save or biases, which an engine's LoRA does not support.
 
     Args:
         host: the model.
         adapter_name: which adapter.
-        whose: what the message calls that LoRA.
-        instead: what to do with the merged model.
+        whose: name of that LoRA in the message.
+        instead: what to do with the merged model, for the message.
     """
     state = host.adapter_state(adapter_name)
     whole = [*state.saved, *state.biases]
@@ -129,7 +129,7 @@ def check_vectors_only(host: AdaptedModel, adapter_name: str, whose: str, instea
 
 
 def why_not_lora(layer: VeraLayer) -> str | None:
-    """Return None if PEFT's LoRA has a place for an adapter on this layer, otherwise the reason."""
+    """Return None if PEFT's LoRA supports an adapter on this layer, otherwise the reason."""
     if isinstance(layer, VeraConv) and getattr(layer.base_layer, "groups", 1) != 1:
         return "its LoRA of a grouped convolution has no entries between groups, and A is shared by all groups"
     if isinstance(layer, VeraParameter) and isinstance(layer.base_layer, nn.MultiheadAttention):
@@ -158,8 +158,8 @@ def lora_matrices(layer: VeraLayer, adapter_name: str) -> tuple[Tensor, Tensor]:
     """Return (lora_A, lora_B) of one layer, float32, on the CPU, whose product is the delta, in PEFT's layouts.
 
     A linear layer's are (r, in) and (out, r); a convolution's (r, in / groups, *kernel) and (out, r, 1, ...); an
-    embedding's (r, rows) and (out, r); those of a stack of n matrices (n r, in) and (out, r n), the stack's index
-    running slowest in the first and fastest in the second.
+    embedding's (r, rows) and (out, r); those of a stack of n matrices (n r, in) and (out, r n), where the
+    stack's index is the slowest in the first and the fastest in the second.
     """
     entry = layer.entries[adapter_name]
     b, d = (vector.detach().double().cpu() for vector in layer.vectors(adapter_name))
@@ -170,14 +170,14 @@ def lora_matrices(layer: VeraLayer, adapter_name: str) -> tuple[Tensor, Tensor]:
         a_projection = entry.a.drawn()
     b_parts = [view.drawn().double().t() * entry.scale for view in entry.b]
     if entry.parts:
-        # One A for all parts, so that each part's d goes to its rows of B.
+        # All parts share A, so each part's d scales its rows of B.
         scaled = [b_part * own for b_part, own in zip(b_parts, d, strict=True)]
         return a_projection.clone(), (b[:, None] * torch.cat(scaled)).float()
     (b_projection,) = b_parts
     if layer.geometry.count is not None:
         inner, outer = d[:, :, None] * a_projection, b[:, :, None] * b_projection
         if layer.out_axis == 1 and not getattr(layer.base_layer, "is_transposed", False):
-            # PEFT goes by that flag alone, and takes the inputs for the outputs where a module does not have it.
+            # PEFT relies on that flag alone, and swaps inputs and outputs if a module lacks it.
             inner, outer = outer.mT, inner.mT
         return inner.flatten(0, 1).float(), outer.permute(1, 2, 0).flatten(1).float()
     lora_a, lora_b = (d[:, None] * a_projection).float(), (b[:, None] * b_projection).float()

@@ -1,4 +1,4 @@
-"""A LoRA's matrices of another rank with the same product."""
+"""Change the rank of LoRA matrices while keeping their product."""
 
 import torch
 from torch import Tensor
@@ -8,18 +8,18 @@ from torch.nn.functional import pad
 def with_rank(name: str, a: Tensor, b: Tensor, count: int, rank: int) -> tuple[Tensor, Tensor]:
     """Return LoRA matrices of a given rank with the same product, float32.
 
-    A larger rank is filled up with zeros. A smaller one can hold the product if enough of d or of b is zero, or if it
-    is no smaller than the inputs or the outputs: then one of the matrices becomes the product itself, rounded once.
+    A larger rank is padded with zeros. A smaller one is exact if enough elements of d or b are zero, or if it is at
+    least the number of inputs or outputs: then one of the matrices becomes the product, rounded once.
 
     Args:
-        name: the layer's, for the message.
-        a: lora_A as PEFT lays it out, (count r, in, ...).
+        name: the layer's name, for the message.
+        a: lora_A in PEFT's layout, (count r, in, ...).
         b: lora_B, (out, r count, ...).
-        count: how many matrices the weight is a stack of.
-        rank: the rank wanted, of each.
+        count: number of matrices in the stack.
+        rank: the new rank of each.
 
     Raises:
-        ValueError: only an approximation of this rank would be possible.
+        ValueError: this rank cannot represent the product exactly.
     """
     if rank < 1:
         raise ValueError(f"rank={rank} is not allowed: it must be 1 or more")

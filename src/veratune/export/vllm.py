@@ -1,11 +1,11 @@
-"""What vLLM can load of a LoRA adapter."""
+"""Check that vLLM can load an exported LoRA adapter."""
 
 from veratune.adapters.adapted_model import AdaptedModel
 from veratune.export.lora import check_vectors_only, lora_matrices
 from veratune.export.lora_rank import exact_rank
 from veratune.layers import VeraLinear
 
-# vLLM's max_lora_rank is one of these; the ranks of the adapters that it then takes may be any up to that.
+# The values that vLLM accepts for max_lora_rank; adapters may have any rank up to it.
 _MAX_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
 
@@ -15,7 +15,7 @@ def check_vllm(host: AdaptedModel, adapter_name: str, rank: int | None) -> None:
     Args:
         host: the model.
         adapter_name: which adapter.
-        rank: the rank it is exported with; None for its own.
+        rank: the rank it is exported with; None for the adapter's rank.
     """
     check_vectors_only(host, adapter_name, "vLLM's LoRA", "serve the model")
     layers = {name: layer for name, layer in host.vera_layers().items() if adapter_name in layer.entries}
@@ -38,5 +38,5 @@ def check_vllm(host: AdaptedModel, adapter_name: str, rank: int | None) -> None:
 
 
 def max_lora_rank(rank: int) -> int:
-    """Return the smallest max_lora_rank that vLLM can be started with for adapters of a rank up to 512."""
+    """Return the smallest max_lora_rank of vLLM that fits adapters of this rank (at most 512)."""
     return next(allowed for allowed in _MAX_RANKS if allowed >= rank)
