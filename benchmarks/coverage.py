@@ -1,8 +1,9 @@
-"""Which share of the weights of many architectures is adapted, by veratune and by PEFT: docs/architectures.md.
+"""Measure the share of weights that veratune and PEFT adapt, over many architectures: docs/architectures.md.
 
-The architectures, tiny and random, are those of tests/sweep_models.py; the checks are those of tests/sweep_check.py.
+The architectures, tiny and random, come from tests/helpers/sweep_models.py, the checks from
+tests/helpers/sweep_check.py.
 
-    PYTHONPATH=src:tests python benchmarks/coverage.py
+    PYTHONPATH=src:tests/helpers python benchmarks/coverage.py
 """
 
 import contextlib
@@ -28,7 +29,7 @@ from veratune import TargetError, VeraModel, get_peft_model
 from veratune.adapters.coverage import supported
 
 DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "architectures.md"
-COMMAND = "PYTHONPATH=src:tests python benchmarks/coverage.py"
+COMMAND = "PYTHONPATH=src:tests/helpers python benchmarks/coverage.py"
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from trl import SFTConfig
 
 from _assets import check, fresh, quiet
 from _causal_lm import answer_loss, chats, check_result, generate, load, show_samples
-from veratune import VeRAConfig, VeraModel, get_peft_model, parameter_groups
+from veratune import VeraConfig, VeraModel, get_peft_model, parameter_groups
 from veratune.integrations.trl import VeraSFTTrainer
 
 STEPS = 40
@@ -24,7 +24,7 @@ def main() -> None:
     train, held_out = chats()
     before = answer_loss(base, tokenizer, held_out)
     show_samples(base, tokenizer, "before:")
-    model = get_peft_model(base, VeRAConfig(r=64, target_modules="all-linear", task_type="CAUSAL_LM"))
+    model = get_peft_model(base, VeraConfig(r=64, target_modules="all-linear", task_type="CAUSAL_LM"))
     trainer = VeraSFTTrainer(
         model,
         SFTConfig(

@@ -9,7 +9,7 @@ from accelerate.utils import gather_object
 
 from _assets import check, fresh, quiet
 from _topics import Row, classifier, rows
-from veratune import VeRAConfig, VeraModel, get_peft_model, parameter_groups
+from veratune import VeraConfig, VeraModel, get_peft_model, parameter_groups
 
 STEPS, BATCH = 8, 16
 
@@ -19,7 +19,7 @@ def adapted() -> VeraModel:
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0  # what is dropped would differ between the processes
-    return get_peft_model(model, VeRAConfig(r=64, target_modules="all-linear"))
+    return get_peft_model(model, VeraConfig(r=64, target_modules="all-linear"))
 
 
 def optimizer_for(model: torch.nn.Module) -> torch.optim.Optimizer:

@@ -14,12 +14,12 @@ from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer, pipelin
 from _assets import check, minilm, package_directory, quiet
 from _causal_lm import load
 from _topics import classifier
-from veratune import VeRAConfig, VeraModel, get_peft_model
+from veratune import VeraConfig, VeraModel, get_peft_model
 
 
 def adapted(model: Any) -> VeraModel:
     """Return a model with an adapter as if it had been trained."""
-    model = get_peft_model(model.eval(), VeRAConfig(r=32, target_modules="all-linear", modules_to_save=[]))
+    model = get_peft_model(model.eval(), VeraConfig(r=32, target_modules="all-linear", modules_to_save=[]))
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for b, _ in model.adapter_state("default").vectors.values():

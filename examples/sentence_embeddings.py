@@ -10,7 +10,7 @@ from sentence_transformers import SentenceTransformer, SentenceTransformerTraini
 from sentence_transformers.sentence_transformer.losses import CosineSimilarityLoss
 
 from _assets import check, fresh, minilm, questions, quiet
-from veratune import VeRAConfig, VeraModel, get_peft_model, parameter_groups
+from veratune import VeraConfig, VeraModel, get_peft_model, parameter_groups
 from veratune.integrations.sentence_transformers import VeraSentenceTransformerTrainer
 
 TOPICS = ("trivia", "coding", "ai", "literature", "psychology", "emotion")
@@ -55,7 +55,7 @@ def main() -> None:
     held_out, train = rows[:HELD_OUT], rows[HELD_OUT:]
     model = base()
     before = told(model, held_out)
-    model[0].model = get_peft_model(model[0].model, VeRAConfig(r=64, target_modules="all-linear"))
+    model[0].model = get_peft_model(model[0].model, VeraConfig(r=64, target_modules="all-linear"))
     trainer = VeraSentenceTransformerTrainer(
         model,
         SentenceTransformerTrainingArguments(

@@ -11,7 +11,7 @@ from transformers import DataCollatorWithPadding, Trainer, TrainerCallback, Trai
 
 from _assets import check, fresh, quiet
 from _topics import accuracy, classifier, rows
-from veratune import VeRAConfig, VeraModel, get_peft_model, parameter_groups
+from veratune import VeraConfig, VeraModel, get_peft_model, parameter_groups
 from veratune.integrations.trainer import VeraTrainer
 
 EPOCHS = 3
@@ -29,7 +29,7 @@ class StopAt(TrainerCallback):
 
 def make_trainer(output: Path) -> tuple[VeraTrainer, VeraModel]:
     train, held_out, tokenizer = rows()
-    model = get_peft_model(classifier(), VeRAConfig(r=64, target_modules="all-linear"))
+    model = get_peft_model(classifier(), VeraConfig(r=64, target_modules="all-linear"))
     trainer = VeraTrainer(
         model,
         TrainingArguments(

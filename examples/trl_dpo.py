@@ -11,7 +11,7 @@ from trl import DPOConfig
 
 from _assets import check, fresh, quiet
 from _causal_lm import chats, load
-from veratune import VeRAConfig, VeraModel, get_peft_model, parameter_groups
+from veratune import VeraConfig, VeraModel, get_peft_model, parameter_groups
 from veratune.integrations.trl import VeraDPOTrainer
 
 STEPS = 10
@@ -31,7 +31,7 @@ def main() -> None:
     ids = tokenizer("The first question was", return_tensors="pt").input_ids
     with torch.no_grad():
         before = base(ids).logits
-    model = get_peft_model(base, VeRAConfig(r=64, target_modules="all-linear", task_type="CAUSAL_LM"))
+    model = get_peft_model(base, VeraConfig(r=64, target_modules="all-linear", task_type="CAUSAL_LM"))
     trainer = VeraDPOTrainer(
         model,
         args=DPOConfig(

@@ -50,7 +50,7 @@ def test_the_examples_run_in_their_order(tmp_path: Path, monkeypatch: pytest.Mon
     assert names["bank"].names() == ["carla", "anna"] and names["logits"].shape[0] == 3
     names["bank"].unload()
     exec(every_weight, names)
-    names["model"] = names["get_peft_model"](tiny_model("bert"), names["VeRAConfig"](target_modules="all-linear"))
+    names["model"] = names["get_peft_model"](tiny_model("bert"), names["VeraConfig"](target_modules="all-linear"))
     exec(trainer, names)
     names["trainer"].train()
     vectors = names["model"].adapter_state("default").vectors.values()

@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 import veratune
 from reference import randomise
 from undoing import TOKENS, merged, net, seen, settings, tuned, tuned_merged, two
-from veratune import VeraConfig, VeraModel, get_peft_model
+from veratune import CheckpointError, VeraConfig, VeraModel, get_peft_model
 from veratune.checkpoint.files import CheckpointError
 from veratune.integrations.peft import VeratuneConfig
 
@@ -82,11 +82,16 @@ def check_undone(make: Callable[[], Any], change: Callable[[Any], Any], fault: F
         try:
             with fault(at):
                 change(model)
-        except (MemoryError, KeyboardInterrupt, RuntimeError) as error:
-            # torch's load_state_dict makes an error of its own of what it meets.
+        except (MemoryError, KeyboardInterrupt, RuntimeError, CheckpointError) as error:
+            # torch's load_state_dict makes an error of its own of what it meets, and so does the reader of a file.
             if isinstance(error, RuntimeError) and "no memory left" not in str(error):
                 raise
+            if isinstance(error, CheckpointError) and "does not fit into memory" not in str(error):
+                raise
             failed += 1
+        finally:
+            # An interrupt inside torch's own no_grad would otherwise leave gradients off for every later test.
+            torch.set_grad_enabled(True)
             left = seen(model)
             if left == old:
                 change(model)
