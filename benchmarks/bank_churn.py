@@ -192,7 +192,7 @@ def _take(values: Any, count: int) -> list[Any]:
 
 
 def run(churn: Churn, seconds: float) -> list[int]:
-    """Let everything run, and return the resident memory at twenty moments."""
+    """Run all threads, and return the resident memory at twenty points in time."""
     churn.stop.clear()
     asking = [threading.Thread(target=churn.ask, args=(law, number)) for number, law in enumerate(LAWS)]
     threads = [*asking, threading.Thread(target=churn.change)]

@@ -48,7 +48,7 @@ def saved_adapter(way: str, directory: Path) -> Path:
 
 
 def prepare(way: str, directory: Path) -> tuple[Register, Request]:
-    """Return what registers the adapter under a name, and what sends a request."""
+    """Return two functions: one registers the adapter under a name, one sends a request."""
     adapter = saved_adapter(way, directory / "adapter")
     ids = torch.randint(5, 1000, (4, TOKENS), generator=torch.Generator().manual_seed(0))
     if way in (OURS, OURS_FILE):

@@ -38,7 +38,7 @@ def resident_bytes() -> int:
 
 
 def adder(way: str, capacity: int) -> Callable[[int], None]:
-    """Return what adds one more adapter with values of its own."""
+    """Return a function that adds another adapter with different values."""
     config = veratune.VeraConfig(r=R, target_modules="all-linear")
     if way in (BANK_BF16, BANK_F32):
         dtype = torch.bfloat16 if way == BANK_BF16 else torch.float32
@@ -83,7 +83,7 @@ def measure_here(way: str, counts: list[int]) -> dict[str, int]:
 
 
 def measure(way: str, counts: list[int]) -> Case:
-    """Measure a way in a process of its own."""
+    """Measure one variant in a separate process."""
     progress(f"bank_memory: {way}, {max(counts)} adapters")
     case = new_case(f"{way}", way=way)
     command = [sys.executable, __file__, "--way", way, "--counts", *map(str, counts)]

@@ -88,7 +88,7 @@ class Batch:
 
 
 class GatheredLora(nn.Module):
-    """A linear layer with a stack of LoRA matrices, of which each row takes its own: the strongest plain peer."""
+    """A linear layer with a stack of LoRA matrices, a different one for each row: the strongest simple baseline."""
 
     def __init__(self, base: nn.Linear, count: int, r: int) -> None:
         super().__init__()
@@ -102,7 +102,7 @@ class GatheredLora(nn.Module):
 
 
 def serve(way: str, base: nn.Module, names: list[str], r: int, batch: Batch) -> Served:
-    """Return what serves a batch in one of the ways, with all the adapters loaded."""
+    """Return a function that serves a batch with one of the variants, with all adapters loaded."""
     model = copy.deepcopy(base)
     if way == BASE:
         return lambda _: batch.run(model)

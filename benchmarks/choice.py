@@ -72,7 +72,7 @@ class Layer:
         return adapted_linear(self.x, self.weight, None, Factors(*self.projections, self.b, self.d, 1.0), choice)
 
     def work(self, choice: RouteChoice, kind: str) -> Work:
-        """Return what runs a route, forward only or forward and backward."""
+        """Return a function that runs a route, forward only or forward and backward."""
         if kind == "forward":
             return torch.no_grad()(lambda: self.run(choice))
         return lambda: torch.autograd.grad(self.run(choice), (self.x, self.b, self.d), self.gradient)
@@ -98,7 +98,7 @@ def measure(shape: LayerShape, dtype_name: str, rounds: int) -> Case:
 
 
 def choose(cases: list[Case], profile_name: str) -> None:
-    """Note in each case what the chooser takes with the constants that hold now."""
+    """Record in each case the route chosen with the current constants."""
     for case in cases:
         profile = device_profile(torch.device("cpu"), getattr(torch, case["dtype"]))
         shape = LayerShape(*case["shape"], case["r"], case["tokens"])

@@ -1,4 +1,4 @@
-"""What the benchmarks have in common: interleaved timing, tables, targets, and results as JSON.
+"""Shared by the benchmarks: interleaved timing, tables, targets, and results as JSON.
 
 Timings are only compared within one process and one run: every variant runs once to warm up, then each round runs every
 variant in turn, and a variant's figure is the median over the rounds of its ratio to the baseline of the same round.
@@ -86,7 +86,7 @@ def _one_round(variants: dict[str, Work], names: list[str], repeats: dict[str, i
 
 
 def _quiet_rounds(run: Callable[[int], dict[str, float]], rounds: int) -> list[dict[str, float]]:
-    """Return what the quietest rounds measured, of as many as it takes to find enough, but at most twice as many."""
+    """Return the measurements of the quietest rounds, running up to twice as many rounds to find enough."""
     found: list[tuple[float, dict[str, float]]] = []
     for turn in range(2 * rounds):
         start, others = time.perf_counter(), _others_cpu_seconds()
@@ -104,7 +104,7 @@ def _quiet_rounds(run: Callable[[int], dict[str, float]], rounds: int) -> list[d
 
 
 def _others_cpu_seconds() -> float:
-    """Return the processor time that all other processes have had since the machine's start; 0 where nobody tells."""
+    """Return the CPU time of all other processes since boot; 0 if unknown."""
     stat = Path("/proc/stat")
     if not stat.exists():
         return 0.0
@@ -126,7 +126,7 @@ def _seconds(work: Work, repeats: int) -> float:
 
 
 def seconds_of(work: Work) -> float:
-    """Return the seconds of one call, without warming up: for what happens once."""
+    """Return the seconds of one call without warm-up, for work that happens once."""
     return _seconds(work, 1)
 
 
@@ -178,7 +178,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Target:
-    """A figure beside what the project set out to reach.
+    """A measured figure and its target.
 
     Attributes:
         what: what the figure is of.
@@ -247,7 +247,7 @@ class Benchmark:
         return options
 
     def finish(self, cases: list[Case], output: Path, *, keep: bool = True) -> None:
-        """Print the figures of these cases, and write them beside those that the file has of other cases.
+        """Print the figures of these cases, and merge them into the result file.
 
         Args:
             cases: what was measured.
@@ -280,7 +280,7 @@ def new_case(key: str, **settings: Any) -> Case:
 
 
 def progress(message: str) -> None:
-    """Say on the error stream what is being measured."""
+    """Print to stderr which case is being measured."""
     print(f"[{datetime.now():%H:%M:%S}, load {os.getloadavg()[0]:.2f}] {message}", file=sys.stderr, flush=True)
 
 

@@ -34,7 +34,7 @@ COMMAND = "PYTHONPATH=src:tests/helpers python benchmarks/coverage.py"
 
 @dataclass(frozen=True)
 class Row:
-    """What is told of one architecture.
+    """The results for one architecture.
 
     Attributes:
         name: its name.
@@ -107,7 +107,7 @@ def matrix_elements(model: nn.Module) -> int:
 
 
 def failed_checks(architecture: Architecture) -> dict[str, str]:
-    """Return the checks that fail, with the reason where it is known, otherwise with the error."""
+    """Return the failing checks, each with the known reason or the error."""
     failures = {}
     for check, run in CHECKS.items():
         with tempfile.TemporaryDirectory() as directory:
@@ -238,14 +238,14 @@ def percent(share: float) -> str:
 
 
 def peft_cell(row: Row) -> str:
-    """Return what the table says of PEFT."""
+    """Return PEFT's cell of the table."""
     if row.peft is None:
         return row.peft_error
     return percent(row.peft) + (f", {row.peft_error}" if row.peft_error else "")
 
 
 def checks_cell(row: Row) -> str:
-    """Return what the table says of the checks."""
+    """Return the checks' cell of the table."""
     return f"{', '.join(row.failures)} failed" if row.failures else "passed"
 
 

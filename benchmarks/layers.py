@@ -39,7 +39,7 @@ def adapted_layers(in_features: int, out_features: int, r: int, dtype: torch.dty
 
 
 def forward_of(layer: nn.Module, x: Tensor) -> Work:
-    """Return what runs a layer without a graph."""
+    """Return a function that runs a layer without a graph."""
     constant = x.detach()
 
     def forward() -> None:
@@ -50,7 +50,7 @@ def forward_of(layer: nn.Module, x: Tensor) -> Work:
 
 
 def step_of(layer: nn.Module, x: Tensor, gradient: Tensor) -> Work:
-    """Return what runs a layer forward, and backward to its input and vectors."""
+    """Return a function that runs a layer forward, and backward to its input and vectors."""
     wanted = [x, *(parameter for parameter in layer.parameters() if parameter.requires_grad)]
     return lambda: torch.autograd.grad(layer(x), wanted, gradient)
 

@@ -1,4 +1,4 @@
-"""Peak memory of the same training steps: bytes of living tensors beyond what the model holds between steps.
+"""Peak memory of the same training steps: bytes of live tensors in addition to those held between steps.
 
     python benchmarks/memory.py --shape MiniLM --ranks 256
 
@@ -30,7 +30,7 @@ def measure(name: str, shape: BertShape, r: int, variants: list[str]) -> Case:
 
 
 def added(case: Case, variant: str) -> float | None:
-    """Return what a variant's step adds to the frozen backbone's peak, relative to what PEFT's VeRA adds."""
+    """Return the increase over the frozen backbone's peak, relative to that of PEFT's VeRA."""
     peak = case["peak"]
     if variant not in peak or PEFT_VERA not in peak:
         return None

@@ -1,4 +1,4 @@
-"""The models that are measured, and what is done to them: full fine-tuning, PEFT's adapters and veratune's."""
+"""The measured models and variants: full fine-tuning, PEFT's adapters and veratune's."""
 
 import copy
 from dataclasses import dataclass
@@ -85,7 +85,7 @@ def make_variant(name: str, base: nn.Module, r: int, target_modules: str | list[
 
 
 class Step:
-    """One training step: forward, backward to the input and to what is trainable, and AdamW.
+    """One training step: forward, backward to the input and the trainable parameters, and AdamW.
 
     The inputs are embeddings that require a gradient, for every variant: so all of them have the same way to go back,
     that of the frozen backbone, and nothing beside it but what the adapter costs.

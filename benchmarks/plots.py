@@ -51,7 +51,7 @@ def line(axes: Axes, index: int, xs: Sequence[float], ys: Sequence[float], label
 
 
 def from_zero(axes: Axes) -> None:
-    """Let the vertical axis begin at zero."""
+    """Start the vertical axis at zero."""
     axes.set_ylim(0, 1.08 * axes.dataLim.y1)
 
 

@@ -1,4 +1,4 @@
-"""How exact the gradients of b and d are in half precision: relative errors against float64, beside PEFT's.
+"""How exact the gradients of b and d are in half precision: relative errors against float64, compared with PEFT's.
 
     python benchmarks/precision.py
 
@@ -96,7 +96,7 @@ def measure(point: tuple[int, int, int, int], dtype_name: str, setting: str) -> 
 
 
 def relative_errors(found: Gradients, exact: Gradients) -> dict[str, float]:
-    """Return the norm of each gradient's error relative to its own norm."""
+    """Return the norm of each gradient's error relative to the gradient's norm."""
     return {key: float((found[key].double() - exact[key]).norm() / exact[key].norm()) for key in exact}
 
 

@@ -1,4 +1,4 @@
-"""All benchmarks of training in their quick versions, in less than ten minutes: every figure beside its target.
+"""All benchmarks of training in their quick versions, in less than ten minutes: every figure with its target.
 
 python benchmarks/quick.py
 """

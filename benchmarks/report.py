@@ -33,7 +33,7 @@ def section(table: dict[str, Any]) -> str:
 
 
 def machine_line(results: dict[str, Any]) -> str:
-    """Return a sentence on where, when and beside what load the cases were measured."""
+    """Return a sentence on the machine, the date and the load of the measurements."""
     machine, cases = results["machine"], results["cases"]
     loads = [case["load"] for case in cases]
     moments = sorted(case["date"] for case in cases)
@@ -46,7 +46,7 @@ def machine_line(results: dict[str, Any]) -> str:
 
 
 def report(name: str) -> str:
-    """Return all that one benchmark found, in markdown."""
+    """Return all results of one benchmark, in markdown."""
     path = RESULTS / f"{name}.json"
     if not path.exists():
         return "Not measured yet.\n"

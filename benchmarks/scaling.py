@@ -44,7 +44,7 @@ SWEEPS = {
 
 
 class Block(nn.Module):
-    """A linear layer with a parent of its own, as layers beside each other may be taken for readers of one input."""
+    """A linear layer in a separate parent, as layers with one parent may be assumed to read the same input."""
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ class Block(nn.Module):
 
 
 class Step:
-    """Forward, and backward to the input and to what is trainable."""
+    """Run forward, and backward to the input and the trainable parameters."""
 
     def __init__(self, model: nn.Module, widths: list[int]) -> None:
         self.model = model
@@ -86,7 +86,7 @@ def added_milliseconds(case: Case, variant: str) -> float:
 
 
 def added_megabytes(case: Case, variant: str, kind: str) -> float:
-    """Return what a variant adds to the frozen step's peak, or to what is held between steps."""
+    """Return the increase over the frozen step's peak, or over the memory held between steps."""
     return (case[kind][variant] - case[kind][FROZEN]) / 1e6
 
 

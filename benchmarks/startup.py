@@ -1,4 +1,4 @@
-"""What it takes to begin: the import, putting adapters on a model, and the first step, against PEFT.
+"""Startup cost: the import, adding adapters to a model, and the first step, against PEFT.
 
     python benchmarks/startup.py
 
@@ -34,7 +34,7 @@ def time_imports(rounds: int) -> Case:
 
 
 def time_model(model: str, rounds: int, threads: int) -> Case:
-    """Time what `child` times, in processes of its own."""
+    """Run the timings of `child` in separate processes."""
     case = new_case(model, kind="model", seconds={library: {} for library in LIBRARIES})
     for _ in range(rounds):
         for library in LIBRARIES:

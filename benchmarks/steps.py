@@ -1,4 +1,4 @@
-"""Whole training steps: the frozen backbone, full fine-tuning, PEFT's VeRA and LoRA, and veratune in all settings.
+"""Complete training steps: the frozen backbone, full fine-tuning, PEFT's VeRA and LoRA, and veratune in all settings.
 
     python benchmarks/steps.py --shape MiniLM --ranks 256
 
