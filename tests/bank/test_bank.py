@@ -697,7 +697,7 @@ def test_what_does_not_fit_is_refused_with_its_reason() -> None:
         assert len(bank) == 0
 
     refused("has the rank 16 on .*; this bank holds up to 8", r=16)
-    refused("adapts .*key, which is none of the 2 layers", target_modules=["query", "key"])
+    refused("adapts .*key, which is not one of the 2 layers", target_modules=["query", "key"])
     refused(r"trains \['classifier'\] in full", modules_to_save=["classifier"])
     refused("trains biases", bias="vera_only")
     refused("does not have|has none", tiny_model("llama"), target_modules=["q_proj"])
@@ -767,7 +767,7 @@ def test_a_model_that_reads_the_weight_is_refused() -> None:
     config = VeraConfig(r=8, target_modules=["layer"])
     bank = AdapterBank(Reads(), config)
     bank.add("a", get_peft_model(Reads(), config))
-    with pytest.raises(RuntimeError, match="computes with the weight of layer itself"):
+    with pytest.raises(RuntimeError, match="reads the weight of layer instead of calling"):
         bank.model(torch.randn(2, 12), adapters=["a", None])
 
 

@@ -107,7 +107,7 @@ def test_a_layout_that_is_given(
     assert header.layout["rank"] == 16 and len(header.layout["layers"]) == 4 and header.dtype == torch.bfloat16
     assert_serves(base, file, {"a": adapters["anna"]}, rtol=5e-2, atol=5e-2)
     code, _, err = run(capsys, "bank", "add", file, base, adapters["bert"])
-    assert code == 1 and "which is none of the 4 layers of this bank" in err
+    assert code == 1 and "which is not one of the 4 layers of this bank" in err
     assert list(BankStore(file).names) == ["a"]
     assert (
         run(capsys, *(tmp_path / "all" if x == file else x for x in arguments), "--target-modules", "all-linear")[0]
@@ -134,7 +134,7 @@ def test_nothing_is_written_where_one_does_not_fit(
         ((anna, tmp_path / "elsewhere" / "anna"), "are both named 'anna'"),
         ((anna, f"={anna}"), "name='' is not allowed"),
         ((anna, "--r", 2), "has the rank 4"),
-        ((anna, "--target-modules", "query"), "is none of the 2 layers"),
+        ((anna, "--target-modules", "query"), "is not one of the 2 layers"),
         ((anna, "--dtype", "int8"), "dtype=torch.int8 is not allowed"),
         ((tmp_path / "elsewhere",), "elsewhere holds no adapter"),
         ((tmp_path / "run",), "adapter 'run' ("),
@@ -149,7 +149,7 @@ def test_nothing_is_written_where_one_does_not_fit(
         (("add", file, base, anna), "'anna' is in"),
         (("add", file, base, f"x={anna}", "--replace"), "there is no adapter 'x'"),
         (("add", file, base, f"x={anna}", f"={anna}"), "name='' is not allowed"),
-        (("add", file, base, f"x={anna}", f"y={adapters['carl']}"), "which is none of the"),
+        (("add", file, base, f"x={anna}", f"y={adapters['carl']}"), "which is not one of the"),
         (("remove", file, "anna", "x"), "there is no adapter 'x'"),
         (("list", base), "is a directory, and no bank's file"),
         (("verify", tmp_path / "nothing"), "cannot be opened: No such file"),

@@ -110,7 +110,7 @@ class BankedHead(SavedModule):
         call = active_call()
         if call is not None and not call.plain and name in self.__dict__.get("places", {}):
             raise RuntimeError(
-                f"the model reads {name} of {self.name} itself instead of calling the module, so that rows cannot have"
-                " heads of their own: leave it out of modules_to_save"
+                f"the model reads {name} of {self.name} itself instead of calling the module, so that rows cannot use"
+                " different copies of it: leave it out of modules_to_save"
             )
         return super().__getattr__(name)

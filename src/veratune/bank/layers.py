@@ -261,8 +261,8 @@ class BankedLinear(VeraLinear):
 
     def adapted_part(self, base: Tensor, index: Any) -> Tensor:
         raise RuntimeError(
-            f"the model computes with the weight of {self.name} itself instead of calling the layer, so that rows"
-            " cannot have adapters of their own there: leave that layer out of the bank"
+            f"the model reads the weight of {self.name} instead of calling the layer, so that rows cannot have"
+            " different adapters there: leave that layer out of the bank (exclude_modules)"
         )
 
     def product(self, x: Tensor, base: Tensor, index: Any, bias: Tensor | None = None) -> Any:

@@ -251,7 +251,7 @@ def _check_fits(layout: Layout, ready: ReadyAdapter) -> None:
                     f" without {head!r} in modules_to_save"
                 )
             raise BankError(
-                f"{origin} adapts {target.name}, which is none of the {len(layout.layers)} layers of this bank: make"
+                f"{origin} adapts {target.name}, which is not one of the {len(layout.layers)} layers of this bank: make"
                 " the bank with target_modules that include it"
             )
         if target.rank > layout.rank:

@@ -22,7 +22,7 @@ def check_vllm(host: AdaptedModel, adapter_name: str, rank: int | None) -> None:
     for name, layer in layers.items():
         if not isinstance(layer, VeraLinear):
             raise ValueError(
-                f"vLLM's LoRA is for linear layers, and {name} is none ({layer.kind}). Merge the adapter"
+                f"vLLM's LoRA is for linear layers, and {name} is not one ({layer.kind}). Merge the adapter"
                 " (merge_and_unload) and serve the model"
             )
     largest = rank or max(layer.entries[adapter_name].rank for layer in layers.values())
