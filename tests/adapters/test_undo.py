@@ -15,7 +15,6 @@ import veratune
 from reference import randomise
 from undoing import TOKENS, merged, net, seen, settings, tuned, tuned_merged, two
 from veratune import CheckpointError, VeraConfig, VeraModel, get_peft_model
-from veratune.checkpoint.files import CheckpointError
 from veratune.integrations.peft import VeratuneConfig
 
 _PACKAGES = (str(Path(veratune.__file__).parent), str(Path(peft.__file__).parent))
