@@ -299,7 +299,7 @@ def shown(value: object) -> str:
 
 
 def _bad(field: str, value: object, allowed: str, error: type[Exception] = ValueError) -> Exception:
-    return error(f"{clipped(f'{field}={value!r}', _LONGEST_VALUE)} is not allowed: it must be {allowed}")
+    return error(f"{clipped(f'{field}={shown(value)}', _LONGEST_VALUE)} is not allowed: it must be {allowed}")
 
 
 def _check_integer(field: str, value: object, allowed: range, description: str) -> None:
