@@ -220,6 +220,45 @@ def test_an_adapter_added_to_a_model_with_a_pending_pass_is_noticed(reentrant: b
 
 
 @reentrant_or_not
+def test_layers_notice_that_another_has_lost_its_adapter(reentrant: bool) -> None:
+    torch.manual_seed(0)
+    model = get_peft_model(Net(), VeraConfig(r=3, target_modules=["linear"]), adapter_name="a")
+    model.add_adapter("b", VeraConfig(r=3, target_modules=["conv"], modules_to_save=["head"]))
+    fill(model)
+    model.set_adapter(["a", "b"])
+    model.base_model.reentrant = reentrant
+    loss = loss_of(model)
+    model.set_adapter(["b"])
+    model.delete_adapter("a")
+    with pytest.raises(RuntimeError, match=REFUSED):
+        loss.backward()
+    assert not gradients(model)
+    model.add_adapter("c", VeraConfig(r=3, target_modules=["linear"]))
+    loss = loss_of(model)
+    model.delete_adapter("c")  # which has never computed
+    loss.backward()
+    assert len(gradients(model)) == 4
+
+
+def test_a_change_that_was_undone_leaves_no_state_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise MemoryError
+
+    model = net(True, "linear")
+    loss = loss_of(model)
+    with monkeypatch.context() as patch:
+        patch.setattr("veratune.adapters.adapted_model.guard_loading", fail)
+        with pytest.raises(MemoryError):
+            model.merge_adapter()
+    loss.backward()
+    assert gradients(model)
+    loss = loss_of(model)
+    model.merge_adapter()
+    with pytest.raises(RuntimeError, match=REFUSED):
+        loss.backward()
+
+
+@reentrant_or_not
 def test_checkpointing_of_transformers(reentrant: bool) -> None:
     def model_of(kind: bool | None) -> VeraModel:
         model = get_peft_model(tiny_model("llama"), VeraConfig(r=3, target_modules="all-linear"), adapter_name="a")
@@ -317,6 +356,7 @@ def in_peft(reentrant: bool | None) -> Any:
             r=3,
             target_modules=list(LAYERS[:4]),
             target_parameters=["experts.up_proj"],
+            modules_to_save=["head"],
             projection_prng_key=key,
         )
 
@@ -339,9 +379,16 @@ PEFT_CHANGES: dict[str, Callable[[Any], Any]] = {
 
 @pytest.mark.filterwarnings("ignore:Adapter one was active:UserWarning")
 @reentrant_or_not
-@pytest.mark.parametrize("change", PEFT_CHANGES)
-@pytest.mark.parametrize("layer", LAYERS)
-def test_in_peft_each_kind_refuses_as_well(reentrant: bool, change: str, layer: str) -> None:
+@pytest.mark.parametrize(
+    ("layer", "change"),
+    [
+        (layer, change)
+        for layer in (*LAYERS, "head")
+        for change in PEFT_CHANGES
+        if (layer, change) != ("head", "merged")
+    ],
+)
+def test_in_peft_each_kind_refuses_as_well(reentrant: bool, layer: str, change: str) -> None:
     model = in_peft(reentrant)
     model.base_model.model.only = layer
     loss = loss_of(model)
@@ -363,6 +410,6 @@ def test_in_peft_what_is_put_back_gives_the_gradients_of_no_checkpointing(reentr
         return gradients(model)
 
     expected, actual = step(in_peft(None)), step(in_peft(reentrant))
-    assert expected.keys() == actual.keys() and len(expected) == 10
+    assert expected.keys() == actual.keys() and len(expected) == 12
     for name, gradient in expected.items():
         torch.testing.assert_close(actual[name], gradient)

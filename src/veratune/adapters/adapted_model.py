@@ -33,6 +33,7 @@ from veratune.layers.guards import guard_loading
 from veratune.layers.input_cache import InputCache
 from veratune.layers.offloading import check_at_hand
 from veratune.layers.quantized import keep_differentiable, leave_to_library
+from veratune.layers.recomputation import StateLog
 from veratune.layers.registry import adapt, adapt_parameter
 from veratune.ops.calibration import load_calibration
 from veratune.projections.pool import projection_pool
@@ -471,6 +472,7 @@ class AdaptedModel(ModelWrapper):
     def _delete(self, adapter_name: str) -> None:
         self._activate([name for name in self._active if name != adapter_name])
         replacements: dict[int, nn.Module] = {}
+        logs = self._logs()
         for module in list(self.modules()):
             if isinstance(module, VeraLayer) and adapter_name in module.entries:
                 module.delete_adapter(adapter_name)
@@ -487,7 +489,17 @@ class AdaptedModel(ModelWrapper):
         replace_modules(self, replacements)
         if adapter_name in self._biases:
             self._biases.pop(adapter_name).release()
+        left = self._logs()
+        if any(log.has_computed() for log in logs if log not in left):
+            # What is gone cannot notice that it is missing where a block is computed again.
+            for log in left:
+                log.void()
         del self.peft_config[adapter_name], self._schemes[adapter_name]
+
+    def _logs(self) -> list[StateLog]:
+        """Return what the layers, the saved modules and the biases know of the states they computed in."""
+        owners = [*self.modules(), *self._biases.values()]
+        return [log for owner in owners for log in vars(owner).values() if isinstance(log, StateLog)]
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
@@ -628,7 +640,10 @@ class AdaptedModel(ModelWrapper):
             return self._take_apart()
 
     def unload(self) -> nn.Module:
-        """Remove all adapters and return the model as it was before them."""
+        """Remove all adapters and return the model as it was before them.
+
+        Call `backward` before: nothing is left that could notice that a checkpointed block is computed again otherwise.
+        """
         with self.undone_on_error():
             self.unmerge_adapter()
             self._activate([])

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from veratune.layers.fastpath import choose_paths
 from veratune.layers.guards import guard_surgeries
+from veratune.layers.recomputation import StateLog
 from veratune.utils.torch_private import follow_replacement
 
 
@@ -56,6 +57,7 @@ class StructureBefore:
 
     def __init__(self, model: nn.Module, *others: object) -> None:
         holders: list[Any] = [*model.modules(), *others]
+        holders += [value for holder in holders for value in vars(holder).values() if isinstance(value, StateLog)]
         self._kept = [_Kept(holder) for holder in holders]
         parameters = {id(parameter): parameter for part in self._kept for parameter in part.parameters()}
         self._flags = [(parameter, parameter.requires_grad) for parameter in parameters.values()]

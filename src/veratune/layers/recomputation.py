@@ -40,11 +40,15 @@ def recomputing() -> bool:
 
 
 class StateLog:
-    """The states that a module has computed in, and from which autograd node on."""
+    """The states that a module has computed in, and from which autograd node on.
 
-    def __init__(self) -> None:
+    Args:
+        state: the first one.
+    """
+
+    def __init__(self, state: State = State()) -> None:  # noqa: B008  # a tuple
         self._starts = [-1]
-        self._states: list[State | None] = [State()]
+        self._states: list[State | None] = [state]
 
     def record(self, state: State) -> None:
         """Note that the module computes in this state from now on."""
@@ -63,6 +67,14 @@ class StateLog:
         self._states = [
             None if state is None or name in state.active or name in state.merged else state for state in self._states
         ]
+
+    def has_computed(self) -> bool:
+        """Return whether any adapter computed in a state that is remembered."""
+        return any(state is None or state != State() for state in self._states)
+
+    def void(self) -> None:
+        """Note that nothing that was computed up to now can be computed again, whatever the module itself did."""
+        self._starts, self._states = [-1, next_node_number()], [None, self._states[-1]]
 
     def check(self, owner: str) -> None:
         """Raise RuntimeError if this is a recomputation of what was computed in another state.

@@ -50,6 +50,7 @@ from veratune.integrations.peft import files as peft_native
 from veratune.integrations.peft import method as peft_method
 from veratune.integrations.peft.layers import TunedLayer, TunedModule, tuned_layer, tuned_parameter
 from veratune.integrations.peft.matching import is_meant
+from veratune.integrations.peft.saved_states import saved_states_noted
 from veratune.integrations.peft.saving import saving
 from veratune.integrations.peft.state import tensors_to_load, tensors_to_save, without_adapter_name
 from veratune.layers import AdapterEntry, ComputeSettings, InputGroup, VectorInit, VeraLinear
@@ -229,7 +230,7 @@ class VeratuneTuner(BaseTuner):
         state = kwargs.get("state_dict")
         self._named = None if state is None else {key.rsplit(f".{self.prefix}", 1)[0] for key in state}
         try:
-            with undone_on_error(self):
+            with undone_on_error(self), saved_states_noted(model):
                 super().inject_adapter(model, adapter_name, *args, **kwargs)
                 prepare(model)
         finally:
@@ -241,7 +242,7 @@ class VeratuneTuner(BaseTuner):
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Choose the active adapters; those that were loaded or configured for inference only stay frozen."""
         names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
-        with undone_on_error(self):
+        with undone_on_error(self), saved_states_noted(self):
             self._frozen = []
             super().set_adapter(adapter_name, inference_mode=inference_mode)
             for name in names:
@@ -252,7 +253,7 @@ class VeratuneTuner(BaseTuner):
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter, or leave all as it is if that fails."""
-        with undone_on_error(self):
+        with undone_on_error(self), saved_states_noted(self, removed=adapter_name):
             super().delete_adapter(adapter_name)
 
     def _enable_adapter_layers(self, enabled: bool = True) -> None:
@@ -264,7 +265,7 @@ class VeratuneTuner(BaseTuner):
             for parameter in wrapper.parameters()
         ]
         trainable = [*self._frozen, *(parameter for parameter in copies if parameter.requires_grad)]
-        with undone_on_error(self):
+        with undone_on_error(self), saved_states_noted(self):
             super()._enable_adapter_layers(enabled)
             if enabled:
                 for parameter in copies:

@@ -1,0 +1,58 @@
+"""Which adapter's copy of a module trained in full PEFT computes with, noted for gradient checkpointing."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from peft.utils import AuxiliaryTrainingWrapper
+from torch import nn
+
+from veratune.layers.recomputation import State, StateLog, recomputing
+
+
+class SavedCheck:
+    """A hook before the forward of PEFT's wrapper of a module trained in full.
+
+    It raises RuntimeError where a block is computed again with another copy than in its forward pass.
+    """
+
+    def __init__(self, wrapper: Any) -> None:
+        self.log = StateLog(_state(wrapper))
+
+    def __call__(self, wrapper: Any, args: Any) -> None:
+        if recomputing():
+            self.log.check(f"a {type(wrapper.original_module).__name__} that adapters train in full")
+
+
+@contextmanager
+def saved_states_noted(model: nn.Module, *, removed: str | None = None) -> Iterator[None]:
+    """Note what PEFT's wrappers in a model compute with before and after a change within this context.
+
+    Args:
+        model: the model.
+        removed: the adapter that the change removes.
+    """
+    for wrapper in _wrappers(model):
+        _check_of(wrapper)
+    yield
+    for wrapper in _wrappers(model):
+        log = _check_of(wrapper).log
+        log.record(_state(wrapper))
+        if removed is not None:
+            log.forget(removed)
+
+
+def _wrappers(model: nn.Module) -> list[AuxiliaryTrainingWrapper]:
+    return [module for module in model.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
+
+
+def _check_of(wrapper: AuxiliaryTrainingWrapper) -> SavedCheck:
+    found = next((hook for hook in wrapper._forward_pre_hooks.values() if isinstance(hook, SavedCheck)), None)
+    if found is None:
+        found = SavedCheck(wrapper)
+        wrapper.register_forward_pre_hook(found)
+    return found
+
+
+def _state(wrapper: Any) -> State:
+    return State(() if wrapper.disable_adapters else tuple(wrapper.active_adapters))
