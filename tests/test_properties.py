@@ -91,7 +91,7 @@ def reference(model, x, names, vectors, mask=lambda layer, name, x: x):
             if name not in module.entries:
                 continue
             entry = module.entries[name]
-            source = entry.a.projection.source
+            source = entry.a.projection.scheme
             a = source.draw("A", range(entry.rank), entry.a.projection.width, CPU)[:, : module.in_features]
             b = source.draw("B", range(entry.rank), entry.b[0].projection.width, CPU)[:, : module.out_features]
             delta = dense_delta(*vectors[entry.name, name], a, source.scale(entry.rank) * b.double().t())

@@ -20,7 +20,7 @@ import transformers
 import yaml
 
 from tiny_models import tiny_model
-from training_runs import sentences, table, train, with_tokenizer, write_lines
+from training_runs import sentences, train, with_tokenizer, write_lines
 from veratune import VeraConfig, get_peft_model
 from veratune.cli import main
 from veratune.cli.train.data import check_columns, label_names, read_rows

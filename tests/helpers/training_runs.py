@@ -2,7 +2,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import pytest
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 
@@ -35,13 +34,6 @@ def sentences(count: int = 40) -> list[tuple[str, str]]:
 
 def write_lines(path: Path, rows: list[dict[str, Any]]) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
-
-
-@pytest.fixture
-def table(tmp_path: Path) -> Path:
-    path = tmp_path / "rows.csv"
-    path.write_text("text,label\n" + "".join(f"{text},{label}\n" for text, label in sentences()), encoding="utf-8")
     return path
 
 
