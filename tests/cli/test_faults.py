@@ -27,8 +27,6 @@ from veratune.cli.train.data import check_columns, label_names, read_rows
 from veratune.cli.train.settings import SettingsError, TrainSettings
 from veratune.utils.startup import INTERRUPTED
 
-__all__ = ["table"]  # a fixture
-
 
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -135,7 +135,7 @@ def test_a_run_that_is_interrupted_goes_on_to_the_same_end(encoder: Path, table:
     code = (
         "import os, signal, sys\n"
         "from transformers import TrainerCallback\n"
-        "from veratune.cli import main, progress\n"
+        "from veratune.cli import main\nfrom veratune.cli.train import progress\n"
         "class Press(progress.StopOnSignal):\n"
         "    def on_step_begin(self, args, state, control, **_):\n"
         "        if state.global_step == 5: os.kill(os.getpid(), signal.SIGINT)\n"

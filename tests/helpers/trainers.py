@@ -1,7 +1,6 @@
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 import transformers
 from huggingface_hub.utils import filter_repo_objects
@@ -92,11 +91,3 @@ class NoHub:
         kept = filter_repo_objects(files, ignore_patterns=ignore_patterns, allow_patterns=allow_patterns)
         self.uploads.append((repo_id, set(kept)))
         return self
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> NoHub:
-    stand_in = NoHub()
-    monkeypatch.setattr("transformers.trainer.hf_api", lambda: stand_in)
-    monkeypatch.setattr("huggingface_hub.HfApi", lambda **_: stand_in)
-    return stand_in

@@ -10,11 +10,10 @@ import transformers
 from safetensors.torch import load_file
 
 from tiny_models import TARGETS, main_output, tiny_inputs, tiny_model
-from trainers import NoHub, Rows, arguments, hub, losses, state, trained_with_its_best
+from trainers import NoHub, Rows, arguments, losses, state, trained_with_its_best
 from veratune import CheckpointError, VeraConfig, VeraModel, get_peft_model
 from veratune.integrations.trainer import VeraTrainer, install
 
-__all__ = ["hub"]  # a fixture
 pytestmark = pytest.mark.filterwarnings("ignore:'pin_memory' argument is set:UserWarning")
 METHODS = ("_save", "_load_from_checkpoint", "_load_best_model")
 
