@@ -18,8 +18,6 @@ from veratune.projections.structure import Matrix, Structure
 class Halves(NamedTuple):
     """Even rows of M are zero in the second half of the columns, odd rows in the first. `values` is (r, n / 2)."""
 
-    calls: tuple[str, ...] = ("matmul", "rmatmul")
-
     @property
     def density(self) -> float:
         return 0.5

@@ -92,7 +92,7 @@ class Route(Protocol):
 
     def available(self, device_type: str) -> bool:
         """Return whether it can run on devices of this type ("cpu", "cuda")."""
-        ...
+        return True
 
     def uses_xa(self, training: bool) -> bool:
         """Return whether it computes with x A^T."""

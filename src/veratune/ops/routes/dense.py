@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from veratune.ops.costs import Cost, LayerShape
 from veratune.ops.delta import plus_delta, weighted_by_gradient
-from veratune.ops.routes.base import Gradients, LinearInputs, Wanted, vectors_dtype
+from veratune.ops.routes.base import Gradients, LinearInputs, Route, Wanted, vectors_dtype
 
 
 def adapted_weight(inputs: LinearInputs) -> Tensor:
@@ -17,15 +17,12 @@ def adapted_weight(inputs: LinearInputs) -> Tensor:
     return plus_delta(inputs.weight, factors.folded(), factors.A, transposed=inputs.transposed)
 
 
-class Dense:
+class Dense(Route):
     """y = x (W0 + C^T A)^T. The gradients of b and d come from the weight's, g^T x. `keep` keeps the adapted weight."""
 
     name: ClassVar[str] = "dense"
     reads_weight: ClassVar[bool] = True
     gradients_from: ClassVar[Literal["x", "xa"]] = "x"
-
-    def available(self, device_type: str) -> bool:
-        return True
 
     def uses_xa(self, training: bool) -> bool:
         return False
@@ -38,15 +35,20 @@ class Dense:
     def backward(
         self, g: Tensor, inputs: LinearInputs, kept: Tensor | None, wanted: Wanted, weight_gradient: Tensor | None
     ) -> Gradients:
-        factors = inputs.factors
-        grad_x = grad_b = grad_d = None
-        if wanted.vectors:
-            assert weight_gradient is not None
-            products = weighted_by_gradient(factors, weight_gradient, vectors_dtype(g, factors))
-            grad_b, grad_d = factors.vector_gradients(products, wanted.b, wanted.d)
+        grad_b, grad_d = self._vector_gradients(g, inputs, wanted, weight_gradient) if wanted.vectors else (None, None)
+        grad_x = None
         if wanted.x:
             grad_x = g @ (adapted_weight(inputs) if kept is None else kept)
         return Gradients(grad_x, grad_b, grad_d)
+
+    def _vector_gradients(
+        self, g: Tensor, inputs: LinearInputs, wanted: Wanted, weight_gradient: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Return (db, dd), from the gradient of the weight."""
+        assert weight_gradient is not None
+        factors = inputs.factors
+        products = weighted_by_gradient(factors, weight_gradient, vectors_dtype(g, factors))
+        return factors.vector_gradients(products, wanted.b, wanted.d)
 
     def cost(self, cost: Cost, shape: LayerShape, *, training: bool, backward: bool, keep: bool) -> None:
         n, m, r, t = shape.in_features, shape.out_features, shape.rank, shape.tokens

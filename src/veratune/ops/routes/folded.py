@@ -6,26 +6,25 @@ from torch import Tensor
 
 from veratune.ops.costs import Cost, LayerShape
 from veratune.ops.factors import Factors
-from veratune.ops.routes.base import Gradients, LinearInputs, Wanted, vectors_dtype
+from veratune.ops.routes.base import Gradients, LinearInputs, Route, Wanted, vectors_dtype
 from veratune.projections.structure import Matrix
 
 
-def vector_gradients_through_rank(g: Tensor, xa: Tensor, factors: Factors, wanted: Wanted) -> tuple[Tensor | None, ...]:
+def vector_gradients_through_rank(
+    g: Tensor, xa: Tensor, factors: Factors, wanted: Wanted
+) -> tuple[Tensor | None, Tensor | None]:
     """Return (db, dd) from P = B * (u^T g), with u = x A^T, (T, r), and the output's gradient g, (T, out)."""
     B = factors.B  # noqa: N806
     products = Matrix(B.structure.outer(B.values, xa, g, vectors_dtype(g, factors)), B.structure)
     return factors.vector_gradients(products, wanted.b, wanted.d)
 
 
-class Folded:
+class Folded(Route):
     """y = y0 + u C with u = x A^T and C folded once."""
 
     name: ClassVar[str] = "folded"
     reads_weight: ClassVar[bool] = False
     gradients_from: ClassVar[Literal["x", "xa"]] = "xa"
-
-    def available(self, device_type: str) -> bool:
-        return True
 
     def uses_xa(self, training: bool) -> bool:
         return True

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from veratune.ops.costs import Cost, LayerShape
 from veratune.ops.factors import Factors
-from veratune.ops.routes.base import Gradients, LinearInputs, Wanted, vectors_dtype
+from veratune.ops.routes.base import Gradients, LinearInputs, Route, Wanted, vectors_dtype
 
 
 def up(xa: Tensor, factors: Factors) -> Tensor:
@@ -14,15 +14,12 @@ def up(xa: Tensor, factors: Factors) -> Tensor:
     return factors.B.matmul((xa * factors.scaled_d()).to(xa.dtype))
 
 
-class Scaled:
+class Scaled(Route):
     """y = y0 + b * ((d * u) B^T) with u = x A^T. `keep` keeps (d * u) B^T, (T, out)."""
 
     name: ClassVar[str] = "scaled"
     reads_weight: ClassVar[bool] = False
     gradients_from: ClassVar[Literal["x", "xa"]] = "xa"
-
-    def available(self, device_type: str) -> bool:
-        return True
 
     def uses_xa(self, training: bool) -> bool:
         return True
