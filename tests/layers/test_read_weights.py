@@ -86,6 +86,7 @@ WRITES: dict[str, Callable[[Any], Any]] = {
     "data": set_data,
     "in place": add_in_place,
     "through data": lambda weight: weight.data.copy_(torch.ones(weight.shape)),
+    "limited": lambda weight: weight.data.clamp_(-1e-3, 1e-3),
     "a row": lambda weight: weight[1].zero_(),
     "a row of data": lambda weight: weight.data[1].zero_(),
     "detached": lambda weight: weight.detach().zero_(),
@@ -112,6 +113,17 @@ def test_writing_to_it_is_refused(write: str, plugin: bool) -> None:
         before = layer.weight * 1
         with pytest.raises(RuntimeError, match=f"would write to weight of {kind}, which has adapters"):
             WRITES[write](layer.weight)
+        assert torch.equal(layer.weight * 1, before)
+
+
+@pytest.mark.parametrize("plugin", [False, True])
+def test_limits_that_the_values_keep_lose_nothing(plugin: bool) -> None:
+    """As Gemma 3n limits the coefficients of each layer while it is trained."""
+    _, net = adapted(plugin)
+    for kind in KINDS:
+        layer: Any = getattr(net, kind)
+        before = layer.weight * 1
+        layer.weight.data.clamp_(-1e6, max=1e6)
         assert torch.equal(layer.weight * 1, before)
 
 

@@ -28,6 +28,8 @@ _WRITING = {
     *("__iadd__", "__isub__", "__imul__", "__idiv__", "__itruediv__", "__ifloordiv__", "__imod__", "__ipow__"),
     *("__iand__", "__ior__", "__ixor__", "__ilshift__", "__irshift__"),
 }
+# Of these, models use some to keep weights in range, which as a rule are there already.
+_LIMITING = {"clamp_", "clamp_min_", "clamp_max_", "clip_"}
 
 
 class ReadOnlyWeight(Tensor):
@@ -48,6 +50,8 @@ class ReadOnlyWeight(Tensor):
         if func in ABOUT:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
+        if _changes_nothing(func, args, kwargs):
+            return args[0]
         check_not_written(func, args, kwargs)
         read: list[ReadOnlyWeight] = []
 
@@ -98,6 +102,16 @@ def protected(result: Any, weight: Tensor, layer: "VeraLayer", *, outside: bool)
             result.untyped_storage()._cdata == weight.untyped_storage()._cdata
         )
     return read_only(result, layer, outside=outside) if same else result
+
+
+def _changes_nothing(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    """Return whether a call limits an added-up weight to a range that its values are in, so that nothing is lost."""
+    if getattr(func, "__name__", "") not in _LIMITING or not isinstance(args[0], ReadOnlyWeight):
+        return False
+    with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
+        limited = args[0].as_subclass(Tensor).clone()
+        func(limited, *args[1:], **kwargs)
+        return torch.equal(limited, args[0].as_subclass(Tensor))
 
 
 def check_not_written(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
