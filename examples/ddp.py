@@ -67,7 +67,7 @@ def main() -> None:
         optimizer.zero_grad()
         losses.append(float(accelerator.gather(loss.detach().reshape(1)).mean()))
     model.save_pretrained("runs/examples/ddp", is_main_process=accelerator.is_main_process)
-    fingerprints = gather_object([model.projection_source("default").fingerprint()])
+    fingerprints = gather_object([model.projection_scheme("default").fingerprint()])
     if accelerator.is_main_process:
         expected = alone(train, tokenizer)
         print(f"  loss {losses[0]:.4f} -> {losses[-1]:.4f}; one process {expected[0]:.4f} -> {expected[-1]:.4f}")
