@@ -14,10 +14,10 @@ from veratune.adapters.surgery import kept_on_error, undone_on_error
 from veratune.adapters.targets import base_modules
 from veratune.checkpoint.card import write_card
 from veratune.checkpoint.class_names import name_classes
-from veratune.checkpoint.formats import read_adapter
+from veratune.checkpoint.formats import FORMATS, read_adapter
 from veratune.checkpoint.hub import find_directory, hub_name, upload_directory
 from veratune.checkpoint.native import save_native
-from veratune.checkpoint.peft import export_peft
+from veratune.checkpoint.peft_writing import export_peft
 from veratune.checkpoint.validate import ReadyAdapter, layers_named, tell_apart
 from veratune.config import VeraConfig
 from veratune.export.gguf import export_gguf
@@ -161,6 +161,21 @@ class VeraModel(AdaptedModel):
             numbers = sum(vector.numel() for pair in state.vectors.values() for vector in pair)
             others = sum(parameter.numel() for parameter in state.parameters()) - numbers
             write_card(directory, self.peft_config[name], len(state.vectors), numbers, others)
+
+    def export(self, format: str, save_directory: str | os.PathLike[str], adapter_name: str | None = None) -> None:
+        """Write an adapter in one of the registered checkpoint formats (`veratune.checkpoint.formats.FORMATS`).
+
+        Args:
+            format: the format's name.
+            save_directory: where to; made if need be.
+            adapter_name: which adapter; the active one by default.
+
+        Raises:
+            ValueError: an unknown format or adapter, or a format that cannot be written or cannot hold this adapter.
+        """
+        if format not in FORMATS:
+            raise ValueError(f"unknown format {format!r}: choose one of {list(FORMATS)}")
+        FORMATS[format].write(self, self._to_export(adapter_name), Path(save_directory))
 
     def export_peft(
         self,

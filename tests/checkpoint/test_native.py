@@ -431,7 +431,9 @@ for round in range(2000):
     child = os.fork()
     if child == 0:
         save_without_pause(1 + 1000 * round)
-    time.sleep((0.1 if round == 0 else 0.01) + 0.04 * chance.random())
+    while round == 0 and not os.path.exists(os.path.join(directory, "adapter_model.safetensors")):
+        time.sleep(0.01)  # until there is something to load
+    time.sleep(0.01 + 0.04 * chance.random())
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     loaded = VeraModel.from_pretrained(nn.Sequential(nn.Linear(200, 300)), directory)

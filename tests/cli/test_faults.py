@@ -22,6 +22,7 @@ import yaml
 from tiny_models import tiny_model
 from training_runs import sentences, train, with_tokenizer, write_lines
 from veratune import VeraConfig, get_peft_model
+from veratune.checkpoint.formats import FORMATS
 from veratune.cli import main
 from veratune.cli.train.data import check_columns, label_names, read_rows
 from veratune.cli.train.settings import SettingsError, TrainSettings
@@ -382,14 +383,12 @@ def test_a_disk_that_takes_no_more(
 def test_what_libraries_say_of_a_full_disk(
     error: Exception, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from veratune import VeraModel
-
-    def fail(model: Any, directory: Path, **_: Any) -> None:
+    def fail(self: Any, host: Any, adapter_name: str, directory: Path) -> None:
         directory.mkdir()
         (directory / "half").write_text("done")
         raise error
 
-    monkeypatch.setattr(VeraModel, "export_peft", fail)
+    monkeypatch.setattr(type(FORMATS["peft"]), "write", fail)
     assert main(["export", str(adapter), str(tmp_path / "out"), "--format", "peft"]) == 1
     line = told(capsys)
     assert "cannot be written" in line and (str(tmp_path / "out") in line or "x cannot" in line)

@@ -392,6 +392,8 @@ def methods() -> list[Method]:
         Method("export_peft", lambda env: env.model.export_peft(env.path / "exported"),
                (gathered, fits_peft, one_active), check=lambda env, _: by_peft(env.truth.now[0])(env, _),
                variant="active"),
+        Method("export", lambda env: env.model.export("peft", env.path / "exported", "default"),
+               (gathered, fits_peft), check=by_peft()),
         Method("export_lora", lambda env: env.model.export_lora(env.path / "exported", "default"),
                (gathered, fits_lora), check=by_peft()),
         Method("export_lora", lambda env: env.model.export_lora(env.path / "exported", "other", rank=8),

@@ -1,9 +1,10 @@
 """Reading and writing files safely: writes are atomic, and what is read is checked before it is believed."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from safetensors import SafetensorError
 from safetensors.torch import load, save
@@ -22,7 +23,7 @@ CARD_NAME = "README.md"
 LARGEST_CONFIG = 16 << 20
 _LARGE = 16 << 20
 
-Check = Callable[[dict[str, Tensor], dict[str, str]], object]
+Check = Callable[[dict[str, Tensor]], object]
 
 
 class CheckpointError(ValueError):
@@ -105,40 +106,58 @@ def read_json(path: Path, *, finite: bool = True, largest: int = LARGEST_TEXT) -
     return value
 
 
-def read_metadata(path: Path) -> dict[str, str]:
-    """Return a safetensors file's metadata; empty if there is no such file, or it is damaged."""
-    try:
-        with opened(path) as (file, size):
-            return read_header(file, size).metadata
-    except (OSError, ValueError):
-        return {}
+class TensorsFile:
+    """An open safetensors file whose header was read and checked; its tensors are read when they are asked for."""
+
+    def __init__(self, path: Path, file: BinaryIO, size: int) -> None:
+        self.path, self._file, self._size = path, file, size
+        with self._errors():
+            self._header = read_header(file, size)
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        return self._header.metadata
+
+    def tensors(self, check: Check | None = None) -> dict[str, Tensor]:
+        """Read the tensors, to the CPU.
+
+        Args:
+            check: called for a large file before any memory is taken for it, with its tensors on the meta device;
+                raises what is wrong with them.
+
+        Raises:
+            CheckpointError: the file is damaged, or larger than this machine's memory.
+        """
+        with self._errors():
+            if check is not None and self._size > _LARGE:
+                check(self._header.described())
+            if self._size > memory_of_machine():
+                raise CheckpointError(f"{self.path} has {self._size:,} bytes, more than this machine's memory")
+            self._file.seek(0)
+            return dict(sorted(load(self._file.read(self._size)).items()))  # load returns them in another order
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except CheckpointError:
+            raise
+        except MemoryError:
+            raise CheckpointError(f"{self.path} does not fit into memory") from None
+        except (SafetensorError, OSError, ValueError, RuntimeError, OverflowError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{self.path} is not a whole safetensors file: {error}") from None
 
 
-def read_tensors(path: Path, check: Check | None = None) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read a safetensors file: its tensors, on the CPU, and its metadata.
-
-    Args:
-        path: the file.
-        check: called for a large file before any memory is taken for it, with its tensors on the meta device and its
-            metadata; raises what is wrong with them.
+@contextmanager
+def open_tensors(path: Path) -> Iterator[TensorsFile]:
+    """Open a safetensors file and check its header.
 
     Raises:
-        CheckpointError: the file is missing, truncated, of another format, or larger than this machine's memory.
+        CheckpointError: the file is missing, truncated, or of another format.
     """
-    try:
-        with opened(path) as (file, size):
-            header = read_header(file, size)
-            if check is not None and size > _LARGE:
-                check(header.described(), header.metadata)
-            if size > memory_of_machine():
-                raise CheckpointError(f"{path} has {size:,} bytes, more than this machine's memory")
-            file.seek(0)
-            data = file.read(size)
-        tensors = dict(sorted(load(data).items()))  # in an order of its own otherwise
-    except (CheckpointError, OutsideFileError) as error:
-        raise CheckpointError(str(error)) from None
-    except MemoryError:
-        raise CheckpointError(f"{path} does not fit into memory") from None
-    except (SafetensorError, OSError, ValueError, RuntimeError, OverflowError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} is not a whole safetensors file: {error}") from None
-    return tensors, header.metadata
+    with ExitStack() as stack:
+        try:
+            file, size = stack.enter_context(opened(path))
+        except OutsideFileError as error:
+            raise CheckpointError(str(error)) from None
+        yield TensorsFile(path, file, size)

@@ -1,24 +1,37 @@
-"""Reading an adapter in whichever format it is."""
+"""The checkpoint formats, and reading an adapter in any of them. A format is one class and a line in `FORMATS`."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from veratune.checkpoint.files import (
-    CONFIG_NAME,
-    LARGEST_CONFIG,
-    WEIGHTS_NAME,
-    CheckpointError,
-    read_json,
-    read_tensors,
-)
-from veratune.checkpoint.native import METADATA_KEY, ready_native
-from veratune.checkpoint.peft import PEFT_VERA, ready_peft
-from veratune.checkpoint.peft_plugin import PLUGIN_TYPE, ready_plugin
+from veratune.checkpoint.base import AdapterContents, AdapterFiles, Format, open_adapter
+from veratune.checkpoint.files import CONFIG_NAME, WEIGHTS_NAME, CheckpointError
+from veratune.checkpoint.lora import LoraFormat
+from veratune.checkpoint.native import NativeFormat
+from veratune.checkpoint.peft import PeftFormat
+from veratune.checkpoint.peft_plugin import PluginFormat
+from veratune.checkpoint.peft_rules import PEFT_VERA
 from veratune.checkpoint.validate import ReadyAdapter
 from veratune.config import PEFT_TYPE
+
+# The first one that detects its files has them.
+FORMATS: dict[str, Format] = {
+    format.name: format for format in (NativeFormat(), PeftFormat(), PluginFormat(), LoraFormat())
+}
+
+
+def format_of(directory: Path) -> Format:
+    """Return the format of the adapter in a directory.
+
+    Raises:
+        CheckpointError: there is no adapter, or one in no known format.
+    """
+    with _opened(directory) as (format, _):
+        return format
 
 
 def read_adapter(modules: Mapping[str, nn.Module], directory: Path) -> ReadyAdapter:
@@ -31,35 +44,54 @@ def read_adapter(modules: Mapping[str, nn.Module], directory: Path) -> ReadyAdap
     Raises:
         CheckpointError: there is no adapter, it is damaged or of another kind, or for another model.
     """
-    path = directory / WEIGHTS_NAME
-    if not os.path.lexists(path):
-        raise no_adapter(directory)
-    tensors, metadata = read_tensors(path, lambda described, said: _ready(modules, directory, described, said, True))
-    return _ready(modules, directory, tensors, metadata, False)
+    with _opened(directory) as (format, files):
+        return format.read(modules, files)
 
 
-def _ready(
-    modules: Mapping[str, nn.Module],
-    directory: Path,
-    tensors: dict[str, Tensor],
-    metadata: dict[str, str],
-    sizes_only: bool,
-) -> ReadyAdapter:
-    config_path = directory / CONFIG_NAME
-    # veratune's own tensors file is whole without its JSON copy, PEFT's is not.
-    if METADATA_KEY in metadata or not os.path.lexists(config_path):
-        return ready_native(modules, directory, tensors, metadata, sizes_only=sizes_only)
-    peft_type = read_json(config_path, largest=LARGEST_CONFIG).get("peft_type")
-    if peft_type == PEFT_TYPE:
-        return ready_native(modules, directory, tensors, metadata, sizes_only=sizes_only)
-    if peft_type == PEFT_VERA:
-        return ready_peft(modules, directory, tensors, sizes_only=sizes_only)
-    if peft_type == PLUGIN_TYPE:
-        return ready_plugin(modules, directory, tensors, sizes_only=sizes_only)
-    raise CheckpointError(
-        f"{config_path} is of an adapter of the type {peft_type!r}; veratune loads {PEFT_TYPE!r} and PEFT's"
-        f" {PEFT_VERA!r}"
-    )
+def read_contents(directory: Path) -> AdapterContents:
+    """Read the files of an adapter of any of the formats, without a model.
+
+    Raises:
+        CheckpointError: they are missing, damaged, or of another kind.
+    """
+    with _opened(directory) as (format, files):
+        return format.contents(files)
+
+
+def read_base(directory: Path) -> dict[str, Any]:
+    """Return what an adapter's files know of its base model's class and of its labels.
+
+    Raises:
+        CheckpointError: they are missing, damaged, or of another kind.
+    """
+    with _opened(directory) as (format, files):
+        return format.base(files)
+
+
+def file_names() -> list[str]:
+    """Return the names of the files that adapters are read from, in any format."""
+    return [CONFIG_NAME, *dict.fromkeys(format.weights_name for format in FORMATS.values())]
+
+
+@contextmanager
+def _opened(directory: Path) -> Iterator[tuple[Format, AdapterFiles]]:
+    with open_adapter(directory) as files:
+        there = [format for format in FORMATS.values() if os.path.lexists(directory / format.weights_name)]
+        if not there:
+            raise no_adapter(directory)
+        format = next((format for format in there if format.detect(files)), None)
+        if format is None and files.config is None:
+            names = sorted({format.weights_name for format in there})
+            raise CheckpointError(
+                f"{directory} is in none of the formats {sorted(FORMATS)}, though it has {', '.join(names)}: the file"
+                " is damaged, or another program's"
+            )
+        if format is None:
+            raise CheckpointError(
+                f"{directory / CONFIG_NAME} is of an adapter of the type {files.peft_type!r}; veratune loads"
+                f" {PEFT_TYPE!r} and PEFT's {PEFT_VERA!r}"
+            )
+        yield format, files
 
 
 def no_adapter(directory: Path) -> CheckpointError:

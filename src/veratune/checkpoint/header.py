@@ -50,7 +50,7 @@ class Header:
     metadata: dict[str, str]
 
     def described(self) -> dict[str, Tensor]:
-        """Return the tensors on the meta device, in the order in which `read_tensors` returns them."""
+        """Return the tensors on the meta device, in the order in which `TensorsFile.tensors` returns them."""
         return {
             name: torch.empty(shape, dtype=dtype, device="meta")
             for name, (dtype, shape) in sorted(self.entries.items())

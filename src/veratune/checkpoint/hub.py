@@ -6,6 +6,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from veratune.checkpoint.files import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME, CheckpointError
+from veratune.checkpoint.formats import file_names
 
 _HUB_NAME = re.compile(r"\w[\w.\-]*(/\w[\w.\-]*)?")
 
@@ -45,7 +46,7 @@ def find_directory(
             token=token,
             cache_dir=None if cache_dir is None else Path(cache_dir),
             local_files_only=local_files_only,
-            allow_patterns=[prefix + name for name in (CONFIG_NAME, WEIGHTS_NAME)],
+            allow_patterns=[prefix + name for name in file_names()],
         )
     except HFValidationError:
         raise CheckpointError(f"{path} is not a directory on this machine, nor the name of a hub repository") from None

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from veratune.adapters.adapted_model import AdaptedModel, make_scheme, notify
 from veratune.adapters.targets import Target, without_wrappers
+from veratune.checkpoint.base import AdapterContents, AdapterFiles, Format, open_adapter
 from veratune.checkpoint.files import (
     CONFIG_NAME,
     LARGEST_CONFIG,
@@ -32,8 +33,6 @@ from veratune.checkpoint.files import (
     CheckpointError,
     gathered,
     read_json,
-    read_metadata,
-    read_tensors,
     write_json,
     write_tensors,
 )
@@ -45,7 +44,7 @@ from veratune.checkpoint.validate import (
     other_projections,
     targets_of,
 )
-from veratune.config import VeraConfig
+from veratune.config import PEFT_TYPE, VeraConfig
 from veratune.layers import VeraEmbedding
 from veratune.projections.schemes import Scheme, Side, Stored
 from veratune.utils.outside_files import parse_json
@@ -56,6 +55,40 @@ METADATA_KEY = "veratune"
 
 # Fields that may differ between the two copies of the configuration without a word: they do not change the adapter.
 _INFORMATIVE = {"peft_type", "base_model_name_or_path", "revision", "inference_mode", "task_type"}
+
+
+class NativeFormat(Format):
+    """veratune's own."""
+
+    name = "veratune"
+
+    def detect(self, files: AdapterFiles) -> bool:
+        # The tensors file is whole without its JSON copy, PEFT's is not.
+        return METADATA_KEY in files.weights.metadata or files.config is None or files.peft_type == PEFT_TYPE
+
+    def read(self, modules: Mapping[str, nn.Module], files: AdapterFiles) -> ReadyAdapter:
+        metadata = files.weights.metadata
+        return files.ready(
+            lambda tensors, sizes_only: _ready(modules, files.directory, tensors, metadata, sizes_only=sizes_only)
+        )
+
+    def contents(self, files: AdapterFiles) -> AdapterContents:
+        loaded, header, projections = _read(files)
+        saved = {f"{module}.{key}": t for module, tensors in loaded.saved.items() for key, t in tensors.items()}
+        return AdapterContents(
+            path=files.weights.path,
+            format=self.name,
+            config=loaded.config.to_dict(),
+            vectors={name: {"b": b, "d": d} for name, (b, d) in loaded.vectors.items()},
+            others=saved | loaded.biases,
+            projections=projections,
+            fingerprint=header["fingerprint"],
+            base=header.get("base", {}),
+            format_version=header["format_version"],
+        )
+
+    def write(self, host: AdaptedModel, adapter_name: str, directory: Path) -> None:
+        save_native(host, adapter_name, directory)
 
 
 def save_native(host: AdaptedModel, adapter_name: str, directory: Path, *, write: bool = True) -> None:
@@ -106,25 +139,15 @@ def describe_base(model: nn.Module) -> dict[str, Any]:
     return described
 
 
-def ready_native(
+def _ready(
     modules: Mapping[str, nn.Module],
     directory: Path,
     tensors: dict[str, Tensor],
     metadata: dict[str, str],
     *,
-    sizes_only: bool = False,
+    sizes_only: bool,
 ) -> ReadyAdapter:
-    """Check the adapter in a directory against a model, which is not changed.
-
-    Args:
-        modules: what `base_modules` returns for the model.
-        directory: where the adapter's files are.
-        tensors, metadata: what `read_tensors` returned for its tensors file.
-        sizes_only: check names and shapes alone; the tensors may be on the meta device.
-
-    Raises:
-        CheckpointError: the files cannot be used, or not with this model.
-    """
+    """Check an adapter against a model; with `sizes_only`, its names and shapes alone."""
     loaded, header, projections = _checked(directory, tensors, metadata, sizes_only=sizes_only)
     targets = targets_of(modules, loaded)
     _check_ranks(loaded, targets)
@@ -147,7 +170,12 @@ def read_native(directory: Path) -> tuple[LoadedAdapter, dict[str, Any], dict[st
     Raises:
         CheckpointError: the files cannot be used.
     """
-    return _checked(directory, *read_tensors(directory / WEIGHTS_NAME))
+    with open_adapter(directory) as files:
+        return _read(files)
+
+
+def _read(files: AdapterFiles) -> tuple[LoadedAdapter, dict[str, Any], dict[str, Tensor]]:
+    return _checked(files.directory, files.weights.tensors(), files.weights.metadata)
 
 
 def _checked(
@@ -208,11 +236,6 @@ def _projection_tensors(host: AdaptedModel, adapter_name: str, scheme: Scheme) -
         drawn = scheme.draw(side, range(rank), width, torch.device("cpu"))
         tensors[name] = drawn if side == "A" else drawn.t()
     return tensors
-
-
-def is_native(path: Path) -> bool:
-    """Return whether a tensors file says that veratune wrote it."""
-    return METADATA_KEY in read_metadata(path)
 
 
 def _header(path: Path, metadata: dict[str, str], tensors: dict[str, Tensor] | None) -> dict[str, Any]:

@@ -1,42 +1,25 @@
-"""PEFT's own VeRA files: reading what the `peft` package wrote, and writing what it reads, with equal outputs."""
+"""PEFT's own VeRA files: reading what the `peft` package wrote, with equal outputs."""
 
-import re
-from collections.abc import Collection, Mapping
+from abc import abstractmethod
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from veratune.adapters.adapted_model import AdaptedModel, make_scheme
-from veratune.adapters.targets import Target, base_modules, configured_names, matcher, unwrapped, without_wrappers
-from veratune.checkpoint.files import (
-    CONFIG_NAME,
-    LARGEST_CONFIG,
-    WEIGHTS_NAME,
-    CheckpointError,
-    read_json,
-    write_pair,
-)
-from veratune.checkpoint.peft_rules import check_called
+from veratune.adapters.targets import Target, configured_names, unwrapped
+from veratune.checkpoint.base import AdapterContents, AdapterFiles, Format
+from veratune.checkpoint.files import CONFIG_NAME, WEIGHTS_NAME, CheckpointError
+from veratune.checkpoint.peft_rules import A_KEY, B_KEY, PEFT_VERA, PREFIX, TASK_MODELS, peft_saved
+from veratune.checkpoint.peft_writing import export_peft
 from veratune.checkpoint.validate import LoadedAdapter, ReadyAdapter, make_ready, targets_of
 from veratune.config import VeraConfig
-from veratune.layers import SavedModule, VeraLayer, VeraLinear, VeraParameter
+from veratune.layers import SavedModule
 from veratune.layers.biases import bias_first_names
-from veratune.layers.registry import is_conv1d
 from veratune.projections.schemes import PeftShared, Scheme, Side, Stored
 from veratune.utils.patterns import Budget, PatternError
-
-PEFT_VERA = "VERA"
-PREFIX = "base_model.model."
-A_KEY, B_KEY = "base_model.vera_A", "base_model.vera_B"
-
-# The names of the modules that PEFT trains in full for a task, whatever modules_to_save says.
-TASK_HEADS = {
-    "SEQ_CLS": ("classifier", "score"),
-    "TOKEN_CLS": ("classifier", "score"),
-    "QUESTION_ANS": ("qa_outputs",),
-}
 
 # A file's expressions are only matched to find out that a layer is missing; this many steps take about a second.
 STEPS_FOR_A_FILE = 3_000_000
@@ -60,25 +43,102 @@ _SAME_FIELDS = (
 )
 
 
-# Reading
+# PEFT notes the task rather than the class, and the number of labels only in the head's shape.
+_HEADS = ("classifier.weight", "score.weight", "out_proj.weight", "qa_outputs.weight")
 
 
-def ready_peft(
-    modules: Mapping[str, nn.Module], directory: Path, tensors: dict[str, Tensor], *, sizes_only: bool = False
-) -> ReadyAdapter:
-    """Check an adapter that the `peft` package wrote against its own configuration and a model.
+class PeftFiles(Format):
+    """Two files that the `peft` package wrote: tensors, and a configuration that says their type."""
+
+    peft_type: ClassVar[str]
+
+    def detect(self, files: AdapterFiles) -> bool:
+        return bool(files.peft_type == self.peft_type)
+
+    @abstractmethod
+    def contents(self, files: AdapterFiles) -> AdapterContents: ...
+
+    def base(self, files: AdapterFiles) -> dict[str, Any]:
+        import transformers
+
+        contents = self.contents(files)
+        task = contents.config.get("task_type")
+        named = (TASK_MODELS.get(task) if isinstance(task, str) else None) or contents.base.get("class")
+        if named is None or not hasattr(transformers, named):
+            return {}
+        rows = [
+            tensor.shape[0] for name, tensor in contents.others.items() if name.endswith(_HEADS) and tensor.ndim == 2
+        ]
+        labels = {str(number): f"LABEL_{number}" for number in range(rows[-1])} if rows else {}
+        return {"class": named, "id2label": labels}
+
+
+class PeftFormat(PeftFiles):
+    """PEFT's VeRA."""
+
+    name = "peft"
+    peft_type = PEFT_VERA
+    about = "PEFT's VeRA, which veratune loads; veratune convert writes it in veratune's own format"
+
+    def read(self, modules: Mapping[str, nn.Module], files: AdapterFiles) -> ReadyAdapter:
+        config = _config(files.directory / CONFIG_NAME, files.config or {})
+        return files.ready(
+            lambda tensors, sizes_only: _ready(modules, files.directory, config, tensors, sizes_only=sizes_only)
+        )
+
+    def contents(self, files: AdapterFiles) -> AdapterContents:
+        return vera_contents(files, self.name)
+
+    def write(self, host: AdaptedModel, adapter_name: str, directory: Path) -> None:
+        export_peft(host, adapter_name, directory)
+
+
+def named_class(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the base model's class, which PEFT notes in a configuration where there is no task."""
+    mapping = config.get("auto_mapping")
+    named = mapping.get("base_model_class") if isinstance(mapping, dict) else None
+    return {"class": named} if isinstance(named, str) and named else {}
+
+
+def vera_contents(files: AdapterFiles, name: str, fingerprint: str | None = None) -> AdapterContents:
+    """Return what files hold that are laid out as PEFT's VeRA files are.
 
     Args:
-        modules: what `base_modules` returns for the model.
-        directory: where the adapter's files are.
-        tensors: what `read_tensors` returned for its tensors file.
-        sizes_only: check names and shapes alone; the tensors may be on the meta device.
+        files: the files.
+        name: their format's.
+        fingerprint: of the projections, as far as the configuration says it.
 
     Raises:
-        CheckpointError: the files cannot be used, or not with this model.
+        CheckpointError: the file is damaged, has one of a layer's vectors only, or none at all.
     """
+    path, config, tensors = files.weights.path, files.config or {}, files.weights.tensors()
+    projections = {key.rpartition("_")[2]: tensors.pop(key) for key in (A_KEY, B_KEY) if key in tensors}
+    vectors: dict[str, dict[str, Tensor]] = {}
+    others: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        layer, _, last = key.removeprefix(PREFIX).rpartition(".")
+        if last in ("vera_lambda_b", "vera_lambda_d"):
+            vectors.setdefault(layer, {})[last[-1]] = tensor
+        else:
+            others[key.removeprefix(PREFIX)] = tensor
+    odd = next((layer for layer, pair in vectors.items() if len(pair) != 2), None)
+    if odd is not None:
+        raise CheckpointError(f"{path}: {odd} has one of its two vectors only")
+    if not vectors:
+        raise CheckpointError(f"{path} adapts no layer")
+    return AdapterContents(path, name, config, vectors, others, projections, fingerprint, named_class(config))
+
+
+def _ready(
+    modules: Mapping[str, nn.Module],
+    directory: Path,
+    config: VeraConfig,
+    tensors: dict[str, Tensor],
+    *,
+    sizes_only: bool,
+) -> ReadyAdapter:
+    """Check an adapter against its own configuration and a model; with `sizes_only`, its names and shapes alone."""
     path = directory / WEIGHTS_NAME
-    config = _read_config(directory / CONFIG_NAME)
     tensors = dict(tensors)
     a, b = tensors.pop(A_KEY, None), tensors.pop(B_KEY, None)
     if (a is None) != (b is None):
@@ -124,16 +184,7 @@ def check_complete(loaded: LoadedAdapter, modules: Mapping[str, nn.Module]) -> N
             raise CheckpointError(f"{loaded.origin} has no weights of {name}, which modules_to_save names")
 
 
-def peft_saved(modules: Mapping[str, nn.Module], suffixes: Collection[str]) -> list[str]:
-    """Return the modules that PEFT trains in full for these names: it compares the ends of names, letter by letter."""
-    names = [name for name in modules if name and name.endswith(tuple(suffixes))]
-    return [name for name in names if not any(name.startswith(f"{other}.") for other in names)]
-
-
-def _read_config(path: Path) -> VeraConfig:
-    values = read_json(path, largest=LARGEST_CONFIG)
-    if values.get("peft_type") != PEFT_VERA:
-        raise CheckpointError(f"{path}: peft_type is {values.get('peft_type')!r}, not {PEFT_VERA!r}")
+def _config(path: Path, values: dict[str, Any]) -> VeraConfig:
     kept = {name: values[name] for name in _SAME_FIELDS if values.get(name) is not None}
     check_numbers(path, values)
     for name, allowed in (("task_type", str), ("modules_to_save", list)):
@@ -221,175 +272,3 @@ def _stored_source(config: VeraConfig, targets: list[Target], a: Tensor, b: Tens
         torch.equal(drawn.draw(side, range(config.r), kept.shape[1], torch.device("cpu")), kept) for side, kept in sides
     )
     return drawn if same else stored
-
-
-# Writing
-
-
-def export_peft(host: AdaptedModel, adapter_name: str, directory: Path, *, save_projection: bool | None = None) -> None:
-    """Write an adapter so that the `peft` package (`PeftModel.from_pretrained`) computes the same outputs.
-
-    An adapter of the per_dimension scheme is written with projections: PEFT's one A and B are then the views of the
-    same random matrix, and what the widths' scales differ by goes into each d. Layers of a smaller rank than the
-    largest get zeros behind their d.
-
-    Args:
-        host: the model.
-        adapter_name: which adapter.
-        directory: where to; files there are replaced.
-        save_projection: whether to write A and B; None takes them along where PEFT could not draw them again.
-
-    Raises:
-        ValueError: `save_projection` is False and PEFT could not draw the projections again.
-    """
-    config, scheme = host.peft_config[adapter_name], host.projection_scheme(adapter_name)
-    drawable = scheme.drawn_by_peft
-    if save_projection is None:
-        save_projection = config.save_projection or not drawable
-    if not save_projection and not drawable:
-        raise ValueError(
-            f"save_projection=False is not allowed here: PEFT cannot draw the projections of adapter {adapter_name!r}"
-            f" (projection={config.projection!r}) from its key"
-        )
-    if scheme.scale_in_shared_pair(1, 1, 1, 1) is None:
-        raise ValueError(
-            f"PEFT's VeRA cannot hold projections of the scheme {scheme.name!r}: it has one A and one B for all layers."
-            " Use export_lora, which is exact, or merge the adapter"
-        )
-    layers = {name: layer for name, layer in host.vera_layers().items() if adapter_name in layer.entries}
-    for name, layer in layers.items():
-        if not isinstance(layer, VeraLinear) or layer.entries[adapter_name].parts:
-            raise ValueError(
-                f"PEFT's VeRA cannot hold the adapter on {name} ({layer.kind}"
-                f"{' in parts' if layer.entries[adapter_name].parts else ''}): it adapts whole linear layers only. Use"
-                " export_lora, or merge the adapter"
-            )
-    check_called(host.base_model, layers, "PEFT's VeRA")
-    shared = _shared_projections(scheme, layers, adapter_name)
-    tensors: dict[str, Tensor] = {}
-    for name, layer in layers.items():
-        b, d = layer.vectors(adapter_name)
-        tensors[f"{PREFIX}{name}.vera_lambda_b"] = b.float()
-        tensors[f"{PREFIX}{name}.vera_lambda_d"] = _peft_d(d, scheme, layer, shared)
-    if save_projection:
-        tensors[A_KEY], tensors[B_KEY] = shared
-    tensors |= other_tensors(host, adapter_name)
-    values = common_values(host, adapter_name) | {
-        "peft_type": PEFT_VERA,
-        "r": shared[0].shape[0],
-        "d_initial": config.d_initial,
-        "vera_dropout": config.vera_dropout,
-        "bias": config.bias,
-        "projection_prng_key": config.projection_prng_key,
-        "save_projection": save_projection,
-        "init_weights": True,
-    }
-    write_pair(directory, tensors, values)
-
-
-def _shared_projections(scheme: Scheme, layers: dict[str, VeraLayer], adapter_name: str) -> tuple[Tensor, Tensor]:
-    """Return PEFT's A (r, max_in) and B (max_out, r) that the layers' projections are views of, up to scales."""
-    rank = max(layer.entries[adapter_name].rank for layer in layers.values())
-    max_in = max(layer.in_features for layer in layers.values())
-    max_out = max(layer.out_features for layer in layers.values())
-    cpu = torch.device("cpu")
-    a = scheme.draw("A", range(rank), scheme.storage_width("A", max_in), cpu)[:, :max_in]
-    b = scheme.draw("B", range(rank), scheme.storage_width("B", max_out), cpu)[:, :max_out]
-    return a.contiguous(), b.t().contiguous() * scheme.scale(rank)
-
-
-def _peft_d(d: Tensor, scheme: Scheme, layer: VeraLayer, shared: tuple[Tensor, Tensor]) -> Tensor:
-    """Return d for PEFT's A and B: times what this layer's projections differ from them by, zeros up to their rank."""
-    rank, widest = shared[0].shape
-    d = d.detach().double()
-    scale = scheme.scale_in_shared_pair(layer.in_features, d.shape[0], widest, rank)
-    assert scale is not None
-    d = d * scale
-    padded = torch.zeros(rank, dtype=torch.float64, device=d.device)
-    padded[: d.shape[0]] = d
-    return padded.float()
-
-
-def other_tensors(host: AdaptedModel, adapter_name: str) -> dict[str, Tensor]:
-    """Return an adapter's saved modules and biases under PEFT's names.
-
-    Raises:
-        ValueError: PEFT would train a module in full that this adapter adapts.
-    """
-    state = host.adapter_state(adapter_name)
-    modules = base_modules(host.base_model)
-    adapted = {f"{name}.bias" if name else "bias": name for name in state.vectors}
-    tensors: dict[str, Tensor] = {}
-    for name in peft_saved(modules, list(state.saved)):
-        within = [layer for layer in state.vectors if layer == name or layer.startswith(f"{name}.")]
-        if within:
-            raise ValueError(
-                f"PEFT cannot hold this adapter: it would train {name} in full, whose name ends like one of"
-                f" modules_to_save={list(state.saved)}, but {within[0]} is adapted"
-            )
-        # A module that PEFT takes for a saved one goes along with the weights it has.
-        module = modules[name]
-        own = state.saved.get(name, module.original_module if isinstance(module, SavedModule) else module)
-        for key, tensor in own.state_dict().items():
-            tensors[f"{PREFIX}{name}.{key}"] = tensor
-    for name, bias in state.biases.items():
-        layer = adapted.get(name)
-        key = name if layer is None else f"{layer}.base_layer.bias" if layer else "base_layer.bias"
-        tensors[PREFIX + key] = bias
-    return tensors
-
-
-def common_values(host: AdaptedModel, adapter_name: str, leave_out: Collection[str] = ()) -> dict[str, Any]:
-    """Return the entries that PEFT's configurations of VeRA and of LoRA have in common.
-
-    Args:
-        host: the model.
-        adapter_name: which adapter.
-        leave_out: layers that target_modules does not name.
-    """
-    config = host.peft_config[adapter_name]
-    layers = host.vera_layers()
-    names = [
-        name
-        for name, layer in layers.items()
-        if adapter_name in layer.entries and not isinstance(layer, VeraParameter) and name not in leave_out
-    ]
-    base = type(without_wrappers(host.base_model))
-    return {
-        "auto_mapping": {"base_model_class": base.__name__, "parent_library": base.__module__},
-        "base_model_name_or_path": config.base_model_name_or_path,
-        "fan_in_fan_out": any(is_conv1d(layers[name].base_layer) for name in names),
-        "inference_mode": True,
-        "layers_pattern": None,
-        "layers_to_transform": None,
-        "modules_to_save": config.modules_to_save or None,
-        "revision": config.revision,
-        "target_modules": exact_targets(host.base_model, names, config.target_modules),
-        "task_type": None if _adds_heads(host, config) else config.task_type,
-    }
-
-
-def _adds_heads(host: AdaptedModel, config: VeraConfig) -> bool:
-    """Return whether PEFT would train a head in full for this task that the adapter does not save."""
-    if config.task_type not in TASK_HEADS:
-        return False
-    heads = peft_saved(base_modules(host.base_model), TASK_HEADS[config.task_type])
-    return not set(heads) <= set(peft_saved(base_modules(host.base_model), config.modules_to_save or []))
-
-
-def exact_targets(model: nn.Module, names: list[str], own: list[str] | str | None) -> list[str] | str:
-    """Return target_modules that name exactly these layers under PEFT's rules, the user's own where they do.
-
-    Args:
-        model: the model without a wrapper.
-        names: the layers' names.
-        own: the user's target_modules.
-    """
-    if not names:
-        return []
-    everything = [name for name in base_modules(model) if name]
-    for listed in (own, names):
-        if isinstance(listed, list) and list(filter(matcher(listed), everything)) == names:
-            return listed
-    # A layer's whole name may also be the end of another's; a regular expression matches whole names only.
-    return "|".join(re.escape(name) for name in names)

@@ -12,8 +12,17 @@ from torch import Tensor, nn
 
 from veratune.adapters.adapted_model import make_scheme
 from veratune.adapters.targets import TargetError, configured_parameters, joined, unwrapped
-from veratune.checkpoint.files import CONFIG_NAME, LARGEST_CONFIG, WEIGHTS_NAME, CheckpointError, read_json
-from veratune.checkpoint.peft import PREFIX, STEPS_FOR_A_FILE, check_complete, check_numbers, sort_tensors
+from veratune.checkpoint.base import AdapterContents, AdapterFiles
+from veratune.checkpoint.files import CONFIG_NAME, WEIGHTS_NAME, CheckpointError
+from veratune.checkpoint.peft import (
+    STEPS_FOR_A_FILE,
+    PeftFiles,
+    check_complete,
+    check_numbers,
+    sort_tensors,
+    vera_contents,
+)
+from veratune.checkpoint.peft_rules import PREFIX
 from veratune.checkpoint.validate import ReadyAdapter, make_ready, other_projections, targets_of
 from veratune.config import VeraConfig
 from veratune.utils.patterns import Budget, PatternError
@@ -21,23 +30,45 @@ from veratune.utils.patterns import Budget, PatternError
 PLUGIN_TYPE = "VERATUNE_PEFT"
 
 
-def ready_plugin(
-    modules: Mapping[str, nn.Module], directory: Path, tensors: dict[str, Tensor], *, sizes_only: bool = False
+class PluginFormat(PeftFiles):
+    """PEFT's files of veratune's layers. Only PEFT writes them."""
+
+    name = "veratune in peft"
+    peft_type = PLUGIN_TYPE
+    about = (
+        "written by PEFT with veratune's layers; veratune loads it, and so does PEFT after"
+        " veratune.integrations.peft.install()"
+    )
+
+    def read(self, modules: Mapping[str, nn.Module], files: AdapterFiles) -> ReadyAdapter:
+        config = _config(files.directory / CONFIG_NAME, files.config or {})
+        fingerprint = _fingerprint(files)
+        return files.ready(
+            lambda tensors, sizes_only: _ready(
+                modules, files.directory, config, None if sizes_only else fingerprint, tensors
+            )
+        )
+
+    def contents(self, files: AdapterFiles) -> AdapterContents:
+        return vera_contents(files, self.name, _fingerprint(files))
+
+
+def _fingerprint(files: AdapterFiles) -> str | None:
+    fingerprint = (files.config or {}).get("fingerprint")
+    if not isinstance(fingerprint, str | None):
+        raise CheckpointError(f"{files.directory / CONFIG_NAME}: fingerprint={fingerprint!r} is not a string or null")
+    return fingerprint
+
+
+def _ready(
+    modules: Mapping[str, nn.Module],
+    directory: Path,
+    config: VeraConfig,
+    fingerprint: str | None,
+    tensors: dict[str, Tensor],
 ) -> ReadyAdapter:
-    """Read an adapter that the `peft` package wrote through the plug-in and check it against a model.
-
-    Args:
-        modules: what `base_modules` returns for the model.
-        directory: where the adapter is.
-        tensors: what its tensors file holds.
-        sizes_only: check names and shapes alone; the tensors may be on the meta device.
-
-    Raises:
-        CheckpointError: the files cannot be used, or not with this model.
-    """
+    """Check an adapter against its configuration, a model, and the fingerprint of its projections, if one is given."""
     path = directory / WEIGHTS_NAME
-    values = read_json(directory / CONFIG_NAME, largest=LARGEST_CONFIG)
-    config = _config(directory / CONFIG_NAME, values)
     loaded = sort_tensors(str(path), config, {_plain(key, modules): tensors[key] for key in tensors}, modules)
     targets = targets_of(modules, loaded)
     check_complete(loaded, modules)
@@ -57,11 +88,8 @@ def ready_plugin(
                 f" rank_pattern={config.rank_pattern}"
             )
     scheme = make_scheme(config, targets)
-    expected = values.get("fingerprint")
-    if not isinstance(expected, str | None):
-        raise CheckpointError(f"{directory / CONFIG_NAME}: fingerprint={expected!r} is not a string or null")
-    if expected is not None and not sizes_only and expected != scheme.fingerprint():
-        raise other_projections(str(path), config, expected, scheme.fingerprint())
+    if fingerprint is not None and fingerprint != scheme.fingerprint():
+        raise other_projections(str(path), config, fingerprint, scheme.fingerprint())
     return make_ready(modules, loaded, targets, scheme)
 
 

@@ -1,18 +1,39 @@
-"""What PEFT does with the names and layers of an adapter that it loads, so that an export does not lose any."""
+"""What PEFT makes of names, tasks and layers, so that what it wrote is understood and an export loses nothing."""
 
 import importlib.util
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from veratune.adapters.adapted_model import notify
-from veratune.adapters.targets import base_modules, joined, without_wrappers
+from veratune.adapters.targets import base_modules, joined, matcher, without_wrappers
 from veratune.checkpoint.weight_reads import reader_of
 from veratune.layers import VeraLayer, VeraParameter
 from veratune.layers.quantized import is_quantized
 from veratune.layers.registry import is_out_proj
+
+PEFT_VERA = "VERA"
+PREFIX = "base_model.model."
+A_KEY, B_KEY = "base_model.vera_A", "base_model.vera_B"
+
+# The names of the modules that PEFT trains in full for a task, whatever modules_to_save says.
+TASK_HEADS = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
+
+# The class that makes a task's base model.
+TASK_MODELS = {
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+}
 
 # From 0.19 on, PEFT takes targets that end in one of these for the experts of a checkpoint of transformers 4, and
 # adapts the stacked experts instead: also where they are dense layers or shared experts.
@@ -28,6 +49,30 @@ _MODEL_TYPES = {
         " mellum olmoe qwen3_moe qwen3_next qwen3_omni_moe qwen3_omni_moe_text qwen3_omni_moe_thinker solar_open"
     ),
 }
+
+
+def peft_saved(modules: Mapping[str, nn.Module], suffixes: Collection[str]) -> list[str]:
+    """Return the modules that PEFT trains in full for these names: it compares the ends of names, letter by letter."""
+    names = [name for name in modules if name and name.endswith(tuple(suffixes))]
+    return [name for name in names if not any(name.startswith(f"{other}.") for other in names)]
+
+
+def exact_targets(model: nn.Module, names: list[str], own: list[str] | str | None) -> list[str] | str:
+    """Return target_modules that name exactly these layers under PEFT's rules, the user's own where they do.
+
+    Args:
+        model: the model without a wrapper.
+        names: the layers' names.
+        own: the user's target_modules.
+    """
+    if not names:
+        return []
+    everything = [name for name in base_modules(model) if name]
+    for listed in (own, names):
+        if isinstance(listed, list) and list(filter(matcher(listed), everything)) == names:
+            return listed
+    # A layer's whole name may also be the end of another's; a regular expression matches whole names only.
+    return "|".join(re.escape(name) for name in names)
 
 
 def check_called(model: nn.Module, layers: Mapping[str, VeraLayer], whose: str) -> None:

@@ -7,8 +7,9 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from veratune.checkpoint.files import WEIGHTS_NAME, CheckpointError
-from veratune.checkpoint.native import is_native, read_native
+from veratune.checkpoint.files import CheckpointError
+from veratune.checkpoint.formats import FORMATS, format_of
+from veratune.checkpoint.native import NativeFormat, read_native
 from veratune.cli.directories import check_new, writing_new
 from veratune.cli.models import adapter_in, base_of, load_model
 from veratune.cli.output import print_json, print_table, print_text
@@ -39,6 +40,7 @@ veratune diff run/adapter other/adapter --json
 
 # A list of more names than these is shown by its ends.
 _LISTED = 4
+_LORA, _GGUF = "lora", "gguf"
 
 AdapterArgument = Annotated[Path, typer.Argument(help="Directory of an adapter, or of a training run.")]
 OutputArgument = Annotated[Path, typer.Argument(help="Directory to write; it must be new or empty.")]
@@ -47,18 +49,23 @@ BaseOption = Annotated[
 ]
 
 
-class Format(StrEnum):
-    """What an adapter can be exported to."""
-
-    PEFT = "peft"
-    LORA = "lora"
-    GGUF = "gguf"
-
-
 class Engine(StrEnum):
     """What a LoRA can be checked for."""
 
     VLLM = "vllm"
+
+
+def _export_formats() -> list[str]:
+    """Return what `veratune export` writes: the formats that `convert` does not, and those that are only written."""
+    written = [name for name, format in FORMATS.items() if format.is_written and not isinstance(format, NativeFormat)]
+    return [*written, _LORA, _GGUF]
+
+
+def _known_format(name: str) -> str:
+    names = _export_formats()
+    if name not in names:
+        raise typer.BadParameter(f"{name!r} is not one of {', '.join(map(repr, names))}.")
+    return name
 
 
 def merge(
@@ -82,8 +89,13 @@ def export(
     adapter: AdapterArgument,
     output: OutputArgument,
     to: Annotated[
-        Format,
-        typer.Option("--format", help="peft: VeRA as PEFT has it. lora: a LoRA. gguf: a LoRA for llama.cpp."),
+        str,
+        typer.Option(
+            "--format",
+            callback=_known_format,
+            metavar=f"[{'|'.join(_export_formats())}]",
+            help="peft: VeRA as PEFT has it. lora: a LoRA. gguf: a LoRA for llama.cpp.",
+        ),
     ],
     base: BaseOption = None,
     dtype: Annotated[str, typer.Option(help="dtype of the matrices of a LoRA.")] = "float32",
@@ -93,20 +105,20 @@ def export(
     engine: Annotated[Engine | None, typer.Option(help="lora: check that this engine can load it.")] = None,
 ) -> None:
     """Write an adapter in another format, with the same outputs."""
-    if to is not Format.LORA and (rank is not None or engine is not None):
-        raise typer.BadParameter(f"--rank and --engine are for --format lora, not {to.value}")
+    if to != _LORA and (rank is not None or engine is not None):
+        raise typer.BadParameter(f"--rank and --engine are for --format lora, not {to}")
     numbers = dtype_of(dtype)
     check_new(output)
     adapter = adapter_in(adapter)
     model = _adapted(base_of(adapter, base), adapter)
     with writing_new(output):
-        if to is Format.PEFT:
-            model.export_peft(output)
-        elif to is Format.GGUF:
+        if to == _LORA:
+            model.export_lora(output, dtype=numbers, rank=rank, engine="vllm" if engine is Engine.VLLM else None)
+        elif to == _GGUF:
             model.export_gguf(output, dtype=numbers)
         else:
-            model.export_lora(output, dtype=numbers, rank=rank, engine="vllm" if engine is Engine.VLLM else None)
-    print_text(f"{output}: {adapter} as {to.value}")
+            model.export(to, output)
+    print_text(f"{output}: {adapter} as {to}")
     if engine is Engine.VLLM:
         largest = max(entry.rank for layer in model.vera_layers().values() for entry in layer.entries.values())
         print_text(
@@ -125,7 +137,7 @@ def convert(
     """Turn a VeRA adapter that PEFT wrote into one in veratune's own format."""
     check_new(output)
     adapter = adapter_in(adapter)
-    if is_native(adapter / WEIGHTS_NAME):
+    if isinstance(format_of(adapter), NativeFormat):
         raise CheckpointError(f"{adapter} is in veratune's format already")
     model = _adapted(base_of(adapter, base), adapter)
     with writing_new(output):

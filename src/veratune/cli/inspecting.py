@@ -9,8 +9,8 @@ import torch
 import typer
 
 from veratune.adapters.coverage import WeightInfo, supported
-from veratune.checkpoint.contents import LoraContents, read_contents
-from veratune.checkpoint.files import WEIGHTS_NAME
+from veratune.checkpoint.base import AdapterContents
+from veratune.checkpoint.formats import FORMATS, read_contents
 from veratune.cli.directories import writing
 from veratune.cli.models import ADAPTER_NAME, adapter_in, is_adapter, load_model
 from veratune.cli.output import bytes_text, print_json, print_table, print_text
@@ -134,19 +134,13 @@ def _how(info: WeightInfo) -> str:
 # An adapter
 
 
-# What files that PEFT wrote are, for people.
-_KINDS = {
-    "peft": "PEFT's VeRA, which veratune loads; veratune convert writes it in veratune's own format",
-    "veratune in peft": "written by PEFT with veratune's layers; veratune loads it, and so does PEFT after"
-    " veratune.integrations.peft.install()",
-}
 _NORMS = ("b_norm", "b_largest", "d_norm", "d_mean")
 _LORA_NORMS = ("a_norm", "b_norm")
 
 
 def _inspect_adapter(directory: Path, *, every: bool, plot: Path | None, as_json: bool) -> None:
     contents = read_contents(directory)
-    if isinstance(contents, LoraContents):
+    if not all(tensors.keys() == {"b", "d"} for tensors in contents.vectors.values()):
         if plot is not None:
             raise ValueError(f"--plot shows VeRA's vectors, and {directory} is a LoRA adapter")
         _inspect_lora(directory, contents, every=every, as_json=as_json)
@@ -161,18 +155,18 @@ def _inspect_adapter(directory: Path, *, every: bool, plot: Path | None, as_json
             "d_norm": float(d.float().norm()),
             "d_mean": float(d.float().mean()),
         }
-        for name, (b, d) in contents.vectors.items()
+        for name, b, d in ((name, pair["b"], pair["d"]) for name, pair in contents.vectors.items())
     ]
     if plot is not None:
         with writing(plot):
             _plot(layers, plot)
     others = sum(tensor.numel() for tensor in contents.others.values())
-    summary = _summary(directory, contents.kind, contents.config) | {
+    summary = _summary(directory, contents) | {
         "base": contents.base,
         "fingerprint": contents.fingerprint,
         "format_version": contents.format_version,
         "projections": {side: list(tensor.shape) for side, tensor in contents.projections.items()},
-        "vector_parameters": sum(b.numel() + d.numel() for b, d in contents.vectors.values()),
+        "vector_parameters": sum(t.numel() for pair in contents.vectors.values() for t in pair.values()),
         "other_parameters": others,
         "config": contents.config,
     }
@@ -180,8 +174,8 @@ def _inspect_adapter(directory: Path, *, every: bool, plot: Path | None, as_json
         print_json(summary | {"layers": layers})
         return
     _print_settings(directory, contents.config)
-    if contents.kind in _KINDS:
-        print_text(_KINDS[contents.kind])
+    if FORMATS[contents.format].about:
+        print_text(FORMATS[contents.format].about)
     base_class = contents.base.get("class", "of an unknown class")
     print_text(f"for {summary['base_model'] or 'a model that is not named'}, {base_class}")
     known = f", fingerprint {contents.fingerprint}" if contents.fingerprint else ""
@@ -195,7 +189,7 @@ def _inspect_adapter(directory: Path, *, every: bool, plot: Path | None, as_json
         print_text(f"picture: {plot}")
 
 
-def _inspect_lora(directory: Path, contents: LoraContents, *, every: bool, as_json: bool) -> None:
+def _inspect_lora(directory: Path, contents: AdapterContents, *, every: bool, as_json: bool) -> None:
     """Show a LoRA adapter, which is all that veratune does with one."""
     layers: list[dict[str, Any]] = [
         {
@@ -203,11 +197,11 @@ def _inspect_lora(directory: Path, contents: LoraContents, *, every: bool, as_js
             "shapes": {which: list(tensor.shape) for which, tensor in matrices.items()},
             **{f"{which[-1].lower()}_norm": float(tensor.float().norm()) for which, tensor in sorted(matrices.items())},
         }
-        for name, matrices in contents.matrices.items()
+        for name, matrices in contents.vectors.items()
     ]
-    numbers = sum(tensor.numel() for matrices in contents.matrices.values() for tensor in matrices.values())
+    numbers = sum(tensor.numel() for matrices in contents.vectors.values() for tensor in matrices.values())
     others = sum(tensor.numel() for tensor in contents.others.values())
-    summary = _summary(directory, "lora", contents.config) | {
+    summary = _summary(directory, contents) | {
         "matrix_parameters": numbers,
         "other_parameters": others,
         "config": contents.config,
@@ -216,10 +210,7 @@ def _inspect_lora(directory: Path, contents: LoraContents, *, every: bool, as_js
         print_json(summary | {"layers": layers})
         return
     _print_settings(directory, contents.config)
-    print_text(
-        "a LoRA adapter, which veratune cannot read as VeRA: its matrices are trained, not drawn from a key. PEFT and"
-        " engines that serve LoRA load it"
-    )
+    print_text(FORMATS[contents.format].about)
     print_text(
         f"{len(layers)} layers of rank {contents.config.get('r')}, {numbers:,} numbers in matrices, {others:,} beside"
         f" them, {bytes_text(summary['bytes'])}, for {summary['base_model'] or 'a model that is not named'}"
@@ -228,12 +219,12 @@ def _inspect_lora(directory: Path, contents: LoraContents, *, every: bool, as_js
     _print_layers(both, _LORA_NORMS, ("|lora_A|", "|lora_B|"), every=every)
 
 
-def _summary(directory: Path, kind: str, config: dict[str, Any]) -> dict[str, Any]:
+def _summary(directory: Path, contents: AdapterContents) -> dict[str, Any]:
     return {
         "adapter": str(directory),
-        "kind": kind,
-        "base_model": config.get("base_model_name_or_path"),
-        "bytes": (directory / WEIGHTS_NAME).stat().st_size,
+        "kind": contents.format,
+        "base_model": contents.config.get("base_model_name_or_path"),
+        "bytes": contents.path.stat().st_size,
     }
 
 

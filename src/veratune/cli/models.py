@@ -10,9 +10,8 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
-from veratune.checkpoint.files import CONFIG_NAME, WEIGHTS_NAME, CheckpointError, read_json, read_tensors
-from veratune.checkpoint.formats import no_adapter
-from veratune.checkpoint.native import is_native, read_native
+from veratune.checkpoint.files import CONFIG_NAME, CheckpointError, read_json
+from veratune.checkpoint.formats import file_names, no_adapter, read_base, read_contents
 
 ADAPTER_NAME = "adapter"
 """The folder of a training run's output that holds its adapter."""
@@ -20,7 +19,7 @@ ADAPTER_NAME = "adapter"
 
 def is_adapter(path: str) -> bool:
     """Return whether a directory holds an adapter."""
-    return (Path(path) / WEIGHTS_NAME).is_file() or (Path(path) / CONFIG_NAME).is_file()
+    return any((Path(path) / name).is_file() for name in file_names())
 
 
 def adapter_in(place: Path) -> Path:
@@ -39,7 +38,9 @@ def base_of(adapter: Path, given: str | None) -> str:
     """Return the base model's place: what the user gave, or what the adapter's configuration names."""
     if given is not None:
         return given
-    named = read_json(adapter / CONFIG_NAME).get("base_model_name_or_path")
+    path = adapter / CONFIG_NAME
+    config = read_json(path) if path.exists() else read_contents(adapter).config
+    named = config.get("base_model_name_or_path")
     if not isinstance(named, str) or not named:
         raise CheckpointError(f"{adapter} does not say what its base model is: name it with --base")
     return named
@@ -130,7 +131,7 @@ def load_model(place: str, *, weights: bool, adapter: Path | None = None, remedy
         raise ImportError(f"reading a model needs transformers: pip install 'veratune[hf]' ({error})") from None
     quieten_transformers()
     _check_place(place, remedy)
-    wanted = {} if adapter is None else _base_of_adapter(adapter)
+    wanted = {} if adapter is None else read_base(adapter)
     settings: dict[str, Any] = {}
     if wanted.get("id2label"):
         labels = {int(number): name for number, name in wanted["id2label"].items()}
@@ -167,35 +168,6 @@ def loaded(place: str, make: Callable[[], nn.Module]) -> nn.Module:
         raise
     except Exception as error:  # of transformers, safetensors, huggingface_hub, torch
         raise ValueError(f"{place} is no model that can be read: {_joined(error)}") from error
-
-
-# PEFT notes the task rather than the class, and the number of labels only in the head's shape.
-_HEADS = ("classifier.weight", "score.weight", "out_proj.weight", "qa_outputs.weight")
-_TASKS = {
-    "SEQ_CLS": "AutoModelForSequenceClassification",
-    "TOKEN_CLS": "AutoModelForTokenClassification",
-    "QUESTION_ANS": "AutoModelForQuestionAnswering",
-    "CAUSAL_LM": "AutoModelForCausalLM",
-    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
-}
-
-
-def _base_of_adapter(adapter: Path) -> dict[str, Any]:
-    """Return the class of the model that an adapter is for, and its labels, as far as its files tell."""
-    import transformers
-
-    if is_native(adapter / WEIGHTS_NAME):
-        known: dict[str, Any] = read_native(adapter)[1].get("base", {})
-        return known
-    config = read_json(adapter / CONFIG_NAME)
-    mapping = config.get("auto_mapping")  # what PEFT notes where there is no task
-    kind = _TASKS.get(config.get("task_type") or "") or (mapping or {}).get("base_model_class")
-    if kind is None or not hasattr(transformers, kind):
-        return {}
-    tensors, _ = read_tensors(adapter / WEIGHTS_NAME)
-    rows = [tensor.shape[0] for name, tensor in tensors.items() if name.endswith(_HEADS) and tensor.ndim == 2]
-    labels = {str(number): f"LABEL_{number}" for number in range(rows[-1])} if rows else {}
-    return {"class": kind, "id2label": labels}
 
 
 def _check_place(place: str, remedy: str = _CHECK_NAME) -> None:

@@ -14,8 +14,14 @@ from torch import Tensor, nn
 from veratune.adapters.adapted_model import AdaptedModel
 from veratune.adapters.targets import joined
 from veratune.checkpoint.files import write_pair
-from veratune.checkpoint.peft import PREFIX, common_values, other_tensors
-from veratune.checkpoint.peft_rules import check_called, check_read_back, taken_for_experts, why_not_as_parameter
+from veratune.checkpoint.peft_rules import (
+    PREFIX,
+    check_called,
+    check_read_back,
+    taken_for_experts,
+    why_not_as_parameter,
+)
+from veratune.checkpoint.peft_writing import common_values, other_tensors
 from veratune.export.lora_rank import with_rank
 from veratune.layers import VeraConv, VeraEmbedding, VeraLayer, VeraParameter
 

@@ -14,8 +14,8 @@ from veratune.adapters.targets import adapted_layers, base_modules, joined, modu
 from veratune.checkpoint.files import CheckpointError
 from veratune.checkpoint.hub import find_directory
 from veratune.checkpoint.native import read_native
-from veratune.checkpoint.peft import PREFIX, TASK_HEADS, exact_targets, peft_saved
 from veratune.checkpoint.peft_plugin import PLUGIN_TYPE
+from veratune.checkpoint.peft_rules import PREFIX, TASK_HEADS, exact_targets, peft_saved
 from veratune.checkpoint.validate import LoadedAdapter, other_projections, targets_of
 from veratune.config import PEFT_TYPE
 from veratune.integrations.peft.state import with_module_names

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from veratune.adapters.targets import ModuleName, joined, module_names, public_key
 from veratune.checkpoint.files import CheckpointError, gathered
-from veratune.checkpoint.peft import PREFIX
+from veratune.checkpoint.peft_rules import PREFIX
 from veratune.integrations.peft.layers import TunedLayer
 
 _VECTORS = ("vera_lambda_b", "vera_lambda_d")

@@ -1,0 +1,177 @@
+"""Writing PEFT's own VeRA files, from which `peft` computes the same outputs."""
+
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from veratune.adapters.adapted_model import AdaptedModel
+from veratune.adapters.targets import base_modules, without_wrappers
+from veratune.checkpoint.files import write_pair
+from veratune.checkpoint.peft_rules import (
+    A_KEY,
+    B_KEY,
+    PEFT_VERA,
+    PREFIX,
+    TASK_HEADS,
+    check_called,
+    exact_targets,
+    peft_saved,
+)
+from veratune.config import VeraConfig
+from veratune.layers import SavedModule, VeraLayer, VeraLinear, VeraParameter
+from veratune.layers.registry import is_conv1d
+from veratune.projections.schemes import Scheme
+
+
+def export_peft(host: AdaptedModel, adapter_name: str, directory: Path, *, save_projection: bool | None = None) -> None:
+    """Write an adapter so that the `peft` package (`PeftModel.from_pretrained`) computes the same outputs.
+
+    An adapter of the per_dimension scheme is written with projections: PEFT's one A and B are then the views of the
+    same random matrix, and what the widths' scales differ by goes into each d. Layers of a smaller rank than the
+    largest get zeros behind their d.
+
+    Args:
+        host: the model.
+        adapter_name: which adapter.
+        directory: where to; files there are replaced.
+        save_projection: whether to write A and B; None takes them along where PEFT could not draw them again.
+
+    Raises:
+        ValueError: `save_projection` is False and PEFT could not draw the projections again.
+    """
+    config, scheme = host.peft_config[adapter_name], host.projection_scheme(adapter_name)
+    drawable = scheme.drawn_by_peft
+    if save_projection is None:
+        save_projection = config.save_projection or not drawable
+    if not save_projection and not drawable:
+        raise ValueError(
+            f"save_projection=False is not allowed here: PEFT cannot draw the projections of adapter {adapter_name!r}"
+            f" (projection={config.projection!r}) from its key"
+        )
+    if scheme.scale_in_shared_pair(1, 1, 1, 1) is None:
+        raise ValueError(
+            f"PEFT's VeRA cannot hold projections of the scheme {scheme.name!r}: it has one A and one B for all layers."
+            " Use export_lora, which is exact, or merge the adapter"
+        )
+    layers = {name: layer for name, layer in host.vera_layers().items() if adapter_name in layer.entries}
+    for name, layer in layers.items():
+        if not isinstance(layer, VeraLinear) or layer.entries[adapter_name].parts:
+            raise ValueError(
+                f"PEFT's VeRA cannot hold the adapter on {name} ({layer.kind}"
+                f"{' in parts' if layer.entries[adapter_name].parts else ''}): it adapts whole linear layers only. Use"
+                " export_lora, or merge the adapter"
+            )
+    check_called(host.base_model, layers, "PEFT's VeRA")
+    shared = _shared_projections(scheme, layers, adapter_name)
+    tensors: dict[str, Tensor] = {}
+    for name, layer in layers.items():
+        b, d = layer.vectors(adapter_name)
+        tensors[f"{PREFIX}{name}.vera_lambda_b"] = b.float()
+        tensors[f"{PREFIX}{name}.vera_lambda_d"] = _peft_d(d, scheme, layer, shared)
+    if save_projection:
+        tensors[A_KEY], tensors[B_KEY] = shared
+    tensors |= other_tensors(host, adapter_name)
+    values = common_values(host, adapter_name) | {
+        "peft_type": PEFT_VERA,
+        "r": shared[0].shape[0],
+        "d_initial": config.d_initial,
+        "vera_dropout": config.vera_dropout,
+        "bias": config.bias,
+        "projection_prng_key": config.projection_prng_key,
+        "save_projection": save_projection,
+        "init_weights": True,
+    }
+    write_pair(directory, tensors, values)
+
+
+def _shared_projections(scheme: Scheme, layers: dict[str, VeraLayer], adapter_name: str) -> tuple[Tensor, Tensor]:
+    """Return PEFT's A (r, max_in) and B (max_out, r) that the layers' projections are views of, up to scales."""
+    rank = max(layer.entries[adapter_name].rank for layer in layers.values())
+    max_in = max(layer.in_features for layer in layers.values())
+    max_out = max(layer.out_features for layer in layers.values())
+    cpu = torch.device("cpu")
+    a = scheme.draw("A", range(rank), scheme.storage_width("A", max_in), cpu)[:, :max_in]
+    b = scheme.draw("B", range(rank), scheme.storage_width("B", max_out), cpu)[:, :max_out]
+    return a.contiguous(), b.t().contiguous() * scheme.scale(rank)
+
+
+def _peft_d(d: Tensor, scheme: Scheme, layer: VeraLayer, shared: tuple[Tensor, Tensor]) -> Tensor:
+    """Return d for PEFT's A and B: times what this layer's projections differ from them by, zeros up to their rank."""
+    rank, widest = shared[0].shape
+    d = d.detach().double()
+    scale = scheme.scale_in_shared_pair(layer.in_features, d.shape[0], widest, rank)
+    assert scale is not None
+    d = d * scale
+    padded = torch.zeros(rank, dtype=torch.float64, device=d.device)
+    padded[: d.shape[0]] = d
+    return padded.float()
+
+
+def other_tensors(host: AdaptedModel, adapter_name: str) -> dict[str, Tensor]:
+    """Return an adapter's saved modules and biases under PEFT's names.
+
+    Raises:
+        ValueError: PEFT would train a module in full that this adapter adapts.
+    """
+    state = host.adapter_state(adapter_name)
+    modules = base_modules(host.base_model)
+    adapted = {f"{name}.bias" if name else "bias": name for name in state.vectors}
+    tensors: dict[str, Tensor] = {}
+    for name in peft_saved(modules, list(state.saved)):
+        within = [layer for layer in state.vectors if layer == name or layer.startswith(f"{name}.")]
+        if within:
+            raise ValueError(
+                f"PEFT cannot hold this adapter: it would train {name} in full, whose name ends like one of"
+                f" modules_to_save={list(state.saved)}, but {within[0]} is adapted"
+            )
+        # A module that PEFT takes for a saved one goes along with the weights it has.
+        module = modules[name]
+        own = state.saved.get(name, module.original_module if isinstance(module, SavedModule) else module)
+        for key, tensor in own.state_dict().items():
+            tensors[f"{PREFIX}{name}.{key}"] = tensor
+    for name, bias in state.biases.items():
+        layer = adapted.get(name)
+        key = name if layer is None else f"{layer}.base_layer.bias" if layer else "base_layer.bias"
+        tensors[PREFIX + key] = bias
+    return tensors
+
+
+def common_values(host: AdaptedModel, adapter_name: str, leave_out: Collection[str] = ()) -> dict[str, Any]:
+    """Return the entries that PEFT's configurations of VeRA and of LoRA have in common.
+
+    Args:
+        host: the model.
+        adapter_name: which adapter.
+        leave_out: layers that target_modules does not name.
+    """
+    config = host.peft_config[adapter_name]
+    layers = host.vera_layers()
+    names = [
+        name
+        for name, layer in layers.items()
+        if adapter_name in layer.entries and not isinstance(layer, VeraParameter) and name not in leave_out
+    ]
+    base = type(without_wrappers(host.base_model))
+    return {
+        "auto_mapping": {"base_model_class": base.__name__, "parent_library": base.__module__},
+        "base_model_name_or_path": config.base_model_name_or_path,
+        "fan_in_fan_out": any(is_conv1d(layers[name].base_layer) for name in names),
+        "inference_mode": True,
+        "layers_pattern": None,
+        "layers_to_transform": None,
+        "modules_to_save": config.modules_to_save or None,
+        "revision": config.revision,
+        "target_modules": exact_targets(host.base_model, names, config.target_modules),
+        "task_type": None if _adds_heads(host, config) else config.task_type,
+    }
+
+
+def _adds_heads(host: AdaptedModel, config: VeraConfig) -> bool:
+    """Return whether PEFT would train a head in full for this task that the adapter does not save."""
+    if config.task_type not in TASK_HEADS:
+        return False
+    heads = peft_saved(base_modules(host.base_model), TASK_HEADS[config.task_type])
+    return not set(heads) <= set(peft_saved(base_modules(host.base_model), config.modules_to_save or []))
