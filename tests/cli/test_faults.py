@@ -25,7 +25,8 @@ from veratune import VeraConfig, get_peft_model
 from veratune.checkpoint.formats import FORMATS
 from veratune.cli import main
 from veratune.cli.train.data import check_columns, label_names, read_rows
-from veratune.cli.train.settings import SettingsError, TrainSettings
+from veratune.cli.train.fields import SettingsError
+from veratune.cli.train.settings import TrainSettings
 from veratune.utils.startup import INTERRUPTED
 
 

@@ -21,6 +21,7 @@ from training_runs import sentences, train, with_tokenizer, write_lines
 from veratune import VeraConfig, VeraModel
 from veratune.cli import main
 from veratune.cli.train.chats import chat_tokens
+from veratune.cli.train.fields import options_of
 from veratune.cli.train.settings import TrainSettings
 from veratune.cli.train.tasks import make_task
 
@@ -199,6 +200,20 @@ def test_a_checkpoint_that_was_not_finished_is_passed_over(encoder: Path, table:
     (output / "checkpoints" / "checkpoint-18" / "trainer_state.json").unlink()
     assert train("--resume", output) == 0
     assert all(torch.equal(before[name], tensor) for name, tensor in saved_tensors(output).items())
+
+
+def test_every_setting_is_an_option_with_its_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--help"]) == 0
+    shown = " ".join(capsys.readouterr().out.split()).replace("- ", "-")  # words are broken at hyphens
+    options = options_of(TrainSettings)
+    assert {field.name for field in dataclasses.fields(TrainSettings)} - options.keys() == {"vera"}
+    for name, option in options.items():
+        text = option.help_text(TrainSettings.__dataclass_fields__[name].default)
+        assert text and "{" not in text
+        assert re.search(rf"--{name.replace('_', '-')}\b[^.]*? {re.escape(text)}", shown), name
+    assert "-r, --rank" in shown and "--learning-rate, --lr" in shown and "--head-learning-rate, --head-lr" in shown
+    assert "sequence-classification (the default), regression, token-classification or causal-lm." in shown
+    assert "Where d starts. [default: 0.1]" in shown and "Rows in a step. [default: 16]" in shown
 
 
 def test_all_settings_are_printed_back_and_used(encoder: Path, table: Path, tmp_path: Path) -> None:

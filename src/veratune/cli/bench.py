@@ -26,7 +26,8 @@ from veratune.cli.steps import (
     make_variant,
     random_inputs,
 )
-from veratune.cli.train.settings import SettingsError, dtype_of
+from veratune.cli.train.fields import SettingsError
+from veratune.cli.train.settings import dtype_of
 from veratune.utils.timing import interleaved, median_ratio, peak_device_bytes
 
 EXAMPLES = """Examples:

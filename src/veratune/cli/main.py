@@ -18,7 +18,7 @@ from veratune.cli import adapters, bank, bench, doctor, inspecting
 from veratune.cli.directories import why_not_written
 from veratune.cli.output import error_line, warning_line
 from veratune.cli.train import command as train
-from veratune.cli.train.settings import SettingsError
+from veratune.cli.train.fields import SettingsError
 from veratune.utils.startup import INTERRUPTED, handle_interrupts_as_usual
 
 app = typer.Typer(

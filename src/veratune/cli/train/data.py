@@ -12,8 +12,9 @@ import numpy as np
 import torch
 
 from veratune.cli.train.chats import IGNORED
+from veratune.cli.train.fields import SettingsError
 from veratune.cli.train.hub_rows import may_be_hub_name, read_hub_rows
-from veratune.cli.train.settings import SettingsError, TrainSettings
+from veratune.cli.train.settings import TrainSettings
 from veratune.cli.values import (
     check_chat,
     check_not_measured,

@@ -16,9 +16,10 @@ from veratune.cli.models import ADAPTER_NAME, load_tokenizer, loaded
 from veratune.cli.output import bytes_text, print_table, print_text, warning_line
 from veratune.cli.train.curves import draw_curves
 from veratune.cli.train.data import Examples, Row, check_columns, digest, label_names, read_rows, split
+from veratune.cli.train.fields import SettingsError
 from veratune.cli.train.metrics import evaluated, trivial_answer
 from veratune.cli.train.preflight import check_vocabulary, steps_of_run, warnings_of
-from veratune.cli.train.settings import SETTINGS_NAME, SettingsError, TrainSettings
+from veratune.cli.train.settings import SETTINGS_NAME, TrainSettings
 from veratune.cli.train.tasks import Task, make_task
 from veratune.model import VeraModel, get_peft_model
 from veratune.training import trained_parts

@@ -2,7 +2,6 @@
 
 import dataclasses
 import difflib
-import math
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,19 @@ from typing import Any
 import torch
 
 from veratune.checkpoint.files import write_text
+from veratune.cli.train.fields import (
+    SettingsError,
+    bad,
+    integer,
+    number,
+    one_of,
+    optional,
+    options_of,
+    required,
+    setting,
+    share,
+    text,
+)
 from veratune.config import VeraConfig, foreign_field, shown
 
 # PEFT's names of the tasks.
@@ -27,18 +39,16 @@ SETTINGS_NAME = "train.yaml"
 # Far beyond all use, and still within what an optimizer computes with in float32.
 _LARGEST_RATE, _LARGEST_FLOAT = 1e30, float(torch.finfo(torch.float32).max)
 _MOST_EPOCHS = 1e6
-_LARGEST_INTEGER = (1 << 31) - 1
 _LARGEST_FILE = 1 << 20
+
+PANELS = _RUN, _ROWS, _ADAPTER, _TRAINING = "The run", "The rows", "The adapter", "The training"
+_A_NAME_OR_NOTHING = optional(text("a name, or nothing"))
 
 # Fields of VeraConfig that a run sets itself, or that have settings of their own.
 _NOT_IN_VERA = {
     *("r", "target_modules", "d_initial", "vera_dropout", "projection_prng_key"),
     *("task_type", "inference_mode", "init_weights", "base_model_name_or_path", "revision"),
 }
-
-
-class SettingsError(ValueError):
-    """A setting that cannot be: the call is wrong, whatever the files hold."""
 
 
 def dtype_of(name: str) -> torch.dtype:
@@ -53,109 +63,110 @@ def dtype_of(name: str) -> torch.dtype:
     return found
 
 
+def _layers(given: str) -> str | list[str]:
+    return given if given == "all-linear" else [name.strip() for name in given.split(",")]
+
+
+def _as_given(name: str, value: Any) -> Any:
+    return value  # VeraConfig checks it
+
+
 @dataclass
 class TrainSettings:
-    """All that decides what a training run does.
+    """All settings of a training run.
 
-    Attributes:
-        model: the base model: a directory or a hub name.
-        data: training rows: a CSV, TSV, JSONL or Parquet file, or a data set's name on the hub.
-        output: directory for checkpoints, the adapter and the results.
-        task: one of TASKS.
-        subset: which configuration of a data set on the hub.
-        split: which part of a data set on the hub to train with.
-        eval_data: rows to evaluate with; None takes `eval_split`, or else `eval_fraction` of the training rows.
-        eval_split: which part of a data set on the hub to evaluate with.
-        eval_fraction: share of the training rows to evaluate with, where there are no others.
-        text_column: the text; for token classification a list of words; for a chat a list of messages.
-        text_pair_column: a second text, for classification and regression of pairs.
-        label_column: the label; for token classification a list, one for each word.
-        chat_loss: which part of a chat is learned: what the "assistant" says, or "all".
-        rank, target_modules, d_initial, vera_dropout, projection_prng_key: as in `VeraConfig`.
-        vera: other fields of `VeraConfig`.
-        learning_rate: of the vectors.
-        head_learning_rate: of a new head.
-        weight_decay: of both.
-        warmup: share of the steps with a growing learning rate.
-        epochs: how many times all rows are seen.
-        max_steps: steps of the optimizer after which to end, whatever `epochs` says; 0 for no limit.
-        eval_steps: steps of the optimizer between evaluations and checkpoints; 0 for once an epoch.
-        batch_size: rows in a step on one device.
-        gradient_accumulation: steps that are added up before the optimizer's.
-        max_length: tokens after which a text is cut.
-        precision: float32, or bfloat16 through autocast.
-        seed: of everything random.
-        early_stopping: evaluations without a better one after which to stop; 0 for none.
+    Each field stands once: its default, its option with the text of `--help`, and the check of its values, which is the
+    same for options and for a YAML file.
     """
 
-    model: str
-    data: str
-    output: str
-    task: str = "sequence-classification"
-    subset: str | None = None
-    split: str = "train"
-    eval_data: str | None = None
-    eval_split: str | None = None
-    eval_fraction: float = 0.1
-    text_column: str = "text"
-    text_pair_column: str | None = None
-    label_column: str = "label"
-    chat_loss: str = "assistant"
-    rank: int = 256
-    target_modules: str | list[str] = "all-linear"
-    d_initial: float = 0.1
-    vera_dropout: float = 0.0
-    projection_prng_key: int = 0
+    model: str = setting("Base model: a directory or a hub name.", _RUN, required(text("a path or a name")))
+    data: str = setting(
+        "Training rows: a CSV, TSV, JSONL or Parquet file, or a data set's hub name.",
+        _ROWS,
+        required(text("a path or a name")),
+    )
+    output: str = setting("New directory for all that comes out.", _RUN, required(text("a path or a name")))
+    task: str = setting("{choices}.", _RUN, one_of(TASKS), default="sequence-classification", choices=TASKS)
+    subset: str | None = setting("Configuration of a data set on the hub.", _ROWS, _A_NAME_OR_NOTHING, default=None)
+    split: str = setting(
+        "Part of a data set on the hub to train with. [default: {default}]", _ROWS, text("a name"), default="train"
+    )
+    eval_data: str | None = setting(
+        "Rows to evaluate with; else some of the training rows.", _ROWS, _A_NAME_OR_NOTHING, default=None
+    )
+    eval_split: str | None = setting(
+        "Part of a data set on the hub to evaluate with.", _ROWS, _A_NAME_OR_NOTHING, default=None
+    )
+    eval_fraction: float = setting(
+        "Share of the training rows to evaluate with. [default: {default}]", _ROWS, share, default=0.1
+    )
+    # For token classification a list of words, for a chat a list of messages.
+    text_column: str = setting(
+        "Column of the text, of words, or of a chat. [default: {default}]", _ROWS, text("a name"), default="text"
+    )
+    text_pair_column: str | None = setting("Column of a second text.", _ROWS, _A_NAME_OR_NOTHING, default=None)
+    # For token classification a list, with a label for each word.
+    label_column: str = setting("Column of the label. [default: {default}]", _ROWS, text("a name"), default="label")
+    chat_loss: str = setting(
+        "What is learned of a chat: {choices}.", _ROWS, one_of(CHAT_LOSSES), default="assistant", choices=CHAT_LOSSES
+    )
+    rank: int = setting("VeRA's rank. [default: {default}]", _ADAPTER, integer(1), default=256, short="-r")
+    target_modules: str | list[str] = setting(  # noqa: RUF009  # it makes a field
+        "Layers: all-linear (the default), or names with commas.",
+        _ADAPTER,
+        _as_given,
+        default="all-linear",
+        parse=_layers,
+    )
+    d_initial: float = setting(
+        "Where d starts. [default: {default}]", _ADAPTER, number(most=_LARGEST_FLOAT), default=0.1
+    )
+    vera_dropout: float = setting("Dropout on the adapter's input. [default: {default}]", _ADAPTER, share, default=0.0)
+    projection_prng_key: int = setting(
+        "Key of the random projections. [default: {default}]", _ADAPTER, _as_given, default=0
+    )
+    # Other fields of VeraConfig; a YAML file alone has them.
     vera: dict[str, Any] = dataclasses.field(default_factory=dict)
-    learning_rate: float = 2e-2
-    head_learning_rate: float = 4e-3
-    weight_decay: float = 0.0
-    warmup: float = 0.06
-    epochs: float = 3.0
-    max_steps: int = 0
-    eval_steps: int = 0
-    batch_size: int = 16
-    gradient_accumulation: int = 1
-    max_length: int = 256
-    precision: str = "float32"
-    seed: int = 0
-    early_stopping: int = 0
+    learning_rate: float = setting(
+        "Of the vectors. [default: {default}]", _TRAINING, number(0.0, _LARGEST_RATE), default=2e-2, short="--lr"
+    )
+    head_learning_rate: float = setting(
+        "Of a new head. [default: {default}]", _TRAINING, number(0.0, _LARGEST_RATE), default=4e-3, short="--head-lr"
+    )
+    weight_decay: float = setting("Of both. [default: {default}]", _TRAINING, share, default=0.0)
+    warmup: float = setting(
+        "Share of the steps with a growing rate. [default: {default}]", _TRAINING, share, default=0.06
+    )
+    epochs: float = setting(
+        "How often all rows are seen. [default: {default}]", _TRAINING, number(0.0, _MOST_EPOCHS), default=3.0
+    )
+    # 0 for no limit; one overrides the epochs.
+    max_steps: int = setting("Steps after which to end all the same.", _TRAINING, integer(0), default=0)
+    # 0 for once an epoch.
+    eval_steps: int = setting(
+        "Steps between evaluations, with checkpoints; else once an epoch.", _TRAINING, integer(0), default=0
+    )
+    # 0 for never.
+    early_stopping: int = setting(
+        "Evaluations without a better one to stop after; else never.", _TRAINING, integer(0), default=0
+    )
+    batch_size: int = setting("Rows in a step. [default: {default}]", _TRAINING, integer(1), default=16)
+    gradient_accumulation: int = setting(
+        "Steps added up before the optimizer's. [default: {default}]", _TRAINING, integer(1), default=1
+    )
+    max_length: int = setting("Tokens after which a text is cut. [default: {default}]", _ROWS, integer(1), default=256)
+    precision: str = setting("{choices}.", _TRAINING, one_of(PRECISIONS), default="float32", choices=PRECISIONS)
+    seed: int = setting("Of everything random. [default: {default}]", _RUN, integer(0), default=0)
 
     def __post_init__(self) -> None:
-        for name in ("model", "data", "output"):
-            if getattr(self, name) in ("", None):
-                raise SettingsError(f"{name} is missing: give it as --{name}, or in the --config file")
-            _text(name, getattr(self, name), "a path or a name")
-        for name in ("split", "text_column", "label_column"):
-            _text(name, getattr(self, name), "a name")
-        for name in ("subset", "eval_data", "eval_split", "text_pair_column"):
-            if getattr(self, name) is not None:
-                _text(name, getattr(self, name), "a name, or nothing")
-        _one_of("task", self.task, TASKS)
-        _one_of("precision", self.precision, PRECISIONS)
-        _one_of("chat_loss", self.chat_loss, CHAT_LOSSES)
-        for name in ("rank", "batch_size", "gradient_accumulation", "max_length"):
-            _whole(name, getattr(self, name), least=1)
-        for name in ("seed", "early_stopping", "max_steps", "eval_steps"):
-            _whole(name, getattr(self, name), least=0)
-        for name, most in (
-            ("learning_rate", _LARGEST_RATE),
-            ("head_learning_rate", _LARGEST_RATE),
-            ("epochs", _MOST_EPOCHS),
-        ):
-            setattr(self, name, _number(name, getattr(self, name), above=0.0, most=most))
-        for name in ("eval_fraction", "warmup", "weight_decay", "vera_dropout"):
-            value = _number(name, getattr(self, name))
-            if not 0.0 <= value < 1.0:
-                raise _bad(name, value, "in [0, 1)")
-            setattr(self, name, value)
-        self.d_initial = _number("d_initial", self.d_initial, most=_LARGEST_FLOAT)
+        for name, option in options_of(self).items():
+            setattr(self, name, option.check(name, getattr(self, name)))
         self._complete_vera()
 
     def _complete_vera(self) -> None:
         known = {field.name for field in dataclasses.fields(VeraConfig)} - _NOT_IN_VERA
         if not isinstance(self.vera, dict):
-            raise _bad("vera", self.vera, "lines of 'name: value'")
+            raise bad("vera", self.vera, "lines of 'name: value'")
         unknown = sorted(set(map(str, self.vera)) - known)
         if unknown:
             remedy = foreign_field(unknown[0])
@@ -183,8 +194,8 @@ class TrainSettings:
         """Return all settings as YAML, in their order."""
         import yaml
 
-        text: str = yaml.safe_dump(dataclasses.asdict(self), sort_keys=False)
-        return text
+        lines: str = yaml.safe_dump(dataclasses.asdict(self), sort_keys=False)
+        return lines
 
     def write(self, directory: Path) -> None:
         """Write all settings into a directory."""
@@ -231,36 +242,3 @@ def read_settings(path: Path) -> dict[str, Any]:
 def _meant(unknown: list[str], known: Collection[str]) -> str:
     near = difflib.get_close_matches(unknown[0], known, n=1)
     return f" (do you mean {near[0]!r}?)" if near else ""
-
-
-def _bad(name: str, value: object, wanted: str) -> SettingsError:
-    return SettingsError(f"{name}={shown(value)} is not allowed: it must be {wanted}")
-
-
-def _one_of(name: str, value: object, allowed: Collection[str]) -> None:
-    if not isinstance(value, str) or value not in allowed:
-        raise _bad(name, value, f"one of {', '.join(allowed)}")
-
-
-def _text(name: str, value: object, wanted: str) -> None:
-    if not isinstance(value, str):
-        raise _bad(name, value, f"{wanted}; in a YAML file, put it in quotes")
-    if not value or "\0" in value:
-        raise _bad(name, value, wanted)
-
-
-def _whole(name: str, value: object, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= _LARGEST_INTEGER:
-        raise _bad(name, value, f"an integer from {least} to {_LARGEST_INTEGER}")
-
-
-def _number(name: str, value: Any, above: float | None = None, most: float = math.inf) -> float:
-    # YAML reads 1e-2 as a string, since its numbers want a dot.
-    try:
-        number = math.nan if isinstance(value, bool) or not isinstance(value, int | float | str) else float(value)
-    except (ValueError, OverflowError):
-        raise _bad(name, value, "a number") from None
-    if not math.isfinite(number) or (above is not None and number <= above) or abs(number) > most:
-        wanted = "a finite number" if above is None else f"a finite number above {above:g}"
-        raise _bad(name, value, wanted if most == math.inf else f"{wanted}, of at most {most:g}")
-    return number
