@@ -14,7 +14,7 @@ export TOKENIZERS_PARALLELISM := false
 ENGINES := .venv-engines
 LLAMA_CPP := llama_cpp_python-0.3.36
 
-.PHONY: test lint fuzz demo demo-full examples customers docs bench engines peft-versions clean
+.PHONY: test lint fuzz demo demo-full examples customers docs bench engines peft-versions peft-suite clean
 
 test: lint
 	$(BIN)/python -m pytest
@@ -80,6 +80,17 @@ peft-versions: $(VENV)/dev.done
 		$(BIN)/python -m pip install --quiet --no-deps --upgrade --target runs/peft-$$version peft==$$version && \
 		PYTHONPATH=runs/peft-$$version $(BIN)/python -m pytest $(PEFT_TESTS) || exit 1; \
 	done
+
+# PEFT's own tests of VeRA, from its source distribution, as they are and on veratune's layers: about ten minutes.
+# diffusers is imported by what its tests share, and not used by those of VeRA.
+PEFT_SUITE := runs/peft-suite
+
+peft-suite: $(VENV)/dev.done
+	$(BIN)/python -m pip install --quiet --upgrade --no-deps --target $(PEFT_SUITE)/packages diffusers importlib_metadata zipp \
+		peft==0.21.2
+	$(BIN)/python -m pip download --quiet --no-deps --no-binary peft --dest $(PEFT_SUITE) peft==0.21.2
+	tar --extract --gzip --directory $(PEFT_SUITE) --file $(PEFT_SUITE)/peft-0.21.2.tar.gz
+	PYTHONPATH=$(CURDIR)/$(PEFT_SUITE)/packages $(BIN)/python benchmarks/peft_suite/run.py $(PEFT_SUITE)/peft-0.21.2
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
