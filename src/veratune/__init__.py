@@ -1,9 +1,9 @@
 """VeRA (Vector-based Random Matrix Adaptation) on all linear layers of a model, whatever their shapes."""
 
 import veratune.utils.startup  # noqa: F401  # before what takes long to import
-from veratune.adapters.adapted_model import AdapterState
+from veratune.adapters.adapter_state import AdapterState
 from veratune.adapters.coverage import SupportTable, WeightInfo, supported
-from veratune.adapters.targets import TargetError
+from veratune.adapters.target import TargetError
 from veratune.bank import AdapterBank, BankError
 from veratune.checkpoint.files import CheckpointError
 from veratune.config import VeRAConfig, VeraConfig

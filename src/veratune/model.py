@@ -9,9 +9,11 @@ from typing import Any, Literal, Self
 import torch
 from torch import nn
 
-from veratune.adapters.adapted_model import ADDING, AdaptedModel, as_names, check_adapter_name, notify, plan_adapter
+from veratune.adapters.adapted_model import ADDING, AdaptedModel
+from veratune.adapters.adapter_state import as_names, check_adapter_name
+from veratune.adapters.names import base_modules
+from veratune.adapters.plan import plan_adapter
 from veratune.adapters.surgery import kept_on_error, undone_on_error
-from veratune.adapters.targets import base_modules
 from veratune.checkpoint.card import write_card
 from veratune.checkpoint.class_names import name_classes
 from veratune.checkpoint.formats import FORMATS, read_adapter
@@ -25,6 +27,7 @@ from veratune.export.lora import export_lora
 from veratune.export.vllm import check_vllm
 from veratune.layers import SavedModule, VeraLayer
 from veratune.utils.sharding import describe_sharding
+from veratune.utils.text import notify
 
 DEFAULT_ADAPTER = "default"
 

@@ -4,7 +4,7 @@ from torch import nn
 
 from tiny_models import tiny_model
 from veratune import TargetError, VeraConfig, get_peft_model
-from veratune.adapters.adapted_model import plan_adapter
+from veratune.adapters.plan import plan_adapter
 from veratune.layers import SavedModule, VeraLayer
 
 

@@ -13,7 +13,7 @@ import torch
 
 from mutations import CONFIG, INPUT, KINDS, SETTINGS, WEIGHTS, make_files, net, randomised, state_of
 from veratune import AdapterBank, CheckpointError, VeraConfig, VeraModel, get_peft_model
-from veratune.adapters.targets import TargetError
+from veratune.adapters.target import TargetError
 from veratune.checkpoint.formats import read_contents
 from veratune.utils.atomic import temporary_beside, write_atomically
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from state_matrix import IDS, Adapter, Env, Truth, bits, check_native, close, flags, number
 from state_setups import FAMILIES, config_of, fill
 from veratune import VeraModel, get_peft_model
-from veratune.adapters.adapted_model import plan_adapter
+from veratune.adapters.plan import plan_adapter
 
 Need = Callable[[Env], bool]
 

@@ -247,7 +247,7 @@ def test_a_change_that_was_undone_leaves_no_state_behind(monkeypatch: pytest.Mon
     model = net(True, "linear")
     loss = loss_of(model)
     with monkeypatch.context() as patch:
-        patch.setattr("veratune.adapters.adapted_model.guard_loading", fail)
+        patch.setattr("veratune.adapters.merging.guard_loading", fail)
         with pytest.raises(MemoryError):
             model.merge_adapter()
     loss.backward()

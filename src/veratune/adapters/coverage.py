@@ -6,7 +6,10 @@ from typing import Literal
 
 from torch import nn
 
-from veratune.adapters.targets import TargetError, base_modules, find_targets, joined, resolve_config, unwrapped
+from veratune.adapters.default_targets import resolve_config
+from veratune.adapters.names import base_modules, joined, unwrapped
+from veratune.adapters.target import TargetError
+from veratune.adapters.targets import find_targets
 from veratune.config import VeraConfig
 from veratune.layers.convolution import CONVOLUTIONS
 from veratune.layers.registry import adaptable_parameters, geometry, why_not_adaptable, why_not_parameter

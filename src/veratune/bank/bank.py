@@ -9,8 +9,9 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from veratune.adapters.adapted_model import AdaptedModel, plan_adapter
-from veratune.adapters.targets import base_modules
+from veratune.adapters.adapted_model import AdaptedModel
+from veratune.adapters.names import base_modules
+from veratune.adapters.plan import plan_adapter
 from veratune.bank.calls import make_call, trial_call
 from veratune.bank.configs import config_for_adapters, config_of_layout
 from veratune.bank.installation import Installation

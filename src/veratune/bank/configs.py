@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from veratune.adapters.targets import base_modules
+from veratune.adapters.names import base_modules
 from veratune.bank.layout import BankError, check_kind
 from veratune.checkpoint.formats import read_adapter
 from veratune.checkpoint.hub import find_directory

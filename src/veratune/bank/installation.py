@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from veratune.adapters.surgery import replace_modules
-from veratune.adapters.targets import Target
+from veratune.adapters.target import Target
 from veratune.bank.head_layers import BankedHead
 from veratune.bank.layers import BankedConv1D, BankedLinear
 from veratune.bank.layout import BankError, Layout

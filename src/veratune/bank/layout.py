@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from veratune.adapters.targets import Target, unwrapped
+from veratune.adapters.names import unwrapped
+from veratune.adapters.target import Target
 from veratune.bank.layers import Columns, part_slices
 from veratune.checkpoint.validate import ReadyAdapter
 from veratune.layers.registry import is_conv1d, is_linear

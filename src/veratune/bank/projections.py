@@ -3,8 +3,8 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from veratune.adapters.adapted_model import input_groups
-from veratune.adapters.targets import Target
+from veratune.adapters.plan import input_groups
+from veratune.adapters.target import Target
 from veratune.bank.layers import BankedLinear, SharedProjections
 from veratune.projections.pool import projection_pool
 from veratune.projections.schemes import PerDimension, Scheme

@@ -4,9 +4,9 @@ from typing import Any
 
 from torch import nn
 
-from veratune.adapters.adapted_model import notify
-from veratune.adapters.targets import without_wrappers
+from veratune.adapters.names import without_wrappers
 from veratune.checkpoint.validate import ReadyAdapter
+from veratune.utils.text import notify
 
 
 def name_classes(model: nn.Module, ready: ReadyAdapter) -> None:

@@ -23,8 +23,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from veratune.adapters.adapted_model import AdaptedModel, make_scheme, notify
-from veratune.adapters.targets import Target, without_wrappers
+from veratune.adapters.adapted_model import AdaptedModel
+from veratune.adapters.names import without_wrappers
+from veratune.adapters.plan import make_scheme
+from veratune.adapters.target import Target
 from veratune.checkpoint.base import AdapterContents, AdapterFiles, Format, open_adapter
 from veratune.checkpoint.files import (
     CONFIG_NAME,
@@ -49,6 +51,7 @@ from veratune.layers import VeraEmbedding
 from veratune.projections.schemes import Scheme, Side, Stored
 from veratune.utils.outside_files import parse_json
 from veratune.utils.tensors import bytes_of, is_finite
+from veratune.utils.text import notify
 
 FORMAT_VERSION = 1
 METADATA_KEY = "veratune"

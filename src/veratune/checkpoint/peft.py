@@ -8,8 +8,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from veratune.adapters.adapted_model import AdaptedModel, make_scheme
-from veratune.adapters.targets import Target, configured_names, unwrapped
+from veratune.adapters.adapted_model import AdaptedModel
+from veratune.adapters.names import unwrapped
+from veratune.adapters.plan import make_scheme
+from veratune.adapters.target import Target
+from veratune.adapters.targets import configured_names
 from veratune.checkpoint.base import AdapterContents, AdapterFiles, Format
 from veratune.checkpoint.files import CONFIG_NAME, WEIGHTS_NAME, CheckpointError
 from veratune.checkpoint.peft_rules import A_KEY, B_KEY, PEFT_VERA, PREFIX, TASK_MODELS, peft_saved

@@ -10,8 +10,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from veratune.adapters.adapted_model import make_scheme
-from veratune.adapters.targets import TargetError, configured_parameters, joined, unwrapped
+from veratune.adapters.names import joined, unwrapped
+from veratune.adapters.plan import make_scheme
+from veratune.adapters.target import TargetError
+from veratune.adapters.targets import configured_parameters
 from veratune.checkpoint.base import AdapterContents, AdapterFiles
 from veratune.checkpoint.files import CONFIG_NAME, WEIGHTS_NAME, CheckpointError
 from veratune.checkpoint.peft import (

@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from veratune.adapters.adapted_model import notify
-from veratune.adapters.targets import base_modules, joined, matcher, without_wrappers
+from veratune.adapters.matching import matcher
+from veratune.adapters.names import base_modules, joined, without_wrappers
 from veratune.checkpoint.weight_reads import reader_of
 from veratune.layers import VeraLayer, VeraParameter
 from veratune.layers.quantized import is_quantized
 from veratune.layers.registry import is_out_proj
+from veratune.utils.text import notify
 
 PEFT_VERA = "VERA"
 PREFIX = "base_model.model."

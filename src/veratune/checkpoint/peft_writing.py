@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from veratune.adapters.adapted_model import AdaptedModel
-from veratune.adapters.targets import base_modules, without_wrappers
+from veratune.adapters.names import base_modules, without_wrappers
 from veratune.checkpoint.files import write_pair
 from veratune.checkpoint.peft_rules import (
     A_KEY,

@@ -13,16 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from veratune.adapters.adapted_model import AdaptedModel, AdapterPlan, modules_with_biases, notify
-from veratune.adapters.targets import (
-    Target,
-    TargetError,
-    check_conflicts,
-    find_targets,
-    largest_rank,
-    parts_of,
-    unwrapped,
-)
+from veratune.adapters.adapted_model import AdaptedModel
+from veratune.adapters.names import unwrapped
+from veratune.adapters.plan import AdapterPlan, modules_with_biases
+from veratune.adapters.target import Target, TargetError, largest_rank, parts_of
+from veratune.adapters.target_errors import check_conflicts
+from veratune.adapters.targets import find_targets
 from veratune.checkpoint.files import CheckpointError
 from veratune.config import VeraConfig
 from veratune.layers import Geometry, VeraLayer
@@ -31,6 +27,7 @@ from veratune.layers.registry import geometry, parameter_layout, why_not_adaptab
 from veratune.projections.schemes import Scheme, Stored
 from veratune.utils.sharding import is_engines, shape_of
 from veratune.utils.tensors import is_finite
+from veratune.utils.text import notify
 
 _MOST_DIGITS = 9
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from veratune.adapters.targets import unwrapped
+from veratune.adapters.names import unwrapped
 
 # Attributes of a weight that are no use of its values, and functions that ask what it is.
 _ABOUT = {"dtype", "device", "shape", "ndim", "is_meta", "requires_grad", "size", "dim", "numel", "layout", "is_cuda"}

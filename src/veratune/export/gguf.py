@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from veratune.adapters.adapted_model import AdaptedModel
-from veratune.adapters.targets import without_wrappers
+from veratune.adapters.names import without_wrappers
 from veratune.export.lora import check_dtype, check_vectors_only, lora_matrices, why_not_lora
 from veratune.layers import VeraEmbedding, VeraLayer, VeraLinear, VeraParameter
 from veratune.utils.atomic import replacing

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from veratune.adapters.adapted_model import AdaptedModel
-from veratune.adapters.targets import joined
+from veratune.adapters.names import joined
 from veratune.checkpoint.files import write_pair
 from veratune.checkpoint.peft_rules import (
     PREFIX,

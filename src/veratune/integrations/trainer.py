@@ -22,11 +22,11 @@ except ImportError as error:
 from torch import nn
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 
-from veratune.adapters.adapted_model import notify
 from veratune.checkpoint.files import CheckpointError, read_json, write_json
 from veratune.model import VeraModel
 from veratune.training import HEAD_RATE, VECTOR_RATE, rate_advice, trained_parts
 from veratune.utils.outside_files import opened
+from veratune.utils.text import notify
 
 DIGESTS_NAME = "checkpoint_digests.json"
 _LARGEST_STATE = 1 << 30

@@ -14,7 +14,7 @@ except ImportError as error:
 import torch
 from torch import nn
 
-from veratune.adapters.adapted_model import plan_adapter
+from veratune.adapters.plan import plan_adapter
 from veratune.integrations.trainer import VeraTrainer
 from veratune.model import VeraModel
 

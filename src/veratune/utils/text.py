@@ -1,4 +1,6 @@
-"""Untrusted text in messages: bounded in length, without control characters."""
+"""Text of messages: untrusted parts are bounded in length and have their control characters escaped."""
+
+import warnings
 
 LONGEST_MESSAGE = 2000
 
@@ -14,3 +16,8 @@ def clipped(text: str, longest: int = LONGEST_MESSAGE) -> str:
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+
+
+def notify(sentence: str) -> None:
+    """Warn of something that is not an error but may surprise."""
+    warnings.warn(clipped(f"veratune: {sentence}"), UserWarning, stacklevel=2)

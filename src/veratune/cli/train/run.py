@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import typer
 
-from veratune.adapters.targets import TargetError
+from veratune.adapters.target import TargetError
 from veratune.checkpoint.files import read_json, write_json
 from veratune.cli.directories import check_new
 from veratune.cli.models import ADAPTER_NAME, load_tokenizer, loaded

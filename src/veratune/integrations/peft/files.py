@@ -10,7 +10,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from veratune.adapters.targets import adapted_layers, base_modules, joined, module_names, unwrapped
+from veratune.adapters.names import adapted_layers, base_modules, joined, module_names, unwrapped
 from veratune.checkpoint.files import CheckpointError
 from veratune.checkpoint.hub import find_directory
 from veratune.checkpoint.native import read_native

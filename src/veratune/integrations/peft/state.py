@@ -9,7 +9,7 @@ from typing import Any
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from veratune.adapters.targets import ModuleName, joined, module_names, public_key
+from veratune.adapters.names import ModuleName, joined, module_names, public_key
 from veratune.checkpoint.files import CheckpointError, gathered
 from veratune.checkpoint.peft_rules import PREFIX
 from veratune.integrations.peft.layers import TunedLayer

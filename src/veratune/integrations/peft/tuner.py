@@ -30,19 +30,13 @@ except ImportError:
 import torch
 from torch import Tensor, nn
 
-from veratune.adapters.adapted_model import check_adapter_name, input_groups, make_scheme, vector_dtype
+from veratune.adapters.adapter_state import check_adapter_name
+from veratune.adapters.names import ModuleName, adapted_layers, module_names, unwrapped
+from veratune.adapters.plan import input_groups, make_scheme, vector_dtype
 from veratune.adapters.surgery import StructureBefore, prepare, undone_on_error
-from veratune.adapters.targets import (
-    ModuleName,
-    Target,
-    adapted_layers,
-    check_not_sharded,
-    check_settings,
-    module_names,
-    parameter_targets,
-    parts_of,
-    unwrapped,
-)
+from veratune.adapters.target import Target, parts_of
+from veratune.adapters.target_errors import check_not_sharded, check_settings
+from veratune.adapters.targets import parameter_targets
 from veratune.checkpoint.peft_plugin import PLUGIN_TYPE
 from veratune.checkpoint.validate import LoadedAdapter, other_projections
 from veratune.config import PEFT_TYPE, VeraConfig, explains_unknown_fields

@@ -1,0 +1,177 @@
+"""A model with adapters in it: which there are, which of them compute, and what each has learned."""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+
+from torch import nn
+
+from veratune.adapters.adapter_state import AdapterState
+from veratune.adapters.names import adapted_layers, base_modules, base_parameters, first_names
+from veratune.adapters.surgery import undone_on_error
+from veratune.adapters.wrapper import ForwardOfBase, ModelWrapper
+from veratune.config import VeraConfig
+from veratune.layers import SavedModule, VeraLayer
+from veratune.layers.biases import AdapterBiases
+from veratune.projections.schemes import Scheme
+
+
+class AdapterSet(ModelWrapper):
+    """A model with adapters in it: which there are, which of them compute, and what each has learned.
+
+    Attributes:
+        base_model: the model, with adapted layers in it.
+        peft_config: adapter name to its configuration.
+        autocast_adapter_dtype: whether vectors on a half-precision layer are float32 rather than of its dtype.
+    """
+
+    def __init__(self, model: nn.Module, *, autocast_adapter_dtype: bool = True) -> None:
+        super().__init__()
+        self.peft_config: dict[str, VeraConfig] = {}
+        self.autocast_adapter_dtype = autocast_adapter_dtype
+        self._schemes: dict[str, Scheme] = {}
+        self._biases: dict[str, AdapterBiases] = {}
+        self._active: list[str] = []
+        self._disabled = 0
+        # By name: whatever shards, offloads or merges a model puts other parameters in the places of its own.
+        self._trainable_before = {name for name, parameter in base_parameters(model) if parameter.requires_grad}
+        self.base_model = model
+        self.training = model.training
+        model.requires_grad_(False)
+        self._inputs_require_grad = False
+        if _checkpoints(model):
+            self._let_inputs_require_grad()
+
+    forward = ForwardOfBase()
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """The names of the active adapters, in the order in which they were chosen."""
+        return list(self._active)
+
+    @property
+    def active_adapter(self) -> str:
+        """The name of the one active adapter.
+
+        Raises:
+            ValueError: none is active, or several are.
+        """
+        if len(self._active) != 1:
+            remedy = "give adapter_name, or choose one with set_adapter" if self.peft_config else "it has none any more"
+            raise ValueError(f"there is no single active adapter: active_adapters is {self._active}: {remedy}")
+        return self._active[0]
+
+    @property
+    def merged_adapters(self) -> list[str]:
+        """The names of the adapters that are merged into the weights at the moment."""
+        merged = {name for layer in self._layers() for name in layer.merged_adapters}
+        return [name for name in self.peft_config if name in merged]
+
+    def adapter_state(self, adapter_name: str) -> AdapterState:
+        """Return the parameters of an adapter by their names in the model without adapters."""
+        self._check_known([adapter_name])
+        modules = base_modules(self.base_model)
+        return AdapterState(
+            vectors={
+                name: layer.vectors(adapter_name)
+                for name, layer in adapted_layers(self.base_model).items()
+                if adapter_name in layer.entries
+            },
+            saved={
+                name: module.modules_to_save[adapter_name]
+                for name, module in first_names(modules, SavedModule).items()
+                if adapter_name in module.modules_to_save
+            },
+            biases=self._biases[adapter_name].parameters() if adapter_name in self._biases else {},
+        )
+
+    def vera_layers(self) -> dict[str, VeraLayer]:
+        """Return the adapted layers by their names in the model without adapters."""
+        return adapted_layers(self.base_model)
+
+    def undone_on_error(self) -> AbstractContextManager[None]:
+        """Return a context whose changes to the model and its adapters are undone if anything is raised.
+
+        Numbers that are written into tensors in place are not among them.
+        """
+        return undone_on_error(self, *self._biases.values())
+
+    def _activate(self, names: Sequence[str]) -> None:
+        for name, biases in self._biases.items():
+            if biases.installed != (name in names):
+                biases.check_swappable()
+        self._active = list(dict.fromkeys(names))
+        for layer in self._layers():
+            layer.activate(self._active)
+        self._choose_saved()
+
+    def _computing(self) -> list[str]:
+        """Return the adapters that compute: those merged into the weights, and the active ones."""
+        return list(dict.fromkeys([*self.merged_adapters, *self._active]))
+
+    def _choose_saved(self) -> None:
+        """Let the saved modules and biases of the adapters compute whose vectors do."""
+        names = self._computing()
+        for module in self.modules():
+            if isinstance(module, SavedModule):
+                module.activate(names)
+        self._swap_biases(names)
+
+    def _swap_biases(self, names: Sequence[str]) -> None:
+        # All out before one is in: two adapters may own the same bias.
+        for biases in self._biases.values():
+            biases.swap(install=False)
+        for name in names:
+            if name in self._biases:
+                self._biases[name].swap(install=True)
+
+    def _layers(self) -> list[VeraLayer]:
+        return [module for module in self.modules() if isinstance(module, VeraLayer)]
+
+    def _check_known(self, names: Sequence[str]) -> None:
+        for name in names:
+            if name not in self.peft_config:
+                raise ValueError(
+                    f"adapter {name!r} does not exist: this model has the adapters {list(self.peft_config)}"
+                )
+
+    def _check_outside(self, operation: str) -> None:
+        if self._disabled:
+            raise ValueError(
+                f"{operation} cannot work within disable_adapter() or only(), which put back what was active and merged"
+                " before"
+            )
+
+    def _check_unmerged(self, operation: str) -> None:
+        merged = self.merged_adapters
+        if merged:
+            raise ValueError(
+                f"{operation} cannot work while the adapters {merged} are merged: call unmerge_adapter first"
+            )
+
+    def _check_together(self, names: Sequence[str]) -> None:
+        with_biases = [name for name in dict.fromkeys(names) if name in self._biases]
+        if len(with_biases) > 1:
+            raise ValueError(f"the adapters {with_biases} have biases of their own and cannot be active together")
+        for name, module in first_names(base_modules(self.base_model), SavedModule).items():
+            owners = [adapter for adapter in dict.fromkeys(names) if adapter in module.modules_to_save]
+            if len(owners) > 1:
+                raise ValueError(
+                    f"the adapters {owners} have their own copies of {name!r} and cannot be active together:"
+                    " an adapter made with modules_to_save=[] has none"
+                )
+
+    def _let_inputs_require_grad(self) -> None:
+        # Reentrant checkpointing gives no gradients to a block none of whose inputs requires one, and with frozen
+        # embeddings none does.
+        enable: Callable[[], None] | None = getattr(self.base_model, "enable_input_require_grads", None)
+        if enable is not None and not self._inputs_require_grad:
+            enable()
+            self._inputs_require_grad = True
+
+
+def _checkpoints(model: nn.Module) -> bool:
+    """Return whether a transformers model has gradient checkpointing on, under the newer or the older name."""
+    for name in ("is_activation_checkpointing", "is_gradient_checkpointing"):
+        if hasattr(type(model), name):
+            return bool(getattr(model, name))
+    return False

@@ -1,0 +1,142 @@
+"""Names of modules in a model, as if it had no adapters and no wrappers of torch's."""
+
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple, TypeVar
+
+from torch import nn
+
+from veratune.layers import SavedModule, VeraLayer, VeraModule
+from veratune.utils.torch_private import in_state_dict, name_in_wrapper
+
+_Module = TypeVar("_Module", bound=nn.Module)
+
+
+class ModuleName(NamedTuple):
+    """The names of one module.
+
+    Attributes:
+        public: without torch's wrappers; the only one for files, targets and messages. A wrapper has the same as
+            the module inside.
+        state: what its keys in a state dict begin with, where some wrappers show and some do not.
+        wrapper: whether it is a wrapper.
+    """
+
+    public: str
+    state: str
+    wrapper: bool
+
+
+def joined(module_name: str, name: str) -> str:
+    """Return the dotted name of something in a module."""
+    return f"{module_name}.{name}" if module_name else name
+
+
+def ends_in(name: str, suffix: str) -> bool:
+    return name == suffix or name.endswith(f".{suffix}")
+
+
+def without_wrappers(module: nn.Module) -> nn.Module:
+    """Return the module inside torch's wrappers: torch.compile, checkpoint_wrapper, DataParallel, FSDP 1."""
+    while (name := name_in_wrapper(module)) is not None:
+        inside = module._modules[name]
+        assert inside is not None
+        module = inside
+    return module
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """Return the model's own module that one of veratune's holds, or the module itself, without torch's wrappers."""
+    module = without_wrappers(module)
+    if isinstance(module, VeraLayer | VeraModule):
+        return without_wrappers(module.base_layer)
+    return without_wrappers(module.original_module) if isinstance(module, SavedModule) else module
+
+
+def base_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the model's modules by dotted name, as if it had no adapters and no wrappers of torch's.
+
+    A module that stands in several places has several names. Adapted layers and saved modules stand under the names
+    of what they wrap, and nothing inside them is listed but the saved module's original.
+    """
+    found: dict[str, nn.Module] = {}
+
+    def visit(module: nn.Module, name: str) -> None:
+        module = without_wrappers(module)
+        found[name] = module
+        if isinstance(module, VeraLayer):
+            return
+        for child_name, child in unwrapped(module)._modules.items():
+            if child is not None:
+                visit(child, joined(name, child_name))
+
+    visit(model, "")
+    return found
+
+
+def adapted_layers(model: nn.Module) -> dict[str, VeraLayer]:
+    """Return what adapters are on, by name in the model without them, each once: layers, and parameters of modules."""
+    found: dict[int, tuple[str, VeraLayer]] = {}
+    for name, module in base_modules(model).items():
+        if isinstance(module, VeraLayer):
+            found.setdefault(id(module), (name, module))
+        elif isinstance(module, VeraModule):
+            for parameter, layer in module.parameter_layers().items():
+                found.setdefault(id(layer), (joined(name, parameter), layer))
+    return dict(found.values())
+
+
+def first_names(modules: dict[str, nn.Module], kind: type[_Module]) -> dict[str, _Module]:
+    """Return the modules of a kind by name, each under its first name only."""
+    found: dict[int, tuple[str, _Module]] = {}
+    for name, module in modules.items():
+        if isinstance(module, kind):
+            found.setdefault(id(module), (name, module))
+    return dict(found.values())
+
+
+def base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield a model's parameters by all of their names in the model without adapters."""
+    for name, module in base_modules(model).items():
+        for own, parameter in module._parameters.items():
+            if parameter is not None:
+                yield joined(name, own), parameter
+
+
+def module_names(model: nn.Module) -> dict[str, ModuleName]:
+    """Return the names of all modules, adapters and wrappers included, by those that `named_modules` gives.
+
+    A module that stands in several places has several names.
+    """
+    found: dict[str, ModuleName] = {}
+
+    def visit(module: nn.Module, name: str, public: str, state: str) -> None:
+        held = name_in_wrapper(module)
+        found[name] = ModuleName(public, state, held is not None)
+        for child_name, child in module._modules.items():
+            if child is not None:
+                hidden = child_name == held
+                shown = not hidden or in_state_dict(child_name)
+                visit(
+                    child,
+                    joined(name, child_name),
+                    public if hidden else joined(public, child_name),
+                    joined(state, child_name) if shown else state,
+                )
+
+    visit(model, "", "", "")
+    return found
+
+
+def public_key(key: str, names: Mapping[str, str]) -> str:
+    """Return a key of a state dict without torch's wrappers.
+
+    Args:
+        key: the key.
+        names: what modules' keys begin with, to the modules' public names.
+    """
+    owner, rest = key, ""
+    while owner and owner not in names:
+        owner, _, last = owner.rpartition(".")
+        rest = joined(last, rest) if rest else last
+    public = names.get(owner, owner)
+    return joined(public, rest) if rest else public

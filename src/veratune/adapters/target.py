@@ -1,0 +1,75 @@
+"""One target of an adapter, and the error for what cannot be one."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from torch import nn
+
+from veratune.adapters.names import ends_in
+from veratune.config import VeraConfig
+from veratune.layers import Geometry
+from veratune.utils.text import clipped
+
+
+@dataclass(frozen=True)
+class Target:
+    """A layer, or a parameter that its module reads itself, to which an adapter will be added.
+
+    Attributes:
+        name: its dotted name; where a module stands in several places, the first.
+        module: the module, or the `VeraLayer` or `VeraModule` that another adapter has made of it.
+        parameter: the parameter's name in its module; None for a layer.
+        rank: the adapter's rank there.
+        geometry: its dimensions.
+        parts: the outputs of each part, where it stands for several layers side by side.
+    """
+
+    name: str
+    module: nn.Module
+    parameter: str | None
+    rank: int
+    geometry: Geometry
+    parts: tuple[int, ...] = ()
+
+    @property
+    def in_features(self) -> int:
+        return self.geometry.in_features
+
+    @property
+    def out_features(self) -> int:
+        return self.geometry.out_features
+
+
+class TargetError(ValueError):
+    """The configuration names nothing in this model that can be adapted."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(clipped(message))
+
+
+def largest_rank(targets: Iterable[Target]) -> int:
+    """Return the largest rank that an adapter of these targets may have on any of them."""
+    return max(target.geometry.largest_rank for target in targets)
+
+
+def parts_of(name: str, size: Geometry, config: VeraConfig) -> tuple[int, ...]:
+    """Return the outputs of each part of a layer, by a configuration's `fused_parts`; empty where it is not named.
+
+    Raises:
+        TargetError: the parts do not add up to the layer's outputs.
+    """
+    keys = [key for key in config.fused_parts if ends_in(name, key)]
+    if not keys:
+        return ()
+    key = max(keys, key=len)  # the one that says most
+    parts = config.fused_parts[key]
+    if not isinstance(parts, int):
+        sizes = parts
+    else:  # no list of what may be a huge number
+        sizes = [size.out_features // parts] * parts if parts <= size.out_features else []
+    if sum(sizes) != size.out_features or 0 in sizes:
+        raise TargetError(
+            f"fused_parts[{key!r}]={parts!r} does not fit {name}, which has {size.out_features} outputs: give a number"
+            " that divides them, or a list that adds up to them"
+        )
+    return tuple(sizes)

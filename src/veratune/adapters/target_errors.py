@@ -1,0 +1,271 @@
+"""Checks of an adapter's targets, whose messages list what the model does have."""
+
+import difflib
+import re
+from collections.abc import Callable, Iterable, Mapping
+
+from torch import Tensor, nn
+
+from veratune.adapters.matching import layer_index, layer_indices, matcher
+from veratune.adapters.names import base_modules, ends_in, joined, unwrapped
+from veratune.adapters.target import Target, TargetError, largest_rank
+from veratune.config import VeraConfig, ends_in_match
+from veratune.layers import SavedModule, VeraLayer, VeraModule
+from veratune.layers.registry import (
+    adaptable_parameters,
+    has_own_forward,
+    is_linear,
+    is_out_proj,
+    why_not_adaptable,
+)
+from veratune.projections.schemes import SCHEMES
+from veratune.utils.sharding import describe_sharding, is_emptied, is_engines
+
+
+def check_settings(config: VeraConfig, targets: list[Target]) -> None:
+    """Raise TargetError for a setting that some of the targets cannot have."""
+    most = largest_rank(targets)
+    large = next((target for target in targets if target.rank > most), None)
+    if large is not None:
+        raise TargetError(
+            f"a rank of {large.rank} is not allowed on {large.name}: {most} is the most for layers of these sizes, and"
+            " 256 to 1024 are usual"
+        )
+    for key in config.fused_parts:
+        if not any(ends_in(target.name, key) for target in targets):
+            raise TargetError(
+                f"fused_parts={config.fused_parts!r}: {key!r} is the end of no adapted layer's name."
+                + closest([key], dict.fromkeys([target.name for target in targets], "adapted"))
+            )
+    for target in targets:
+        module = unwrapped(target.module)
+        if target.parts and not is_linear(module):
+            raise TargetError(f"fused_parts: {target.name} is no linear layer, and is not made of parts")
+        read = target.parameter is not None or is_out_proj(module) or has_own_forward(module)
+        if config.vera_dropout > 0.0 and (read or isinstance(module, nn.Embedding)):
+            raise TargetError(
+                f"vera_dropout={config.vera_dropout!r} cannot be had for {target.name}: there is no input of the"
+                " adapter's own to drop from. Use vera_dropout=0.0, or name it in exclude_modules"
+            )
+        whole_linear = target.parameter is None and not isinstance(module, nn.Embedding)
+        if SCHEMES[config.projection].one_rank_linear_only and not whole_linear:
+            raise TargetError(
+                f"projection={config.projection!r} cannot adapt {target.name}, which is not a linear layer: use"
+                " projection='per_dimension', or name it in exclude_modules"
+            )
+
+
+def check_not_sharded(targets: list[Target]) -> None:
+    """Raise TargetError if a target's weight is spread over processes, where each has some of its rows or columns."""
+    for target in targets:
+        base = unwrapped(target.module)
+        weight = base._parameters.get(target.parameter or "weight")
+        spread = describe_sharding(weight)
+        if is_emptied(weight) and not is_engines(base):
+            continue  # loaded for ZeRO-3, and the engine has not seen it yet
+        if spread is not None:
+            raise TargetError(
+                f"{target.name} cannot be adapted, because its weight is spread over processes ({spread}): load the"
+                " base model without tensor parallelism (tp_plan), and put adapters on before fully_shard (FSDP2) or"
+                " deepspeed.initialize (ZeRO-3)"
+            )
+
+
+def check_conflicts(modules: Mapping[str, nn.Module], saved: list[str], adapted: list[str]) -> None:
+    """Raise TargetError where one adapter would train in full what another adapts, or cannot be copied or saved.
+
+    Args:
+        modules: what `base_modules` returns for the model.
+        saved: names of the modules that the new adapter trains in full.
+        adapted: names of the layers that it adapts.
+    """
+    for name in saved:
+        module = modules[name]
+        inside = [other for other in modules if other == name or other.startswith(f"{name}.")]
+        layer = next((other for other in inside if isinstance(modules[other], VeraLayer | VeraModule)), None)
+        if layer is not None:
+            raise TargetError(
+                f"modules_to_save: {name} cannot be trained in full, because another adapter adapts {layer}: leave it"
+                " out (modules_to_save=[] trains nothing in full), or delete that adapter first"
+            )
+        if isinstance(module, nn.ModuleList | nn.ModuleDict):
+            raise TargetError(
+                f"modules_to_save: {name} is a {type(module).__name__}, which computes nothing itself: name what is"
+                " in it"
+            )
+        original = unwrapped(module)
+        if not all(isinstance(value, Tensor) for value in original.state_dict().values()):
+            raise TargetError(f"modules_to_save: {name} has a state that is not made of tensors and cannot be saved")
+    wrapped = [name for name, module in modules.items() if isinstance(module, SavedModule)]
+    for name in adapted:
+        top = next((other for other in wrapped if name == other or name.startswith(f"{other}.")), None)
+        if top is not None:
+            raise TargetError(
+                f"{name} cannot be adapted, because another adapter trains {top} in full: exclude it, or delete that"
+                " adapter first"
+            )
+
+
+def tell_of_ties(model: nn.Module, targets: list[Target], notify: Callable[[str], None]) -> None:
+    """Tell the user of adapted weights that other modules hold as well, since those stay as they are."""
+    holders: dict[int, list[tuple[str, nn.Module]]] = {}
+    for name, module in base_modules(model).items():
+        for own, parameter in unwrapped(module)._parameters.items():
+            if parameter is not None:
+                holders.setdefault(id(parameter), []).append((joined(name, own), module))
+    for target in targets:
+        weight = unwrapped(target.module)._parameters.get(target.parameter or "weight")
+        others = [name for name, module in holders.get(id(weight), []) if module is not target.module]
+        if others:
+            notify(
+                f"{target.name} shares its weight with {', '.join(others)}: the adapter changes what {target.name}"
+                " computes and nothing else, and merging it unties the weights"
+            )
+
+
+def check_narrowing(
+    modules: dict[str, nn.Module], config: VeraConfig, matched: list[str], notify: Callable[[str], None]
+) -> None:
+    """Tell of an exclusion that excludes nothing, and refuse an index that no layer has."""
+    names = [*modules, *(joined(name, own) for name, m in modules.items() for own in unwrapped(m)._parameters)]
+    if config.exclude_modules is not None and not any(map(matcher(config.exclude_modules), names)):
+        types = {name: type(unwrapped(module)).__name__ for name, module in modules.items() if name}
+        wanted_out = [config.exclude_modules] if isinstance(config.exclude_modules, str) else config.exclude_modules
+        notify(
+            f"exclude_modules={config.exclude_modules!r} matches no module of this model." + closest(wanted_out, types)
+        )
+    if config.layers_to_transform is not None and matched:
+        there = {layer_index(name, config) for name in matched}
+        absent = [index for index in layer_indices(config) if index not in there]
+        if absent:
+            present = sorted(index for index in there if index is not None)
+            raise TargetError(
+                f"layers_to_transform={config.layers_to_transform!r}: there is no layer {absent[0]} among what"
+                f" target_modules={config.target_modules!r} matches, only {present}"
+            )
+
+
+def check_rank_pattern(config: VeraConfig, names: list[str]) -> None:
+    for key in config.rank_pattern:
+        if not any(ends_in_match(name, key) for name in names):
+            raise TargetError(
+                f"rank_pattern={config.rank_pattern!r}: {key!r} matches the end of no adapted layer's name."
+                + closest([key], dict.fromkeys(names, "adapted"))
+            )
+
+
+def check_each_pattern(
+    wanted: list[str] | str, matched: list[str], inside_saved: set[str], modules: dict[str, nn.Module]
+) -> None:
+    """Raise TargetError for a pattern that matches nothing, and for a name in a list that adapts nothing."""
+    types = {name: type(unwrapped(module)).__name__ for name, module in modules.items() if name}
+    if isinstance(wanted, str):
+        if not matched:
+            raise TargetError(
+                f"target_modules={wanted!r}: this regular expression matches no module's whole name."
+                + _meant_otherwise(wanted, modules)
+                + closest([re.split(r"[.*\\()|$^?+]+", wanted.rstrip("$"))[-1]], types)
+            )
+        return
+    missing = [name for name in wanted if not any(ends_in(match, name) for match in matched)]
+    if missing:
+        raise TargetError(
+            f"target_modules={wanted!r}: no module is called {' or '.join(map(repr, missing))}."
+            + closest(missing, types)
+        )
+    for suffix in wanted:
+        own = [name for name in matched if ends_in(name, suffix)]
+        outside = [name for name in own if name not in inside_saved]
+        if len(wanted) > 1 and not outside:
+            raise TargetError(
+                f"target_modules={wanted!r}: {suffix!r} matches only modules that are trained in full, such as {own[0]}"
+                " (modules_to_save): leave it out of one of the two; modules_to_save=[] trains none in full"
+            )
+        if len(wanted) > 1 and not any(_usable(modules[name]) for name in outside):
+            raise TargetError(
+                f"target_modules={wanted!r}: {suffix!r} matches only modules that cannot be adapted, such as"
+                f" {outside[0]}: {reason_against(modules[outside[0]])}. Leave {suffix!r} out"
+                + _adaptable_names(modules)
+            )
+
+
+def _meant_otherwise(wanted: str, modules: dict[str, nn.Module]) -> str:
+    """Return a hint for a string that was perhaps not meant as a regular expression."""
+    if wanted.lower().replace("_", "-").replace(" ", "-") == "all-linear":
+        return ' Did you mean "all-linear"?'
+    if any(ends_in(name, wanted) for name in modules):
+        return f" A list names the ends of modules' names: [{wanted!r}]."
+    return ""
+
+
+def nothing_to_adapt(
+    config: VeraConfig,
+    matched: list[str],
+    considered: list[str],
+    inside_saved: set[str],
+    modules: dict[str, nn.Module],
+) -> str:
+    start = f"target_modules={config.target_modules!r}"
+    if considered:
+        shown = "".join(f"\n  {name}: {reason_against(modules[name])}" for name in considered[:10])
+        rest = f"\n  and {len(considered) - 10} more" if len(considered) > 10 else ""
+        return (
+            f"{start} matches only modules that cannot be adapted:{shown}{rest}\nLeave them out, or name them in"
+            " exclude_modules." + _adaptable_names(modules)
+        )
+    if matched and all(name in inside_saved for name in matched):
+        return (
+            f"{start} matches only modules that are trained in full (modules_to_save={config.modules_to_save!r}): "
+            "leave them out of one of the two; modules_to_save=[] trains none in full"
+        )
+    if matched:
+        narrowing = {
+            field: getattr(config, field)
+            for field in ("exclude_modules", "layers_to_transform", "layers_pattern")
+            if getattr(config, field) is not None
+        }
+        found = sorted({index for name in matched if (index := layer_index(name, config)) is not None})
+        stacks = sorted({name.rsplit(".", 1)[-1] for name, m in modules.items() if isinstance(m, nn.ModuleList)})
+        counted = ""
+        if config.layers_to_transform is not None:
+            counted = f"; the layer indices there are {found}, the model's stacks are called {stacks}"
+        return (
+            f"{start} matches {len(matched)} modules, such as {matched[0]!r}, but none is left after "
+            + ", ".join(f"{field}={value!r}" for field, value in narrowing.items())
+            + counted
+        )
+    return f"{start} finds no linear layer in this {type(modules['']).__name__}" + _adaptable_names(modules)
+
+
+def closest(wanted: Iterable[str], types: dict[str, str]) -> str:
+    """Return a sentence that lists the model's names most like the wanted ones, with their types."""
+    last_parts = {name.rsplit(".", 1)[-1]: kind for name, kind in types.items()}
+    last_parts = {name: kind for name, kind in last_parts.items() if not name.isdigit()}
+    kinds = {**types, **last_parts}
+    close: dict[str, str] = {}
+    for name in wanted:
+        close |= {match: kinds[match] for match in difflib.get_close_matches(name, kinds, n=5, cutoff=0.5)}
+    if close:
+        return " The closest names in the model: " + ", ".join(f"{name} ({kind})" for name, kind in close.items())
+    listed = list(last_parts.items())[:20]
+    return " The model has modules called: " + ", ".join(f"{name} ({kind})" for name, kind in listed)
+
+
+def _adaptable_names(modules: dict[str, nn.Module]) -> str:
+    last_parts = {
+        name.rsplit(".", 1)[-1]: type(unwrapped(module)).__name__
+        for name, module in modules.items()
+        if name and _usable(module)
+    }
+    if not last_parts:
+        return "\nThe model has no layer that VeRA can adapt"
+    listed = list(last_parts.items())[:20]
+    return "\nThe model's adaptable layers are called: " + ", ".join(f"{name} ({kind})" for name, kind in listed)
+
+
+def reason_against(module: nn.Module) -> str | None:
+    return why_not_adaptable(unwrapped(module))
+
+
+def _usable(module: nn.Module) -> bool:
+    return reason_against(module) is None or bool(adaptable_parameters(unwrapped(module)))
