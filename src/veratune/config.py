@@ -4,29 +4,22 @@ import dataclasses
 import difflib
 import functools
 import inspect
-import math
-import reprlib
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, NoReturn, TypeVar
 
+from veratune import config_fields as check
+from veratune.config_fields import LONGEST_VALUE, setting, settings_of
 from veratune.ops.planning import MEMORY_NAMES, ROUTE_NAMES, MemoryName, RouteName
 from veratune.projections.schemes import SCHEMES
-from veratune.utils.patterns import PatternError, pattern
+from veratune.utils.patterns import pattern
 from veratune.utils.text import clipped
 
 PEFT_TYPE = "VERATUNE"
 
 Bias = Literal["none", "all", "vera_only"]
-TASK_TYPES = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "CAUSAL_LM", "SEQ_2_SEQ_LM", "FEATURE_EXTRACTION")
 
 _BIASES = ("none", "all", "vera_only")
 _KEY_RANGE = range(-(1 << 63), 1 << 64)
-_LARGEST_RANK = 1 << 20
-_LARGEST_INDEX = (1 << 63) - 1
-# float32's smallest normal and largest number.
-_SMALLEST, _LARGEST = 2.0**-126, (2 - 2.0**-23) * 2.0**127
-_LONGEST_VALUE = 500
 
 _Config = TypeVar("_Config")
 
@@ -93,9 +86,40 @@ def check_config(config: object) -> None:
     raise TypeError(f"the configuration must be a veratune.VeraConfig, not {type(config).__module__}.{kind}: {remedy}")
 
 
+@dataclass
+class VeraFields:
+    """The fields that `VeraConfig` and the plug-in's configuration for PEFT have in common.
+
+    A field stands here, or in `VeraConfig` if PEFT's configurations have it already, and nowhere else: its metadata say
+    how it is checked and which lists it is in.
+    """
+
+    r: int = setting(256, check.rank, peft="vera", card=True, train=False)
+    target_modules: list[str] | str | None = setting(
+        None, check.names_or_regex, peft="vera", card=True, train=False, selects=True
+    )
+    target_parameters: list[str] | None = setting(None, check.listed_names, selects=True)
+    fused_parts: dict[str, int | list[int]] = setting(dict, check.parts)
+    exclude_modules: list[str] | str | None = setting(None, check.names_or_regex, peft="vera", selects=True)
+    layers_to_transform: list[int] | int | None = setting(None, check.layer_indices, peft="vera", selects=True)
+    layers_pattern: list[str] | str | None = setting(None, check.stack_names, peft="vera", selects=True)
+    rank_pattern: dict[str, int] = setting(dict, check.ranks_by_pattern)
+    modules_to_save: list[str] | None = setting(None, check.listed_names, peft="vera", card=True, selects=True)
+    d_initial: float = setting(0.1, check.start_of_d, peft="vera", card=True, train=False)
+    vera_dropout: float = setting(0.0, check.probability, peft="vera", card=True, train=False)
+    bias: Bias = setting("none", check.choice(_BIASES), peft="vera", card=True)
+    init_weights: bool = setting(True, check.boolean, peft="vera", train=False)
+    projection_prng_key: int = setting(
+        0, check.integer(_KEY_RANGE, "an integer of 64 bits"), peft="vera", card=True, train=False
+    )
+    projection: str = setting("per_dimension", check.choice(SCHEMES), card=True)
+    route: RouteName = setting("auto", check.choice(ROUTE_NAMES))
+    memory: MemoryName = setting("balanced", check.choice(MEMORY_NAMES))
+
+
 @explains_unknown_fields
 @dataclass
-class VeraConfig:
+class VeraConfig(VeraFields):
     """Settings of a VeRA adapter (Kopiczko, Blankevoort & Asano, ICLR 2024).
 
     Args:
@@ -140,61 +164,25 @@ class VeraConfig:
             what is allowed.
     """
 
-    r: int = 256
-    target_modules: list[str] | str | None = None
-    target_parameters: list[str] | None = None
-    fused_parts: dict[str, int | list[int]] = dataclasses.field(default_factory=dict)
-    exclude_modules: list[str] | str | None = None
-    layers_to_transform: list[int] | int | None = None
-    layers_pattern: list[str] | str | None = None
-    rank_pattern: dict[str, int] = dataclasses.field(default_factory=dict)
-    modules_to_save: list[str] | None = None
-    d_initial: float = 0.1
-    vera_dropout: float = 0.0
-    bias: Bias = "none"
-    init_weights: bool = True
-    projection_prng_key: int = 0
-    projection: str = "per_dimension"
-    save_projection: bool = False
-    route: RouteName = "auto"
-    memory: MemoryName = "balanced"
-    task_type: str | None = None
-    inference_mode: bool = False
-    base_model_name_or_path: str | None = None
-    revision: str | None = None
+    save_projection: bool = setting(False, check.boolean, peft="vera")
+    task_type: str | None = setting(None, check.task_type, peft="any", train=False)
+    inference_mode: bool = setting(False, check.boolean, peft="any", train=False)
+    base_model_name_or_path: str | None = setting(None, check.text, peft="any", train=False)
+    revision: str | None = setting(None, check.text, peft="any", train=False)
 
     def __post_init__(self) -> None:
-        self.target_modules = _names("target_modules", self.target_modules)
-        self.target_parameters = _listed_names("target_parameters", self.target_parameters)
-        self.fused_parts = _fused_parts(self.fused_parts)
-        self.exclude_modules = _names("exclude_modules", self.exclude_modules)
-        self.layers_pattern = _names("layers_pattern", self.layers_pattern, regex=False)
-        for stack in [self.layers_pattern] if isinstance(self.layers_pattern, str) else self.layers_pattern or []:
-            _check_regex("layers_pattern", stack, "(?:{})")
-        self.modules_to_save = _listed_names("modules_to_save", self.modules_to_save)
-        self.layers_to_transform = _layer_indices(self.layers_to_transform)
-        self.rank_pattern = _rank_pattern(self.rank_pattern)
-        _check_integer("r", self.r, range(1, _LARGEST_RANK + 1), f"an integer from 1 to {_LARGEST_RANK}")
-        _check_integer("projection_prng_key", self.projection_prng_key, _KEY_RANGE, "an integer of 64 bits")
-        self.d_initial = _finite("d_initial", self.d_initial)
-        if not _SMALLEST <= abs(self.d_initial) <= _LARGEST:
-            allowed = "a number other than 0 that float32 holds: with b = 0 as well nothing could ever learn"
-            raise _bad("d_initial", self.d_initial, allowed)
-        self.vera_dropout = _finite("vera_dropout", self.vera_dropout)
-        if not 0.0 <= self.vera_dropout < 1.0:
-            raise _bad("vera_dropout", self.vera_dropout, "a probability in [0, 1)")
-        _check_choice("bias", self.bias, _BIASES)
-        _check_choice("projection", self.projection, tuple(SCHEMES))
-        _check_choice("route", self.route, ROUTE_NAMES)
-        _check_choice("memory", self.memory, MEMORY_NAMES)
-        self.task_type = _task_type(self.task_type)
-        for name in ("init_weights", "save_projection", "inference_mode"):
-            if not isinstance(getattr(self, name), bool):
-                raise _bad(name, getattr(self, name), "True or False", TypeError)
-        for name in ("base_model_name_or_path", "revision"):
-            if not isinstance(getattr(self, name), str | None):
-                raise _bad(name, getattr(self, name), "a string or None", TypeError)
+        for name, known in settings_of(self).items():
+            setattr(self, name, known.check(name, getattr(self, name)))
         self._check_combinations()
+
+    @classmethod
+    def names_with(cls, **roles: Any) -> list[str]:
+        """Return the names of the fields whose metadata (`Setting`) has these values."""
+        return [
+            name
+            for name, known in settings_of(cls).items()
+            if all(getattr(known, role) == value for role, value in roles.items())
+        ]
 
     def __getattr__(self, name: str) -> NoReturn:
         if name in _ASKED_BY_PEFT:
@@ -269,13 +257,13 @@ class VeraConfig:
         peft_type = values.pop("peft_type", PEFT_TYPE)
         if peft_type != PEFT_TYPE:
             raise ValueError(
-                f"peft_type={clipped(repr(peft_type), _LONGEST_VALUE)} is not a veratune configuration, whose peft_type"
+                f"peft_type={clipped(repr(peft_type), LONGEST_VALUE)} is not a veratune configuration, whose peft_type"
                 f" is {PEFT_TYPE!r}"
             )
         known = {field.name for field in dataclasses.fields(cls)}
         unknown = sorted(set(values) - known)
         if unknown:
-            shown = clipped(str(unknown), _LONGEST_VALUE)
+            shown = clipped(str(unknown), LONGEST_VALUE)
             raise ValueError(f"unknown configuration fields {shown}: allowed are {sorted(known)}")
         return cls(**values)
 
@@ -286,137 +274,3 @@ VeRAConfig = VeraConfig
 def ends_in_match(name: str, key: str) -> bool:
     """Return whether a dotted name, or its end behind some dot, matches a regular expression."""
     return pattern(key).matches_end(name)
-
-
-_SHORT = reprlib.Repr()
-_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 3, 200, 200
-_SHORT.maxlist = _SHORT.maxtuple = _SHORT.maxset = _SHORT.maxfrozenset = _SHORT.maxdict = 20
-
-
-def shown(value: object) -> str:
-    """Return a value for a message, of bounded length: a file may hold anything."""
-    return _SHORT.repr(value)
-
-
-def _bad(field: str, value: object, allowed: str, error: type[Exception] = ValueError) -> Exception:
-    return error(f"{clipped(f'{field}={shown(value)}', _LONGEST_VALUE)} is not allowed: it must be {allowed}")
-
-
-def _check_integer(field: str, value: object, allowed: range, description: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise _bad(field, value, description, TypeError)
-    if value not in allowed:
-        raise _bad(field, value, description)
-
-
-def _check_choice(field: str, value: object, choices: tuple[str, ...]) -> None:
-    if not isinstance(value, str) or value not in choices:
-        raise _bad(field, value, "one of " + ", ".join(map(repr, choices)))
-
-
-def _finite(field: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise _bad(field, value, "a number", TypeError)
-    try:
-        number = float(value)
-    except OverflowError:
-        raise _bad(field, "a huge integer", "a finite number") from None
-    if not math.isfinite(number):
-        raise _bad(field, value, "a finite number")
-    return number
-
-
-def _check_regex(field: str, text: str, around: str = "{}") -> None:
-    try:
-        pattern(around.format(text))
-    except PatternError as error:
-        shown = clipped(f"{field}={text!r}", _LONGEST_VALUE)
-        raise ValueError(f"{shown} is not a regular expression that can be used here: {error}") from None
-
-
-def _name_list(field: str, value: Iterable[object]) -> list[str]:
-    # Sets come from PEFT's own configurations; sorting makes files of equal configurations equal.
-    names = sorted(value, key=str) if isinstance(value, set | frozenset) else list(value)
-    for name in names:
-        if not isinstance(name, str) or not name:
-            raise _bad(field, value, "a list of non-empty names", TypeError)
-    return list(dict.fromkeys(str(name) for name in names))
-
-
-def _names(field: str, value: object, *, regex: bool = True) -> list[str] | str | None:
-    if value is None:
-        return None
-    if isinstance(value, str):
-        if not value:
-            raise _bad(field, value, "a non-empty string, a list of names, or None")
-        if regex and value != "all-linear":
-            _check_regex(field, value)
-        return value
-    if not isinstance(value, list | tuple | set | frozenset):
-        raise _bad(field, value, "a string, a list of names, or None", TypeError)
-    if not value:
-        raise _bad(field, value, "a non-empty list, a string, or None")
-    return _name_list(field, value)
-
-
-def _listed_names(field: str, value: object) -> list[str] | None:
-    if value is None:
-        return None
-    if not isinstance(value, list | tuple | set | frozenset):
-        raise _bad(field, value, "a list of names, or None", TypeError)
-    return _name_list(field, value)
-
-
-def _fused_parts(value: object) -> dict[str, int | list[int]]:
-    if value is None:
-        return {}
-    if not isinstance(value, dict):
-        raise _bad("fused_parts", value, "a dictionary of names to a number of parts or a list of sizes", TypeError)
-    checked: dict[str, int | list[int]] = {}
-    for name, parts in value.items():
-        if not isinstance(name, str) or not name:
-            raise _bad("fused_parts", value, "a dictionary whose keys are non-empty strings", TypeError)
-        sizes = list(parts) if isinstance(parts, list | tuple) else [parts]
-        if not sizes or any(type(size) is not int or not 1 <= size <= _LARGEST_INDEX for size in sizes):
-            raise _bad(f"fused_parts[{name!r}]", parts, "a number of parts, or a list of their outputs", TypeError)
-        if len(sizes) == 1 and (sizes[0] < 2 or isinstance(parts, list | tuple)):
-            raise _bad(f"fused_parts[{name!r}]", parts, "at least two parts")
-        checked[name] = sizes if isinstance(parts, list | tuple) else sizes[0]
-    return checked
-
-
-def _layer_indices(value: object) -> list[int] | int | None:
-    if value is None:
-        return None
-    indices = [value] if isinstance(value, int) else value  # a boolean is refused below
-    if not isinstance(indices, list | tuple | set | frozenset | range) or not indices:
-        raise _bad("layers_to_transform", value, "an index, a non-empty list of indices, or None", TypeError)
-    for index in indices:
-        if isinstance(index, bool) or not isinstance(index, int):
-            raise _bad("layers_to_transform", value, "made of integers", TypeError)
-        if not 0 <= index <= _LARGEST_INDEX:
-            raise _bad("layers_to_transform", value, "made of indices from 0 up")
-    return value if isinstance(value, int) else sorted(set(indices))
-
-
-def _rank_pattern(value: object) -> dict[str, int]:
-    if value is None:
-        return {}
-    if not isinstance(value, dict):
-        raise _bad("rank_pattern", value, "a dictionary of patterns to ranks", TypeError)
-    for key, rank in value.items():
-        if not isinstance(key, str) or not key:
-            raise _bad("rank_pattern", value, "a dictionary whose keys are non-empty strings", TypeError)
-        _check_regex("rank_pattern", key, "(?:{})")
-        description = f"an integer from 1 to {_LARGEST_RANK}"
-        _check_integer(f"rank_pattern[{key!r}]", rank, range(1, _LARGEST_RANK + 1), description)
-    return dict(value)
-
-
-def _task_type(value: object) -> str | None:
-    if value is None:
-        return None
-    name = getattr(value, "value", value)  # PEFT's TaskType is an enum of strings
-    if not isinstance(name, str) or name not in TASK_TYPES:
-        raise _bad("task_type", value, "one of " + ", ".join(TASK_TYPES) + ", or None")
-    return str(name)

@@ -8,16 +8,6 @@ from veratune.checkpoint.files import CARD_NAME, write_text
 from veratune.checkpoint.hub import hub_name
 from veratune.config import VeraConfig
 
-_SHOWN = (
-    "r",
-    "target_modules",
-    "projection",
-    "projection_prng_key",
-    "d_initial",
-    "vera_dropout",
-    "bias",
-    "modules_to_save",
-)
 _TEXT = """---
 {front_matter}---
 
@@ -58,7 +48,9 @@ def write_card(directory: Path, config: VeraConfig, layers: int, numbers: int, o
         front["base_model"] = base
     # JSON is YAML, and quotes whatever a name may contain.
     front_matter = "".join(f"{key}: {json.dumps(value)}\n" for key, value in front.items())
-    settings = "\n".join(f"| `{name}` | `{json.dumps(getattr(config, name))}` |" for name in _SHOWN)
+    settings = "\n".join(
+        f"| `{name}` | `{json.dumps(getattr(config, name))}` |" for name in config.names_with(card=True)
+    )
     text = _TEXT.format(
         front_matter=front_matter,
         base=f"`{base}`" if base else "its base model",

@@ -57,7 +57,7 @@ FORMAT_VERSION = 1
 METADATA_KEY = "veratune"
 
 # Fields that may differ between the two copies of the configuration without a word: they do not change the adapter.
-_INFORMATIVE = {"peft_type", "base_model_name_or_path", "revision", "inference_mode", "task_type"}
+_INFORMATIVE = {"peft_type", *VeraConfig.names_with(peft="any")}
 
 
 class NativeFormat(Format):

@@ -29,21 +29,8 @@ STEPS_FOR_A_FILE = 3_000_000
 
 _WRAPPER_PARTS = ("original_module.", "modules_to_save.")
 
-_SAME_FIELDS = (
-    "r",
-    "target_modules",
-    "layers_to_transform",
-    "layers_pattern",
-    "d_initial",
-    "vera_dropout",
-    "bias",
-    "init_weights",
-    "projection_prng_key",
-    "save_projection",
-    "base_model_name_or_path",
-    "revision",
-    "exclude_modules",
-)
+# modules_to_save is read for itself: what is not named there is not trained in full.
+_SAME_FIELDS = {*VeraConfig.names_with(peft="vera"), "base_model_name_or_path", "revision"} - {"modules_to_save"}
 
 
 # PEFT notes the task rather than the class, and the number of labels only in the head's shape.

@@ -1,8 +1,13 @@
 """Text of messages: untrusted parts are bounded in length and have their control characters escaped."""
 
+import reprlib
 import warnings
 
 LONGEST_MESSAGE = 2000
+
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 3, 200, 200
+_SHORT.maxlist = _SHORT.maxtuple = _SHORT.maxset = _SHORT.maxfrozenset = _SHORT.maxdict = 20
 
 
 def clipped(text: str, longest: int = LONGEST_MESSAGE) -> str:
@@ -16,6 +21,11 @@ def clipped(text: str, longest: int = LONGEST_MESSAGE) -> str:
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+
+
+def shown(value: object) -> str:
+    """Return a value for a message, of bounded length: a file may hold anything."""
+    return _SHORT.repr(value)
 
 
 def notify(sentence: str) -> None:

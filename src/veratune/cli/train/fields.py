@@ -9,7 +9,7 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
-from veratune.config import shown
+from veratune.utils.text import shown
 
 _LARGEST_INTEGER = (1 << 31) - 1
 _KEY = "option"

@@ -23,7 +23,8 @@ from veratune.cli.train.fields import (
     share,
     text,
 )
-from veratune.config import VeraConfig, foreign_field, shown
+from veratune.config import VeraConfig, foreign_field
+from veratune.utils.text import shown
 
 # PEFT's names of the tasks.
 TASKS = {
@@ -43,12 +44,6 @@ _LARGEST_FILE = 1 << 20
 
 PANELS = _RUN, _ROWS, _ADAPTER, _TRAINING = "The run", "The rows", "The adapter", "The training"
 _A_NAME_OR_NOTHING = optional(text("a name, or nothing"))
-
-# Fields of VeraConfig that a run sets itself, or that have settings of their own.
-_NOT_IN_VERA = {
-    *("r", "target_modules", "d_initial", "vera_dropout", "projection_prng_key"),
-    *("task_type", "inference_mode", "init_weights", "base_model_name_or_path", "revision"),
-}
 
 
 def dtype_of(name: str) -> torch.dtype:
@@ -164,7 +159,7 @@ class TrainSettings:
         self._complete_vera()
 
     def _complete_vera(self) -> None:
-        known = {field.name for field in dataclasses.fields(VeraConfig)} - _NOT_IN_VERA
+        known = set(VeraConfig.names_with(train=True))
         if not isinstance(self.vera, dict):
             raise bad("vera", self.vera, "lines of 'name: value'")
         unknown = sorted(set(map(str, self.vera)) - known)

@@ -12,7 +12,7 @@ what a `VeraModel` has written.
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import InitVar, dataclass, field, replace
+from dataclasses import InitVar, dataclass, replace
 from functools import partial
 from typing import Any, Self
 
@@ -39,7 +39,8 @@ from veratune.adapters.target_errors import check_not_sharded, check_settings
 from veratune.adapters.targets import parameter_targets
 from veratune.checkpoint.peft_plugin import PLUGIN_TYPE
 from veratune.checkpoint.validate import LoadedAdapter, other_projections
-from veratune.config import PEFT_TYPE, VeraConfig, explains_unknown_fields
+from veratune.config import PEFT_TYPE, VeraConfig, VeraFields, explains_unknown_fields
+from veratune.config_fields import settings_of
 from veratune.integrations.peft import files as peft_native
 from veratune.integrations.peft import method as peft_method
 from veratune.integrations.peft.layers import TunedLayer, TunedModule, tuned_layer, tuned_parameter
@@ -53,7 +54,6 @@ from veratune.layers.input_cache import InputCache
 from veratune.layers.quantized import keep_differentiable, leave_to_library
 from veratune.layers.registry import adaptable_parameters, geometry, layer_class, why_not_adaptable
 from veratune.ops.calibration import load_calibration
-from veratune.ops.planning import MemoryName, RouteName
 from veratune.projections.pool import projection_pool
 from veratune.projections.schemes import Scheme, Side, Stored
 from veratune.utils.torch_private import follow_replacement
@@ -82,29 +82,12 @@ def install(*, replace_vera: bool = False) -> None:
 
 @explains_unknown_fields
 @dataclass
-class VeratuneConfig(peft.PeftConfig):
+class VeratuneConfig(VeraFields, peft.PeftConfig):
     """A configuration for PEFT, with the fields of `veratune.VeraConfig` that PEFT does not handle itself.
 
     `fingerprint` is of the projections; it is filled in, and compared when an adapter is loaded.
     """
 
-    r: int = 256
-    target_modules: list[str] | str | None = None
-    target_parameters: list[str] | None = None
-    fused_parts: dict[str, int | list[int]] = field(default_factory=dict)
-    exclude_modules: list[str] | str | None = None
-    layers_to_transform: list[int] | int | None = None
-    layers_pattern: list[str] | str | None = None
-    rank_pattern: dict[str, int] = field(default_factory=dict)
-    modules_to_save: list[str] | None = None
-    d_initial: float = 0.1
-    vera_dropout: float = 0.0
-    bias: str = "none"
-    init_weights: bool = True
-    projection_prng_key: int = 0
-    projection: str = "per_dimension"
-    route: RouteName = "auto"
-    memory: MemoryName = "balanced"
     fingerprint: str | None = None
     # What the JSON beside a native file has besides, and is of no use here.
     save_projection: InitVar[bool] = False
@@ -139,13 +122,10 @@ class VeratuneConfig(peft.PeftConfig):
     @classmethod
     def _of_native(cls, loaded: LoadedAdapter, fingerprint: str) -> Self:
         own = loaded.config
-        same = (
-            "r target_modules target_parameters fused_parts exclude_modules layers_to_transform layers_pattern"
-            " rank_pattern d_initial vera_dropout bias init_weights projection_prng_key projection route memory"
-            " base_model_name_or_path revision inference_mode"
-        )
+        # PEFT names tasks otherwise, and an empty list is a choice there.
+        kept = {*settings_of(VeraFields), *VeraConfig.names_with(peft="any")} - {"modules_to_save", "task_type"}
         config = cls(
-            **{name: getattr(own, name) for name in same.split()},
+            **{name: getattr(own, name) for name in kept},
             task_type=peft_native.task_type_for_peft(loaded),
             modules_to_save=own.modules_to_save or None,
             fingerprint=fingerprint,
@@ -155,13 +135,11 @@ class VeratuneConfig(peft.PeftConfig):
 
     def checked(self) -> VeraConfig:
         """Return the same as a `veratune.VeraConfig`, which refuses what cannot be."""
-        own = (
-            "r d_initial vera_dropout bias init_weights projection_prng_key projection rank_pattern route memory"
-            " target_parameters fused_parts exclude_modules layers_to_transform layers_pattern modules_to_save"
-        )
         # An empty list says beside target_parameters that there is no layer to adapt.
         wanted = None if self.target_parameters and not self.target_modules else self.target_modules
-        return VeraConfig(target_modules=wanted, **{name: getattr(self, name) for name in own.split()})
+        return VeraConfig(
+            **{name: getattr(self, name) for name in settings_of(VeraFields)} | {"target_modules": wanted}
+        )
 
 
 @dataclass(frozen=True)
@@ -514,7 +492,7 @@ class PeftVeraTuner(VeratuneTuner):
     uses_shared_state = True
 
     def _settings(self, peft_config: Any) -> VeraConfig:
-        same = ("r", "d_initial", "vera_dropout", "init_weights", "projection_prng_key")
+        same = VeraConfig.names_with(peft="vera", selects=False)
         return VeraConfig(projection="peft", **{name: getattr(peft_config, name) for name in same})
 
     def _matched_layers(self, peft_config: Any, config: VeraConfig, model: nn.Module) -> dict[int, Target]:

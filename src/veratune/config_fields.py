@@ -1,0 +1,241 @@
+"""Fields of a configuration: how each is checked, and where else it appears, as metadata of a dataclass's fields."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from veratune.utils.patterns import PatternError, pattern
+from veratune.utils.text import clipped, shown
+
+Check = Callable[[str, Any], Any]
+
+LARGEST_RANK = 1 << 20
+LONGEST_VALUE = 500
+TASK_TYPES = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "CAUSAL_LM", "SEQ_2_SEQ_LM", "FEATURE_EXTRACTION")
+
+_KEY = "veratune"
+_LARGEST_INDEX = (1 << 63) - 1
+# float32's smallest normal and largest number.
+_SMALLEST, _LARGEST = 2.0**-126, (2 - 2.0**-23) * 2.0**127
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is known of a configuration's field beside its type and default.
+
+    Attributes:
+        check: takes the field's name and a value and returns the value to keep, or raises.
+        peft: "vera" where PEFT's VeraConfig has the field with the same meaning, "any" where every configuration of
+            PEFT has it (these say where an adapter belongs, and do not change it), None for a field of veratune's.
+        card: whether the model card lists it.
+        train: whether the `vera` settings of `veratune train` may set it; a run sets the others itself, or has settings
+            for them.
+        selects: whether it only says which modules are adapted or trained in full.
+    """
+
+    check: Check
+    peft: Literal["vera", "any"] | None = None
+    card: bool = False
+    train: bool = True
+    selects: bool = False
+
+
+def setting(default: Any, check: Check, **roles: Any) -> Any:
+    """Return a dataclass's field with its metadata.
+
+    Args:
+        default: its default, or a type to call for one.
+        check: its check.
+        roles: other attributes of `Setting`.
+    """
+    metadata = {_KEY: Setting(check, **roles)}
+    if isinstance(default, type):
+        return dataclasses.field(default_factory=default, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def settings_of(config: Any) -> dict[str, Setting]:
+    """Return the fields of a configuration or its class that have metadata, by name."""
+    return {field.name: field.metadata[_KEY] for field in dataclasses.fields(config) if _KEY in field.metadata}
+
+
+def bad(field: str, value: object, allowed: str, error: type[Exception] = ValueError) -> Exception:
+    return error(f"{clipped(f'{field}={shown(value)}', LONGEST_VALUE)} is not allowed: it must be {allowed}")
+
+
+# Checks
+
+
+def integer(allowed: range, description: str) -> Check:
+    """Return a check for an integer in a range."""
+
+    def check(field: str, value: object) -> int:
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise bad(field, value, description, TypeError)
+        if value not in allowed:
+            raise bad(field, value, description)
+        return value
+
+    return check
+
+
+rank = integer(range(1, LARGEST_RANK + 1), f"an integer from 1 to {LARGEST_RANK}")
+
+
+def choice(choices: Collection[str]) -> Check:
+    """Return a check for one of several strings; what is registered later counts as well."""
+
+    def check(field: str, value: object) -> str:
+        if not isinstance(value, str) or value not in choices:
+            raise bad(field, value, "one of " + ", ".join(map(repr, choices)))
+        return value
+
+    return check
+
+
+def boolean(field: str, value: object) -> bool:
+    if not isinstance(value, bool):
+        raise bad(field, value, "True or False", TypeError)
+    return value
+
+
+def text(field: str, value: object) -> str | None:
+    if not isinstance(value, str | None):
+        raise bad(field, value, "a string or None", TypeError)
+    return value
+
+
+def start_of_d(field: str, value: object) -> float:
+    number = _finite(field, value)
+    if not _SMALLEST <= abs(number) <= _LARGEST:
+        allowed = "a number other than 0 that float32 holds: with b = 0 as well nothing could ever learn"
+        raise bad(field, number, allowed)
+    return number
+
+
+def probability(field: str, value: object) -> float:
+    number = _finite(field, value)
+    if not 0.0 <= number < 1.0:
+        raise bad(field, number, "a probability in [0, 1)")
+    return number
+
+
+def _finite(field: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise bad(field, value, "a number", TypeError)
+    try:
+        number = float(value)
+    except OverflowError:
+        raise bad(field, "a huge integer", "a finite number") from None
+    if not math.isfinite(number):
+        raise bad(field, value, "a finite number")
+    return number
+
+
+def _check_regex(field: str, text: str, around: str = "{}") -> None:
+    try:
+        pattern(around.format(text))
+    except PatternError as error:
+        given = clipped(f"{field}={text!r}", LONGEST_VALUE)
+        raise ValueError(f"{given} is not a regular expression that can be used here: {error}") from None
+
+
+def _name_list(field: str, value: Iterable[object]) -> list[str]:
+    # Sets come from PEFT's own configurations; sorting makes files of equal configurations equal.
+    names = sorted(value, key=str) if isinstance(value, set | frozenset) else list(value)
+    for name in names:
+        if not isinstance(name, str) or not name:
+            raise bad(field, value, "a list of non-empty names", TypeError)
+    return list(dict.fromkeys(str(name) for name in names))
+
+
+def names_or_regex(field: str, value: object) -> list[str] | str | None:
+    names = _names(field, value)
+    if isinstance(names, str) and names != "all-linear":
+        _check_regex(field, names)
+    return names
+
+
+def stack_names(field: str, value: object) -> list[str] | str | None:
+    names = _names(field, value)
+    for stack in [names] if isinstance(names, str) else names or []:
+        _check_regex(field, stack, "(?:{})")
+    return names
+
+
+def _names(field: str, value: object) -> list[str] | str | None:
+    if value is None:
+        return None
+    if isinstance(value, str):
+        if not value:
+            raise bad(field, value, "a non-empty string, a list of names, or None")
+        return value
+    if not isinstance(value, list | tuple | set | frozenset):
+        raise bad(field, value, "a string, a list of names, or None", TypeError)
+    if not value:
+        raise bad(field, value, "a non-empty list, a string, or None")
+    return _name_list(field, value)
+
+
+def listed_names(field: str, value: object) -> list[str] | None:
+    if value is None:
+        return None
+    if not isinstance(value, list | tuple | set | frozenset):
+        raise bad(field, value, "a list of names, or None", TypeError)
+    return _name_list(field, value)
+
+
+def parts(field: str, value: object) -> dict[str, int | list[int]]:
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise bad(field, value, "a dictionary of names to a number of parts or a list of sizes", TypeError)
+    checked: dict[str, int | list[int]] = {}
+    for name, given in value.items():
+        if not isinstance(name, str) or not name:
+            raise bad(field, value, "a dictionary whose keys are non-empty strings", TypeError)
+        sizes = list(given) if isinstance(given, list | tuple) else [given]
+        if not sizes or any(type(size) is not int or not 1 <= size <= _LARGEST_INDEX for size in sizes):
+            raise bad(f"{field}[{name!r}]", given, "a number of parts, or a list of their outputs", TypeError)
+        if len(sizes) == 1 and (sizes[0] < 2 or isinstance(given, list | tuple)):
+            raise bad(f"{field}[{name!r}]", given, "at least two parts")
+        checked[name] = sizes if isinstance(given, list | tuple) else sizes[0]
+    return checked
+
+
+def layer_indices(field: str, value: object) -> list[int] | int | None:
+    if value is None:
+        return None
+    indices = [value] if isinstance(value, int) else value  # a boolean is refused below
+    if not isinstance(indices, list | tuple | set | frozenset | range) or not indices:
+        raise bad(field, value, "an index, a non-empty list of indices, or None", TypeError)
+    for index in indices:
+        if isinstance(index, bool) or not isinstance(index, int):
+            raise bad(field, value, "made of integers", TypeError)
+        if not 0 <= index <= _LARGEST_INDEX:
+            raise bad(field, value, "made of indices from 0 up")
+    return value if isinstance(value, int) else sorted(set(indices))
+
+
+def ranks_by_pattern(field: str, value: object) -> dict[str, int]:
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise bad(field, value, "a dictionary of patterns to ranks", TypeError)
+    for key, own in value.items():
+        if not isinstance(key, str) or not key:
+            raise bad(field, value, "a dictionary whose keys are non-empty strings", TypeError)
+        _check_regex(field, key, "(?:{})")
+        rank(f"{field}[{key!r}]", own)
+    return dict(value)
+
+
+def task_type(field: str, value: object) -> str | None:
+    if value is None:
+        return None
+    name = getattr(value, "value", value)  # PEFT's TaskType is an enum of strings
+    if not isinstance(name, str) or name not in TASK_TYPES:
+        raise bad(field, value, "one of " + ", ".join(TASK_TYPES) + ", or None")
+    return str(name)
