@@ -75,7 +75,7 @@ def test_rank_pattern():
     plan = plan_adapter(
         Stack(), VeraConfig(r=4, target_modules="all-linear", rank_pattern={"dense": 8, r"layers\.0\.query": 2})
     )
-    ranks = {target.name: target.rank for target in plan.targets}
+    ranks = {target.name: target.r for target in plan.targets}
     assert ranks["layers.0.query"] == 2
     assert ranks["layers.1.query"] == 4
     assert ranks["layers.2.dense"] == 8

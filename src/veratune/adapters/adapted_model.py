@@ -147,7 +147,7 @@ class AdaptedModel(MergingModel):
                 adapter_name,
                 target.name,
                 plan.scheme,
-                self._vector_init(plan.config, target.rank, layer.base_weight.dtype),
+                self._vector_init(plan.config, target.r, layer.base_weight.dtype),
                 settings,
                 groups[target.name],
                 target.parts,
@@ -158,9 +158,9 @@ class AdaptedModel(MergingModel):
         self._schemes[adapter_name] = plan.scheme
         self.peft_config[adapter_name] = plan.config
 
-    def _vector_init(self, config: VeraConfig, rank: int, weight_dtype: torch.dtype) -> VectorInit:
+    def _vector_init(self, config: VeraConfig, r: int, weight_dtype: torch.dtype) -> VectorInit:
         dtype = vector_dtype(weight_dtype, autocast=self.autocast_adapter_dtype)
-        return VectorInit(rank, config.d_initial, config.init_weights, dtype)
+        return VectorInit(r, config.d_initial, config.init_weights, dtype)
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Choose the active adapter, or several whose deltas add. All others are frozen.

@@ -95,13 +95,13 @@ def input_groups(targets: Sequence[Target], scheme: Scheme) -> dict[str, InputGr
     """
 
     def key(target: Target) -> tuple[str, int, int]:
-        return target.name.rpartition(".")[0], target.in_features, target.rank
+        return target.name.rpartition(".")[0], target.in_features, target.r
 
     sizes = Counter(key(target) for target in targets)
     groups: dict[tuple[str, int, int], InputGroup] = {}
     for target in targets:
         if key(target) not in groups:
-            view = projection_pool.view(scheme, "A", target.rank, target.in_features)
+            view = projection_pool.view(scheme, "A", target.r, target.in_features)
             groups[key(target)] = InputGroup(view, InputCache(), sizes[key(target)])
     return {target.name: groups[key(target)] for target in targets}
 

@@ -19,7 +19,7 @@ class Target:
         name: its dotted name; where a module stands in several places, the first.
         module: the module, or the `VeraLayer` or `VeraModule` that another adapter has made of it.
         parameter: the parameter's name in its module; None for a layer.
-        rank: the adapter's rank there.
+        r: the adapter's rank there.
         geometry: its dimensions.
         parts: the outputs of each part, where it stands for several layers side by side.
     """
@@ -27,7 +27,7 @@ class Target:
     name: str
     module: nn.Module
     parameter: str | None
-    rank: int
+    r: int
     geometry: Geometry
     parts: tuple[int, ...] = ()
 

@@ -25,10 +25,10 @@ from veratune.utils.sharding import describe_sharding, is_emptied, is_engines
 def check_settings(config: VeraConfig, targets: list[Target]) -> None:
     """Raise TargetError for a setting that some of the targets cannot have."""
     most = largest_rank(targets)
-    large = next((target for target in targets if target.rank > most), None)
+    large = next((target for target in targets if target.r > most), None)
     if large is not None:
         raise TargetError(
-            f"a rank of {large.rank} is not allowed on {large.name}: {most} is the most for layers of these sizes, and"
+            f"a rank of {large.r} is not allowed on {large.name}: {most} is the most for layers of these sizes, and"
             " 256 to 1024 are usual"
         )
     for key in config.fused_parts:

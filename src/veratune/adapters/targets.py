@@ -192,9 +192,9 @@ def _matched_parameters(modules: dict[str, nn.Module], config: VeraConfig) -> di
 
 
 def _target(place: _Place, config: VeraConfig) -> Target:
-    module, rank = place.module, config.rank_of(place.name)
+    module, r = place.module, config.rank_of(place.name)
     if place.parameter is not None:
         size, _ = parameter_layout(unwrapped(module), place.parameter)
-        return Target(place.name, module, place.parameter, rank, size)
+        return Target(place.name, module, place.parameter, r, size)
     size = geometry(unwrapped(module))
-    return Target(place.name, module, None, rank, size, parts_of(place.name, size, config))
+    return Target(place.name, module, None, r, size, parts_of(place.name, size, config))

@@ -82,7 +82,7 @@ class AdapterBank:
         if plan.bias_owners:
             raise BankError(f"bias={peft_config.bias!r}: a bank does not hold biases for each adapter; use bias='none'")
         modules = base_modules(model)
-        rank = max(target.rank for target in plan.targets)
+        rank = max(target.r for target in plan.targets)
         heads = {name: modules[name] for name in plan.config.modules_to_save or []}
         self.layout: Layout = make_layout(plan.targets, rank, heads)
         self.dtype = dtype

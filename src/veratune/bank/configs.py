@@ -43,7 +43,7 @@ def config_for_adapters(model: nn.Module, adapters: Mapping[str, str | os.PathLi
                     f"adapter {name!r} ({place}) has {len(target.parts) or 1} parts on {target.name}, and one before it"
                     f" {len(parts[target.name]) or 1}: they cannot be in the same bank"
                 )
-            rank = max(rank, target.rank)
+            rank = max(rank, target.r)
         if ready.loaded.biases:
             raise BankError(
                 f"adapter {name!r} ({place}) cannot be in a bank: it trains biases"

@@ -189,10 +189,10 @@ def make_row(layout: Layout, ready: ReadyAdapter, dtype: torch.dtype, base_heads
         place = layout.layers[target.name]
         b, d = loaded.vectors[target.name]
         own_b = float32_of(b)
-        scaled = float32_of(d).reshape(-1, target.rank) * scheme.scale(target.rank)
-        rank = max(rank, target.rank)
+        scaled = float32_of(d).reshape(-1, target.r) * scheme.scale(target.r)
+        rank = max(rank, target.r)
         for columns, own_d in zip(place.columns, scaled, strict=True):
-            row[columns.d : columns.d + target.rank] = own_d
+            row[columns.d : columns.d + target.r] = own_d
             row[columns.b : columns.b + columns.outputs.stop - columns.outputs.start] = own_b[columns.outputs]
     heads = None
     if base_heads is not None:
@@ -255,10 +255,8 @@ def _check_fits(layout: Layout, ready: ReadyAdapter) -> None:
                 f"{origin} adapts {target.name}, which is not one of the {len(layout.layers)} layers of this bank: make"
                 " the bank with target_modules that include it"
             )
-        if target.rank > layout.rank:
-            raise BankError(
-                f"{origin} has the rank {target.rank} on {target.name}; this bank holds up to {layout.rank}"
-            )
+        if target.r > layout.rank:
+            raise BankError(f"{origin} has the rank {target.r} on {target.name}; this bank holds up to {layout.rank}")
         if target.parts != place.parts:
             raise BankError(
                 f"{origin} has {len(target.parts) or 1} parts on {target.name}, this bank {len(place.parts) or 1}"

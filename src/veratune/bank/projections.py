@@ -48,7 +48,7 @@ class BankProjections:
                 return known
         number = self._next
         rank = scheme.largest_rank(self._rank)
-        targets = [replace(target, rank=rank) for target in self._targets]
+        targets = [replace(target, r=rank) for target in self._targets]
         groups = input_groups(targets, scheme)
         for target in targets:
             widths = target.parts or (target.out_features,)

@@ -312,16 +312,16 @@ def _compare_with_json(path: Path, config: VeraConfig) -> None:
 def _check_ranks(loaded: LoadedAdapter, targets: list[Target]) -> None:
     if loaded.config.projection == "peft":
         for target in targets:
-            if target.rank != loaded.config.r:
+            if target.r != loaded.config.r:
                 raise CheckpointError(
-                    f"{loaded.origin}: d of {target.name} has {target.rank} numbers, but the configuration says"
+                    f"{loaded.origin}: d of {target.name} has {target.r} numbers, but the configuration says"
                     f" r={loaded.config.r}"
                 )
 
 
 def _check_shapes(origin: str, targets: list[Target], projections: dict[str, Tensor]) -> None:
     """Raise CheckpointError for stored projections of other shapes than these layers' ones can have."""
-    most_rank = max(target.rank for target in targets)
+    most_rank = max(target.r for target in targets)
     sizes = {"A": {target.in_features for target in targets}, "B": {target.out_features for target in targets}}
     sizes["B"] |= {size for target in targets for size in target.parts}
     for name, stored in projections.items():

@@ -139,8 +139,8 @@ def _ready(
     targets = targets_of(modules, loaded)
     check_complete(loaded, modules)
     for target in targets:
-        if target.rank != config.r:
-            raise CheckpointError(f"{path}: d of {target.name} has {target.rank} numbers, but r is {config.r}")
+        if target.r != config.r:
+            raise CheckpointError(f"{path}: d of {target.name} has {target.r} numbers, but r is {config.r}")
     scheme = make_scheme(config, targets)
     if a is not None and b is not None:
         _check_shapes(str(path), config, targets, a, b)

@@ -84,9 +84,9 @@ def _ready(
     # Which layer has which rank is what the tensors say; the patterns in rank_pattern are not matched.
     ranks = {config.r, *config.rank_pattern.values()}
     for target in targets:
-        if target.rank not in ranks:
+        if target.r not in ranks:
             raise CheckpointError(
-                f"{path}: d of {target.name} has {target.rank} numbers, but its rank is {config.r} or one of"
+                f"{path}: d of {target.name} has {target.r} numbers, but its rank is {config.r} or one of"
                 f" rank_pattern={config.rank_pattern}"
             )
     scheme = make_scheme(config, targets)

@@ -115,10 +115,10 @@ def targets_of(modules: Mapping[str, nn.Module], loaded: LoadedAdapter) -> list[
 
 def _check_ranks(origin: str, targets: list[Target]) -> None:
     most = largest_rank(targets)
-    large = next((target for target in targets if target.rank > most), None)
+    large = next((target for target in targets if target.r > most), None)
     if large is not None:
         raise CheckpointError(
-            f"{origin}: d of {large.name} has {large.rank:,} numbers, and {most:,} is the most for layers of these"
+            f"{origin}: d of {large.name} has {large.r:,} numbers, and {most:,} is the most for layers of these"
             " sizes: the projections of such a rank would take many times the memory of the layers"
         )
 

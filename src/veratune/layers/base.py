@@ -48,15 +48,15 @@ class VectorInit:
     """How a new adapter's vectors start on one layer.
 
     Attributes:
-        rank: length of d.
+        r: length of d.
         d_initial: value of d; b starts at zero.
-        standard: False starts b at one and d from a standard normal distribution instead, as PEFT does for tests.
+        init_weights: False starts b at one and d from a standard normal distribution instead, as PEFT does for tests.
         dtype: dtype of both vectors.
     """
 
-    rank: int
+    r: int
     d_initial: float
-    standard: bool
+    init_weights: bool
     dtype: torch.dtype
 
     def check(self, layer_name: str) -> None:
@@ -89,12 +89,12 @@ class ComputeSettings:
     """How an adapter is to be computed.
 
     Attributes:
-        dropout: probability of dropout on the adapter's input.
+        vera_dropout: probability of dropout on the adapter's input.
         route: which ways of computing are allowed.
         memory: what may be kept for the backward pass.
     """
 
-    dropout: float
+    vera_dropout: float
     route: RouteName
     memory: MemoryName
 
@@ -345,26 +345,25 @@ class VeraLayer(nn.Module):
     ) -> None:
         """Give this layer the vectors of another adapter; it is not active yet."""
         init.check(layer_name)
-        device, rank = vector_device(self.base_layer, self.base_weight), init.rank
+        device, r = vector_device(self.base_layer, self.base_weight), init.r
         b = torch.zeros(self.geometry.b_shape, dtype=init.dtype, device=device)
-        d = torch.full(self.geometry.d_shape(rank, parts), init.d_initial, dtype=init.dtype, device=device)
-        if not init.standard:
+        d = torch.full(self.geometry.d_shape(r, parts), init.d_initial, dtype=init.dtype, device=device)
+        if not init.init_weights:
             b.fill_(1.0)
             d.normal_()
         self.vera_lambda_b[name] = nn.Parameter(b, requires_grad=False)
         self.vera_lambda_d[name] = nn.Parameter(d, requires_grad=False)
-        if settings.dropout > 0.0:
-            self.vera_dropout[name] = nn.Dropout(settings.dropout).train(self.training)
-        views = tuple(projection_pool.view(scheme, "B", rank, width) for width in parts or (self.out_features,))
+        if settings.vera_dropout > 0.0:
+            self.vera_dropout[name] = nn.Dropout(settings.vera_dropout).train(self.training)
+        views = tuple(projection_pool.view(scheme, "B", r, width) for width in parts or (self.out_features,))
         self.entries[name] = AdapterEntry(
             name=layer_name,
             group=group,
             b=views,
-            scale=scheme.scale(rank),
+            scale=scheme.scale(r),
             settings=settings,
             shapes=tuple(
-                LayerShape(self.in_features, view.features, rank, 0, group.size, view.structure.density)
-                for view in views
+                LayerShape(self.in_features, view.features, r, 0, group.size, view.structure.density) for view in views
             ),
             parts=parts,
         )

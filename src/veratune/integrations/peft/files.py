@@ -63,9 +63,9 @@ def name_targets(peft_config: Any, loaded: LoadedAdapter, model: nn.Module) -> N
     modules = base_modules(model)
     targets = targets_of(modules, loaded)
     for target in targets:
-        if target.rank != loaded.config.rank_of(target.name):
+        if target.r != loaded.config.rank_of(target.name):
             raise CheckpointError(
-                f"{loaded.origin}: d of {target.name} has {target.rank} numbers, but its rank in the configuration is"
+                f"{loaded.origin}: d of {target.name} has {target.r} numbers, but its rank in the configuration is"
                 f" {loaded.config.rank_of(target.name)}"
             )
     for name in peft_saved(modules, peft_config.modules_to_save or ()):

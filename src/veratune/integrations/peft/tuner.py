@@ -395,7 +395,7 @@ class VeratuneTuner(BaseTuner):
             target.name,
             plan.scheme,
             # PEFT widens half-precision vectors itself, after this.
-            VectorInit(target.rank, config.d_initial, config.init_weights, vector_dtype(weight.dtype, autocast=False)),
+            VectorInit(target.r, config.d_initial, config.init_weights, vector_dtype(weight.dtype, autocast=False)),
             ComputeSettings(config.vera_dropout, config.route, config.memory),
             plan.groups[target.name],
             target.parts,
