@@ -16,8 +16,9 @@ LLAMA_CPP := llama_cpp_python-0.3.36
 
 .PHONY: test lint fuzz demo demo-full examples customers docs bench engines peft-versions peft-suite clean
 
+# In two processes of one thread each, as the machines that check the project have two cores.
 test: lint
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 # Mutated files in numbers, of other seeds at every call: some minutes.
 fuzz: $(VENV)/dev.done
