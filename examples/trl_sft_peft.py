@@ -10,13 +10,14 @@ from trl import SFTConfig, SFTTrainer
 
 from _assets import check, fresh, quiet
 from _causal_lm import answer_loss, chats, generate, load
-from veratune.integrations.peft import VeratuneConfig
+from veratune.integrations.peft import VeratuneConfig, install
 
 STEPS = 12
 
 
 def main() -> None:
     quiet()
+    install()
     output = fresh("runs/examples/trl-sft-peft")
     base, tokenizer = load()
     train, held_out = chats()

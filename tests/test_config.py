@@ -166,8 +166,9 @@ def test_foreign_and_unknown_fields_are_refused():
     ],
 )
 def test_the_habits_of_lora_are_told_what_serves_instead(field, remedy):
-    from veratune.integrations.peft import VeratuneConfig
+    from veratune.integrations.peft import VeratuneConfig, install
 
+    install()
     for config in (VeraConfig, VeratuneConfig):
         if field == "xyz" and config is not VeraConfig:
             continue

@@ -188,7 +188,7 @@ class VeraConfig(VeraFields):
         if name in _ASKED_BY_PEFT:
             raise AttributeError(
                 f"a veratune.VeraConfig has no {name!r}: it is for veratune.get_peft_model. For PEFT's functions there"
-                " is VeratuneConfig, with the same fields, in veratune.integrations.peft"
+                " is VeratuneConfig, with the same fields, in veratune.integrations.peft, after its install()"
             )
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 

@@ -17,7 +17,9 @@ from tiny_models import tiny_model
 from undoing import TOKENS as NET_TOKENS
 from undoing import merged, seen, settings, tuned_merged, two
 from veratune import VeraConfig, VeraModel, get_peft_model
-from veratune.integrations.peft import VeratuneConfig
+from veratune.integrations.peft import VeratuneConfig, install
+
+install()
 
 TOKENS = torch.tensor([[1, 2, 3, 4]])
 

@@ -15,7 +15,9 @@ import veratune
 from reference import randomise
 from undoing import TOKENS, merged, net, seen, settings, tuned, tuned_merged, two
 from veratune import CheckpointError, VeraConfig, VeraModel, get_peft_model
-from veratune.integrations.peft import VeratuneConfig
+from veratune.integrations.peft import VeratuneConfig, install
+
+install()
 
 _PACKAGES = (str(Path(veratune.__file__).parent), str(Path(peft.__file__).parent))
 _MOST_TRIALS = 10  # faults in each change, spread over its length

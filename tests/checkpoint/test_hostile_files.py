@@ -101,8 +101,9 @@ class LongNames(torch.nn.Module):
 def test_patterns_in_files_are_not_run(kind: str, how: str, tmp_path: Path) -> None:
     settings = {**SETTINGS, "target_modules": ["up", "down"]}
     if kind == "plug-in":
-        from veratune.integrations.peft import VeratuneConfig
+        from veratune.integrations.peft import VeratuneConfig, install
 
+        install()
         randomised(peft.get_peft_model(LongNames(), VeratuneConfig(**settings))).save_pretrained(tmp_path)
         set_fields(tmp_path, HOSTILE[how])
     elif kind == "peft":

@@ -115,8 +115,9 @@ def test_exporting_and_converting_back(
 def test_inspecting_and_converting_what_peft_wrote(
     form: str, task: str | None, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from veratune.integrations.peft import VeratuneConfig
+    from veratune.integrations.peft import VeratuneConfig, install
 
+    install()
     own = form == "VeratuneConfig"
     settings = {"r": 4, "target_modules": ["query", "dense"], "modules_to_save": ["classifier"], "task_type": task}
     model = peft.get_peft_model(loaded(base), (VeratuneConfig if own else peft.VeraConfig)(**settings))

@@ -147,8 +147,9 @@ def tensor_parallel(base: Path, output: Path, *, through_peft: bool) -> None:
         if through_peft:
             import peft
 
-            from veratune.integrations.peft import VeratuneConfig
+            from veratune.integrations.peft import VeratuneConfig, install
 
+            install()
             peft.get_peft_model(model, VeratuneConfig(r=4, target_modules=["q_proj", "o_proj"]))
         else:
             get_peft_model(model, VeraConfig(r=4, target_modules="all-linear"))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from veratune import VeraConfig, get_peft_model
-from veratune.integrations.peft import VeratuneConfig
+from veratune.integrations.peft import VeratuneConfig, install
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -60,6 +60,7 @@ def randomised(model: nn.Module) -> Any:
 
 def make_files(kind: str, directory: Path) -> None:
     if kind == "plug-in":
+        install()
         randomised(peft.get_peft_model(net(), VeratuneConfig(**SETTINGS))).save_pretrained(directory)
         return
     projection = "peft" if kind.startswith("peft") else "per_dimension"

@@ -6,7 +6,7 @@ from torch import nn
 
 from reference import randomise
 from veratune import VeraConfig, VeraModel, get_peft_model
-from veratune.integrations.peft import VeratuneConfig
+from veratune.integrations.peft import VeratuneConfig, install
 
 
 class Net(nn.Module):
@@ -80,6 +80,7 @@ def merged() -> VeraModel:
 
 
 def tuned() -> Any:
+    install()
     model = peft.get_peft_model(net(), VeratuneConfig(**settings()), adapter_name="one")
     model.add_adapter("two", VeratuneConfig(**settings(modules_to_save=None, r=3)))
     torch.manual_seed(5)

@@ -106,6 +106,7 @@ class StopAt(TrainerCallback):
 
 
 def vera_config() -> VeratuneConfig:
+    install()
     return VeratuneConfig(r=4, target_modules=TARGETS["llama"], task_type="CAUSAL_LM")
 
 
@@ -253,7 +254,6 @@ def test_what_is_no_vera_model_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["sft", "dpo"])
 def test_trls_own_trainers_take_the_plug_ins_configuration(kind: str, tmp_path: Path) -> None:
-    install()
     whole = peft_trainer(kind, tmp_path / "whole", config=vera_config())
     assert isinstance(whole.model, peft.PeftModel)
     assert any(isinstance(module, TunedLayer) for module in whole.model.modules())
@@ -284,7 +284,6 @@ def test_both_ways_learn_the_same(kind: str, tmp_path: Path) -> None:
 
 
 def test_dpo_of_a_trained_peft_model_compares_with_the_reference_it_is_given(tmp_path: Path) -> None:
-    install()
     model = peft.get_peft_model(tiny_model("llama"), vera_config())
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -352,8 +352,9 @@ def test_a_bank_with_heads_is_refused_then() -> None:
 @WAYS
 def test_in_peft(offload: Any, first: str, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
-    from veratune.integrations.peft import VeratuneConfig
+    from veratune.integrations.peft import VeratuneConfig, install
 
+    install()
     config = VeratuneConfig(r=3, target_modules=["embed", "linear", "conv"], target_parameters=["experts.up_proj"])
 
     def adapted(base: nn.Module) -> Any:

@@ -195,8 +195,9 @@ def gradients_of(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
 
 def in_peft(base: nn.Module) -> nn.Module:
     peft = pytest.importorskip("peft")
-    from veratune.integrations.peft import VeratuneConfig
+    from veratune.integrations.peft import VeratuneConfig, install
 
+    install()
     model: nn.Module = peft.get_peft_model(base, VeratuneConfig(r=4, target_modules=["0", "2"]), adapter_name="one")
     randomise(model, scale=0.2)
     return model

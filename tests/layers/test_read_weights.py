@@ -39,8 +39,9 @@ def adapted(plugin: bool) -> tuple[Any, Net]:
     settings: dict[str, Any] = {"r": 3, "target_modules": list(KINDS)}
     if plugin:
         peft = pytest.importorskip("peft")
-        from veratune.integrations.peft import VeratuneConfig
+        from veratune.integrations.peft import VeratuneConfig, install
 
+        install()
         model: Any = peft.get_peft_model(net, VeratuneConfig(**settings))
     else:
         model = get_peft_model(net, VeraConfig(**settings))

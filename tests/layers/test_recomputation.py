@@ -349,7 +349,9 @@ def test_a_compiled_model_is_not_stopped_by_the_checks() -> None:
 
 def in_peft(reentrant: bool | None) -> Any:
     peft = pytest.importorskip("peft")
-    from veratune.integrations.peft import VeratuneConfig
+    from veratune.integrations.peft import VeratuneConfig, install
+
+    install()
 
     def config(key: int) -> VeratuneConfig:
         return VeratuneConfig(

@@ -9,7 +9,9 @@ import torch
 import transformers
 
 from tiny_models import tiny_model
-from veratune.integrations.peft import VeratuneConfig
+from veratune.integrations.peft import VeratuneConfig, install
+
+install()
 
 
 @pytest.mark.parametrize("others", [[], ["default"]])

@@ -14,7 +14,7 @@ from tiny_models import randomise_trainable
 
 peft = pytest.importorskip("peft")
 
-from veratune.integrations.peft.tuner import TunedLayer, VeratuneConfig  # noqa: E402
+from veratune.integrations.peft.tuner import TunedLayer, VeratuneConfig, install  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:peft.*")
 Make = Callable[..., Any]
@@ -300,6 +300,7 @@ def test_adding_an_adapter_leaves_the_others_flags(peft_config: Make) -> None:
 
 
 def test_conversion_to_a_lora_is_exact() -> None:
+    install()
     model = tuned("mlp", VeratuneConfig(r=4, target_modules=["lin0", "lin1"]))
     expected = outputs(model, "mlp")
     config, state = peft.convert_to_lora(model, 4)

@@ -1,4 +1,4 @@
-"""VeRA inside PEFT: `peft.get_peft_model(model, VeratuneConfig(...))`."""
+"""VeRA inside PEFT: `install()`, then `peft.get_peft_model(model, VeratuneConfig(...))`."""
 
 from veratune.integrations.peft.tuner import VeratuneConfig, VeratuneTuner, install
 

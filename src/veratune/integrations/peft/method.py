@@ -51,6 +51,15 @@ def has_method(name: str) -> bool:
     return name in PeftType.__members__
 
 
+def check_installed(name: str) -> None:
+    """Raise RuntimeError unless PEFT knows a method of this name."""
+    if not has_method(name):
+        raise RuntimeError(
+            "PEFT does not know veratune's layers yet: call veratune.integrations.peft.install() before making or"
+            " reading a VeratuneConfig"
+        )
+
+
 def add_method(name: str, config_class: type, tuner_class: Any) -> None:
     """Make a method known to PEFT under a name of its enumeration's style."""
     from peft.utils import PeftType, register_peft_method

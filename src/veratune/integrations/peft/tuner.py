@@ -1,8 +1,8 @@
 """veratune's layers inside the `peft` package, for everything that asks for a `peft.PeftModel`.
 
-    from veratune.integrations.peft.tuner import VeratuneConfig, install
+    from veratune.integrations.peft import VeratuneConfig, install
 
-    install()
+    install()  # once, before the first configuration is made or read
     model = peft.get_peft_model(model, VeratuneConfig(target_modules="all-linear"))
 
 `PeftModel.from_pretrained`, transformers' `Trainer`, and whatever else knows PEFT's models then work with it. PEFT
@@ -62,6 +62,8 @@ from veratune.utils.torch_private import follow_replacement
 def install(*, replace_vera: bool = False) -> None:
     """Make `VeratuneConfig` and veratune's own files known to PEFT. A second call does nothing more.
 
+    Nothing else changes PEFT: neither importing this package nor making a configuration.
+
     Args:
         replace_vera: let PEFT's own `VeraConfig` use veratune's layers as well, so that a script that knows nothing of
             veratune runs on them. Files stay PEFT's, with the same outputs.
@@ -86,6 +88,9 @@ class VeratuneConfig(VeraFields, peft.PeftConfig):
     """A configuration for PEFT, with the fields of `veratune.VeraConfig` that PEFT does not handle itself.
 
     `fingerprint` is of the projections; it is filled in, and compared when an adapter is loaded.
+
+    Raises:
+        RuntimeError: `install()` was not called, and PEFT could not use this.
     """
 
     fingerprint: str | None = None
@@ -94,8 +99,8 @@ class VeratuneConfig(VeraFields, peft.PeftConfig):
     base: InitVar[dict[str, Any] | None] = None
 
     def __post_init__(self, save_projection: bool, base: dict[str, Any] | None) -> None:
+        peft_method.check_installed(PLUGIN_TYPE)
         super().__post_init__()  # type: ignore[no-untyped-call]
-        install()
         self._native: LoadedAdapter | None = None
         self._of_native_json = self.peft_type == PEFT_TYPE
         self.peft_type = PeftType[PLUGIN_TYPE]
@@ -113,6 +118,7 @@ class VeratuneConfig(VeraFields, peft.PeftConfig):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
         """Read the configuration of an adapter that PEFT wrote, or of veratune's own."""
+        peft_method.check_installed(PLUGIN_TYPE)
         read: Any = super().from_pretrained
         config: Any = read(pretrained_model_name_or_path, subfolder, **kwargs)
         if not getattr(config, "_of_native_json", False):
