@@ -83,10 +83,10 @@ def fill(model: nn.Module, scale: float = 0.4) -> None:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
 
 
-def net(reentrant: bool | None, only: str | None = None) -> VeraModel:
+def net(reentrant: bool | None, only: str | None = None, bias: str = "all") -> VeraModel:
     torch.manual_seed(0)
-    model = get_peft_model(Net(), copy.deepcopy(CONFIG), adapter_name="a")
-    model.add_adapter("b", CONFIG.replace(projection_prng_key=3))
+    model = get_peft_model(Net(), CONFIG.replace(bias=bias), adapter_name="a")
+    model.add_adapter("b", CONFIG.replace(projection_prng_key=3, bias=bias))
     fill(model)
     model.base_model.reentrant, model.base_model.only = reentrant, only
     return model
@@ -113,7 +113,7 @@ CHANGES: dict[str, Callable[[VeraModel], None]] = {
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("layer", LAYERS)
 def test_a_layer_of_each_kind_refuses_to_be_computed_otherwise(reentrant: bool, change: str, layer: str) -> None:
-    model = net(reentrant, layer)
+    model = net(reentrant, layer, "none")  # biases have checks of their own
     loss = loss_of(model)
     CHANGES[change](model)
     with pytest.raises(RuntimeError, match=REFUSED):
@@ -152,7 +152,7 @@ def test_so_is_a_merged_model_that_was_unmerged(reentrant: bool) -> None:
 
 @reentrant_or_not
 def test_an_adapter_of_the_same_name_is_another_one(reentrant: bool) -> None:
-    model = net(reentrant, "linear")
+    model = net(reentrant, "linear", "none")
     loss = loss_of(model)
     model.delete_adapter("a")
     model.add_adapter("a", copy.deepcopy(CONFIG))
@@ -220,7 +220,7 @@ def test_an_adapter_added_to_a_model_with_a_pending_pass_is_noticed(reentrant: b
 
 
 @reentrant_or_not
-def test_layers_notice_that_another_has_lost_its_adapter(reentrant: bool) -> None:
+def test_layers_notice_that_another_has_lost_its_adapter(reentrant: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     model = get_peft_model(Net(), VeraConfig(r=3, target_modules=["linear"]), adapter_name="a")
     model.add_adapter("b", VeraConfig(r=3, target_modules=["conv"], modules_to_save=["head"]))
@@ -229,15 +229,74 @@ def test_layers_notice_that_another_has_lost_its_adapter(reentrant: bool) -> Non
     model.base_model.reentrant = reentrant
     loss = loss_of(model)
     model.set_adapter(["b"])
-    model.delete_adapter("a")
+    with pytest.raises(ValueError, match="delete_adapter cannot work between"):
+        model.delete_adapter("a")
+    with monkeypatch.context() as patch:  # as if the pass were one that cannot be found
+        patch.setattr("veratune.adapters.adapted_model.check_nothing_pending", lambda *_: None)
+        model.delete_adapter("a")
     with pytest.raises(RuntimeError, match=REFUSED):
         loss.backward()
     assert not gradients(model)
+    del loss
     model.add_adapter("c", VeraConfig(r=3, target_modules=["linear"]))
     loss = loss_of(model)
     model.delete_adapter("c")  # which has never computed
     loss.backward()
     assert len(gradients(model)) == 4
+
+
+def remove_each(model: VeraModel) -> None:
+    for name in ("b", "a"):
+        if name in model.peft_config:
+            model.delete_adapter(name)
+
+
+REMOVALS: dict[str, Callable[[VeraModel], Any]] = {
+    "unload": VeraModel.unload,
+    "merge_and_unload": VeraModel.merge_and_unload,
+    "delete_adapter": remove_each,
+}
+
+
+@reentrant_or_not
+@pytest.mark.parametrize(
+    ("layer", "removal"),
+    [*((layer, "unload") for layer in (*LAYERS, "norm", "head")), (None, "merge_and_unload"), (None, "delete_adapter")],
+)
+def test_the_last_adapters_stay_until_the_backward_pass_is_done(
+    reentrant: bool, removal: str, layer: str | None
+) -> None:
+    expected, model = net(None, layer), net(reentrant, layer)
+    loss_of(expected).backward()
+    loss = loss_of(model)
+    with pytest.raises(ValueError, match=f"{removal} cannot work between a forward pass with gradient checkpointing"):
+        REMOVALS[removal](model)
+    loss.backward()
+    found = gradients(model)
+    for name, gradient in gradients(expected).items():
+        if ".b" not in name:  # gone by now
+            torch.testing.assert_close(found[name], gradient)
+    assert found
+    REMOVALS[removal](model)  # while the outputs are still there
+    assert loss.requires_grad
+
+
+@reentrant_or_not
+def test_passes_that_are_done_dropped_or_another_models_keep_no_adapter(reentrant: bool) -> None:
+    other, model = net(reentrant), net(reentrant)
+    pending = loss_of(other)
+    loss_of(model)  # dropped
+    with torch.no_grad():
+        kept = loss_of(model)
+    model.unload()
+    block = other.base_model.linear
+    later = checkpoint(lambda x: block(x) * 1.0, X.clone().requires_grad_(), use_reentrant=reentrant)
+    del pending
+    with pytest.raises(ValueError, match="unload cannot work"):
+        other.unload()
+    del later
+    other.unload()
+    assert not kept.requires_grad
 
 
 def test_a_change_that_was_undone_leaves_no_state_behind(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -398,6 +457,18 @@ def test_in_peft_each_kind_refuses_as_well(reentrant: bool, layer: str, change: 
     with pytest.raises(RuntimeError, match=REFUSED):
         loss.backward()
     assert not gradients(model)
+
+
+@reentrant_or_not
+@pytest.mark.parametrize("removal", ["unload", "merge_and_unload"])
+def test_in_peft_the_adapters_stay_until_the_backward_pass_is_done(reentrant: bool, removal: str) -> None:
+    model = in_peft(reentrant)
+    loss = loss_of(model)
+    with pytest.raises(ValueError, match=f"{removal} cannot work between"):
+        getattr(model, removal)()
+    loss.backward()
+    assert gradients(model)
+    getattr(model, removal)()
 
 
 @reentrant_or_not

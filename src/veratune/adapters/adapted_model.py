@@ -18,6 +18,7 @@ from veratune.adapters.target_errors import check_not_sharded
 from veratune.config import VeraConfig
 from veratune.layers import ComputeSettings, SavedModule, VectorInit, VeraLayer, VeraModule, VeraParameter
 from veratune.layers.biases import AdapterBiases
+from veratune.layers.pending import check_nothing_pending
 from veratune.layers.quantized import keep_differentiable
 from veratune.layers.recomputation import StateLog
 from veratune.layers.registry import adapt, adapt_parameter
@@ -194,10 +195,13 @@ class AdaptedModel(MergingModel):
         """Remove an adapter and what only it used. If it was active, no other adapter takes its place.
 
         Raises:
-            ValueError: an unknown name, or adapters are merged.
+            ValueError: an unknown name, or adapters are merged, or the backward pass of a checkpointed block is still
+                to come that would not notice what is missing.
         """
         self._check_known([adapter_name])
         self._check_unmerged("delete_adapter")
+        if self._owns_wrappers(adapter_name):
+            check_nothing_pending(self, "delete_adapter")
         with self.undone_on_error():
             self._delete(adapter_name)
         projection_pool.trim()
@@ -228,6 +232,14 @@ class AdaptedModel(MergingModel):
             for log in left:
                 log.void()
         del self.peft_config[adapter_name], self._schemes[adapter_name]
+
+    def _owns_wrappers(self, adapter_name: str) -> bool:
+        """Return whether what has computed with an adapter is the model's own again once this adapter is removed."""
+        logs = [layer._log for layer in self._layers() if set(layer.entries) == {adapter_name}]
+        saved = [module for module in self.modules() if isinstance(module, SavedModule)]
+        logs += [module._log for module in saved if set(module.modules_to_save) == {adapter_name}]
+        logs += [self._biases[adapter_name].log] if adapter_name in self._biases else []
+        return any(log.has_computed() for log in logs)
 
     def _logs(self) -> list[StateLog]:
         """Return what the layers, the saved modules and the biases know of the states they computed in."""

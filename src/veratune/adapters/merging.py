@@ -13,6 +13,7 @@ from veratune.adapters.names import base_parameters
 from veratune.adapters.surgery import replace_modules, undone_on_error
 from veratune.layers import SavedModule, VeraLayer, VeraModule, VeraParameter
 from veratune.layers.guards import guard_loading
+from veratune.layers.pending import check_nothing_pending
 from veratune.layers.quantized import leave_to_library
 from veratune.projections.pool import projection_pool
 from veratune.utils.sharding import describe_sharding
@@ -124,8 +125,9 @@ class MergingModel(AdapterSet):
             adapter_names: which adapters; the active ones by default.
 
         Raises:
-            ValueError: as for `merge_adapter`.
+            ValueError: as for `merge_adapter`, or the backward pass of a checkpointed block is still to come.
         """
+        check_nothing_pending(self, "merge_and_unload")
         names = self._names_to_merge(adapter_names)
         self._check_together(names)
         layers = self._layers()
@@ -162,8 +164,11 @@ class MergingModel(AdapterSet):
     def unload(self) -> nn.Module:
         """Remove all adapters and return the model as it was before them.
 
-        Call `backward` before: nothing is left that could notice that a checkpointed block is computed again otherwise.
+        Raises:
+            ValueError: the backward pass of a checkpointed block is still to come, in which nothing would notice that
+                the adapters are missing.
         """
+        check_nothing_pending(self, "unload")
         with self.undone_on_error():
             self.unmerge_adapter()
             self._activate([])

@@ -68,6 +68,29 @@ def node_number_of_backward() -> int | None:
     return None if number is None else number()
 
 
+def may_be_checkpoint(kind: type) -> bool:
+    """Return whether objects of this type may be what gradient checkpointing keeps between the two passes."""
+    frame = kind.__name__ == "_CheckpointFrame" and kind.__module__ == "torch.utils.checkpoint"
+    return frame or issubclass(kind, torch.autograd.function.BackwardCFunction)
+
+
+def pending_checkpoint(kept: Any) -> Any:
+    """Return the function that gradient checkpointing will call in the backward pass, or None if it is done.
+
+    Args:
+        kept: an object of a type for which `may_be_checkpoint` is true.
+    """
+    if not isinstance(kept, torch.autograd.function.BackwardCFunction):
+        waits = any(holder() is not None for holder in getattr(kept, "weak_holders", ()))
+        return getattr(kept, "recompute_fn", None) if waits else None
+    try:
+        kept.saved_tensors  # noqa: B018  # fails after the backward pass
+    except RuntimeError:
+        return None
+    # torch's and DeepSpeed's name, and another in use.
+    return getattr(kept, "run_function", None) or getattr(kept, "forward_function", None)
+
+
 # The attribute in which wrappers hold the module: torch.compile, checkpoint_wrapper (also offload_wrapper), FSDP 1.
 _WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 # Those that do not appear in state dict keys.

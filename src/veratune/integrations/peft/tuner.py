@@ -51,6 +51,7 @@ from veratune.integrations.peft.state import tensors_to_load, tensors_to_save, w
 from veratune.layers import AdapterEntry, ComputeSettings, InputGroup, VectorInit, VeraLinear
 from veratune.layers.guards import guard_loading
 from veratune.layers.input_cache import InputCache
+from veratune.layers.pending import check_nothing_pending
 from veratune.layers.quantized import keep_differentiable, leave_to_library
 from veratune.layers.registry import adaptable_parameters, geometry, layer_class, why_not_adaptable
 from veratune.ops.calibration import load_calibration
@@ -257,6 +258,7 @@ class VeratuneTuner(BaseTuner):
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
+        check_nothing_pending(self.model, "merge_and_unload" if merge else "unload")
         if not merge:
             for layer in adapted_layers(self.model).values():
                 if layer.merged_adapters:
