@@ -16,8 +16,8 @@ except ImportError as error:
         f" pip install 'veratune[sentence-transformers]' ({error})"
     ) from error
 
-from veratune.integrations.trainer import VeraTrainer
+from veratune.integrations.trainer import VeraTrainerMixin
 
 
-class VeraSentenceTransformerTrainer(VeraTrainer, SentenceTransformerTrainer):
+class VeraSentenceTransformerTrainer(VeraTrainerMixin, SentenceTransformerTrainer):
     """`SentenceTransformerTrainer` for a `SentenceTransformer` whose transformer is a `VeraModel`."""

@@ -1,7 +1,8 @@
 """transformers' `Trainer` with checkpoints that hold adapters alone.
 
-The plain `Trainer` trains a `VeraModel` too, and resumes it, but writes the whole model into each checkpoint, unless
-`install()` was called.
+    class MyTrainer(VeraTrainerMixin, Trainer): ...
+
+The plain `Trainer` trains a `VeraModel` too, and resumes it, but writes the complete model into each checkpoint.
 """
 
 import functools
@@ -9,10 +10,10 @@ import hashlib
 import os
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 try:
     import transformers
@@ -32,16 +33,36 @@ DIGESTS_NAME = "checkpoint_digests.json"
 _LARGEST_STATE = 1 << 30
 
 
-class VeraTrainer(transformers.Trainer):
-    """A `transformers.Trainer` for a `VeraModel`.
+if TYPE_CHECKING:
+    _TrainerAfterMixin = transformers.Trainer
+else:
+    _TrainerAfterMixin = object  # a class that derives from the mixin names its trainer itself
 
-    Its checkpoints hold the adapters, with what they train in full, as `save_pretrained` writes them, beside the state
-    of the optimizer. `train(resume_from_checkpoint=...)` and `load_best_model_at_end` put their values into the
-    adapters that the model has.
+
+class VeraTrainerMixin(_TrainerAfterMixin):
+    """Makes a `transformers.Trainer`, or a class derived from it, train a `VeraModel`; it is the first base class.
+
+    Checkpoints hold the adapters, with what they train in full, as `save_pretrained` writes them, and the state of the
+    optimizer. `train(resume_from_checkpoint=...)` and `load_best_model_at_end` put their values into the adapters that
+    the model has.
     """
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Check that no trainer's methods hide those of the mixin.
+
+        Raises:
+            TypeError: a trainer is named before the mixin in the base classes.
+        """
+        super().__init_subclass__(**kwargs)
+        for base in cls.__mro__[: cls.__mro__.index(VeraTrainerMixin)]:
+            if issubclass(base, transformers.Trainer) and not issubclass(base, VeraTrainerMixin):
+                raise TypeError(
+                    f"{cls.__name__}: {base.__name__} is named before VeraTrainerMixin, and would write the complete"
+                    f" model into each checkpoint: write class {cls.__name__}(VeraTrainerMixin, {base.__name__})"
+                )
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """Make a trainer, as `transformers.Trainer`.
+        """Make a trainer, as the class after the mixin.
 
         Raises:
             TypeError: the model is no `VeraModel`.
@@ -68,12 +89,17 @@ class VeraTrainer(transformers.Trainer):
         """Make the optimizer where none was given, with a learning rate each for the vectors and for all else.
 
         The vectors have that of the arguments, heads and biases a tenth of it. Where the arguments have transformers'
-        default, which is for full fine-tuning, both have those of `parameter_groups`, and a warning says so.
+        default, which is for full fine-tuning, both have those of `parameter_groups`, and a warning says so. Rates that
+        the trainer's own class has chosen stay.
         """
         vectors, rest = trained_parts(self._vera_model())  # raises for a model without anything to train
         if self.optimizer is not None:
             return super().create_optimizer(*args, **kwargs)
+        optimizer = super().create_optimizer(*args, **kwargs)
         rate = self.args.learning_rate
+        groups = [group for group in optimizer.param_groups if group.get("lr") == rate]
+        if not groups:
+            return optimizer
         if rate == type(self.args).__dataclass_fields__["learning_rate"].default:
             notify(
                 f"learning_rate={rate} is the default of {type(self.args).__name__}, and not for VeRA: the vectors are"
@@ -83,8 +109,8 @@ class VeraTrainer(transformers.Trainer):
             rate = VECTOR_RATE
         elif (advice := rate_advice(rate)) is not None and vectors:
             notify(f"{advice}; give another one in the arguments, or an optimizer made with parameter_groups")
-        optimizer = super().create_optimizer(*args, **kwargs)
-        _set_rates(optimizer, {id(parameter) for parameter in rest}, rate, rate * HEAD_RATE / VECTOR_RATE)
+        others = {id(parameter) for parameter in rest}
+        _set_rates(optimizer, groups, others, rate, rate * HEAD_RATE / VECTOR_RATE)
         return optimizer
 
     def _vera_model(self) -> VeraModel:
@@ -133,66 +159,19 @@ class VeraTrainer(transformers.Trainer):
             handle.remove()
 
 
-def _set_rates(optimizer: Any, others: set[int], rate: float, other_rate: float) -> None:
-    """Give an optimizer's parameters their rates; a group that has some of both kinds becomes two."""
-    for group in list(optimizer.param_groups):
+class VeraTrainer(VeraTrainerMixin, transformers.Trainer):
+    """A `transformers.Trainer` for a `VeraModel`."""
+
+
+def _set_rates(optimizer: Any, groups: list[Any], others: set[int], rate: float, other_rate: float) -> None:
+    """Give the parameters of some of an optimizer's groups their rates; a group that has both kinds becomes two."""
+    for group in groups:
         rest = [parameter for parameter in group["params"] if id(parameter) in others]
         vectors = [parameter for parameter in group["params"] if id(parameter) not in others]
         if rest and vectors:
             group["params"] = vectors
             optimizer.add_param_group({**group, "params": rest, "lr": other_rate})
         group["lr"] = rate if vectors else other_rate
-
-
-def install() -> None:
-    """Let transformers' own `Trainer`, and classes made from it, write adapters alone where they train a `VeraModel`.
-
-    Their checkpoints, resuming and `load_best_model_at_end` are `VeraTrainer`'s then. All other models are trained,
-    saved and loaded as before. Calling it again changes nothing.
-    """
-    trainer: Any = transformers.Trainer
-    if getattr(trainer._save, "_veratune", False):
-        return
-    for name, ours in (("_save", _save), ("_load_from_checkpoint", _load), ("_load_best_model", _load_best)):
-        setattr(trainer, name, _where_adapted(getattr(trainer, name), ours))
-
-
-def _where_adapted(theirs: Callable[..., Any], ours: Callable[..., None]) -> Callable[..., Any]:
-    """Return a method of a trainer that does what `ours` does where a `VeraModel` is trained."""
-
-    @functools.wraps(theirs)
-    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        if not isinstance(model, VeraModel):
-            return theirs(self, *args, **kwargs)
-        return ours(theirs, self, model, *args, **kwargs)
-
-    method._veratune = True  # type: ignore[attr-defined]
-    return method
-
-
-def _save(theirs: Any, trainer: Any, model: VeraModel, output_dir: str | None = None, state_dict: Any = None) -> None:
-    _write(trainer, model, output_dir)
-
-
-def _load(theirs: Any, trainer: Any, model: VeraModel, resume_from_checkpoint: str, *wrapped: Any, **more: Any) -> None:
-    if trainer.is_fsdp_enabled or _holds_whole_model(Path(resume_from_checkpoint)):  # from before `install()`
-        theirs(trainer, resume_from_checkpoint, *wrapped, **more)
-        return
-    _check_files(trainer, Path(resume_from_checkpoint))
-    model.restore(resume_from_checkpoint)
-
-
-def _load_best(theirs: Any, trainer: Any, model: VeraModel) -> None:
-    best = trainer.state.best_model_checkpoint
-    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled or _holds_whole_model(Path(best)):
-        theirs(trainer)
-    else:
-        model.restore(best)
-
-
-def _holds_whole_model(checkpoint: Path) -> bool:
-    return any(checkpoint.glob("model*.safetensors"))
 
 
 def _write(trainer: Any, model: VeraModel, output_dir: str | None) -> None:

@@ -15,13 +15,13 @@ import torch
 from torch import nn
 
 from veratune.adapters.plan import plan_adapter
-from veratune.integrations.trainer import VeraTrainer
+from veratune.integrations.trainer import VeraTrainerMixin
 from veratune.model import VeraModel
 
 REFERENCE_ADAPTER = "ref"
 
 
-class _VeraTrlTrainer(VeraTrainer):
+class _VeraTrlTrainer(VeraTrainerMixin):
     """Hands TRL the model inside a `VeraModel`.
 
     TRL replaces the `forward` of what it trains, and that has to be the language model. The adapters are in there.

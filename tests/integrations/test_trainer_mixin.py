@@ -1,6 +1,6 @@
-"""transformers' own Trainer, unchanged but for `install()`, on a VeraModel and on what is none."""
+"""`VeraTrainerMixin` before trainers of one's own, and transformers' Trainer, which stays as it is."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,26 +9,27 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from tiny_models import TARGETS, main_output, tiny_inputs, tiny_model
+from tiny_models import TARGETS, main_output, tiny_model
 from trainers import NoHub, Rows, arguments, losses, state, trained_with_its_best
 from veratune import CheckpointError, VeraConfig, VeraModel, get_peft_model
-from veratune.integrations.trainer import VeraTrainer, install
+from veratune.integrations.trainer import DIGESTS_NAME, VeraTrainer, VeraTrainerMixin
 
 pytestmark = pytest.mark.filterwarnings("ignore:'pin_memory' argument is set:UserWarning")
-METHODS = ("_save", "_load_from_checkpoint", "_load_best_model")
 
 
-@pytest.fixture(autouse=True)
-def _installed() -> Iterator[None]:
-    before = {name: getattr(transformers.Trainer, name) for name in METHODS}
-    install()
-    patched = {name: getattr(transformers.Trainer, name) for name in METHODS}
-    assert all(patched[name] is not before[name] for name in METHODS)
-    install()
-    assert all(getattr(transformers.Trainer, name) is patched[name] for name in METHODS)
-    yield
-    for name, method in before.items():
-        setattr(transformers.Trainer, name, method)
+class Theirs(transformers.Trainer):
+    """A trainer that somebody else wrote."""
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        return super().compute_loss(*args, **kwargs)
+
+
+class Mine(VeraTrainerMixin, Theirs):
+    pass
+
+
+class MineForText(VeraTrainerMixin, transformers.Seq2SeqTrainer):
+    pass
 
 
 class TextRows(Rows):
@@ -45,8 +46,17 @@ def rows_of(kind: str, count: int = 12) -> Rows:
     return Rows(count) if kind == "bert" else TextRows(count)
 
 
-def trainer_of(kind: str, directory: Path, make: Callable[..., Any] = transformers.Trainer, **settings: Any) -> Any:
-    return make(model_of(kind), arguments(directory, **settings), train_dataset=rows_of(kind))
+def trainer_of(kind: str, directory: Path, make: Callable[..., Any] = Mine, **settings: Any) -> Any:
+    return make(model_of(kind), arguments_for(make, directory, **settings), train_dataset=rows_of(kind))
+
+
+def arguments_for(make: Any, directory: Path, **settings: Any) -> transformers.TrainingArguments:
+    given = arguments(directory, **settings)
+    if make is not MineForText:
+        return given
+    own = transformers.Seq2SeqTrainingArguments(given.output_dir)
+    vars(own).update(vars(given))
+    return own
 
 
 class Stop(transformers.TrainerCallback):
@@ -54,17 +64,8 @@ class Stop(transformers.TrainerCallback):
         control.should_training_stop = state.global_step == 4
 
 
-class Mine(transformers.Trainer):
-    """A user's own, with a method of its own."""
-
-    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
-        return super().compute_loss(*args, **kwargs)
-
-
 # GPT-2's head is its table of tokens, which the plain Trainer could not write at all.
-@pytest.mark.parametrize(
-    ("kind", "make"), [("bert", transformers.Trainer), ("gpt2", transformers.Trainer), ("bert", Mine)]
-)
+@pytest.mark.parametrize(("kind", "make"), [("bert", Mine), ("gpt2", Mine), ("gpt2", MineForText)])
 def test_checkpoints_are_adapters_and_training_goes_on_from_them_to_the_bit(
     kind: str, make: Any, tmp_path: Path
 ) -> None:
@@ -76,7 +77,7 @@ def test_checkpoints_are_adapters_and_training_goes_on_from_them_to_the_bit(
     checkpoint = tmp_path / "parts" / "checkpoint-4"
     assert {path.name for path in checkpoint.iterdir()} == {
         *("README.md", "adapter_config.json", "adapter_model.safetensors"),
-        *("optimizer.pt", "rng_state.pth", "scheduler.pt", "trainer_state.json"),
+        *("optimizer.pt", "rng_state.pth", "scheduler.pt", "trainer_state.json", DIGESTS_NAME),
     }
     tensors = load_file(checkpoint / "adapter_model.safetensors")
     trained = {parameter.numel() for parameter in interrupted.model.adapter_state("default").parameters()}
@@ -93,7 +94,7 @@ def test_checkpoints_are_adapters_and_training_goes_on_from_them_to_the_bit(
 
 
 def test_the_best_checkpoint_is_put_back(tmp_path: Path) -> None:
-    trainer = trained_with_its_best(transformers.Trainer, tmp_path)
+    trainer = trained_with_its_best(Mine, tmp_path)
     best = VeraModel.from_pretrained(tiny_model("bert"), tmp_path / "checkpoint-2")
     last = VeraModel.from_pretrained(tiny_model("bert"), tmp_path / "checkpoint-8")
     assert all(torch.equal(a, b) for a, b in zip(state(trainer.model), state(best), strict=True))
@@ -112,34 +113,61 @@ def test_a_checkpoint_that_is_not_an_adapters_is_refused_and_changes_nothing(tmp
     assert all(torch.equal(a, b) for a, b in zip(before, state(trainer.model), strict=True))
 
 
-def test_a_whole_model_from_before_is_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with monkeypatch.context() as without:
-        for name in METHODS:
-            without.setattr(transformers.Trainer, name, getattr(transformers.Trainer, name).__wrapped__)
-        whole = trainer_of("bert", tmp_path / "whole")
-        whole.train()
-        first = trainer_of("bert", tmp_path / "parts")
-        first.add_callback(Stop())
-        first.train()
-    assert (tmp_path / "parts" / "checkpoint-4" / "model.safetensors").is_file()
-    resumed = trainer_of("bert", tmp_path / "parts")
-    resumed.train(resume_from_checkpoint=True)
-    assert losses(resumed) == losses(whole)
-    assert not (tmp_path / "parts" / "checkpoint-12" / "model.safetensors").exists()
+def test_a_checkpoint_with_the_complete_model_is_refused(tmp_path: Path) -> None:
+    trainer_of("bert", tmp_path, transformers.Trainer, max_steps=4).train()
+    assert (tmp_path / "checkpoint-4" / "model.safetensors").is_file()
+    trainer = trainer_of("bert", tmp_path, max_steps=8)
+    before = state(trainer.model)
+    with pytest.raises(CheckpointError, match=r"holds no adapter.*It holds a whole model"):
+        trainer.train(resume_from_checkpoint=True)
+    assert all(torch.equal(a, b) for a, b in zip(before, state(trainer.model), strict=True))
 
 
-def test_other_models_and_trainers_are_as_before(tmp_path: Path) -> None:
-    plain = transformers.Trainer(tiny_model("bert"), arguments(tmp_path / "plain", max_steps=4), train_dataset=Rows())
-    plain.train()
-    assert (tmp_path / "plain" / "checkpoint-4" / "model.safetensors").is_file()
-    again = transformers.Trainer(tiny_model("bert"), arguments(tmp_path / "plain", max_steps=5), train_dataset=Rows())
-    again.train(resume_from_checkpoint=True)
-    assert losses(again)[:4] == losses(plain) and again.state.global_step == 5
+def test_it_trains_as_vera_trainer_does(tmp_path: Path) -> None:
+    mine = trainer_of("bert", tmp_path / "mine", max_steps=4)
+    mine.train()
     ours = trainer_of("bert", tmp_path / "ours", VeraTrainer, max_steps=4)
     ours.train()
-    loaded = VeraModel.from_pretrained(tiny_model("bert"), tmp_path / "ours" / "checkpoint-4")
-    with torch.no_grad():
-        assert torch.equal(loaded(**tiny_inputs("bert")).logits, ours.model.eval()(**tiny_inputs("bert")).logits)
+    assert losses(mine) == losses(ours) and len(losses(mine)) == 4
+    assert all(torch.equal(a, b) for a, b in zip(state(mine.model), state(ours.model), strict=True))
+
+
+def test_rates_that_a_class_chooses_itself_stay(tmp_path: Path) -> None:
+    class Chosen(transformers.Trainer):
+        def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+            trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+            self.optimizer = torch.optim.SGD(trained, lr=0.7)
+            return self.optimizer
+
+    class MineChosen(VeraTrainerMixin, Chosen):
+        pass
+
+    optimizer = trainer_of("bert", tmp_path, MineChosen, learning_rate=5e-5).create_optimizer()
+    assert [group["lr"] for group in optimizer.param_groups] == [0.7]
+
+
+def test_a_mixin_behind_a_trainer_is_refused() -> None:
+    with pytest.raises(
+        TypeError, match=r"Theirs is named before VeraTrainerMixin.*class Late\(VeraTrainerMixin, Theirs"
+    ):
+        type("Late", (Theirs, VeraTrainerMixin), {})
+    with pytest.raises(TypeError, match="Late: Theirs is named before VeraTrainerMixin"):
+        type("Late", (Theirs, VeraTrainerMixin, transformers.Trainer), {})
+    derived: Any = type("Derived", (type("More", (Mine,), {}), VeraTrainerMixin), {})
+    assert derived.save_model is VeraTrainerMixin.save_model
+
+
+def test_another_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="Mine trains a VeraModel, not a BertFor"):
+        Mine(tiny_model("bert"), arguments(tmp_path), train_dataset=Rows())
+
+
+def test_transformers_trainer_is_not_changed(tmp_path: Path) -> None:
+    before = dict(vars(transformers.Trainer))
+    trainer_of("bert", tmp_path / "mine", max_steps=4).train()
+    assert dict(vars(transformers.Trainer)) == before
+    trainer_of("bert", tmp_path / "plain", transformers.Trainer, max_steps=4).train()
+    assert (tmp_path / "plain" / "checkpoint-4" / "model.safetensors").is_file()
 
 
 def test_push_to_hub_uploads_the_adapter_and_not_the_model(hub: NoHub, tmp_path: Path) -> None:
