@@ -1,4 +1,4 @@
-"""Fields of a settings dataclass that are options of a command too: help, names and checks stand at the field."""
+"""Fields of a settings dataclass that are also command-line options; each declares its help, names and check."""
 
 import dataclasses
 import inspect
@@ -19,7 +19,7 @@ Check = Callable[[str, Any], Any]
 
 
 class SettingsError(ValueError):
-    """A setting that cannot be: the call is wrong, whatever the files hold."""
+    """An invalid setting: the call itself is wrong, whatever the files hold."""
 
 
 @dataclass(frozen=True)
@@ -27,12 +27,12 @@ class Option:
     """An option of the command line for a field.
 
     Attributes:
-        help: the text of `--help`; "{default}" and "{choices}" in it are filled in.
-        panel: the group of options that it is shown in.
+        help: the text of `--help`, with "{default}" and "{choices}" as placeholders.
+        panel: the group of options in `--help`.
         check: raises SettingsError for a bad value, wherever it comes from.
         short: another name.
         choices: the allowed values, for the text of `--help`.
-        parse: makes the value of what is given on the command line.
+        parse: converts the text from the command line to the value.
     """
 
     help: str
@@ -60,7 +60,7 @@ def setting(
     choices: Collection[str] = (),
     parse: Callable[[str], Any] | None = None,
 ) -> Any:
-    """Declare a field that is an option; for the arguments see `Option`."""
+    """Declare a field that is also an option; see `Option` for the arguments."""
     option = Option(help, panel, check, short, tuple(choices), parse)
     return dataclasses.field(default=default, metadata={_KEY: option})
 
@@ -71,12 +71,12 @@ def options_of(settings: Any) -> dict[str, Option]:
 
 
 def flag(name: str) -> str:
-    """Return the option's name for a field's."""
+    """Return the name of a field's option."""
     return f"--{name.replace('_', '-')}"
 
 
 def parameters_of(settings: type) -> list[inspect.Parameter]:
-    """Return typer's parameters for the options of a settings dataclass; each is None where it is not given."""
+    """Return typer's parameters for the options of a settings dataclass; an option that is not given is None."""
     hints = get_type_hints(settings)
     defaults = {field.name: field.default for field in dataclasses.fields(settings)}
     return [
@@ -94,13 +94,13 @@ def parameters_of(settings: type) -> list[inspect.Parameter]:
 
 
 def parameter(name: str, kind: Any, option: Any) -> inspect.Parameter:
-    """Return one of typer's parameters, which is None where it is not given."""
+    """Return one of typer's parameters, with None as its default."""
     annotation = Annotated[kind | None, option]
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
 
 def _given_type(hint: Any, option: Option) -> Any:
-    """Return the type of what is given on the command line."""
+    """Return the type that typer converts an option to."""
     if option.parse is not None:
         return str
     return next(kind for kind in (str, int, float) if hint in (kind, kind | None))

@@ -70,8 +70,8 @@ def _as_given(name: str, value: Any) -> Any:
 class TrainSettings:
     """All settings of a training run.
 
-    Each field stands once: its default, its option with the text of `--help`, and the check of its values, which is the
-    same for options and for a YAML file.
+    Each field declares its default, its option with the text of `--help`, and the check of its values, which applies to
+    options and to a YAML file alike.
     """
 
     model: str = setting("Base model: a directory or a hub name.", _RUN, required(text("a path or a name")))

@@ -63,7 +63,8 @@ from veratune.utils.torch_private import follow_replacement
 def install(*, replace_vera: bool = False) -> None:
     """Make `VeratuneConfig` and veratune's own files known to PEFT. A second call does nothing more.
 
-    Nothing else changes PEFT: neither importing this package nor making a configuration.
+    Nothing else changes PEFT: neither importing this package nor making a configuration. Where transformers' `Trainer`
+    is in use when an adapter is saved, its `load_best_model_at_end` then also loads adapters not called "default".
 
     Args:
         replace_vera: let PEFT's own `VeraConfig` use veratune's layers as well, so that a script that knows nothing of
