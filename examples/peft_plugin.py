@@ -10,7 +10,8 @@ from torch.utils.data import DataLoader
 
 from _assets import check, fresh, quiet
 from _topics import accuracy, classifier, rows
-from veratune.integrations.peft.tuner import TunedLayer, install
+from veratune.integrations.peft import install
+from veratune.integrations.peft.layers import TunedLayer
 
 OWN_TUNER = peft.mapping.PEFT_TYPE_TO_TUNER_MAPPING[peft.PeftType.VERA]
 

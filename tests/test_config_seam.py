@@ -25,7 +25,7 @@ from torch import nn
 import veratune
 from veratune.cli.inspecting import inspect
 from veratune.cli.train.settings import SettingsError, TrainSettings
-from veratune.integrations.peft.tuner import VeratuneConfig, install
+from veratune.integrations.peft import VeratuneConfig, install
 
 there = Path(sys.argv[1])
 assert Path(veratune.__file__).is_relative_to(there)

@@ -17,7 +17,8 @@ from sentences import _sentence, texts  # noqa: E402
 from tiny_models import TARGETS, main_output, tiny_model  # noqa: E402
 from tiny_text import tiny_tokenizer  # noqa: E402
 from veratune import VeraConfig, VeraModel, get_peft_model  # noqa: E402
-from veratune.integrations.peft.tuner import TunedLayer, VeratuneConfig, install  # noqa: E402
+from veratune.integrations.peft import VeratuneConfig, install  # noqa: E402
+from veratune.integrations.peft.layers import TunedLayer  # noqa: E402
 from veratune.integrations.trl import VeraDPOTrainer, VeraSFTTrainer  # noqa: E402
 
 pytestmark = [

@@ -17,7 +17,8 @@ peft = pytest.importorskip("peft")
 from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap  # noqa: E402
 
 from veratune import AdapterBank, CheckpointError, VeraConfig, VeraModel, get_peft_model  # noqa: E402
-from veratune.integrations.peft.tuner import TunedLayer, VeratuneConfig, install  # noqa: E402
+from veratune.integrations.peft import VeratuneConfig, install  # noqa: E402
+from veratune.integrations.peft.layers import TunedLayer  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:peft.*")
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"

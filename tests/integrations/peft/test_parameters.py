@@ -15,7 +15,8 @@ from tiny_models import randomise_trainable, tiny_model
 peft = pytest.importorskip("peft")
 
 from veratune import VeraConfig, get_peft_model  # noqa: E402
-from veratune.integrations.peft.tuner import TunedLayer, VeratuneConfig, install  # noqa: E402
+from veratune.integrations.peft import VeratuneConfig, install  # noqa: E402
+from veratune.integrations.peft.layers import TunedLayer  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:peft.*")
 EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]

@@ -14,7 +14,8 @@ from tiny_models import randomise_trainable
 
 peft = pytest.importorskip("peft")
 
-from veratune.integrations.peft.tuner import TunedLayer, VeratuneConfig, install  # noqa: E402
+from veratune.integrations.peft import VeratuneConfig, install  # noqa: E402
+from veratune.integrations.peft.layers import TunedLayer  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:peft.*")
 Make = Callable[..., Any]

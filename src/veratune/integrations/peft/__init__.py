@@ -1,5 +1,23 @@
-"""VeRA inside PEFT: `install()`, then `peft.get_peft_model(model, VeratuneConfig(...))`."""
+"""veratune's layers inside the `peft` package, for everything that asks for a `peft.PeftModel`.
 
-from veratune.integrations.peft.tuner import VeratuneConfig, VeratuneTuner, install
+    from veratune.integrations.peft import VeratuneConfig, install
+
+    install()  # once, before the first configuration is made or read
+    model = peft.get_peft_model(model, VeratuneConfig(target_modules="all-linear"))
+
+`PeftModel.from_pretrained`, transformers' `Trainer`, and whatever else knows PEFT's models then work with it. PEFT
+writes the files: the vectors, and modules trained in full; no projections. `veratune.VeraModel` reads them, and PEFT
+what a `VeraModel` has written.
+"""
+
+try:
+    from veratune.integrations.peft.config import VeratuneConfig
+    from veratune.integrations.peft.installation import install
+    from veratune.integrations.peft.tuner import VeratuneTuner
+except ImportError:
+    from veratune.integrations.peft.method import check_version
+
+    check_version()  # an unsupported version is the likely reason, and this names the supported ones
+    raise
 
 __all__ = ["VeratuneConfig", "VeratuneTuner", "install"]

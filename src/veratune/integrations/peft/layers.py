@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from veratune.layers import VeraConv, VeraConv1D, VeraEmbedding, VeraLayer, VeraLinear, VeraModule, VeraParameter
 from veratune.layers.registry import geometry, layer_class, parameter_layout
+from veratune.utils.torch_private import follow_replacement
 
 
 class TunedLayer(BaseTunerLayer):
@@ -197,3 +198,12 @@ def tuned_parameter(module: nn.Module, name: str) -> Any:
     """Return a layer for PEFT, without adapters yet, for a parameter that its module reads itself."""
     size, transposed = parameter_layout(module, name)
     return TunedParameter(module, name, size, transposed=transposed)
+
+
+def put_in_place_of(model: nn.Module, module: nn.Module, other: nn.Module) -> None:
+    """Put another module wherever a module stands, but into the other one itself."""
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if child is module and parent is not other:
+                parent._modules[name] = other
+                follow_replacement(parent)

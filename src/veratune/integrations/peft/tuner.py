@@ -1,153 +1,38 @@
-"""veratune's layers inside the `peft` package, for everything that asks for a `peft.PeftModel`.
-
-    from veratune.integrations.peft import VeratuneConfig, install
-
-    install()  # once, before the first configuration is made or read
-    model = peft.get_peft_model(model, VeratuneConfig(target_modules="all-linear"))
-
-`PeftModel.from_pretrained`, transformers' `Trainer`, and whatever else knows PEFT's models then work with it. PEFT
-writes the files: the vectors, and modules trained in full; no projections. `veratune.VeraModel` reads them, and PEFT
-what a `VeraModel` has written.
-"""
+"""The tuner that `peft` makes of a model for a `VeratuneConfig`."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import InitVar, dataclass, replace
-from functools import partial
-from typing import Any, Self
+from dataclasses import dataclass
+from typing import Any
 
-try:
-    import peft
-    from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule, _maybe_include_all_linear_layers
-    from peft.utils import TRANSFORMERS_MODELS_TO_VERA_TARGET_MODULES_MAPPING, AuxiliaryTrainingWrapper, PeftType
-    from peft.utils.integrations import init_empty_weights
-except ImportError:
-    from veratune.integrations.peft.method import check_version
-
-    check_version()  # says which versions there may be, which is the likely reason
-    raise
-
-import torch
+from peft.tuners.tuners_utils import _ExcludedModule, _maybe_include_all_linear_layers
+from peft.utils import TRANSFORMERS_MODELS_TO_VERA_TARGET_MODULES_MAPPING, AuxiliaryTrainingWrapper
+from peft.utils.integrations import init_empty_weights
 from torch import Tensor, nn
 
 from veratune.adapters.adapter_state import check_adapter_name
-from veratune.adapters.names import ModuleName, adapted_layers, module_names, unwrapped
+from veratune.adapters.names import ModuleName, module_names, unwrapped
 from veratune.adapters.plan import input_groups, make_scheme, vector_dtype
-from veratune.adapters.surgery import StructureBefore, prepare, undone_on_error
+from veratune.adapters.surgery import prepare, undone_on_error
 from veratune.adapters.target import Target, parts_of
 from veratune.adapters.target_errors import check_not_sharded, check_settings
 from veratune.adapters.targets import parameter_targets
-from veratune.checkpoint.peft_plugin import PLUGIN_TYPE
 from veratune.checkpoint.validate import LoadedAdapter, other_projections
-from veratune.config import PEFT_TYPE, VeraConfig, VeraFields, explains_unknown_fields
-from veratune.config_fields import settings_of
+from veratune.config import VeraConfig
 from veratune.integrations.peft import files as peft_native
 from veratune.integrations.peft import method as peft_method
-from veratune.integrations.peft.layers import TunedLayer, TunedModule, tuned_layer, tuned_parameter
+from veratune.integrations.peft.config import VeratuneConfig
+from veratune.integrations.peft.layers import TunedLayer, TunedModule, put_in_place_of, tuned_layer, tuned_parameter
 from veratune.integrations.peft.matching import is_meant
+from veratune.integrations.peft.merging import MergingTuner
 from veratune.integrations.peft.saved_states import saved_states_noted
-from veratune.integrations.peft.saving import saving
 from veratune.integrations.peft.state import tensors_to_load, tensors_to_save, without_adapter_name
-from veratune.layers import AdapterEntry, ComputeSettings, InputGroup, VectorInit, VeraLinear
-from veratune.layers.guards import guard_loading
-from veratune.layers.input_cache import InputCache
-from veratune.layers.pending import check_nothing_pending
-from veratune.layers.quantized import keep_differentiable, leave_to_library
-from veratune.layers.registry import adaptable_parameters, geometry, layer_class, why_not_adaptable
+from veratune.layers import ComputeSettings, InputGroup, VectorInit
+from veratune.layers.quantized import keep_differentiable
+from veratune.layers.registry import adaptable_parameters, geometry, why_not_adaptable
 from veratune.ops.calibration import load_calibration
-from veratune.projections.pool import projection_pool
-from veratune.projections.schemes import Scheme, Side, Stored
+from veratune.projections.schemes import Scheme
 from veratune.utils.torch_private import follow_replacement
-
-
-def install(*, replace_vera: bool = False) -> None:
-    """Make `VeratuneConfig` and veratune's own files known to PEFT. A second call does nothing more.
-
-    Nothing else changes PEFT: neither importing this package nor making a configuration. Where transformers' `Trainer`
-    is in use when an adapter is saved, its `load_best_model_at_end` then also loads adapters not called "default".
-
-    Args:
-        replace_vera: let PEFT's own `VeraConfig` use veratune's layers as well, so that a script that knows nothing of
-            veratune runs on them. Files stay PEFT's, with the same outputs.
-
-    Raises:
-        ImportError: PEFT is of a version in which this does not work.
-    """
-    peft_method.check_version()
-    if not peft_method.has_method(PLUGIN_TYPE):
-        peft_method.add_method(PLUGIN_TYPE, VeratuneConfig, VeratuneTuner)
-        placing = partial(peft_native.placing, own_tuner=VeratuneTuner)
-        peft_method.add_reader(PEFT_TYPE, VeratuneConfig, peft_native.reading, placing)
-        peft_method.wrap_changes(_undone_if_adapted)
-        peft_method.add_writer(partial(saving, own_tuner=VeratuneTuner))
-    if replace_vera:
-        peft_method.replace_vera(PeftVeraTuner)
-
-
-@explains_unknown_fields
-@dataclass
-class VeratuneConfig(VeraFields, peft.PeftConfig):
-    """A configuration for PEFT, with the fields of `veratune.VeraConfig` that PEFT does not handle itself.
-
-    `fingerprint` is of the projections; it is filled in, and compared when an adapter is loaded.
-
-    Raises:
-        RuntimeError: `install()` was not called, and PEFT could not use this.
-    """
-
-    fingerprint: str | None = None
-    # What the JSON beside a native file has besides, and is of no use here.
-    save_projection: InitVar[bool] = False
-    base: InitVar[dict[str, Any] | None] = None
-
-    def __post_init__(self, save_projection: bool, base: dict[str, Any] | None) -> None:
-        peft_method.check_installed(PLUGIN_TYPE)
-        super().__post_init__()  # type: ignore[no-untyped-call]
-        self._native: LoadedAdapter | None = None
-        self._of_native_json = self.peft_type == PEFT_TYPE
-        self.peft_type = PeftType[PLUGIN_TYPE]
-        if save_projection and not self._of_native_json:
-            raise ValueError(
-                "save_projection=True cannot be had in PEFT: a VeratuneConfig's files have no projections, only their"
-                " fingerprint. Leave it out, or save with veratune.VeraModel, whose VeraConfig has save_projection"
-            )
-        self._expected = self.fingerprint  # what a file says, where this comes from one
-        self.checked()
-        for name in ("target_modules", "exclude_modules"):
-            value = getattr(self, name)
-            setattr(self, name, set(value) if isinstance(value, list | tuple) else value)
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
-        """Read the configuration of an adapter that PEFT wrote, or of veratune's own."""
-        peft_method.check_installed(PLUGIN_TYPE)
-        read: Any = super().from_pretrained
-        config: Any = read(pretrained_model_name_or_path, subfolder, **kwargs)
-        if not getattr(config, "_of_native_json", False):
-            return config
-        return cls._of_native(*peft_native.read_for_peft(pretrained_model_name_or_path, subfolder=subfolder, **kwargs))
-
-    @classmethod
-    def _of_native(cls, loaded: LoadedAdapter, fingerprint: str) -> Self:
-        own = loaded.config
-        # PEFT names tasks otherwise, and an empty list is a choice there.
-        kept = {*settings_of(VeraFields), *VeraConfig.names_with(peft="any")} - {"modules_to_save", "task_type"}
-        config = cls(
-            **{name: getattr(own, name) for name in kept},
-            task_type=peft_native.task_type_for_peft(loaded),
-            modules_to_save=own.modules_to_save or None,
-            fingerprint=fingerprint,
-        )
-        config._native = loaded
-        return config
-
-    def checked(self) -> VeraConfig:
-        """Return the same as a `veratune.VeraConfig`, which refuses what cannot be."""
-        # An empty list says beside target_parameters that there is no layer to adapt.
-        wanted = None if self.target_parameters and not self.target_modules else self.target_modules
-        return VeraConfig(
-            **{name: getattr(self, name) for name in settings_of(VeraFields)} | {"target_modules": wanted}
-        )
 
 
 @dataclass(frozen=True)
@@ -169,7 +54,7 @@ class _Plan:
     groups: dict[str, InputGroup]
 
 
-class VeratuneTuner(BaseTuner):
+class VeratuneTuner(MergingTuner):
     """What PEFT makes of a model for a `VeratuneConfig`."""
 
     prefix = "vera_lambda_"
@@ -251,30 +136,6 @@ class VeratuneTuner(BaseTuner):
                 for parameter in copies:
                     parameter.requires_grad_(any(parameter is other for other in trainable))
             self._frozen = [] if enabled else trainable
-
-    def _unload_and_optionally_merge(  # type: ignore[override]  # PEFT's says None, and returns the model
-        self,
-        merge: bool = True,
-        progressbar: bool = False,
-        safe_merge: bool = False,
-        adapter_names: list[str] | None = None,
-    ) -> nn.Module:
-        check_nothing_pending(self.model, "merge_and_unload" if merge else "unload")
-        if not merge:
-            for layer in adapted_layers(self.model).values():
-                if layer.merged_adapters:
-                    layer.unmerge()
-        # First the wrappers that hold tuned layers themselves, which PEFT would take off with what is in them.
-        for wrapper in [module for module in self.model.modules() if isinstance(module, TunedModule)]:
-            if merge:
-                wrapper.merge(adapter_names)
-            _put_in_place_of(self.model, wrapper, wrapper.base_layer)
-        unload: Any = super()._unload_and_optionally_merge
-        model: nn.Module = unload(merge, progressbar, safe_merge, adapter_names)
-        prepare(model)
-        guard_loading(model)
-        leave_to_library(model)
-        return model
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: Any) -> Any:
         if peft_config.target_modules is None and getattr(peft_config, "target_parameters", None):
@@ -391,7 +252,7 @@ class VeratuneTuner(BaseTuner):
                 holder: Any = made.get(id(target.module), target.module)
                 if not isinstance(holder, TunedModule):
                     holder = made[id(target.module)] = TunedModule(target.module)
-                    _put_in_place_of(model, target.module, holder)
+                    put_in_place_of(model, target.module, holder)
                 if target.parameter not in holder.adapted:
                     holder.adapted[target.parameter] = tuned_parameter(holder.base_layer, target.parameter)
                 self._add(plan, adapter_name, holder.adapted[target.parameter], target)
@@ -411,53 +272,6 @@ class VeratuneTuner(BaseTuner):
         )
         load_calibration(weight.device)
         layer.activate(self.active_adapters)
-
-    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """Merge, after all layers have been checked."""
-        self._check_mergeable(adapter_names, safe_merge)
-        with undone_on_error(self):
-            super().merge_adapter(adapter_names, safe_merge=False)
-            guard_loading(self)
-
-    def unmerge_adapter(self) -> None:
-        """Undo `merge_adapter`, to the exact bits."""
-        with undone_on_error(self):
-            super().unmerge_adapter()  # type: ignore[no-untyped-call]
-            guard_loading(self)
-
-    def merge_and_unload(
-        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
-    ) -> nn.Module:
-        """Merge for good, after all layers have been checked."""
-        self._check_mergeable(adapter_names, safe_merge, for_good=True)
-        merged: nn.Module = super().merge_and_unload(progressbar, safe_merge=False, adapter_names=adapter_names)
-        return merged
-
-    def _check_mergeable(self, adapter_names: list[str] | None, safe: bool, *, for_good: bool = False) -> None:
-        """Raise ValueError if adapters cannot be merged into some layer; nothing has been changed then."""
-        names = self.active_adapters if adapter_names is None else adapter_names
-        for called, wrapper in self.model.named_modules():
-            if isinstance(wrapper, AuxiliaryTrainingWrapper):
-                self._check_saved(called, wrapper, names, for_good)
-        for called, layer in adapted_layers(self.model).items():
-            new = [name for name in names if name not in layer.merged_adapters]
-            layer.check_mergeable(new, safe=safe, called=called)
-
-    def _check_saved(self, called: str, wrapper: Any, names: list[str], for_good: bool) -> None:
-        """Raise ValueError where merging would leave an adapter's vectors with another's copy of a module."""
-        active = wrapper.active_adapters
-        for name in names:
-            if name in wrapper._get_available_adapters() and name not in active:
-                raise ValueError(
-                    f"cannot merge {name!r} while it is inactive, because it trains {called} in full, and merging"
-                    f" would leave that out: call set_adapter({name!r}) first"
-                )
-        for name in active if for_good else []:
-            if name not in names:
-                raise ValueError(
-                    f"cannot merge {names} for good while {name!r} is active, because its copy of {called} would stay"
-                    f" in the model: call set_adapter({names!r}) first"
-                )
 
     @classmethod
     def _get_adapter_state_dict(
@@ -492,124 +306,6 @@ class VeratuneTuner(BaseTuner):
         if peft_config._expected not in (None, peft_config.fingerprint):
             found = peft_config.fingerprint
             raise other_projections("this adapter", peft_config.checked(), peft_config._expected, found)
-
-
-class PeftVeraTuner(VeratuneTuner):
-    """What PEFT makes of a model for its own `VeraConfig` after `install(replace_vera=True)`."""
-
-    # As PEFT says of its own: transformers' load_adapter and inject_adapter_in_model would pass over stored A and B.
-    uses_shared_state = True
-
-    def _settings(self, peft_config: Any) -> VeraConfig:
-        same = VeraConfig.names_with(peft="vera", selects=False)
-        return VeraConfig(projection="peft", **{name: getattr(peft_config, name) for name in same})
-
-    def _matched_layers(self, peft_config: Any, config: VeraConfig, model: nn.Module) -> dict[int, Target]:
-        found = super()._matched_layers(peft_config, config, model)
-        for target in found.values():
-            if not issubclass(layer_class(unwrapped(target.module)), VeraLinear):
-                raise ValueError(
-                    f"{target.name} cannot be adapted with PEFT's own VeraConfig, whose files are for linear layers"
-                    " alone: exclude it, or use VeratuneConfig"
-                )
-        return found
-
-    def _check_projections(self, peft_config: Any, scheme: Scheme) -> None:
-        pass  # PEFT's files have no fingerprint, but may have the projections
-
-    @classmethod
-    def _get_adapter_state_dict(
-        cls,
-        model: nn.Module,
-        config: Any,
-        adapter_name: str,
-        state_dict: dict[str, Tensor],
-        unwanted_adapter_names: list[str],
-    ) -> dict[str, Tensor]:
-        found: dict[str, Tensor] = super()._get_adapter_state_dict(
-            model, config, adapter_name, state_dict, unwanted_adapter_names
-        )
-        if config.save_projection:
-            scheme = _entries(model, adapter_name)[0].a.projection.scheme
-            a, b = (scheme.draw(s, range(config.r), _width(scheme, s), torch.device("cpu")) for s in _SIDES)
-            found[f"base_model.vera_A.{adapter_name}"] = a
-            found[f"base_model.vera_B.{adapter_name}"] = b.t().contiguous()
-        return found
-
-    @classmethod
-    def _remap_adapter_state_dict_for_load(
-        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
-    ) -> dict[str, Tensor]:
-        vectors = {name: tensor for name, tensor in state_dict.items() if name not in _PROJECTION_KEYS}
-        stored = [state_dict[name] for name in _PROJECTION_KEYS if name in state_dict]
-        if config.save_projection and len(stored) != len(_PROJECTION_KEYS):
-            raise ValueError("save_projection is true, but the file has no projections")
-        if stored:
-            _use_projections(model, adapter_name, *stored)
-        remapped: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, vectors)
-        return remapped
-
-
-_SIDES: tuple[Side, Side] = ("A", "B")
-_PROJECTION_KEYS = ("base_model.vera_A", "base_model.vera_B")
-
-
-def _entries(model: nn.Module, adapter_name: str) -> list[AdapterEntry]:
-    layers: list[Any] = [module for module in model.modules() if isinstance(module, TunedLayer)]
-    return [layer.entries[adapter_name] for layer in layers if adapter_name in layer.entries]
-
-
-def _width(scheme: Any, side: Side) -> int:
-    """Return the width of one side of PEFT's projections, drawn or read from a file."""
-    if isinstance(scheme, Stored):
-        return int((scheme.a if side == "A" else scheme.b).shape[1])
-    return int(scheme.max_in if side == "A" else scheme.max_out)
-
-
-def _use_projections(model: nn.Module, adapter_name: str, a: Tensor, b: Tensor) -> None:
-    """Let an adapter use projections from a file where they are not those that its key gives here."""
-    entries = _entries(model, adapter_name)
-    scheme = entries[0].a.projection.scheme
-    stored = Stored.from_tensors(a, b)
-    cpu = torch.device("cpu")
-    drawn = [scheme.draw(side, range(a.shape[0]), _width(scheme, side), cpu) for side in _SIDES]
-    if torch.equal(drawn[0], stored.a) and torch.equal(drawn[1], stored.b):
-        return
-    groups: dict[int, InputGroup] = {}
-    layers: list[Any] = [module for module in model.modules() if isinstance(module, TunedLayer)]
-    for layer in layers:
-        entry = layer.entries.get(adapter_name)
-        if entry is not None:
-            view = projection_pool.view(stored, "A", entry.rank, layer.in_features)
-            group = groups.setdefault(id(entry.group), InputGroup(view, InputCache(), entry.group.size))
-            own = projection_pool.view(stored, "B", entry.rank, layer.out_features)
-            layer.entries[adapter_name] = replace(entry, group=group, b=(own,), scale=stored.scale(entry.rank))
-
-
-@contextmanager
-def _undone_if_adapted(model: nn.Module) -> Iterator[None]:
-    """Undo all changes to a model with veratune's layers, or that has got them, if anything is raised."""
-    before = StructureBefore(model)
-    adapted = _is_adapted(model)
-    try:
-        yield
-    except BaseException:
-        if adapted or _is_adapted(model):
-            before.put_back()
-        raise
-
-
-def _is_adapted(model: nn.Module) -> bool:
-    return any(isinstance(module, TunedLayer | TunedModule) for module in model.modules())
-
-
-def _put_in_place_of(model: nn.Module, module: nn.Module, other: nn.Module) -> None:
-    """Put another module wherever a module stands, but into the other one itself."""
-    for parent in list(model.modules()):
-        for name, child in parent._modules.items():
-            if child is module and parent is not other:
-                parent._modules[name] = other
-                follow_replacement(parent)
 
 
 def _means(peft_config: Any, name: str) -> Any:

@@ -1,0 +1,59 @@
+"""Making veratune's layers and files known to the `peft` package."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+
+from torch import nn
+
+from veratune.adapters.surgery import StructureBefore
+from veratune.checkpoint.peft_plugin import PLUGIN_TYPE
+from veratune.config import PEFT_TYPE
+from veratune.integrations.peft import files as peft_native
+from veratune.integrations.peft import method as peft_method
+from veratune.integrations.peft.config import VeratuneConfig
+from veratune.integrations.peft.layers import TunedLayer, TunedModule
+from veratune.integrations.peft.saving import saving
+from veratune.integrations.peft.tuner import VeratuneTuner
+from veratune.integrations.peft.vera_tuner import PeftVeraTuner
+
+
+def install(*, replace_vera: bool = False) -> None:
+    """Make `VeratuneConfig` and veratune's own files known to PEFT. A second call does nothing more.
+
+    Nothing else changes PEFT: neither importing this package nor making a configuration. Where transformers' `Trainer`
+    is in use when an adapter is saved, its `load_best_model_at_end` then also loads adapters not called "default".
+
+    Args:
+        replace_vera: let PEFT's own `VeraConfig` use veratune's layers as well, so that a script that knows nothing of
+            veratune runs on them. Files stay PEFT's, with the same outputs.
+
+    Raises:
+        ImportError: PEFT is of a version in which this does not work.
+    """
+    peft_method.check_version()
+    if not peft_method.has_method(PLUGIN_TYPE):
+        peft_method.add_method(PLUGIN_TYPE, VeratuneConfig, VeratuneTuner)
+        placing = partial(peft_native.placing, own_tuner=VeratuneTuner)
+        peft_method.add_reader(PEFT_TYPE, VeratuneConfig, peft_native.reading, placing)
+        peft_method.wrap_changes(_undone_if_adapted)
+        peft_method.add_writer(partial(saving, own_tuner=VeratuneTuner))
+    if replace_vera:
+        peft_method.replace_vera(PeftVeraTuner)
+
+
+@contextmanager
+def _undone_if_adapted(model: nn.Module) -> Iterator[None]:
+    """Undo all changes to a model with veratune's layers, or that has got them, if anything is raised."""
+    before = StructureBefore(model)
+    adapted = _is_adapted(model)
+    try:
+        yield
+    except BaseException:
+        if adapted or _is_adapted(model):
+            before.put_back()
+        raise
+
+
+def _is_adapted(model: nn.Module) -> bool:
+    return any(isinstance(module, TunedLayer | TunedModule) for module in model.modules())

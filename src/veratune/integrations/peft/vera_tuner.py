@@ -1,0 +1,109 @@
+"""PEFT's own `VeraConfig` on veratune's layers, with PEFT's files."""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from veratune.adapters.names import unwrapped
+from veratune.adapters.target import Target
+from veratune.config import VeraConfig
+from veratune.integrations.peft.layers import TunedLayer
+from veratune.integrations.peft.tuner import VeratuneTuner
+from veratune.layers import AdapterEntry, InputGroup, VeraLinear
+from veratune.layers.input_cache import InputCache
+from veratune.layers.registry import layer_class
+from veratune.projections.pool import projection_pool
+from veratune.projections.schemes import Scheme, Side, Stored
+
+_SIDES: tuple[Side, Side] = ("A", "B")
+_PROJECTION_KEYS = ("base_model.vera_A", "base_model.vera_B")
+
+
+class PeftVeraTuner(VeratuneTuner):
+    """What PEFT makes of a model for its own `VeraConfig` after `install(replace_vera=True)`."""
+
+    # As PEFT says of its own: transformers' load_adapter and inject_adapter_in_model would pass over stored A and B.
+    uses_shared_state = True
+
+    def _settings(self, peft_config: Any) -> VeraConfig:
+        same = VeraConfig.names_with(peft="vera", selects=False)
+        return VeraConfig(projection="peft", **{name: getattr(peft_config, name) for name in same})
+
+    def _matched_layers(self, peft_config: Any, config: VeraConfig, model: nn.Module) -> dict[int, Target]:
+        found = super()._matched_layers(peft_config, config, model)
+        for target in found.values():
+            if not issubclass(layer_class(unwrapped(target.module)), VeraLinear):
+                raise ValueError(
+                    f"{target.name} cannot be adapted with PEFT's own VeraConfig, whose files are for linear layers"
+                    " alone: exclude it, or use VeratuneConfig"
+                )
+        return found
+
+    def _check_projections(self, peft_config: Any, scheme: Scheme) -> None:
+        pass  # PEFT's files have no fingerprint, but may have the projections
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: Any,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = super()._get_adapter_state_dict(
+            model, config, adapter_name, state_dict, unwanted_adapter_names
+        )
+        if config.save_projection:
+            scheme = _entries(model, adapter_name)[0].a.projection.scheme
+            a, b = (scheme.draw(s, range(config.r), _width(scheme, s), torch.device("cpu")) for s in _SIDES)
+            found[f"base_model.vera_A.{adapter_name}"] = a
+            found[f"base_model.vera_B.{adapter_name}"] = b.t().contiguous()
+        return found
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        vectors = {name: tensor for name, tensor in state_dict.items() if name not in _PROJECTION_KEYS}
+        stored = [state_dict[name] for name in _PROJECTION_KEYS if name in state_dict]
+        if config.save_projection and len(stored) != len(_PROJECTION_KEYS):
+            raise ValueError("save_projection is true, but the file has no projections")
+        if stored:
+            _use_projections(model, adapter_name, *stored)
+        remapped: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, vectors)
+        return remapped
+
+
+def _entries(model: nn.Module, adapter_name: str) -> list[AdapterEntry]:
+    layers: list[Any] = [module for module in model.modules() if isinstance(module, TunedLayer)]
+    return [layer.entries[adapter_name] for layer in layers if adapter_name in layer.entries]
+
+
+def _width(scheme: Any, side: Side) -> int:
+    """Return the width of one side of PEFT's projections, drawn or read from a file."""
+    if isinstance(scheme, Stored):
+        return int((scheme.a if side == "A" else scheme.b).shape[1])
+    return int(scheme.max_in if side == "A" else scheme.max_out)
+
+
+def _use_projections(model: nn.Module, adapter_name: str, a: Tensor, b: Tensor) -> None:
+    """Let an adapter use projections from a file where they are not those that its key gives here."""
+    entries = _entries(model, adapter_name)
+    scheme = entries[0].a.projection.scheme
+    stored = Stored.from_tensors(a, b)
+    cpu = torch.device("cpu")
+    drawn = [scheme.draw(side, range(a.shape[0]), _width(scheme, side), cpu) for side in _SIDES]
+    if torch.equal(drawn[0], stored.a) and torch.equal(drawn[1], stored.b):
+        return
+    groups: dict[int, InputGroup] = {}
+    layers: list[Any] = [module for module in model.modules() if isinstance(module, TunedLayer)]
+    for layer in layers:
+        entry = layer.entries.get(adapter_name)
+        if entry is not None:
+            view = projection_pool.view(stored, "A", entry.rank, layer.in_features)
+            group = groups.setdefault(id(entry.group), InputGroup(view, InputCache(), entry.group.size))
+            own = projection_pool.view(stored, "B", entry.rank, layer.out_features)
+            layer.entries[adapter_name] = replace(entry, group=group, b=(own,), scale=stored.scale(entry.rank))
