@@ -1,55 +1,35 @@
-"""transformers' continuous batching, in which each request has an adapter of a bank.
-
-    from veratune.integrations.continuous_batching import BankManager, generate_batch
-
-    outputs = generate_batch(bank, prompts, adapters=["anna", None, "bert"], max_new_tokens=64)
-    with BankManager(bank) as manager:
-        manager.add_request(prompt, adapter="anna", streaming=True)
-
-Requests come and go while others are computed; each batch is a mixture of their tokens, packed into one row.
-"""
+"""The manager of continuous batching: requests, and the adapters that each batch is computed with."""
 
 import copy
-import operator
-import reprlib
 import struct
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Self
 
-try:
-    import transformers
-    from transformers import ContinuousBatchingConfig, GenerationConfig
-    from transformers.generation.continuous_batching.continuous_api import (
-        ContinuousBatchingManager,
-        ContinuousBatchProcessor,
-        OutputRouter,
-    )
-    from transformers.generation.continuous_batching.requests import GenerationOutput, RequestState
-    from transformers.generation.continuous_batching.utils import WorkloadHints, stream_context
-except ImportError as error:
-    raise ImportError(
-        "veratune.integrations.continuous_batching needs transformers 5.23: pip install 'veratune[hf]'"
-        f" 'transformers==5.23.*' ({error})"
-    ) from error
-
 from torch import nn
+from transformers import ContinuousBatchingConfig, GenerationConfig
+from transformers.generation.continuous_batching.continuous_api import (
+    ContinuousBatchingManager,
+    ContinuousBatchProcessor,
+    OutputRouter,
+)
+from transformers.generation.continuous_batching.requests import GenerationOutput, RequestState
+from transformers.generation.continuous_batching.utils import WorkloadHints, stream_context
 
 from veratune.bank import AdapterBank, BankError
-from veratune.bank.head_layers import BankedHead
-from veratune.bank.layer_call import BankCall, active_call, serving
-from veratune.bank.layers import BankedLinear
+from veratune.bank.layer_call import serving
 from veratune.bank.registry import AdapterNames
 from veratune.bank.slots import Lease, Version
-
-# What is built on here is no public interface of transformers, so other versions are refused rather than hoped for.
-if not transformers.__version__.startswith("5.23."):
-    raise ImportError(
-        f"veratune.integrations.continuous_batching needs transformers 5.23, and this is {transformers.__version__}:"
-        " pip install 'veratune[hf]' 'transformers==5.23.*'"
-    )
+from veratune.integrations.continuous_batching.checks import (
+    check_generation,
+    check_room,
+    check_settings,
+    checked_prompt,
+    checked_prompts,
+)
+from veratune.integrations.continuous_batching.output_head import OutputHead
 
 
 class BankManager(ContinuousBatchingManager):
@@ -87,15 +67,15 @@ class BankManager(ContinuousBatchingManager):
             )
         generation_config = copy.deepcopy(generation_config or model.generation_config)
         config = copy.deepcopy(continuous_batching_config or ContinuousBatchingConfig())
-        _check_generation(generation_config)
-        _check_settings(config, model)
+        check_generation(generation_config)
+        check_settings(config, model)
         config.use_cuda_graph, config.use_async_batching = (False, False), False
         super().__init__(model, generation_config, config, workload_hints)
         self.bank = bank
         self.output_router = _Router(self)
         self._leases: dict[str, Lease] = {}
         self._leases_lock = threading.Lock()
-        self._head = _Head(model)
+        self._head = OutputHead(model)
 
     # Requests
 
@@ -134,7 +114,7 @@ class BankManager(ContinuousBatchingManager):
         """
         with self.bank.lease([adapter]) as lease:
             return self._add(
-                _checked_prompt(self.bank, input_ids, self.num_return_sequences),
+                checked_prompt(self.bank, input_ids, self.num_return_sequences),
                 lease.versions[0],
                 request_id,
                 max_new_tokens=max_new_tokens,
@@ -161,7 +141,7 @@ class BankManager(ContinuousBatchingManager):
             BankError, RuntimeError: as for `add_request`; nothing is added if an adapter or a prompt is at fault.
         """
         with self.bank.lease(adapters) as lease:
-            return self._add_all(_checked_prompts(self.bank, inputs, lease, self.num_return_sequences), lease, settings)
+            return self._add_all(checked_prompts(self.bank, inputs, lease, self.num_return_sequences), lease, settings)
 
     def _add_all(self, prompts: list[list[int]], lease: Lease, settings: dict[str, Any]) -> list[str]:
         # Prompts that begin the same follow each other, so that the first one's memory is there for the next.
@@ -174,10 +154,10 @@ class BankManager(ContinuousBatchingManager):
     def _add(self, prompt: list[int], version: Version | None, request_id: str | None, **settings: Any) -> str:
         if self.batch_processor is not None:  # otherwise nobody knows yet how large the cache will be
             most = settings.get("max_new_tokens")
-            _check_room(self.batch_processor, prompt, self.generation_config.max_new_tokens if most is None else most)
+            check_room(self.batch_processor, prompt, self.generation_config.max_new_tokens if most is None else most)
         request_id = self._new_id() if request_id is None else request_id
         # Sequences that the request forks into outlive it.
-        ids = [request_id, *_children(request_id, self.num_return_sequences - 1)]
+        ids = [request_id, *children(request_id, self.num_return_sequences - 1)]
         with self._leases_lock:
             taken = [one for one in ids if one in self._leases]
             if taken:
@@ -261,12 +241,12 @@ class BankManager(ContinuousBatchingManager):
             cancelled: list[RequestState] = clear()
             for state in cancelled:
                 # It has children still to come if it was not forked yet.
-                self._release([state.request_id, *_children(state.request_id, state.num_children)])
+                self._release([state.request_id, *children(state.request_id, state.num_children)])
             return cancelled
 
         def add_waiting_request(state: RequestState) -> None:
             # A request that cannot be in the cache even alone would end all others; an error here ends it alone.
-            _check_room(processor, state.initial_tokens, state.max_new_tokens)
+            check_room(processor, state.initial_tokens, state.max_new_tokens)
             add_waiting(state)
 
         runner.compute_batch = compute_batch
@@ -348,7 +328,7 @@ class _Router(OutputRouter):
 
     def fail_and_deliver(self, state: RequestState, error: Exception) -> None:
         # What it was still to fork into does not come.
-        self._manager._release(_children(state.request_id, state.num_children))
+        self._manager._release(children(state.request_id, state.num_children))
         super().fail_and_deliver(state, error)
 
     def deliver(self, output: GenerationOutput) -> None:
@@ -363,167 +343,6 @@ class _Router(OutputRouter):
         self._manager._release([output.request_id for output in outputs if output.is_finished()])
 
 
-class _Head:
-    """The model's output head, which may be given other tokens than the layers before it.
-
-    Attributes:
-        needs_own: whether the bank has it at all.
-    """
-
-    def __init__(self, model: Any) -> None:
-        head = model.get_output_embeddings()
-        self.needs_own = isinstance(head, BankedLinear | BankedHead)
-        self._tokens: BankCall | None = None
-        self._last: BankCall | None = None
-        self._open = ExitStack()
-        self._hooks: list[Any] = []
-        if self.needs_own:
-            self._hooks = [
-                head.register_forward_pre_hook(self._enter),
-                head.register_forward_hook(self._leave, always_call=True),
-            ]
-
-    def prepare(self, tokens: BankCall, last: BankCall) -> None:
-        """Let the head have `last` where the other layers have `tokens`."""
-        self._tokens, self._last = tokens, last
-
-    def remove(self) -> None:
-        for hook in self._hooks:
-            hook.remove()
-
-    # Other threads may call the model at the same time, with calls of their own.
-
-    def _enter(self, *_: Any) -> None:
-        if self._last is not None and active_call() is self._tokens:
-            self._open.enter_context(serving(self._last))
-
-    def _leave(self, *_: Any) -> None:
-        if self._last is not None and active_call() is self._last:
-            self._open.close()
-
-
-def generate_batch(
-    bank: AdapterBank,
-    inputs: Sequence[Sequence[int]],
-    *,
-    adapters: AdapterNames,
-    generation_config: GenerationConfig | None = None,
-    continuous_batching_config: ContinuousBatchingConfig | None = None,
-    max_new_tokens: int | None = None,
-    record_timestamps: bool = False,
-) -> dict[str, GenerationOutput]:
-    """Generate for prompts of any lengths and number, each with its adapter, and wait for all.
-
-    All of it is computed with the versions that the adapters have at the start.
-
-    Args:
-        bank: as for `BankManager`.
-        inputs: the prompts.
-        adapters: an adapter's name for each, or None for the base model.
-        max_new_tokens: how many tokens to generate at most; the generation config's number by default.
-        generation_config: as for `BankManager`.
-        continuous_batching_config: as for `BankManager`.
-        record_timestamps: whether outputs have the time of each token.
-
-    Returns:
-        request id to output, in the order of `inputs`; with `num_return_sequences`, a request's children before it, as
-        in transformers. An output of a request that failed has its `error`.
-
-    Raises:
-        BankError: an unknown adapter, or as for `BankManager`; nothing was generated.
-        RuntimeError: generation failed for all.
-    """
-    generation_config = generation_config or bank.model.generation_config
-    sequences = generation_config.num_return_sequences or 1
-    with bank.lease(adapters) as lease:
-        prompts = _checked_prompts(bank, inputs, lease, sequences)
-        if not prompts:
-            return {}
-        longest = generation_config.max_new_tokens if max_new_tokens is None else max_new_tokens
-        hints = WorkloadHints(
-            max_prompt_length=max(map(len, prompts)),
-            max_generated_length=longest or 0,
-            num_requests=len(prompts) * sequences,
-        )
-        results: dict[str, GenerationOutput] = {}
-        with BankManager(bank, generation_config, continuous_batching_config, hints) as manager:
-            settings = {"max_new_tokens": max_new_tokens, "record_timestamps": record_timestamps}
-            ids = manager._add_all(prompts, lease, settings)
-            wanted = [one for request_id in ids for one in (*_children(request_id, sequences - 1), request_id)]
-            while len(results) < len(wanted):
-                output = manager.get_result(timeout=1)
-                if output is not None:
-                    results[output.request_id] = output
-                elif not manager.is_running():
-                    break
-        fatal = manager.background_thread_status.fatal_error
-        if fatal is not None or len(results) < len(wanted):
-            raise RuntimeError(f"continuous batching failed: {fatal}") from fatal
-    return {one: results[one] for one in wanted}
-
-
-def _children(request_id: str, number: int) -> list[str]:
+def children(request_id: str, number: int) -> list[str]:
     """Return the ids that transformers gives the sequences that a request forks into."""
     return [f"{request_id}__child#{i}" for i in range(number)]
-
-
-def _checked_prompt(bank: AdapterBank, input_ids: Sequence[int], sequences: int) -> list[int]:
-    """Return a prompt's tokens, or raise BankError: an error in a batch would end all requests."""
-    try:
-        prompt = [operator.index(token) for token in input_ids]
-    except TypeError:
-        raise BankError(
-            f"input_ids={reprlib.repr(input_ids)} is not allowed: a prompt is one list of token ids, such as"
-            " tokenizer(text).input_ids"
-        ) from None
-    if not prompt:
-        raise BankError("input_ids is empty: a prompt has at least one token")
-    embeddings: Any = bank.model.base_model.get_input_embeddings()  # type: ignore[operator]
-    known = getattr(embeddings, "num_embeddings", None)
-    wrong = [token for token in prompt if token < 0 or (known is not None and token >= known)]
-    if wrong:
-        raise BankError(f"input_ids: {wrong[0]} is no token of this model, which has {known}")
-    if len(prompt) == 1 and sequences > 1:
-        # It forks a request before the prompt's last token, and its batch may be left without any.
-        raise BankError(
-            f"a prompt of one token cannot have num_return_sequences={sequences}: transformers cannot fork it. Add a"
-            " first token (bos_token_id), or add the request several times"
-        )
-    return prompt
-
-
-def _check_room(processor: ContinuousBatchProcessor, prompt: Sequence[int], max_new_tokens: int | None) -> None:
-    """Raise BankError for a request that could come to be longer than the whole cache."""
-    room: int = processor.cache.max_tokens_read
-    most = len(prompt) + max(max_new_tokens or 1, 1) - 1  # of the last token nothing is kept
-    if most > room:
-        raise BankError(
-            f"a prompt of {len(prompt)} tokens and max_new_tokens={max_new_tokens} may come to {most} tokens, and the"
-            f" whole cache holds {room}: shorten them, or give the manager more num_blocks"
-        )
-
-
-def _checked_prompts(
-    bank: AdapterBank, inputs: Sequence[Sequence[int]], lease: Lease, sequences: int
-) -> list[list[int]]:
-    if len(lease.versions) != len(inputs):
-        raise BankError(f"{len(lease.versions)} adapters for {len(inputs)} inputs: give one, or None, for each")
-    return [_checked_prompt(bank, input_ids, sequences) for input_ids in inputs]
-
-
-def _check_generation(config: GenerationConfig) -> None:
-    if (config.num_beams or 1) > 1:
-        raise BankError(f"num_beams={config.num_beams}: continuous batching has no beams; use bank.model.generate")
-
-
-def _check_settings(config: ContinuousBatchingConfig, model: Any) -> None:
-    graphs = config.use_cuda_graph
-    if graphs is not None and any((graphs,) if isinstance(graphs, bool) else graphs):
-        raise BankError(f"use_cuda_graph={graphs}: a graph would replay the adapters it was captured with")
-    if config.use_async_batching:
-        raise BankError("use_async_batching=True is not supported with a bank")
-    compiled = (config.varlen_compile_config, config.decode_compile_config)
-    if any(compiled) or config.default_compile_level or getattr(model.config, "compile_config", None) is not None:
-        raise BankError("compiling is not supported here with a bank: give no compile config")
-    if getattr(model, "_device_mesh", None) is not None:
-        raise BankError("tensor parallelism is not supported with a bank")

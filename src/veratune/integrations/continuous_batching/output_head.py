@@ -1,0 +1,47 @@
+"""The output head of a model in continuous batching."""
+
+from contextlib import ExitStack
+from typing import Any
+
+from veratune.bank.head_layers import BankedHead
+from veratune.bank.layer_call import BankCall, active_call, serving
+from veratune.bank.layers import BankedLinear
+
+
+class OutputHead:
+    """The model's output head, which may be given other tokens than the layers before it.
+
+    Attributes:
+        needs_own: whether the bank has it at all.
+    """
+
+    def __init__(self, model: Any) -> None:
+        head = model.get_output_embeddings()
+        self.needs_own = isinstance(head, BankedLinear | BankedHead)
+        self._tokens: BankCall | None = None
+        self._last: BankCall | None = None
+        self._open = ExitStack()
+        self._hooks: list[Any] = []
+        if self.needs_own:
+            self._hooks = [
+                head.register_forward_pre_hook(self._enter),
+                head.register_forward_hook(self._leave, always_call=True),
+            ]
+
+    def prepare(self, tokens: BankCall, last: BankCall) -> None:
+        """Let the head have `last` where the other layers have `tokens`."""
+        self._tokens, self._last = tokens, last
+
+    def remove(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    # Other threads may call the model at the same time, with calls of their own.
+
+    def _enter(self, *_: Any) -> None:
+        if self._last is not None and active_call() is self._tokens:
+            self._open.enter_context(serving(self._last))
+
+    def _leave(self, *_: Any) -> None:
+        if self._last is not None and active_call() is self._last:
+            self._open.close()
