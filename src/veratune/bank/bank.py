@@ -24,7 +24,7 @@ from veratune.bank.rowmaker import RowMaker
 from veratune.bank.rows import check_kept_apart, check_order
 from veratune.bank.schema import check_spelling
 from veratune.bank.slots import Lease, Slots, Version
-from veratune.bank.store import AdapterGoneError, BankStore
+from veratune.bank.store import AdapterGoneError, BankStore, open_store
 from veratune.config import VeraConfig
 from veratune.model import check_bare
 from veratune.ops.calibration import load_calibration
@@ -87,10 +87,11 @@ class AdapterBank:
         self.layout: Layout = make_layout(plan.targets, rank, heads)
         self.dtype = dtype
         base_heads = head_row(self.layout, modules)
-        self._base_heads = None if base_heads is None else base_heads.cpu()
+        cpu_heads = None if base_heads is None else base_heads.cpu()
         self._installation = Installation(model, modules, plan.targets, self.layout, plan.config.route)
         device = self._installation.device
-        self._store = None if file is None else self._open_store(Path(file))
+        head_dtype = None if base_heads is None else base_heads.dtype
+        self._store = None if file is None else open_store(Path(file), self.layout, dtype, head_dtype)
         self._slots = Slots.empty(capacity, self.layout.numbers, dtype, device, base_heads, grows=file is None)
         self._projections = BankProjections(plan.targets, self._installation.layers, rank)
         self._registry = Registry(self._slots, self._projections, self._store)
@@ -99,7 +100,7 @@ class AdapterBank:
         self.refresh()
         self._installation.install()
         named = [target.name for target in plan.targets]
-        self._rows = RowMaker(model, modules, plan.config, named, self.layout, dtype, self._base_heads)
+        self._rows = RowMaker(model, modules, plan.config, named, self.layout, dtype, cpu_heads)
         load_calibration(device)
         self.model = BankModel(model, self).eval()
 
@@ -390,20 +391,3 @@ class AdapterBank:
         if self._store is not None:
             self._store.close()
         return self.model.base_model
-
-    def _open_store(self, path: Path) -> BankStore:
-        head_dtype = None if self._base_heads is None else self._base_heads.dtype
-        if not is_there(path):
-            try:
-                return BankStore.create(path, self.layout, self.dtype, head_dtype)
-            except BankError:
-                if not is_there(path):
-                    raise  # otherwise another process was quicker
-        store = BankStore(path)
-        try:
-            store.check_layout(self.layout)
-            store.check_dtypes(self.dtype, head_dtype)
-        except BankError:
-            store.close()
-            raise
-        return store

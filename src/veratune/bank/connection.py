@@ -9,6 +9,7 @@ import sqlite3
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from veratune.bank.layout import BankError
@@ -18,8 +19,34 @@ from veratune.utils.atomic import publish
 PATIENCE = 30.0  # seconds that one process waits for others
 REMEDY = "Put back a copy of it, or build it again from the adapters' directories"
 
+# A connection must not be used, nor closed, in a process that was forked from the one that made it.
+_of_other_processes: list[sqlite3.Connection] = []
+
+# What tells one file, and one content of it, from another: device, inode, size and time of the last change.
+Signature = tuple[int, int, int, int]
+
 # Longer than any text of ours; tensors are allowed for when the layout says how long they are.
 _LONGEST_TEXT = 1 << 26
+
+
+@dataclass
+class HeldConnection:
+    """A connection that is kept, and what the file was when it was last used."""
+
+    write: bool
+    connection: sqlite3.Connection | None = None
+    process: int = 0
+    signature: Signature | None = None
+
+    def close(self) -> None:
+        """Close the connection, or in a forked process leave it alone."""
+        connection, self.connection = self.connection, None
+        if connection is None:
+            return
+        if self.process == os.getpid():
+            connection.close()
+        else:
+            _of_other_processes.append(connection)
 
 
 def connect(path: Path, shown: Path, *, write: bool) -> sqlite3.Connection:

@@ -15,7 +15,15 @@ from pathlib import Path
 
 import torch
 
-from veratune.bank.connection import allow_tensors, check_regular, connect, explained, publish_bank
+from veratune.bank.connection import (
+    HeldConnection,
+    Signature,
+    allow_tensors,
+    check_regular,
+    connect,
+    explained,
+    publish_bank,
+)
 from veratune.bank.layout import AdapterRow, BankError, Layout, digest_of_bytes, scheme_from_json
 from veratune.bank.schema import (
     BankHeader,
@@ -31,38 +39,12 @@ from veratune.bank.schema import (
     read_header,
 )
 from veratune.bank.tables import NO_STATE, header_row, read_all, read_state, snapshot, write_tables
-from veratune.utils.atomic import temporary_beside
+from veratune.utils.atomic import is_there, temporary_beside
 from veratune.utils.tensors import bytes_of
-
-# A connection must not be used, nor closed, in a process that was forked from the one that made it.
-_of_other_processes: list[sqlite3.Connection] = []
-
-# What tells one file, and one content of it, from another: device, inode, size and time of the last change.
-_Signature = tuple[int, int, int, int]
 
 
 class AdapterGoneError(BankError):
     """An adapter that the file does not hold, as another process has removed or replaced it."""
-
-
-@dataclass
-class _Held:
-    """A connection that is kept, and what the file was when it was last used."""
-
-    write: bool
-    connection: sqlite3.Connection | None = None
-    process: int = 0
-    signature: _Signature | None = None
-
-    def close(self) -> None:
-        """Close the connection, or in a forked process leave it alone."""
-        connection, self.connection = self.connection, None
-        if connection is None:
-            return
-        if self.process == os.getpid():
-            connection.close()
-        else:
-            _of_other_processes.append(connection)
 
 
 @dataclass
@@ -90,7 +72,7 @@ class BankStore:
         self._file = Path(os.path.realpath(path))
         self._lock = threading.RLock()  # held for moments, to read
         self._write_lock = threading.Lock()  # held while the disk is waited for
-        self._reader, self._writer = _Held(write=False), _Held(write=True)
+        self._reader, self._writer = HeldConnection(write=False), HeldConnection(write=True)
         self._closing = weakref.finalize(self, _close, self._writer, self._reader)
         self._state = NO_STATE
         check_regular(self._file, path)
@@ -341,7 +323,7 @@ class BankStore:
                     if held.signature == before:
                         held.signature = after  # SQLite knows of its own changes
 
-    def _connection(self, held: _Held, *, even_replaced: bool = False) -> sqlite3.Connection:
+    def _connection(self, held: HeldConnection, *, even_replaced: bool = False) -> sqlite3.Connection:
         """Return the connection that reads, or the one that writes. Whoever calls this holds the lock of that.
 
         Raises:
@@ -376,7 +358,7 @@ class BankStore:
         held.connection, held.process, held.signature = connection, os.getpid(), signature
         return connection
 
-    def _signature(self) -> _Signature:
+    def _signature(self) -> Signature:
         try:
             status = self._file.stat()
         except OSError as error:
@@ -384,6 +366,28 @@ class BankStore:
         return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
-def _close(*held: _Held) -> None:
+def open_store(path: Path, layout: Layout, dtype: torch.dtype, head_dtype: torch.dtype | None) -> BankStore:
+    """Open a bank's file, or make it if it does not exist.
+
+    Raises:
+        BankError: the file is damaged or has another layout or dtype, or none can be made there.
+    """
+    if not is_there(path):
+        try:
+            return BankStore.create(path, layout, dtype, head_dtype)
+        except BankError:
+            if not is_there(path):
+                raise  # otherwise another process was quicker
+    store = BankStore(path)
+    try:
+        store.check_layout(layout)
+        store.check_dtypes(dtype, head_dtype)
+    except BankError:
+        store.close()
+        raise
+    return store
+
+
+def _close(*held: HeldConnection) -> None:
     for each in held:
         each.close()
