@@ -14,7 +14,7 @@ export TOKENIZERS_PARALLELISM := false
 ENGINES := .venv-engines
 LLAMA_CPP := llama_cpp_python-0.3.36
 
-.PHONY: test lint fuzz demo demo-full examples customers docs bench engines peft-versions peft-suite clean
+.PHONY: test lint fuzz demo demo-full examples customers docs bench gpu engines peft-versions peft-suite clean
 
 # In two processes of one thread each, as the machines that check the project have two cores.
 test: lint
@@ -51,6 +51,11 @@ $(VENV)/docs.done: $(VENV)/dev.done
 
 bench: $(VENV)/dev.done
 	$(BIN)/python benchmarks/quick.py
+
+# Everything that needs a GPU, in at most eight minutes: with a python3 that has torch, transformers, peft and pytest, and
+# without an environment. GPU_OPTIONS="--rehearse" runs it on the CPU at toy sizes.
+gpu:
+	PYTHONPATH=src:benchmarks $(PYTHON) -m gpu.run $(GPU_OPTIONS)
 
 # Engines that serve LoRA, each in an environment of its own; llama.cpp is built from source, which takes some minutes.
 engines: $(VENV)/smollm2.done $(ENGINES)/vllm.done $(ENGINES)/llama.done

@@ -118,11 +118,11 @@ def held_bytes(model: nn.Module) -> int:
     tensors: list[Tensor] = [*model.parameters(), *model.buffers()]
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
     projections = {
-        view.untyped_storage().data_ptr(): view.untyped_storage().nbytes()
+        values.untyped_storage().data_ptr(): values.untyped_storage().nbytes()
         for layer in (model.vera_layers().values() if isinstance(model, veratune.VeraModel) else ())
         for entry in layer.entries.values()
         for view in entry.views
-        for view in view.views.values()
+        for values in view.tensors.values()
     }
     return sum((storages | projections).values())
 

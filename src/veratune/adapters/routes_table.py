@@ -102,7 +102,14 @@ def explain_routes(
         profile = device_profile(device or layer.base_weight.device, dtype or number)
         route, memory = entry.settings.route, entry.settings.memory
         at_hand = layer.weight_readable(adapter_name)
-        choices = possible_choices(route, memory, shape, training=training, weight_readable=at_hand)
+        choices = possible_choices(
+            route,
+            memory,
+            shape,
+            training=training,
+            weight_readable=at_hand,
+            device_type=profile.device_type,
+        )
         estimates = sorted(
             (estimate(choice, shape, profile, training=training) for choice in choices), key=lambda e: e.seconds
         )

@@ -1,0 +1,221 @@
+"""Stages: whole training steps, eager and compiled, and single layers, also as CUDA graphs."""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from gpu.harness import Figures, Stage, Timing, graphed, interleave, peak_bytes, release_memory
+from gpu.models import (
+    FROZEN,
+    LLAMA_1B,
+    LLAMA_TOY,
+    LORA_8_WIDE,
+    Step,
+    Variant,
+    forced,
+    held_bytes,
+    linear,
+    llama,
+    sharing_copy,
+    variants,
+)
+from veratune import VeraModel
+
+DTYPE = torch.bfloat16
+LENGTH = 1024
+LAYERS = ((4096, 4096), (4096, 11008))
+# With so many tokens these are far from the best, or differ little from another one; single layers have them.
+NOT_ON_MODELS = ("scaled", "dense, weight kept", LORA_8_WIDE)
+Call = Callable[[nn.Module, Tensor], Tensor]
+
+
+def run(stage: Stage) -> None:
+    """Measure the model at r = 256, single layers, then the model at r = 1024."""
+    ranks = (8, 16) if stage.toy else (256, 1024)
+    tokens = (8,) if stage.toy else (8192, 2048)
+    shapes = ((16, 24),) if stage.toy else LAYERS
+    base = llama(LLAMA_TOY if stage.toy else LLAMA_1B, stage.device, DTYPE)
+    for count in tokens:
+        stage.case(f"Llama 1B r={ranks[0]} T={count}", partial(whole_model, stage, base, ranks[0], count), seconds=15)
+    for r in ranks:
+        for n, m in shapes:
+            for count in reversed(tokens):
+                key = f"{n}->{m} r={r} T={count}"
+                stage.case(key, partial(single_layer, stage, n, m, r, count), seconds=2)
+    for count in tokens:
+        stage.case(f"Llama 1B r={ranks[1]} T={count}", partial(whole_model, stage, base, ranks[1], count), seconds=15)
+    del base
+    release_memory(stage.device)
+
+
+def run_compiled(stage: Stage) -> None:
+    """Measure compiled single layers and two layers of the model, beside the same in eager mode."""
+    r = 8 if stage.toy else 256
+    tokens = 16 if stage.toy else 2048
+    n, m = (16, 24) if stage.toy else LAYERS[0]
+    stage.case(f"{n}->{m} r={r} T={tokens}", partial(compiled_layer, stage, n, m, r, tokens), seconds=10)
+    base = llama(LLAMA_TOY if stage.toy else LLAMA_1B, stage.device, DTYPE, layers=1 if stage.toy else 2)
+    stage.case(
+        f"{base.config.num_hidden_layers} Llama layers r={r} T={tokens}",
+        partial(compiled_model, stage, base, r, tokens),
+        seconds=15,
+    )
+
+
+def whole_model(stage: Stage, base: nn.Module, r: int, tokens: int) -> Figures:
+    """Time all variants of a model's step, and take their peak memory."""
+    hidden = base.config.hidden_size
+    length = min(LENGTH, tokens)
+    own = variants(r, hidden, base.config.intermediate_size)
+    for name in [name for name in own if name.endswith(NOT_ON_MODELS)]:
+        del own[name]
+    return compare(stage, base, own, (tokens // length, length, hidden), call_model, rounds=5)
+
+
+def call_model(model: nn.Module, x: Tensor) -> Tensor:
+    output: Tensor = model(inputs_embeds=x, use_cache=False)[0]
+    return output
+
+
+def single_layer(stage: Stage, n: int, m: int, r: int, tokens: int) -> Figures:
+    """Time all variants of one layer's step."""
+    base = linear(n, m, stage.device, DTYPE)
+    return compare(stage, base, variants(r, n, m), (tokens, n), nn.Module.__call__, rounds=5, graphs=True)
+
+
+def compare(
+    stage: Stage,
+    base: nn.Module,
+    own: dict[str, Variant],
+    size: tuple[int, ...],
+    call: Call,
+    *,
+    rounds: int,
+    graphs: bool = False,
+) -> Figures:
+    """Measure variants of a step: peak memory, interleaved times and, for single layers, times of a captured graph."""
+    x = torch.randn(size, device=stage.device).to(DTYPE).requires_grad_()
+    with torch.no_grad():
+        gradient = torch.randn_like(call(base, x)) / x.numel()
+    works, replays, memory, routes = {}, {}, {}, {}
+    errors: dict[str, str] = {}
+    for name, variant in own.items():
+        if stage.left <= 0:
+            errors[name] = "left out: the stage's time was over"
+            continue
+        try:
+            step, work = _made(base, variant, x, gradient, call)
+            work()
+            step.clear()
+            peak = peak_bytes(work, stage.device)
+            memory[name] = None if peak is None else peak + held_bytes(step.model, base)
+            works[name] = work
+            if isinstance(step.model, VeraModel) and variant.choice is None:
+                count = x.numel() // x.shape[-1]
+                chosen = [str(row.chosen.choice) for row in step.model.explain_routes(count)]
+                routes[name] = {choice: chosen.count(choice) for choice in sorted(set(chosen))}
+        except Exception as error:
+            errors[name] = f"{type(error).__name__}: {str(error)[:500]}"
+            del error
+            release_memory(stage.device)
+            continue
+        if graphs:
+            try:
+                with forced(variant.choice):
+                    replays[name] = graphed(lambda step=step: _forward_and_backward(step), stage.device)
+            except Exception as error:
+                errors[f"{name}, as a graph"] = f"{type(error).__name__}: {str(error)[:500]}"
+                del error
+    timing = interleave(works, stage, rounds, warmed=True)
+    found = figures(timing, memory, routes, errors | timing.errors)
+    if replays:
+        replayed = interleave(replays, stage, rounds)
+        found |= {"graph_ms": replayed.milliseconds(), "graph_ratios": replayed.ratios(FROZEN)}
+    del works, replays
+    release_memory(stage.device)
+    return found
+
+
+def _made(
+    base: nn.Module, variant: Variant, x: Tensor, gradient: Tensor, call: Call
+) -> tuple[Step, Callable[[], None]]:
+    step = Step(variant.make(sharing_copy(base)), x, gradient, call)
+
+    def work() -> None:
+        with forced(variant.choice):
+            step()
+
+    return step, work
+
+
+def _forward_and_backward(step: Step) -> None:
+    step.clear()
+    step.without_optimizer()
+
+
+def figures(
+    timing: Timing, memory: dict[str, int | None], routes: dict[str, dict[str, int]], errors: dict[str, str]
+) -> Figures:
+    """Return a case's figures; the line is the ratios to the frozen step."""
+    ratios = timing.ratios(FROZEN)
+    baseline = f"frozen {1e3 * timing.median(FROZEN):.2f} ms; " if FROZEN in timing.times else ""
+    line = baseline + ", ".join(f"{name} {ratio:.2f}" for name, ratio in ratios.items() if name != FROZEN)
+    return {
+        "ms": timing.milliseconds(),
+        "ratios": ratios,
+        "rounds": max((len(values) for values in timing.times.values()), default=0),
+        "peak_bytes": memory,
+        "routes": routes,
+        "errors": errors,
+        "line": line + (f"; failed: {sorted(errors)}" if errors else ""),
+    }
+
+
+# Compiled
+
+
+def compiled_layer(stage: Stage, n: int, m: int, r: int, tokens: int) -> Figures:
+    base = linear(n, m, stage.device, DTYPE)
+    return _compiled(stage, base, variants(r, n, m), (tokens, n), nn.Module.__call__)
+
+
+def compiled_model(stage: Stage, base: nn.Module, r: int, tokens: int) -> Figures:
+    length = min(LENGTH, tokens)
+    hidden = base.config.hidden_size
+    own = variants(r, hidden, base.config.intermediate_size)
+    return _compiled(stage, base, own, (tokens // length, length, hidden), call_model)
+
+
+def _compiled(stage: Stage, base: nn.Module, own: dict[str, Variant], size: tuple[int, ...], call: Call) -> Figures:
+    """Time those variants that are worth compiling, eager and compiled, while there is time to compile one more."""
+    x = torch.randn(size, device=stage.device).to(DTYPE).requires_grad_()
+    with torch.no_grad():
+        gradient = torch.randn_like(call(base, x)) / x.numel()
+    works: dict[str, Callable[[], None]] = {}
+    errors: dict[str, str] = {}
+    seconds: dict[str, float] = {}
+    longest = 0.0
+    for name, variant in own.items():
+        if not variant.compiled:
+            continue
+        step, works[f"{name}, eager"] = _made(base, variant, x, gradient, call)
+        if stage.left < 1.2 * longest + 3:
+            errors[name] = "not compiled: the stage's time was over"
+            continue
+        start = stage.left
+        try:
+            torch._dynamo.reset()
+            compiled = torch.compile(step.model, dynamic=False, backend="eager" if stage.toy else "inductor")
+            again = Step(compiled, x, gradient, call)
+            again()
+            works[name] = again
+        except Exception as error:
+            errors[name] = f"{type(error).__name__}: {str(error)[:1000]}"
+            del error
+        seconds[name] = start - stage.left
+        longest = max(longest, seconds[name])
+    timing = interleave(works, stage, 5)
+    found = figures(timing, {}, {}, errors | timing.errors)
+    return found | {"compile_seconds": seconds, "ratios_eager": timing.ratios(f"{FROZEN}, eager")}
