@@ -42,7 +42,7 @@ class Settings:
         device: "cpu" or "cuda".
         workers: how many processes; 0 runs everything in this one.
         threads: torch's, in each worker.
-        seconds: after so many seconds no run is going on any more; None for no limit.
+        deadline: `time.monotonic()` after which no run goes on.
         run_seconds: a run that takes longer is given up.
         graphs: replay training steps as CUDA graphs.
     """
@@ -51,7 +51,7 @@ class Settings:
     device: str
     workers: int
     threads: int = 1
-    seconds: float | None = None
+    deadline: float = float("inf")
     run_seconds: float = 3600.0
     graphs: bool = True
 
@@ -61,8 +61,7 @@ class Settings:
 
 def run_all(plan: Plan, journal: Journal, settings: Settings) -> None:
     """Run everything that is missing, and append each result to the journal as it comes."""
-    deadline = time.monotonic() + settings.seconds if settings.seconds is not None else float("inf")
-    queue = _Queue(plan, journal, settings, deadline)
+    queue = _Queue(plan, journal, settings)
     if settings.workers == 0:
         queue.run_here()
     else:
@@ -138,7 +137,6 @@ class _Queue:
     plan: Plan
     journal: Journal
     settings: Settings
-    deadline: float
     finished: int = 0
     failed: int = 0
     replaced: int = 0
@@ -151,9 +149,9 @@ class _Queue:
     def run_here(self) -> None:
         _set_up(self.settings)
         bench = Bench(self.plan.study, torch.device(self.settings.device))
-        while time.monotonic() < self.deadline and (run := self.plan.next_run(set())) is not None:
+        while time.monotonic() < self.settings.deadline and (run := self.plan.next_run(set())) is not None:
             graphs = self._graphs(run)
-            limit = min(self.deadline, time.monotonic() + self.settings.run_seconds)
+            limit = min(self.settings.deadline, time.monotonic() + self.settings.run_seconds)
             self._take(run, _answer(bench, run, limit, graphs), self.settings.device_name(), graphs)
 
     # In workers
@@ -163,7 +161,7 @@ class _Queue:
             return
         try:
             self.workers = [self._start() for _ in range(self.settings.workers)]
-            while time.monotonic() < self.deadline + GRACE_SECONDS and self._hand_out():
+            while time.monotonic() < self.settings.deadline + GRACE_SECONDS and self._hand_out():
                 self._wait()
         finally:
             self._end_all()
@@ -190,18 +188,18 @@ class _Queue:
         """Give the idle workers something to do, and return whether any has."""
         more = True
         for worker in self.workers:
-            if worker.device is None or worker.run is not None or time.monotonic() >= self.deadline:
+            if worker.device is None or worker.run is not None or time.monotonic() >= self.settings.deadline:
                 continue
             run = self.plan.next_run(self._running())
             if run is None:
                 more = False
                 break
             worker.run, worker.since, worker.graphs = run, time.monotonic(), self._graphs(run)
-            limit = min(self.deadline, worker.since + self.settings.run_seconds)
+            limit = min(self.settings.deadline, worker.since + self.settings.run_seconds)
             described = (run.method, run.rate, run.seed, run.part, run.study_digest)
             self._say(worker, (run.task.name, described, limit, worker.graphs))
         starting = any(worker.device is None for worker in self.workers)
-        return bool(self._running()) or (more and starting and time.monotonic() < self.deadline)
+        return bool(self._running()) or (more and starting and time.monotonic() < self.settings.deadline)
 
     def _running(self) -> set[str]:
         return {worker.run.key for worker in self.workers if worker.run is not None}
@@ -260,7 +258,7 @@ class _Queue:
             self.eager.add(run.method.name)
             return
         if answer.result is None and answer.error is None:
-            if time.monotonic() >= self.deadline:
+            if time.monotonic() >= self.settings.deadline:
                 return
             answer = _Answer(error=f"took more than {self.settings.run_seconds:.0f} s")
         record = {

@@ -230,7 +230,7 @@ def test_unpaired_runs_do_not_count(
 
 
 def test_a_run_that_is_out_of_time_leaves_nothing(quality: SimpleNamespace, folder: Path) -> None:
-    run(quality, folder, seconds=0.0)
+    run(quality, folder, deadline=0.0)
     assert not (folder / "records.jsonl").exists()
     plan, _ = new_plan(quality, folder)
     bench = quality.training.Bench(plan.study, torch.device("cpu"))
