@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 import veratune
-from gpu.harness import Figures, Stage, explained, graphed, interleave, release_memory
+from gpu.harness import Figures, Stage, explained, graphed, interleave, release_memory, wait
 from gpu.models import LLAMA_1B, LLAMA_TOY, llama, sharing_copy, structured_schemes
 from veratune.bank import AdapterBank
 from veratune.bank.layer_call import serving
@@ -91,7 +91,7 @@ def run(stage: Stage) -> None:
     base = llama(sizes.model, stage.device, DTYPE, layers=sizes.layers).eval()
     inputs = Inputs(base, sizes, stage.device)
     for scheme in schemes(sizes):
-        ways = Ways(stage, sizes, base, inputs, scheme)
+        ways = Ways(stage, sizes, base, inputs, scheme, max(sizes.counts))
         for count in sizes.counts:
             stage.case(f"{scheme}: add up to {count} adapters", partial(ways.fill, count), seconds=3)
             if ways.held < count:
@@ -104,23 +104,6 @@ def run(stage: Stage) -> None:
         release_memory(stage.device)
 
 
-def run_graphs(stage: Stage) -> None:
-    """Capture decoding steps as CUDA graphs; the last stage, as a failed capture may spoil what follows."""
-    sizes = Sizes(stage.toy)
-    base = llama(sizes.model, stage.device, DTYPE, layers=sizes.layers).eval()
-    inputs = Inputs(base, sizes, stage.device)
-    count = sizes.counts[0]
-    all_ways = {scheme: Ways(stage, sizes, base, inputs, scheme) for scheme in schemes(sizes)}
-    for scheme, ways in all_ways.items():
-        stage.case(f"{scheme}: add {count} adapters", partial(ways.fill, count), seconds=2)
-    for scheme, ways in all_ways.items():
-        if ways.held == count:
-            stage.case(f"{scheme}: decode as a graph", partial(ways.graphs, count, whole=False), seconds=2)
-    for scheme, ways in all_ways.items():
-        if ways.held == count:
-            stage.case(f"{scheme}: a whole call as a graph", partial(ways.graphs, count, whole=True), seconds=2)
-
-
 def schemes(sizes: Sizes) -> tuple[str, ...]:
     """Return the schemes to measure."""
     hidden, wide = sizes.model["hidden_size"], sizes.model["intermediate_size"]
@@ -130,11 +113,10 @@ def schemes(sizes: Sizes) -> tuple[str, ...]:
 class Ways:
     """The ways to serve a mixed batch of one scheme's adapters, and of LoRA's."""
 
-    def __init__(self, stage: Stage, sizes: Sizes, base: nn.Module, inputs: Inputs, scheme: str) -> None:
+    def __init__(self, stage: Stage, sizes: Sizes, base: nn.Module, inputs: Inputs, scheme: str, capacity: int) -> None:
         self.stage, self.sizes, self.base, self.inputs = stage, sizes, base, inputs
         config = veratune.VeraConfig(r=sizes.r, target_modules="all-linear", projection=scheme)
         self.source = veratune.get_peft_model(sharing_copy(base), copy.deepcopy(config)).eval()
-        capacity = max(sizes.counts)
         self.bank = AdapterBank(sharing_copy(base), config, capacity=capacity)
         self.held = 0
         self.generator = torch.Generator(device=stage.device).manual_seed(0)
@@ -217,7 +199,7 @@ class Ways:
                     kept: list[Tensor] = []
                     replays[name] = graphed(lambda work=work, kept=kept: kept.append(work()), device)
                     replays[name]()
-                    torch.cuda.synchronize(device)
+                    wait(device)
                     differences[name] = float((kept[-1] - expected).abs().max() / expected.abs().max())
                 except Exception as error:
                     replays.pop(name, None)

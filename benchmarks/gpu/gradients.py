@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 import veratune
 from gpu.harness import Figures, Stage
+from gpu.models import routes_on
 from gpu.references import call_dense, dense_model, errors_of, verdict
 from veratune.ops.factors import Factors
 from veratune.ops.linear import adapted_linear, residual
 from veratune.ops.planning import RouteChoice
-from veratune.ops.routes import ROUTES
 from veratune.projections.pool import ProjectionPool
 from veratune.projections.schemes import SCHEMES
 from veratune.projections.structure import Matrix
@@ -32,7 +32,7 @@ def run(stage: Stage) -> None:
                     key = f"{kind}, {scheme}, {short(dtype)}"
                     stage.case(key, partial(one_kind, stage, make, scheme, dtype))
     points = TOY_POINTS if stage.toy else POINTS
-    choices = [RouteChoice(route, keep) for route in ROUTES for keep in (False, True)]
+    choices = [RouteChoice(route, keep) for route in routes_on(stage.device) for keep in (False, True)]
     for dtype in DTYPES:
         for point in points:
             for scheme in SCHEMES:

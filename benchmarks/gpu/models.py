@@ -101,7 +101,12 @@ def structured_schemes(r: int, n: int, m: int) -> list[str]:
     ]
 
 
-def variants(r: int, n: int, m: int) -> dict[str, Variant]:
+def routes_on(device: torch.device) -> list[str]:
+    """Return the names of the routes that can run on a device."""
+    return [name for name, route in ROUTES.items() if route.available(device.type)]
+
+
+def variants(r: int, n: int, m: int, device: torch.device) -> dict[str, Variant]:
     """Return all variants for our rank r on layers of about n inputs and m outputs."""
     found = {
         FROZEN: Variant(lambda model: model, compiled=True),
@@ -114,7 +119,7 @@ def variants(r: int, n: int, m: int) -> dict[str, Variant]:
     for scheme in ("per_dimension", *structured_schemes(r, n, m)):
         found[f"{scheme} auto"] = Variant(_ours(r, scheme), compiled=True)
         found[f"{scheme} auto, memory=low"] = Variant(_ours(r, scheme, memory="low"))
-        for route in ROUTES:
+        for route in routes_on(device):
             found[f"{scheme} {route}"] = Variant(_ours(r, scheme), RouteChoice(route))
             if ROUTES[route].reads_weight:
                 found[f"{scheme} {route}, weight kept"] = Variant(_ours(r, scheme), RouteChoice(route, True))

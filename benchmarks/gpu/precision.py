@@ -8,10 +8,9 @@ from torch import Tensor, nn
 
 import veratune
 from gpu.harness import Figures, Stage
-from gpu.models import forced
+from gpu.models import forced, routes_on
 from gpu.references import errors_of
 from veratune.ops.planning import RouteChoice
-from veratune.ops.routes import ROUTES
 from veratune.projections.schemes import SCHEMES
 
 POINTS = ((2048, 2048, 256, 2048), (2048, 8192, 256, 8192), (4096, 4096, 1024, 2048))
@@ -31,7 +30,7 @@ def run(stage: Stage) -> None:
 
         stage.case(f"{point} {PEFT}", of_peft, seconds=2)
         for scheme in SCHEMES:
-            for route in ("auto", *ROUTES):
+            for route in ("auto", *routes_on(stage.device)):
                 if problem:
                     stage.case(f"{point} {scheme} {route}", partial(of_ours, problem[0], scheme, route), seconds=0.5)
 

@@ -1,4 +1,4 @@
-"""Stages: whole training steps, eager and compiled, and single layers, also as CUDA graphs."""
+"""Stages: training steps of a whole model and of single layers, eager and compiled."""
 
 from collections.abc import Callable
 from functools import partial
@@ -6,7 +6,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from gpu.harness import Figures, Stage, Timing, graphed, interleave, peak_bytes, release_memory
+from gpu.harness import Figures, Stage, Timing, interleave, peak_bytes, release_memory
 from gpu.models import (
     FROZEN,
     LLAMA_1B,
@@ -68,7 +68,7 @@ def whole_model(stage: Stage, base: nn.Module, r: int, tokens: int) -> Figures:
     """Time all variants of a model's step, and take their peak memory."""
     hidden = base.config.hidden_size
     length = min(LENGTH, tokens)
-    own = variants(r, hidden, base.config.intermediate_size)
+    own = variants(r, hidden, base.config.intermediate_size, stage.device)
     for name in [name for name in own if name.endswith(NOT_ON_MODELS)]:
         del own[name]
     return compare(stage, base, own, (tokens // length, length, hidden), call_model, rounds=5)
@@ -82,7 +82,7 @@ def call_model(model: nn.Module, x: Tensor) -> Tensor:
 def single_layer(stage: Stage, n: int, m: int, r: int, tokens: int) -> Figures:
     """Time all variants of one layer's step."""
     base = linear(n, m, stage.device, DTYPE)
-    return compare(stage, base, variants(r, n, m), (tokens, n), nn.Module.__call__, rounds=5, graphs=True)
+    return compare(stage, base, variants(r, n, m, stage.device), (tokens, n), nn.Module.__call__, rounds=5)
 
 
 def compare(
@@ -93,13 +93,12 @@ def compare(
     call: Call,
     *,
     rounds: int,
-    graphs: bool = False,
 ) -> Figures:
-    """Measure variants of a step: peak memory, interleaved times and, for single layers, times of a captured graph."""
+    """Measure variants of a step: their peak memory and interleaved times."""
     x = torch.randn(size, device=stage.device).to(DTYPE).requires_grad_()
     with torch.no_grad():
         gradient = torch.randn_like(call(base, x)) / x.numel()
-    works, replays, memory, routes = {}, {}, {}, {}
+    works, memory, routes = {}, {}, {}
     errors: dict[str, str] = {}
     for name, variant in own.items():
         if stage.left <= 0:
@@ -120,20 +119,9 @@ def compare(
             errors[name] = f"{type(error).__name__}: {str(error)[:500]}"
             del error
             release_memory(stage.device)
-            continue
-        if graphs:
-            try:
-                with forced(variant.choice):
-                    replays[name] = graphed(lambda step=step: _forward_and_backward(step), stage.device)
-            except Exception as error:
-                errors[f"{name}, as a graph"] = f"{type(error).__name__}: {str(error)[:500]}"
-                del error
     timing = interleave(works, stage, rounds, warmed=True)
     found = figures(timing, memory, routes, errors | timing.errors)
-    if replays:
-        replayed = interleave(replays, stage, rounds)
-        found |= {"graph_ms": replayed.milliseconds(), "graph_ratios": replayed.ratios(FROZEN)}
-    del works, replays
+    del works
     release_memory(stage.device)
     return found
 
@@ -148,11 +136,6 @@ def _made(
             step()
 
     return step, work
-
-
-def _forward_and_backward(step: Step) -> None:
-    step.clear()
-    step.without_optimizer()
 
 
 def figures(
@@ -178,13 +161,13 @@ def figures(
 
 def compiled_layer(stage: Stage, n: int, m: int, r: int, tokens: int) -> Figures:
     base = linear(n, m, stage.device, DTYPE)
-    return _compiled(stage, base, variants(r, n, m), (tokens, n), nn.Module.__call__)
+    return _compiled(stage, base, variants(r, n, m, stage.device), (tokens, n), nn.Module.__call__)
 
 
 def compiled_model(stage: Stage, base: nn.Module, r: int, tokens: int) -> Figures:
     length = min(LENGTH, tokens)
     hidden = base.config.hidden_size
-    own = variants(r, hidden, base.config.intermediate_size)
+    own = variants(r, hidden, base.config.intermediate_size, stage.device)
     return _compiled(stage, base, own, (tokens // length, length, hidden), call_model)
 
 
@@ -197,6 +180,7 @@ def _compiled(stage: Stage, base: nn.Module, own: dict[str, Variant], size: tupl
     errors: dict[str, str] = {}
     seconds: dict[str, float] = {}
     longest = 0.0
+    torch._dynamo.reset()
     for name, variant in own.items():
         if not variant.compiled:
             continue
@@ -206,7 +190,6 @@ def _compiled(stage: Stage, base: nn.Module, own: dict[str, Variant], size: tupl
             continue
         start = stage.left
         try:
-            torch._dynamo.reset()
             compiled = torch.compile(step.model, dynamic=False, backend="eager" if stage.toy else "inductor")
             again = Step(compiled, x, gradient, call)
             again()
