@@ -11,6 +11,7 @@ from torch import nn
 
 import quality_schemes
 from veratune import VeraConfig, get_peft_model, parameter_groups
+from veratune.projections.schemes import SCHEMES
 
 HEAD_RATE = 4e-3
 VERA_RATES = (5e-3, 1e-2, 2e-2, 4e-2)
@@ -43,6 +44,11 @@ class Method(ABC):
         values = {"kind": type(self).__name__, **dataclasses.asdict(self)}
         return {name: value for name, value in values.items() if name not in self.not_settings}
 
+    @property
+    def code(self) -> str:
+        """Which code computes it: methods of the same can or cannot be captured as a CUDA graph."""
+        return type(self).__name__
+
     @abstractmethod
     def adapt(self, model: nn.Module, seed: int, key: int) -> nn.Module:
         """Make a model trainable in this way, and return the model to train.
@@ -70,6 +76,10 @@ class Vera(Method):
     r: int = 256
     projection: str = "per_dimension"
     options: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def code(self) -> str:
+        return f"Vera {self.projection}"
 
     def adapt(self, model: nn.Module, seed: int, key: int) -> nn.Module:
         config = VeraConfig(
@@ -119,8 +129,11 @@ def _methods() -> list[Method]:
         return Vera(name, VERA_RATES, stage, baseline, r, projection, tuple(sorted(options.items())))
 
     def blocks(stage: int, g: int, r: int = 256, out: int | None = None) -> Vera:
-        name = f"blocks g={g}" if out is None else f"blocks g={g} of A, {out} of B"
-        return vera(f"{name}, r={r}", stage, r, quality_schemes.blocks(g, out or g))
+        if out is not None:
+            return vera(f"blocks g={g} of A, {out} of B, r={r}", stage, r, quality_schemes.blocks(g, out))
+        if "blocks" in SCHEMES:
+            return vera(f"blocks g={g}, r={r}", stage, r, "blocks", projection_blocks=g)
+        return vera(f"blocks g={g}, r={r}", stage, r, quality_schemes.blocks(g, g))
 
     return [
         vera(DENSE, 0),

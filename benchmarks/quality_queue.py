@@ -250,12 +250,12 @@ class _Queue:
     # Both
 
     def _graphs(self, run: Run) -> bool:
-        return self.settings.graphs and self.settings.device == "cuda" and run.method.name not in self.eager
+        return self.settings.graphs and self.settings.device == "cuda" and run.method.code not in self.eager
 
     def _take(self, run: Run, answer: _Answer, device: str | None, graphs: bool) -> None:
         if answer.capture_failed:
-            progress(f"{run.method.name} goes on without graphs: {answer.error}")
-            self.eager.add(run.method.name)
+            progress(f"{run.method.name} and its like go on without graphs: {answer.error}")
+            self.eager.add(run.method.code)
             return
         if answer.result is None and answer.error is None:
             if time.monotonic() >= self.settings.deadline:
