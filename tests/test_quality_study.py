@@ -297,10 +297,15 @@ def test_every_scheme_has_the_dense_ones_variance(quality: SimpleNamespace) -> N
     from veratune.projections.schemes import SCHEMES
 
     r, width, cpu = 64, 256, torch.device("cpu")
-    names = {method.projection for method in quality.methods.METHODS if isinstance(method, quality.methods.Vera)}
-    assert len(names) >= 10
-    for name in names - {"peft"}:
-        scheme = SCHEMES[name].for_layers(5, r, width, width)
-        a, b = (scheme.draw(side, range(r), width, cpu).double() for side in ("A", "B"))
-        assert a.square().sum(1).mean().item() == pytest.approx(2.0, rel=0.15), name
-        assert (b * scheme.scale(r)).square().sum(0).mean().item() == pytest.approx(2.0, rel=0.15), name
+    methods = [method for method in quality.methods.METHODS if isinstance(method, quality.methods.Vera)]
+    assert len({(method.projection, method.options) for method in methods}) >= 10
+    for method in methods:
+        if method.projection == "peft":
+            continue
+        scheme = SCHEMES[method.projection].for_layers(5, r, width, width, **dict(method.options))
+        a, b = (
+            scheme.structure(side, r, width).dense(scheme.draw(side, range(r), width, cpu)).double()
+            for side in ("A", "B")
+        )
+        assert a.square().sum(1).mean().item() == pytest.approx(2.0, rel=0.15), method.name
+        assert (b * scheme.scale(r)).square().sum(0).mean().item() == pytest.approx(2.0, rel=0.15), method.name
