@@ -36,7 +36,7 @@ def test_each_weight_is_named_with_its_kind_and_what_adapts_it() -> None:
     assert rows["position"] == ("parameter", (1, 5, 8), "target_parameters")
     refused = {info.name: info.why_not for info in supported(Zoo()) if not info.adaptable and info.kind != "vector"}
     assert set(refused) == {"back.weight", "bilinear.weight"}
-    assert "ConvTranspose2d does not multiply by it" in refused["back.weight"]
+    assert "ConvTranspose2d does not use it as a matrix" in refused["back.weight"]
     assert len(rows) == len(dict(Zoo().named_parameters()))
 
 
@@ -100,5 +100,5 @@ def test_lists_of_parameters_are_refused_and_computed_weights_counted_once() -> 
         ("weights.0", ""),
         ("linear", "all-linear"),
     ]
-    with pytest.raises(veratune.TargetError, match="stands in a ParameterList, whose owner reads it"):
+    with pytest.raises(veratune.TargetError, match="is in a ParameterList, whose owner reads it"):
         get_peft_model(Listed(), VeraConfig(r=2, target_parameters=["weights.0"]))

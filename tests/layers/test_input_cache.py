@@ -59,7 +59,7 @@ def test_the_result_is_that_of_products_of_their_own():
     shared = torch.autograd.grad(model(x).square().sum(), [x, *vectors])
     for layer in model.vera_layers().values():
         group = layer.entries["default"].group
-        object.__setattr__(group, "down", type("Never", (), {"get": lambda self, name, x, a, compute: compute()})())
+        object.__setattr__(group, "cache", type("Never", (), {"get": lambda self, name, x, a, compute: compute()})())
     own = torch.autograd.grad(model(x).square().sum(), [x, *vectors])
     assert all(torch.equal(a, b) for a, b in zip(shared, own, strict=True))
 

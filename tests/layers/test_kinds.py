@@ -660,7 +660,7 @@ def test_what_a_module_notes_about_itself_is_kept() -> None:
 
 def test_what_is_no_matrix_is_refused_and_what_is_left_out_is_told() -> None:
     for module in (nn.ConvTranspose1d(4, 4, 3), nn.EmbeddingBag(5, 4), nn.LayerNorm((3, 6))):
-        with pytest.raises(TargetError, match="does not multiply by it as by a matrix"):
+        with pytest.raises(TargetError, match="does not use it as a matrix"):
             adapted(lambda module=module: nn.Sequential(module), target_modules=None, target_parameters=["weight"])
     with pytest.raises(TargetError, match="its max_norm scales rows"):
         adapted(lambda: nn.Sequential(nn.Embedding(5, 4, max_norm=1.0)), target_modules=["0"])

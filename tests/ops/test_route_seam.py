@@ -48,7 +48,7 @@ def registered(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(ROUTES, "free", Free())
     monkeypatch.setattr(Free, "calls", ())
     # Tables that were made without the toys, and those with them, must not meet.
-    monkeypatch.setattr("veratune.layers.products.route_table", route_table.__wrapped__)
+    monkeypatch.setattr("veratune.layers.plan.route_table", route_table.__wrapped__)
 
 
 def test_it_is_chosen_explained_computed_and_differentiated() -> None:

@@ -16,7 +16,7 @@ from veratune.adapters.surgery import replace_modules
 from veratune.adapters.target import Target
 from veratune.adapters.target_errors import check_not_sharded
 from veratune.config import VeraConfig
-from veratune.layers import ComputeSettings, SavedModule, VectorInit, VeraLayer, VeraModule, VeraParameter
+from veratune.layers import ComputeSettings, SavedModule, VectorInit, VeraLayer, VeraModule
 from veratune.layers.biases import AdapterBiases
 from veratune.layers.pending import check_nothing_pending
 from veratune.layers.quantized import keep_differentiable
@@ -213,7 +213,7 @@ class AdaptedModel(MergingModel):
         for module in list(self.modules()):
             if isinstance(module, VeraLayer) and adapter_name in module.entries:
                 module.delete_adapter(adapter_name)
-                if not module.entries and not isinstance(module, VeraParameter):
+                if not module.entries and not module.of_parameter:
                     replacements[id(module)] = module.base_layer
             elif isinstance(module, VeraModule):
                 module.delete_adapter(adapter_name)

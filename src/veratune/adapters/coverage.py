@@ -11,8 +11,15 @@ from veratune.adapters.names import base_modules, joined, unwrapped
 from veratune.adapters.target import TargetError
 from veratune.adapters.targets import find_targets
 from veratune.config import VeraConfig
-from veratune.layers.convolution import CONVOLUTIONS
-from veratune.layers.registry import adaptable_parameters, geometry, why_not_adaptable, why_not_parameter
+from veratune.layers.registry import (
+    adaptable_parameters,
+    find_layer_class,
+    geometry,
+    layer_class,
+    weight_name,
+    why_not_adaptable,
+    why_not_parameter,
+)
 
 By = Literal["all-linear", "target_modules", "target_parameters", "bias", ""]
 
@@ -23,7 +30,8 @@ class WeightInfo:
 
     Attributes:
         name: its dotted name; for a layer whose weight is in a form of its own, the layer's.
-        kind: "linear", "convolution", "embedding", "parameter" (read by its module's own forward) or "vector".
+        kind: the layer kind ("linear", "convolution", "embedding"), "parameter" (read by its module's own forward) or
+            "vector".
         module: the class of the module that has it.
         shape: its shape; for a quantized layer that of the matrix it stands for.
         by: what adapts it: "all-linear" does; it has to be named in "target_modules" or "target_parameters"; "bias"
@@ -82,11 +90,11 @@ def supported(model: nn.Module) -> SupportTable:
         own = unwrapped(module)
         if any(name.startswith(f"{layer}.parametrizations") for layer in computed):
             continue  # told of with the weight that is computed from it
-        if why_not_adaptable(own) is None and own._parameters.get("weight") is None and id(own) not in seen:
+        if why_not_adaptable(own) is None and own._parameters.get(weight_name(own)) is None and id(own) not in seen:
             size = geometry(own)
             by: By = "all-linear" if name in reached else "target_modules"
             shape = (size.out_features, size.in_features)
-            table.append(WeightInfo(name, "linear", type(own).__name__, shape, by))
+            table.append(WeightInfo(name, layer_class(own).kind, type(own).__name__, shape, by))
             computed.append(name)
         seen.add(id(own))
         for parameter_name, parameter in own._parameters.items():
@@ -106,28 +114,22 @@ def _reached(model: nn.Module) -> set[str]:
 
 
 def _info(name: str, module: nn.Module, own: str, parameter: nn.Parameter, reached: set[str]) -> WeightInfo:
-    full, kind_of_module = joined(name, own), type(module).__name__
+    full, class_name = joined(name, own), type(module).__name__
     shape = () if nn.parameter.is_lazy(parameter) else tuple(parameter.shape)
-    if own == "weight" and why_not_adaptable(module) is None:
+    is_weight = own == weight_name(module)
+    if is_weight and why_not_adaptable(module) is None:
         by: By = "all-linear" if name in reached else "target_modules"
-        if isinstance(module, CONVOLUTIONS):
-            return WeightInfo(full, "convolution", kind_of_module, shape, by)
-        if isinstance(module, nn.Embedding):
-            return WeightInfo(full, "embedding", kind_of_module, shape, by)
         size = geometry(module)
-        quantized = math.prod(shape) != size.in_features * size.out_features
-        return WeightInfo(
-            full, "linear", kind_of_module, (size.out_features, size.in_features) if quantized else shape, by
-        )
+        if math.prod(shape) != size.in_features * size.out_features:  # quantized
+            shape = (size.out_features, size.in_features)
+        return WeightInfo(full, layer_class(module).kind, class_name, shape, by)
     if nn.parameter.is_lazy(parameter):
-        return WeightInfo(full, "parameter", kind_of_module, (), "", "it is lazy and has no shape yet")
+        return WeightInfo(full, "parameter", class_name, (), "", "it is lazy and has no shape yet")
     if parameter.ndim < 2:
         trained: By = "bias" if own == "bias" else ""
-        return WeightInfo(full, "vector", kind_of_module, shape, trained, "" if trained else "it is no matrix")
+        return WeightInfo(full, "vector", class_name, shape, trained, "" if trained else "it is no matrix")
     if own in adaptable_parameters(module):
-        return WeightInfo(
-            full, "parameter", kind_of_module, shape, "all-linear" if full in reached else "target_modules"
-        )
-    reason = why_not_adaptable(module) if own == "weight" and isinstance(module, nn.Embedding | nn.Linear) else None
+        return WeightInfo(full, "parameter", class_name, shape, "all-linear" if full in reached else "target_modules")
+    reason = why_not_adaptable(module) if is_weight and find_layer_class(module) is not None else None
     reason = reason or why_not_parameter(module, own)
-    return WeightInfo(full, "parameter", kind_of_module, shape, "" if reason else "target_parameters", reason or "")
+    return WeightInfo(full, "parameter", class_name, shape, "" if reason else "target_parameters", reason or "")

@@ -11,7 +11,7 @@ from veratune.adapters.adapter_set import AdapterSet
 from veratune.adapters.adapter_state import as_names
 from veratune.adapters.names import base_parameters
 from veratune.adapters.surgery import replace_modules, undone_on_error
-from veratune.layers import SavedModule, VeraLayer, VeraModule, VeraParameter
+from veratune.layers import SavedModule, VeraLayer, VeraModule
 from veratune.layers.guards import guard_loading
 from veratune.layers.pending import check_nothing_pending
 from veratune.layers.quantized import leave_to_library
@@ -178,7 +178,7 @@ class MergingModel(AdapterSet):
         """Put what computes now in the place of each wrapper, forget all adapters, and return the model."""
         replacements: dict[int, nn.Module] = {}
         for module in self.modules():
-            if isinstance(module, VeraParameter):
+            if isinstance(module, VeraLayer) and module.of_parameter:
                 continue  # its VeraModule goes
             if isinstance(module, VeraModule | VeraLayer):
                 replacements[id(module)] = module.base_layer

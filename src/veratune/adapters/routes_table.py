@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from veratune.layers import VeraLayer, VeraLinear
+from veratune.layers import VeraLayer
 from veratune.ops.calibration import device_profile
 from veratune.ops.costs import LayerShape
 from veratune.ops.planning import Estimate, choose_route, estimate, possible_choices
@@ -94,7 +94,7 @@ def explain_routes(
     table = RouteTable()
     for name, layer in layers:
         entry = layer.entries.get(adapter_name)
-        if entry is None or entry.parts or not isinstance(layer, VeraLinear):
+        if entry is None or entry.parts or not layer.chooses_route:
             continue  # there is one way only to compute it, or its module decides
         shape = replace(entry.shapes[0], tokens=tokens)
         own = layer.base_weight.dtype

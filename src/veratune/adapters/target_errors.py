@@ -13,9 +13,8 @@ from veratune.config import VeraConfig, ends_in_match
 from veratune.layers import SavedModule, VeraLayer, VeraModule
 from veratune.layers.registry import (
     adaptable_parameters,
-    has_own_forward,
-    is_linear,
-    is_out_proj,
+    layer_class,
+    weight_name,
     why_not_adaptable,
 )
 from veratune.projections.schemes import SCHEMES
@@ -39,16 +38,15 @@ def check_settings(config: VeraConfig, targets: list[Target]) -> None:
             )
     for target in targets:
         module = unwrapped(target.module)
-        if target.parts and not is_linear(module):
+        kind = layer_class(module, target.parameter)
+        if target.parts and not kind.supports_parts:
             raise TargetError(f"fused_parts: {target.name} is no linear layer, and is not made of parts")
-        read = target.parameter is not None or is_out_proj(module) or has_own_forward(module)
-        if config.vera_dropout > 0.0 and (read or isinstance(module, nn.Embedding)):
+        if config.vera_dropout > 0.0 and not kind.supports_dropout(module):
             raise TargetError(
                 f"vera_dropout={config.vera_dropout!r} cannot be had for {target.name}: there is no input of the"
                 " adapter's own to drop from. Use vera_dropout=0.0, or name it in exclude_modules"
             )
-        whole_linear = target.parameter is None and not isinstance(module, nn.Embedding)
-        if SCHEMES[config.projection].one_rank_linear_only and not whole_linear:
+        if SCHEMES[config.projection].one_rank_linear_only and not kind.supports_one_rank_schemes:
             raise TargetError(
                 f"projection={config.projection!r} cannot adapt {target.name}, which is not a linear layer: use"
                 " projection='per_dimension', or name it in exclude_modules"
@@ -59,7 +57,7 @@ def check_not_sharded(targets: list[Target]) -> None:
     """Raise TargetError if a target's weight is spread over processes, where each has some of its rows or columns."""
     for target in targets:
         base = unwrapped(target.module)
-        weight = base._parameters.get(target.parameter or "weight")
+        weight = base._parameters.get(target.parameter or weight_name(base))
         spread = describe_sharding(weight)
         if is_emptied(weight) and not is_engines(base):
             continue  # loaded for ZeRO-3, and the engine has not seen it yet
@@ -114,7 +112,8 @@ def tell_of_ties(model: nn.Module, targets: list[Target], notify: Callable[[str]
             if parameter is not None:
                 holders.setdefault(id(parameter), []).append((joined(name, own), module))
     for target in targets:
-        weight = unwrapped(target.module)._parameters.get(target.parameter or "weight")
+        base = unwrapped(target.module)
+        weight = base._parameters.get(target.parameter or weight_name(base))
         others = [name for name, module in holders.get(id(weight), []) if module is not target.module]
         if others:
             notify(

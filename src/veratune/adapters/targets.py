@@ -24,7 +24,7 @@ from veratune.layers import SavedModule
 from veratune.layers.registry import (
     adaptable_parameters,
     geometry,
-    is_linear,
+    in_all_linear,
     parameter_layout,
     why_not_parameter,
 )
@@ -149,7 +149,7 @@ def _matched_modules(
         return [
             name
             for name, module in modules.items()
-            if (is_linear(unwrapped(module)) or adaptable_parameters(unwrapped(module)))
+            if (in_all_linear(unwrapped(module)) or adaptable_parameters(unwrapped(module)))
             and id(unwrapped(module)) not in output
             and name not in inside_saved
             and not any(name == top or name.startswith(f"{top}.") for top in trained)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from veratune.bank.layer_call import BankCall, active_call, by_rows, current_call, is_by_rows
-from veratune.layers.base import only_computes
+from veratune.layers.base_call import only_computes
 from veratune.layers.modules_to_save import SavedModule
 from veratune.layers.offloading import is_hooked
 

@@ -9,10 +9,10 @@ from torch import nn
 from veratune.adapters.surgery import replace_modules
 from veratune.adapters.target import Target
 from veratune.bank.head_layers import BankedHead
-from veratune.bank.layers import BankedConv1D, BankedLinear
+from veratune.bank.layers import BANKED_LAYERS, BankedLinear
 from veratune.bank.layout import BankError, Layout
-from veratune.layers.base import vector_device
-from veratune.layers.registry import is_conv1d
+from veratune.layers.holder import vector_device
+from veratune.layers.registry import layer_class
 from veratune.ops.planning import RouteName
 
 
@@ -41,8 +41,8 @@ class Installation:
         self._originals: dict[int, nn.Module] = {}
         for target in targets:
             columns = layout.layers[target.name].columns
-            kind = BankedConv1D if is_conv1d(target.module) else BankedLinear
-            layer = kind(target.module, target.geometry, self.owner, target.name, columns, route)
+            banked = BANKED_LAYERS[layer_class(target.module)]
+            layer = banked(target.module, target.geometry, self.owner, target.name, columns, route)
             self.layers[target.name] = layer
             self._replace(target.module, layer)
         for name, head in layout.heads.items():

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from veratune.bank.layer_call import BankCall, RowGroup, active_call, by_rows, current_call
-from veratune.layers.base import InputGroup
+from veratune.layers.base import VeraLayer
+from veratune.layers.entries import InputGroup
 from veratune.layers.geometry import Geometry, slices
 from veratune.layers.linear import VeraConv1D, VeraLinear
 from veratune.ops.calibration import device_profile
@@ -156,7 +157,7 @@ class BankedLinear(VeraLinear):
             xa = own.group.cache.get(self.name, x, A.values, lambda: project(flat, A))
         return xa.view(*grouped.shape[:2], -1)
 
-    def _add(self, start: Tensor, xa: Tensor, slab: Tensor, own: SharedProjections, slots: Tensor) -> Tensor:  # type: ignore[override]
+    def _add(self, start: Tensor, xa: Tensor, slab: Tensor, own: SharedProjections, slots: Tensor) -> Tensor:
         """Return an output plus the deltas of one scheme's adapters on their rows.
 
         Args:
@@ -278,6 +279,10 @@ class BankedConv1D(BankedLinear):
     # Conv1D names its argument x.
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
         return super().forward(x, *args, **kwargs)
+
+
+# The layer kinds that a bank serves; a bank refuses all others.
+BANKED_LAYERS: dict[type[VeraLayer], type[BankedLinear]] = {VeraLinear: BankedLinear, VeraConv1D: BankedConv1D}
 
 
 def part_slices(parts: tuple[int, ...], out_features: int) -> list[slice]:

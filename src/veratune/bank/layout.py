@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from veratune.adapters.names import unwrapped
 from veratune.adapters.target import Target
-from veratune.bank.layers import Columns, part_slices
+from veratune.bank.layers import BANKED_LAYERS, Columns, part_slices
 from veratune.checkpoint.validate import ReadyAdapter
-from veratune.layers.registry import is_conv1d, is_linear
+from veratune.layers.registry import layer_class
 from veratune.projections import schemes
 from veratune.projections.schemes import Scheme
 from veratune.utils.tensors import bytes_of, float32_of
@@ -126,7 +126,7 @@ def check_kind(target: Target, refusal: str) -> None:
     module = unwrapped(target.module)
     if target.parameter is not None:
         reason = f"its module {type(module).__name__} reads the parameter itself"
-    elif not is_linear(module) and not is_conv1d(module):
+    elif layer_class(module) not in BANKED_LAYERS:
         reason = f"it is a {type(module).__name__}"
     elif "experts" in target.name.split("."):
         reason = "an expert is given chosen tokens, which do not say which row they are of"

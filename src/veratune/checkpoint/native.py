@@ -47,7 +47,6 @@ from veratune.checkpoint.validate import (
     targets_of,
 )
 from veratune.config import PEFT_TYPE, VeraConfig
-from veratune.layers import VeraEmbedding
 from veratune.projections.schemes import Scheme, Side, Stored
 from veratune.utils.outside_files import parse_json
 from veratune.utils.tensors import bytes_of, is_finite
@@ -120,7 +119,7 @@ def save_native(host: AdaptedModel, adapter_name: str, directory: Path, *, write
         "inputs": {
             name: layer.in_features
             for name, layer in host.vera_layers().items()
-            if adapter_name in layer.entries and not isinstance(layer, VeraEmbedding)
+            if adapter_name in layer.entries and not layer.one_hot
         },
     }
     header["sha256"] = _digest(header, tensors)
@@ -230,7 +229,7 @@ def _projection_tensors(host: AdaptedModel, adapter_name: str, scheme: Scheme) -
         entry = layer.entries.get(adapter_name)
         views = () if entry is None else entry.views
         # An embedding draws single columns of A, and has none of its table's width.
-        for view in views[1:] if isinstance(layer, VeraEmbedding) else views:
+        for view in views[1:] if layer.one_hot else views:
             key = (view.projection.side, view.projection.width)
             widths[key] = max(widths.get(key, 0), view.rank)
     tensors: dict[str, Tensor] = {}

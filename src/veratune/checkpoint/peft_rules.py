@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from veratune.adapters.matching import matcher
 from veratune.adapters.names import base_modules, joined, without_wrappers
 from veratune.checkpoint.weight_reads import reader_of
-from veratune.layers import VeraLayer, VeraParameter
+from veratune.layers import VeraLayer
+from veratune.layers.linear import is_out_proj
 from veratune.layers.quantized import is_quantized
-from veratune.layers.registry import is_out_proj
 from veratune.utils.text import notify
 
 PEFT_VERA = "VERA"
@@ -91,7 +91,7 @@ def check_called(model: nn.Module, layers: Mapping[str, VeraLayer], whose: str) 
     modules = base_modules(model)
     sometimes: dict[str, str] = {}
     for name, layer in layers.items():
-        own = name if isinstance(layer, VeraParameter) else joined(name, layer.weight_name)
+        own = name if layer.of_parameter else joined(name, layer.weight_name)
         found = reader_of(modules, own)
         reader = found.name if found is not None and found.always else None
         if layer.weight_was_read:

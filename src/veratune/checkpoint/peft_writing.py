@@ -21,8 +21,7 @@ from veratune.checkpoint.peft_rules import (
     peft_saved,
 )
 from veratune.config import VeraConfig
-from veratune.layers import SavedModule, VeraLayer, VeraLinear, VeraParameter
-from veratune.layers.registry import is_conv1d
+from veratune.layers import SavedModule, VeraLayer
 from veratune.projections.schemes import Scheme
 
 
@@ -58,7 +57,7 @@ def export_peft(host: AdaptedModel, adapter_name: str, directory: Path, *, save_
         )
     layers = {name: layer for name, layer in host.vera_layers().items() if adapter_name in layer.entries}
     for name, layer in layers.items():
-        if not isinstance(layer, VeraLinear) or layer.entries[adapter_name].parts:
+        if "peft" not in layer.exports or layer.entries[adapter_name].parts:
             raise ValueError(
                 f"PEFT's VeRA cannot hold the adapter on {name} ({layer.kind}"
                 f"{' in parts' if layer.entries[adapter_name].parts else ''}): it adapts whole linear layers only. Use"
@@ -152,13 +151,13 @@ def common_values(host: AdaptedModel, adapter_name: str, leave_out: Collection[s
     names = [
         name
         for name, layer in layers.items()
-        if adapter_name in layer.entries and not isinstance(layer, VeraParameter) and name not in leave_out
+        if adapter_name in layer.entries and not layer.of_parameter and name not in leave_out
     ]
     base = type(without_wrappers(host.base_model))
     return {
         "auto_mapping": {"base_model_class": base.__name__, "parent_library": base.__module__},
         "base_model_name_or_path": config.base_model_name_or_path,
-        "fan_in_fan_out": any(is_conv1d(layers[name].base_layer) for name in names),
+        "fan_in_fan_out": any(layers[name].out_axis == 1 for name in names),
         "inference_mode": True,
         "layers_pattern": None,
         "layers_to_transform": None,

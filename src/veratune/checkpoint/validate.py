@@ -23,7 +23,7 @@ from veratune.checkpoint.files import CheckpointError
 from veratune.config import VeraConfig
 from veratune.layers import Geometry, VeraLayer
 from veratune.layers.biases import bias_owners
-from veratune.layers.registry import geometry, parameter_layout, why_not_adaptable, why_not_parameter
+from veratune.layers.registry import geometry, parameter_layout, weight_name, why_not_adaptable, why_not_parameter
 from veratune.projections.schemes import Scheme, Stored
 from veratune.utils.sharding import is_engines, shape_of
 from veratune.utils.tensors import is_finite
@@ -82,7 +82,7 @@ def targets_of(modules: Mapping[str, nn.Module], loaded: LoadedAdapter) -> list[
         if twin != name:
             raise CheckpointError(f"{loaded.origin} adapts {twin} and {name}, which are one and the same module here")
         base = unwrapped(module)
-        weight = base._parameters.get(parameter or "weight")
+        weight = base._parameters.get(parameter or weight_name(base))
         if weight is not None and weight.is_meta and not hasattr(base, "_hf_hook"):
             raise CheckpointError(f"{name} is on the meta device: give the model its weights before loading an adapter")
         if is_engines(base):

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from veratune.adapters.adapted_model import AdaptedModel
 from veratune.adapters.names import without_wrappers
-from veratune.export.lora import check_dtype, check_vectors_only, lora_matrices, why_not_lora
-from veratune.layers import VeraEmbedding, VeraLayer, VeraLinear, VeraParameter
+from veratune.export.lora import check_dtype, check_vectors_only
+from veratune.layers import VeraLayer
 from veratune.utils.atomic import replacing
 
 GGUF_NAME = "adapter_model.gguf"
@@ -142,19 +142,17 @@ def _places(name: str, layer: VeraLayer, names: Any, *, tied: bool) -> list[str]
     Raises:
         ValueError: llama.cpp has no such tensor, or no LoRA for it.
     """
-    stem = name
-    if isinstance(layer, VeraParameter):
-        stem = name.removesuffix(".weight")
+    stem = name.removesuffix(".weight") if layer.of_parameter else name
     places = [stem]
-    if layer.geometry.count is not None:
+    if "gguf" not in layer.exports:
+        places = []
+    elif layer.geometry.count is not None:
         if layer.out_axis != 0 or not stem.endswith((".experts.gate_up_proj", ".experts.down_proj")):
             places = []
         elif stem.endswith(".gate_up_proj"):
             places = [stem.removesuffix("gate_up_proj") + part for part in ("gate_proj", "up_proj")]
-    elif not isinstance(layer, VeraLinear | VeraEmbedding | VeraParameter):
-        places = []
     found = [names.get_name(place) for place in places]
-    reason = why_not_lora(layer)
+    reason = layer.why_not_lora()
     if not found or None in found:
         reason = f"it has no counterpart there that takes a LoRA ({layer.kind})"
     elif tied and found[0] in ("output", "token_embd"):
@@ -180,11 +178,11 @@ def _orders(config: Any, order: str | None) -> dict[str, _Order]:
 
 def _pairs(layer: VeraLayer, adapter_name: str, places: list[str], alpha: int, order: _Order | None) -> Iterator[_Pair]:
     """Yield the float32 matrices for each tensor of one weight, with llama.cpp's scale alpha / r equal to one."""
-    a, b = lora_matrices(layer, adapter_name)
+    a, b = layer.lora_factors(adapter_name)
     rank, count = layer.entries[adapter_name].rank, layer.geometry.count
     if rank != alpha:  # the file has one alpha for all layers
         b = b * (rank / alpha)
-    if isinstance(layer, VeraEmbedding):
+    if layer.one_hot:
         a = a.t()
     if count is not None:
         a, b = a.view(count, rank, -1), b.view(-1, rank, count).permute(2, 0, 1)

@@ -1,9 +1,8 @@
 """Check that vLLM can load an exported LoRA adapter."""
 
 from veratune.adapters.adapted_model import AdaptedModel
-from veratune.export.lora import check_vectors_only, lora_matrices
+from veratune.export.lora import check_vectors_only
 from veratune.export.lora_rank import exact_rank
-from veratune.layers import VeraLinear
 
 # The values that vLLM accepts for max_lora_rank; adapters may have any rank up to it.
 _MAX_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
@@ -20,7 +19,7 @@ def check_vllm(host: AdaptedModel, adapter_name: str, rank: int | None) -> None:
     check_vectors_only(host, adapter_name, "vLLM's LoRA", "serve the model")
     layers = {name: layer for name, layer in host.vera_layers().items() if adapter_name in layer.entries}
     for name, layer in layers.items():
-        if not isinstance(layer, VeraLinear):
+        if "vllm" not in layer.exports:
             raise ValueError(
                 f"vLLM's LoRA is for linear layers, and {name} is not one ({layer.kind}). Merge the adapter"
                 " (merge_and_unload) and serve the model"
@@ -28,7 +27,7 @@ def check_vllm(host: AdaptedModel, adapter_name: str, rank: int | None) -> None:
     largest = rank or max(layer.entries[adapter_name].rank for layer in layers.values())
     if largest <= _MAX_RANKS[-1]:
         return
-    needed = max(exact_rank(*lora_matrices(layer, adapter_name), 1) for layer in layers.values())
+    needed = max(exact_rank(*layer.lora_factors(adapter_name), 1) for layer in layers.values())
     if needed <= _MAX_RANKS[-1]:
         size = max_lora_rank(needed)
         hint = f"rank={size} (--rank {size}) holds this adapter exactly: export it with that"

@@ -1,8 +1,9 @@
-"""Adapted layers: what wraps a layer or a parameter of a model, and computes it with adapters."""
+"""Adapted layers: they wrap a layer or a parameter of a model, and compute it with adapters."""
 
-from veratune.layers.base import AdapterEntry, ComputeSettings, InputGroup, VectorInit, VeraLayer
+from veratune.layers.base import VeraLayer
 from veratune.layers.convolution import VeraConv
 from veratune.layers.embedding import VeraEmbedding
+from veratune.layers.entries import AdapterEntry, ComputeSettings, InputGroup, VectorInit
 from veratune.layers.geometry import Geometry
 from veratune.layers.linear import VeraConv1D, VeraLinear
 from veratune.layers.modules_to_save import SavedModule

@@ -1,23 +1,49 @@
 """VeRA on `torch.nn.Conv1d`, `Conv2d` and `Conv3d`, seen as linear layers on patches (im2col)."""
 
-from typing import Any
+import math
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from veratune.layers.base import TransparentLayer, call_with, stand_in_for
+from veratune.layers.base import TransparentLayer
+from veratune.layers.base_call import call_with, has_own_forward, stand_in_for
+from veratune.layers.geometry import Geometry
+from veratune.layers.kind import Export
 from veratune.ops.delta import add_delta
+from veratune.utils.sharding import shape_of
 
 
 class VeraConv(TransparentLayer):
     """A convolution with VeRA adapters.
 
-    Its weight (out, in / groups, *kernel) is one matrix with in = in / groups * kernel inputs. The adapted weight is
-    added up, which costs a small product, and the convolution is made once with it: the number of patches is almost
-    always far above the rank.
+    Its weight (out, in / groups, *kernel) is one matrix with in = in / groups * kernel inputs. W0 + delta W costs a
+    small product, and the convolution runs once with it: the number of patches is almost always far above the rank.
     """
 
     kind = "convolution"
+    supports_one_rank_schemes = True
+    exports: ClassVar[frozenset[Export]] = frozenset(("lora",))
+
+    @classmethod
+    def adapts(cls, module: nn.Module) -> bool:
+        return isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+
+    @classmethod
+    def why_not_adaptable(cls, module: nn.Module) -> str | None:
+        if module._parameters.get("weight") is None:  # normalized, as in wav2vec 2.0
+            return "its weight is computed from other parameters"
+        return super().why_not_adaptable(module)
+
+    @classmethod
+    def geometry_of(cls, module: nn.Module) -> Geometry:
+        assert isinstance(module.weight, nn.Parameter)
+        count, *each = shape_of(module.weight)
+        return Geometry(math.prod(each) if count else 0, count)
+
+    @classmethod
+    def supports_dropout(cls, module: nn.Module) -> bool:
+        return not has_own_forward(module)
 
     def matrix(self, weight: Tensor) -> Tensor:
         return weight.flatten(1)
@@ -34,7 +60,7 @@ class VeraConv(TransparentLayer):
                 self.base_layer, lambda: {"weight": self.adapted_weight()}, (input, *args), kwargs
             )
             return adapted
-        # What is dropped out of an adapter's input is not dropped out of the base layer's.
+        # The base layer's input has no dropout.
         output: Tensor = self.base_layer(input, *args, **kwargs)
         for name in added:
             x = self.vera_dropout[name](input) if name in dropped else input
@@ -42,13 +68,22 @@ class VeraConv(TransparentLayer):
         return output
 
     def _alone(self, name: str, x: Tensor) -> Tensor:
-        """Return what an adapter adds for an input of its own."""
+        """Return an adapter's output without the base layer's."""
         weight, device = self.matrix(self.base_weight), self.device
-        (piece,) = self.pieces(name, device, weight.dtype)
-        delta = add_delta(torch.zeros(weight.shape, dtype=weight.dtype, device=device), piece.factors)
+        (block,) = self.blocks(name, device, weight.dtype)
+        delta = add_delta(torch.zeros(weight.shape, dtype=weight.dtype, device=device), block.factors)
         stand_in = stand_in_for(self.base_layer, {"weight": self.like_weight(delta), "bias": None})
         alone: Tensor = stand_in.forward(x)  # without hooks, which have been called with the base layer's output
         return alone
 
+    # Export as a LoRA: lora_A (r, in / groups, *kernel), lora_B (out, r, 1, ...)
 
-CONVOLUTIONS: tuple[type[nn.Module], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    def why_not_lora(self) -> str | None:
+        if getattr(self.base_layer, "groups", 1) != 1:
+            return "its LoRA of a grouped convolution has no entries between groups, and A is shared by all groups"
+        return super().why_not_lora()
+
+    def lora_factors(self, name: str) -> tuple[Tensor, Tensor]:
+        lora_a, lora_b = super().lora_factors(name)
+        weight = self.base_weight
+        return lora_a.view(-1, *weight.shape[1:]), lora_b.view(*lora_b.shape, *(1,) * (weight.ndim - 2))

@@ -1,17 +1,22 @@
 """VeRA on `torch.nn.Embedding`: a linear layer whose input is one-hot."""
 
-from typing import Any
+from collections.abc import Collection
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from veratune.layers.base import TransparentLayer
+from veratune.layers.geometry import Geometry
+from veratune.layers.kind import Export
 from veratune.ops.delta import delta_weight
 from veratune.ops.factors import Factors, check_values
 from veratune.projections.structure import Matrix
 
-# Rows of the delta that are made at a time when merging.
+# Rows of the delta that are computed at a time when merging.
 _ROWS = 4096
+# Rows of an embedding beyond which its lora_A is not exported.
+_LARGEST_TABLE = 1 << 20
 
 
 class VeraEmbedding(TransparentLayer):
@@ -22,7 +27,27 @@ class VeraEmbedding(TransparentLayer):
     """
 
     kind = "embedding"
-    shown_in_parts = False
+    one_hot = True
+    multiplies_lazily = False
+    exports: ClassVar[frozenset[Export]] = frozenset(("lora", "gguf"))
+
+    @classmethod
+    def adapts(cls, module: nn.Module) -> bool:
+        return isinstance(module, nn.Embedding)
+
+    @classmethod
+    def why_not_adaptable(cls, module: nn.Module) -> str | None:
+        assert isinstance(module, nn.Embedding)
+        if module.max_norm is not None:
+            return "its max_norm scales rows of the table itself when they are looked up"
+        if type(module).forward is not nn.Embedding.forward and not hasattr(module, "embed_scale"):
+            return f"it is a {type(module).__name__}, which does more than look up rows"
+        return super().why_not_adaptable(module)
+
+    @classmethod
+    def geometry_of(cls, module: nn.Module) -> Geometry:
+        assert isinstance(module, nn.Embedding)
+        return Geometry(module.num_embeddings, module.embedding_dim)
 
     def matrix(self, weight: Tensor) -> Tensor:
         return weight.t()
@@ -38,7 +63,7 @@ class VeraEmbedding(TransparentLayer):
             return scheme.one_hot_columns(entry.rank, tokens.to(torch.int64)).t().to(dtype)
 
     def _rows(self, name: str, tokens: Tensor) -> Tensor:
-        """Return an adapter's deltas of these rows of the table, (n, out), in the table's dtype."""
+        """Return an adapter's deltas for these rows of the table, (n, out), in the table's dtype."""
         b, d = self.vectors(name)
         dtype = torch.promote_types(b.dtype, torch.float32)
         entry = self.entries[name]
@@ -52,17 +77,17 @@ class VeraEmbedding(TransparentLayer):
         output: Tensor = self.base_layer(input, *args, **kwargs)
         if not self.added_adapters:
             return output
-        if torch.compiler.is_compiling():  # how many different tokens there are is not known then
-            tokens, places = input.flatten(), torch.arange(input.numel(), device=input.device).view(input.shape)
+        if torch.compiler.is_compiling():  # the number of different tokens is not known
+            tokens, inverse = input.flatten(), torch.arange(input.numel(), device=input.device).view(input.shape)
         else:
-            tokens, places = torch.unique(input, return_inverse=True)
+            tokens, inverse = torch.unique(input, return_inverse=True)
         padding: int | None = getattr(self.base_layer, "padding_idx", None)
         scale = getattr(self.base_layer, "embed_scale", 1.0)
         for name in self.added_adapters:
             rows = self._rows(name, tokens)
-            if padding is not None:  # whose row gets no gradients, as in the table
+            if padding is not None:  # its row gets no gradients, as in the table
                 rows = torch.where((tokens == padding)[:, None], rows.detach(), rows)
-            output = output + torch.nn.functional.embedding(places, rows) * scale
+            output = output + torch.nn.functional.embedding(inverse, rows) * scale
         return output
 
     def added_up(self, base: Tensor) -> Tensor:
@@ -83,3 +108,17 @@ class VeraEmbedding(TransparentLayer):
             ],
             dim=1,
         )
+
+    # Export as a LoRA: lora_A (r, rows), lora_B (out, r)
+
+    def why_not_lora(self) -> str | None:
+        if self.in_features > _LARGEST_TABLE:
+            return f"its A would have a column for each of {self.in_features} rows of the table"
+        return super().why_not_lora()
+
+    def lora_keys(self, name: str, beside: Collection[str]) -> tuple[str, str]:
+        return f"{name}.lora_embedding_A", f"{name}.lora_embedding_B"
+
+    def _drawn_a(self, name: str) -> Tensor:
+        entry = self.entries[name]
+        return entry.a.projection.scheme.one_hot_columns(entry.rank, torch.arange(self.in_features))

@@ -1,38 +1,35 @@
-"""A stand-in for an adapted weight that computes as little of it as an operation needs.
+"""A stand-in for an adapted weight that computes only as much of it as an operation needs.
 
 Some modules do not call a linear layer but read a weight and compute with it: Mamba's projections, experts in one 3-D
-tensor, `torch.nn.MultiheadAttention`. What they read is a tensor that looks like the weight. Products with it are made
-through the rank or with the added-up weight, whichever is cheaper; choosing some matrices of a stack adds up nothing;
-any other operation gets the added-up weight. So every operation is right, and the usual ones are cheap.
+tensor, `torch.nn.MultiheadAttention`. They read a tensor that looks like the weight. Products with it go through the
+rank or use W0 + delta W, whichever is cheaper; selecting matrices of a stack computes nothing; any other operation gets
+W0 + delta W. So every operation is correct, and the usual ones are cheap.
 """
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from veratune.layers.read_only_weight import ABOUT, check_not_written, protected
-
-if TYPE_CHECKING:
-    from veratune.layers.base import VeraLayer
+from veratune.layers.read_only_weight import ABOUT, ReadableLayer, check_not_written, protected
 
 
 @dataclass(frozen=True)
 class View:
-    """Which part of a layer's weight a stand-in shows, and how.
+    """The part of a layer's weight that a stand-in represents.
 
     Attributes:
         layer: the layer.
-        base: the shown part of W0 in the layer's own layout.
-        index: which matrices of the stack were chosen: None for all, or what the stack was indexed with.
-        flipped: whether the last two dimensions are shown the other way round than in `base`.
+        base: that part of W0, in the layer's layout.
+        index: the index into the stack of matrices, or None for all of it.
+        flipped: whether the last two dimensions are exchanged relative to `base`.
         outside: whether it was read from the layer by code that may not call the layer.
     """
 
-    layer: "VeraLayer"
+    layer: ReadableLayer
     base: Tensor
     index: Any = None
     flipped: bool = False
@@ -40,14 +37,14 @@ class View:
 
     @property
     def outputs_first(self) -> bool:
-        """Whether what is shown is (..., out, in), rather than (..., in, out)."""
+        """Whether the stand-in's shape is (..., out, in), rather than (..., in, out)."""
         return (self.layer.out_axis == 0) != self.flipped
 
     def shown(self) -> Tensor:
         return self.base.mT if self.flipped else self.base
 
     def note_use(self) -> None:
-        """Note on the layer that something was computed with its weight outside of its forward."""
+        """Record on the layer that something computed with its weight without calling it."""
         if self.outside:
             self.layer.weight_was_read = True
 
@@ -63,7 +60,7 @@ class View:
 
 
 class AdaptedWeight(Tensor):
-    """A weight, or some matrices of a stack of weights, with adapters' deltas not yet added up."""
+    """A weight, or some matrices of a stack of weights, whose deltas are not yet computed."""
 
     _view: View
 
@@ -97,7 +94,7 @@ class AdaptedWeight(Tensor):
 
 
 def _added_up(value: Any, weights: list[tuple[View, Tensor]]) -> Any:
-    """Return an argument with stand-ins replaced by added-up weights, which are noted in `weights`."""
+    """Return an argument with stand-ins replaced by W0 + delta W, each of which is appended to `weights`."""
     if isinstance(value, AdaptedWeight):
         weight = value._view.added_up()
         weights.append((value._view, weight))
@@ -107,23 +104,23 @@ def _added_up(value: Any, weights: list[tuple[View, Tensor]]) -> Any:
     return value
 
 
-# What has a cheap way. Each returns NotImplemented for arguments that it has none for.
+# Operations with a cheap implementation. Each returns NotImplemented for arguments that it does not support.
 
 
 def _choose(func: Any, weight: Any, index: Any) -> Any:
-    """Return some matrices of a stack: weight[index], with an integer or a vector of integers."""
+    """Return weight[index], some matrices of a stack, for an integer or a vector of integers."""
     if not isinstance(weight, AdaptedWeight) or isinstance(index, AdaptedWeight):
         return NotImplemented
     view = weight._view
-    whole = isinstance(index, int) and not isinstance(index, bool)
-    chosen = isinstance(index, Tensor) and index.ndim <= 1 and index.dtype in (torch.int64, torch.int32)
-    if view.index is not None or view.layer.geometry.count is None or weight.ndim != 3 or not (whole or chosen):
+    single = isinstance(index, int) and not isinstance(index, bool)
+    several = isinstance(index, Tensor) and index.ndim <= 1 and index.dtype in (torch.int64, torch.int32)
+    if view.index is not None or view.layer.geometry.count is None or weight.ndim != 3 or not (single or several):
         return NotImplemented
     return replace(view, base=view.base[index], index=index).stand_in()
 
 
 def _transpose(func: Any, weight: Any, first: Any = -2, second: Any = -1) -> Any:
-    """Return the weight with its last two dimensions the other way round."""
+    """Return the weight with its last two dimensions exchanged."""
     if not isinstance(weight, AdaptedWeight) or not isinstance(first, int) or not isinstance(second, int):
         return NotImplemented
     if {first % weight.ndim, second % weight.ndim} != {weight.ndim - 2, weight.ndim - 1}:
@@ -140,7 +137,7 @@ def _linear(func: Any, input: Any, weight: Any, bias: Any = None) -> Any:
         return NotImplemented
     if weight.ndim != 2 or not weight._view.outputs_first:
         return NotImplemented
-    # The bias goes into the product, as torch has it: added afterwards, it would round the outputs once more.
+    # The bias is part of the product, as in torch: adding it afterwards would round the outputs once more.
     return _product(input, weight._view, bias)
 
 
@@ -170,7 +167,7 @@ def _grouped_mm(func: Any, left: Any, right: Any, *, offs: Any = None, bias: Any
     start = func(left, view.shown(), offs=offs, **settings)
     rows = torch.arange(len(left), device=left.device)
     groups = torch.searchsorted(offs.long(), rows, right=True).clamp_(max=len(offs) - 1)
-    # Rows behind the last group have no result; whatever is there must stay as it is.
+    # Rows after the last group have no result; their contents must not change.
     beyond = rows >= offs[-1]
     added = view.layer.add_rows(torch.zeros_like(start), left, groups)
     return start + added.masked_fill(beyond[:, None], 0.0)

@@ -1,15 +1,20 @@
 """VeRA on `torch.nn.Linear` and on `transformers`' `Conv1D`, which stores its weight as (in, out)."""
 
 import math
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from veratune.layers.base import VeraLayer, call_with, only_computes, plain_tensor
+from veratune.layers.base import VeraLayer
+from veratune.layers.base_call import call_with, has_own_forward, only_computes, plain_tensor
 from veratune.layers.geometry import Geometry
-from veratune.layers.products import add, choose, compute_dtype, multiply
+from veratune.layers.kind import Export
+from veratune.layers.plan import plan_linear
+from veratune.layers.products import add, multiply
 from veratune.layers.quantized import (
     codes_of,
     dequantized,
@@ -22,68 +27,101 @@ from veratune.layers.quantized import (
     why_not_readable,
 )
 from veratune.ops.linear import project
+from veratune.ops.planning import RouteChoice
+from veratune.projections.structure import Matrix
+from veratune.utils.sharding import shape_of
 from veratune.utils.tensors import gradients_wanted
+
+
+def is_out_proj(module: nn.Module) -> bool:
+    """Return whether a module is the output projection of `torch.nn.MultiheadAttention`, which reads its weight."""
+    return isinstance(module, NonDynamicallyQuantizableLinear)
+
+
+def _says_it_is_linear(module: nn.Module) -> bool:
+    """Return whether a module has the attributes of a linear layer, as quantized ones do: its dimensions."""
+    sizes = [getattr(module, name, None) for name in ("in_features", "out_features")]
+    if not all(isinstance(size, int) and not isinstance(size, bool) and size > 0 for size in sizes):
+        return False
+    has_tensors = any(True for _ in (*module.parameters(recurse=False), *module.buffers(recurse=False)))
+    return has_tensors and not any(True for child in module.children() for _ in child.parameters())
 
 
 class VeraLinear(VeraLayer):
     """A linear layer with VeRA adapters.
 
-    The base layer is computed together with the adapter where nothing but its weight and bias matters. A base layer of
-    a class with a forward of its own is called, and reads the adapted weight. One with hooks, with a quantized weight
-    or beside dropout is called as it is, and the adapter's part is added.
+    The base layer and an adapter are computed together if the output depends on nothing but the weight and the bias. A
+    subclass with a different `forward` is called and reads the adapted weight. With hooks, a quantized weight or
+    dropout, the base layer is called as it is and the adapter's output is added.
     """
 
+    kind = "linear"
+    in_all_linear = True
+    chooses_route = True
+    supports_parts = True
+    supports_one_rank_schemes = True
+    exports: ClassVar[frozenset[Export]] = frozenset(("peft", "lora", "vllm", "gguf"))
     plain_forwards: ClassVar[tuple[str, ...]] = ("torch.nn.modules.linear.Linear.forward",)
+
+    @classmethod
+    def adapts(cls, module: nn.Module) -> bool:
+        return isinstance(module, nn.Linear) or _says_it_is_linear(module)
+
+    @classmethod
+    def geometry_of(cls, module: nn.Module) -> Geometry:
+        in_features, out_features = module.in_features, module.out_features
+        assert isinstance(in_features, int) and isinstance(out_features, int)
+        return Geometry(in_features, out_features)
+
+    @classmethod
+    def supports_dropout(cls, module: nn.Module) -> bool:
+        return not is_out_proj(module) and not (isinstance(module, nn.Linear) and has_own_forward(module))
 
     def __init__(self, base_layer: nn.Module, geometry: Geometry) -> None:
         super().__init__(base_layer, geometry)
         forward = type(base_layer).forward
-        # What a quantized layer computes with while its weight waits for `unmerge`.
+        # The codes of a quantized weight that is replaced by a merged one.
         self._codes: Any = None
         self._plain_class = f"{forward.__module__}.{forward.__qualname__}" in self.plain_forwards
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        x = input  # called by name, as in torch.nn.Linear
+        x = input  # torch.nn.Linear's name, by which it may be passed
         self.check_recomputation()
-        active = self.added_adapters
-        if not active:
-            output: Tensor = self.base_layer(x, *args, **kwargs)
+        output: Tensor
+        if not self.added_adapters:
+            output = self.base_layer(x, *args, **kwargs)
             return output
-        first = active[0]
-        special = not self._plain_class or bool(self.entries[first].parts) or len(active) > 1
-        if special and self._reads_weight(active, x):
-            weight = self.adapted_weight() if self._plain_class else self.weight_over(self.base_weight)
-            read: Tensor = call_with(self.base_layer, lambda: {"weight": weight}, (x, *args), kwargs)
-            return read
-        dtype = None
-        alone = not self.entries[first].parts and not args and not kwargs and x.shape[-1:] == (self.in_features,)
-        if alone and self.weight_readable(first):
-            dtype = compute_dtype(x, self.base_weight.dtype)
-        if dtype is not None:
-            output = self._fused(x, first, dtype)
-            remaining = active[1:]
+        names = self.added_adapters
+        replaceable = self._weight_can_be_replaced() and not any(self._drops(name) for name in names)
+        if not self._plain_class and replaceable:
+            weight = self.weight_over(self.base_weight)
+            output = call_with(self.base_layer, lambda: {"weight": weight}, (x, *args), kwargs)
+            return output
+        plan = plan_linear(
+            [(self.entries[name], self.vectors(name)) for name in names],
+            x,
+            weight_dtype=self.base_weight.dtype if self._is_plain() else None,
+            replaceable=replaceable,
+            together=not (args or kwargs or self._drops(names[0])) and x.shape[-1:] == (self.in_features,),
+        )
+        if plan.how == "weight":
+            output = call_with(self.base_layer, lambda: {"weight": self.adapted_weight()}, (x, *args), kwargs)
+            return output
+        if plan.how == "together":
+            output = self._together(x, names[0], plan.choices[0][0], plan.dtype)
+            names, choices = names[1:], plan.choices[1:]
         else:
-            output = self._checked_base_output(x, *args, **kwargs)
-            remaining = active
-        for name in remaining:
-            output = self._add(output, x, name)
+            output, choices = self._checked_base_output(x, *args, **kwargs), plan.choices
+        for name, own in zip(names, choices, strict=True):
+            output = self._plus_adapter(output, x, name, own)
         return output
 
-    def _reads_weight(self, names: Sequence[str], x: Tensor) -> bool:
-        """Return whether the base layer is to be called with the adapted weight, rather than something added to it."""
+    def _weight_can_be_replaced(self) -> bool:
+        """Return whether the base layer can be called with another tensor as its weight."""
         weight = self.base_layer._parameters.get("weight")
         if weight is None or is_quantized(self.base_layer) or weight.dtype.itemsize < 2:
             return False
-        if "forward" in self.base_layer.__dict__ or any(self._drops(name) for name in names):
-            return False
-        # Several adapters, or parts, are the cheapest in one added-up weight where each of them is.
-        return not self._plain_class or all(self._is_dense(name, x) for name in names)
-
-    def _is_dense(self, name: str, x: Tensor) -> bool:
-        entry = self.entries[name]
-        part = entry.parts.index(max(entry.parts)) if entry.parts else 0
-        training = gradients_wanted(*self.vectors(name))
-        return choose(entry, part, x, training=training, weight_readable=self._is_plain()).reads_weight
+        return "forward" not in self.base_layer.__dict__
 
     def _checked_base_output(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if spoils_gradients(self.base_layer) and gradients_wanted(
@@ -100,8 +138,56 @@ class VeraLinear(VeraLayer):
             )
         return output
 
+    def _together(self, x: Tensor, name: str, choice: RouteChoice, dtype: torch.dtype) -> Tensor:
+        """Return the outputs of the base layer and one adapter, computed in one product."""
+        bias = self.bias
+        flat = x.to(dtype).reshape(math.prod(x.shape[:-1]), self.in_features)
+        (block,) = self.blocks(name, flat.device, dtype)
+        output = multiply(
+            flat,
+            self.base_weight.to(dtype),
+            None if bias is None else bias.to(dtype),
+            block.factors,
+            choice,
+            transposed=self.out_axis == 1,
+            xa=self._shared_xa(name, x, flat, block.factors.A),
+        )
+        return output.view(*x.shape[:-1], self.out_features)
+
+    def _plus_adapter(self, output: Tensor, x: Tensor, name: str, choices: Sequence[RouteChoice]) -> Tensor:
+        """Return the output plus that of one adapter."""
+        tokens = math.prod(x.shape[:-1])
+        flat = x.to(output.dtype).reshape(tokens, self.in_features)
+        blocks = self.blocks(name, flat.device, flat.dtype)
+        xa = None
+        if self._drops(name):
+            flat = self.vera_dropout[name](flat)
+        else:
+            xa = self._shared_xa(name, x, flat, blocks[0].factors.A)
+        return add(output.reshape(tokens, self.out_features), flat, blocks, choices, xa=xa).view(output.shape)
+
+    def _shared_xa(self, name: str, x: Tensor, flat: Tensor, A: Matrix) -> Callable[[], Tensor]:  # noqa: N803
+        """Return a function that returns x A^T, from the cache if a layer with the same input has computed it."""
+        entry = self.entries[name]
+        return lambda: entry.group.cache.get(entry.name, x, A.values, lambda: project(flat, A))
+
     def weight_readable(self, name: str) -> bool:
         return not self._drops(name) and self._is_plain()
+
+    def _is_plain(self) -> bool:
+        """Return whether the output depends on nothing but the weight and the bias."""
+        base = self.base_layer
+        return (
+            self._plain_class
+            and only_computes(base)
+            and plain_tensor(self.base_weight)
+            and self.base_weight.is_floating_point()
+        )
+
+    def _drops(self, name: str) -> bool:
+        return self.training and name in self.vera_dropout
+
+    # Merging into quantized weights
 
     def full_weight(self) -> Tensor:
         return dequantized(self.base_layer) if is_quantized(self.base_layer) else super().full_weight()
@@ -129,47 +215,6 @@ class VeraLinear(VeraLayer):
             return requantized(self.base_layer, merged)
         return super()._as_parameter(merged, original)
 
-    def _is_plain(self) -> bool:
-        base = self.base_layer
-        return (
-            self._plain_class
-            and only_computes(base)
-            and plain_tensor(self.base_weight)
-            and self.base_weight.is_floating_point()
-        )
-
-    def _drops(self, name: str) -> bool:
-        return self.training and name in self.vera_dropout
-
-    def _down(self, name: str, x: Tensor, flat: Tensor) -> Callable[[], Tensor]:
-        """Return what gives x A^T: this layer's own product, or that of a layer which has had the same input."""
-        entry = self.entries[name]
-        A = entry.a.matrix(flat.device, flat.dtype)  # noqa: N806
-        return lambda: entry.group.cache.get(entry.name, x, A.values, lambda: project(flat, A))
-
-    def _fused(self, x: Tensor, name: str, dtype: torch.dtype) -> Tensor:
-        weight, bias = self.base_weight, self.bias
-        flat = x.to(dtype).reshape(math.prod(x.shape[:-1]), self.in_features)
-        output = multiply(
-            self,
-            name,
-            flat,
-            weight.to(dtype),
-            None if bias is None else bias.to(dtype),
-            xa=self._down(name, x, flat),
-        )
-        return output.view(*x.shape[:-1], self.out_features)
-
-    def _add(self, output: Tensor, x: Tensor, name: str) -> Tensor:
-        tokens = math.prod(x.shape[:-1])
-        flat = x.to(output.dtype).reshape(tokens, self.in_features)
-        xa = None
-        if self._drops(name):
-            flat = self.vera_dropout[name](flat)
-        else:
-            xa = self._down(name, x, flat)
-        return add(self, name, output.reshape(tokens, self.out_features), flat, xa=xa).view(output.shape)
-
 
 class VeraConv1D(VeraLinear):
     """VeRA on `transformers.pytorch_utils.Conv1D` (GPT-2): a linear layer whose weight is (in, out)."""
@@ -177,6 +222,17 @@ class VeraConv1D(VeraLinear):
     out_axis = 1
     plain_forwards = ("transformers.pytorch_utils.Conv1D.forward",)
 
-    # The name that Conv1D gives its argument.
+    @classmethod
+    def adapts(cls, module: nn.Module) -> bool:
+        # A model that has a Conv1D has imported it.
+        conv1d = getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", None)
+        return conv1d is not None and isinstance(module, conv1d)
+
+    @classmethod
+    def geometry_of(cls, module: nn.Module) -> Geometry:
+        assert isinstance(module.weight, nn.Parameter)
+        return Geometry(*shape_of(module.weight))
+
+    # Conv1D's name for its argument.
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
         return super().forward(x, *args, **kwargs)

@@ -1,22 +1,27 @@
 """VeRA on parameters that their module's forward reads itself: expert tensors, packed attention weights."""
 
 import inspect
-from typing import Any
+from collections.abc import Collection
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from veratune.layers.base import VeraLayer, call_with, stand_in_for
+from veratune.layers.base import VeraLayer
+from veratune.layers.base_call import call_with, stand_in_for
 from veratune.layers.geometry import Geometry
+from veratune.layers.kind import Export
 from veratune.layers.offloading import HOOK_ATTRIBUTES
 
 
 class VeraParameter(VeraLayer):
-    """The adapters on one parameter of a module: a matrix, or a stack of matrices, each with vectors of its own.
+    """The adapters on one parameter of a module: a matrix, or a stack of matrices with separate vectors.
 
-    `base_layer` is the module that has the parameter. It is no submodule of this one: `VeraModule` holds both.
+    `base_layer` is the module that has the parameter. It is not a submodule of this one: `VeraModule` holds both.
     """
 
     kind = "parameter"
+    of_parameter = True
+    exports: ClassVar[frozenset[Export]] = frozenset(("lora", "gguf"))
 
     def __init__(self, owner: nn.Module, name: str, geometry: Geometry, *, transposed: bool = False) -> None:
         self.weight_name = name
@@ -28,7 +33,7 @@ class VeraParameter(VeraLayer):
 
     def matrix(self, weight: Tensor) -> Tensor:
         count = self.geometry.count
-        # Several matrices in one: query, key and value above one another.
+        # A stack stored as one matrix: query, key and value.
         return weight.view(count, -1, weight.shape[-1]) if count is not None and weight.ndim == 2 else weight
 
     def like_weight(self, matrix: Tensor) -> Tensor:
@@ -38,6 +43,30 @@ class VeraParameter(VeraLayer):
     def bias(self) -> None:
         """None: the module's biases are not this parameter's."""
         return None
+
+    # Export as a LoRA: lora_A (n r, in), lora_B (out, r n) for a stack of n matrices
+
+    def why_not_lora(self) -> str | None:
+        if isinstance(self.base_layer, nn.MultiheadAttention):
+            return "its LoRA of torch.nn.MultiheadAttention takes the projections of query, key and value as one"
+        return super().why_not_lora()
+
+    def lora_keys(self, name: str, beside: Collection[str]) -> tuple[str, str]:
+        # PEFT wraps a module once for each parameter, in the module's order: the last wrapper is the outermost.
+        adapted = [other for other in self.base_layer._parameters if other in beside]
+        depth = len(adapted) - 1 - adapted.index(self.weight_name)
+        return super().lora_keys(name.rpartition(".")[0] + ".base_layer" * depth, beside)
+
+    def lora_factors(self, name: str) -> tuple[Tensor, Tensor]:
+        if self.geometry.count is None:
+            return super().lora_factors(name)
+        a, (b_projection,), b, d = self._drawn_factors(name)
+        inner, outer = d[:, :, None] * a, b[:, :, None] * b_projection
+        if self.out_axis == 1 and not getattr(self.base_layer, "is_transposed", False):
+            # PEFT relies on that flag alone, and swaps inputs and outputs if a module lacks it.
+            inner, outer = outer.mT, inner.mT
+        # The stack's index is the slowest in the first and the fastest in the second.
+        return inner.flatten(0, 1).float(), outer.permute(1, 2, 0).flatten(1).float()
 
 
 class VeraModule(nn.Module):
@@ -63,12 +92,12 @@ class VeraModule(nn.Module):
         return layers
 
     def delete_adapter(self, name: str) -> None:
-        """Remove an adapter from all parameters, and what is left without adapters."""
-        for own, layer in self.parameter_layers().items():
+        """Remove an adapter from all parameters, and the layers that have no adapters then."""
+        for parameter, layer in self.parameter_layers().items():
             if name in layer.entries:
                 layer.delete_adapter(name)
             if not layer.entries:
-                del self.adapted[own]
+                del self.adapted[parameter]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         for layer in self.parameter_layers().values():

@@ -1,17 +1,16 @@
-"""Adapted weights for code that reads them without calling their layer. What is written to one would be lost."""
+"""Adapted weights for code that reads them without calling their layer. Values written to one would be lost."""
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
+from veratune.layers.entries import AdapterEntry
+from veratune.layers.geometry import Geometry
 from veratune.utils.torch_private import modes_active, transformations_active
 
-if TYPE_CHECKING:
-    from veratune.layers.base import VeraLayer
-
-# Questions about a tensor that its values do not answer, and the adapters do not change.
+# Properties of a tensor that do not depend on its values, and that adapters do not change.
 ABOUT = {
     *(
         getattr(Tensor, name).__get__
@@ -28,14 +27,42 @@ _WRITING = {
     *("__iadd__", "__isub__", "__imul__", "__idiv__", "__itruediv__", "__ifloordiv__", "__imod__", "__ipow__"),
     *("__iand__", "__ior__", "__ixor__", "__ilshift__", "__irshift__"),
 }
-# Of these, models use some to keep weights in range, which as a rule are there already.
+# Models use some of these to keep weights within a range, in which they usually are already.
 _LIMITING = {"clamp_", "clamp_min_", "clamp_max_", "clip_"}
 
 
-class ReadOnlyWeight(Tensor):
-    """A layer's weight with adapters' deltas added up, or a view of it. It computes as a plain tensor does."""
+class ReadableLayer(Protocol):
+    """The part of a `VeraLayer` that its weight's stand-ins use.
 
-    _layer: "VeraLayer"
+    Attributes:
+        out_axis, weight_name, geometry, in_features, entries: as in `VeraLayer`.
+        weight_was_read: set if something computed with the adapted weight without calling the layer.
+    """
+
+    out_axis: Literal[0, 1]
+    weight_name: str
+    geometry: Geometry
+    in_features: int
+    entries: dict[str, AdapterEntry]
+    weight_was_read: bool
+
+    def adapted_part(self, base: Tensor, index: Any) -> Tensor:
+        """Return `base`, all of W0 or the matrices of the stack at `index`, with the deltas added."""
+        ...
+
+    def product(self, x: Tensor, base: Tensor, index: Any, bias: Tensor | None = None) -> Any:
+        """Return x W^T + bias with the adapted weight, or NotImplemented."""
+        ...
+
+    def add_rows(self, start: Tensor, x: Tensor, groups: Tensor) -> Tensor:
+        """Return start + x delta W^T, where each row of x belongs to one matrix of the stack."""
+        ...
+
+
+class ReadOnlyWeight(Tensor):
+    """W0 + delta W of a layer, or a view of it. It computes like a plain tensor."""
+
+    _layer: ReadableLayer
     _outside: bool
 
     @classmethod
@@ -72,25 +99,26 @@ class ReadOnlyWeight(Tensor):
         return result
 
 
-def read_only(weight: Tensor, layer: "VeraLayer", *, outside: bool) -> ReadOnlyWeight:
-    """Return a layer's adapted weight, or a view of it, for reading.
+def read_only(weight: Tensor, layer: ReadableLayer, *, outside: bool) -> ReadOnlyWeight:
+    """Return a layer's adapted weight, or a view of it, as a tensor that refuses writes.
 
     Args:
-        weight: the added-up weight; its graph is kept.
+        weight: W0 + delta W; its graph is kept.
         layer: the layer.
-        outside: whether code that may not call the layer reads it, which is noted when it computes with the weight.
+        outside: whether it is read by code that may not call the layer. Computing with it then sets
+            `weight_was_read`.
     """
     protected_weight = weight.as_subclass(ReadOnlyWeight)
     protected_weight._layer, protected_weight._outside = layer, outside
     return protected_weight
 
 
-def protected(result: Any, weight: Tensor, layer: "VeraLayer", *, outside: bool) -> Any:
-    """Return what was computed with an added-up weight, read-only where it is a view of the weight.
+def protected(result: Any, weight: Tensor, layer: ReadableLayer, *, outside: bool) -> Any:
+    """Return the result of an operation on W0 + delta W, as read-only if it is a view of it.
 
     Args:
         result: a tensor, several, or anything else.
-        weight: the weight.
+        weight: W0 + delta W.
         layer, outside: as for `read_only`.
     """
     if isinstance(result, list | tuple) and type(result) in (list, tuple):
@@ -105,7 +133,7 @@ def protected(result: Any, weight: Tensor, layer: "VeraLayer", *, outside: bool)
 
 
 def _changes_nothing(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
-    """Return whether a call limits an added-up weight to a range that its values are in, so that nothing is lost."""
+    """Return whether a call clamps W0 + delta W to a range that already contains all values."""
     if getattr(func, "__name__", "") not in _LIMITING or not isinstance(args[0], ReadOnlyWeight):
         return False
     with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
@@ -115,15 +143,15 @@ def _changes_nothing(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Ma
 
 
 def check_not_written(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-    """Raise RuntimeError if a function of torch would write to an adapted weight that was read from a layer.
+    """Raise RuntimeError if a torch function would write to an adapted weight that was read from a layer.
 
     Args:
-        func, args, kwargs: a call that `__torch_function__` got.
+        func, args, kwargs: the arguments of `__torch_function__`.
     """
     name = getattr(func, "__name__", "")
     targets = [kwargs.get("out")]
     if name in _WRITING or (name.endswith("_") and not name.endswith("__")):
-        # The functions of torch.nn.init give what they write to by name.
+        # The functions of torch.nn.init pass the tensor by name.
         targets.append(args[0] if args else kwargs.get("tensor"))
     for target in targets:
         for tensor in target if isinstance(target, list | tuple) else (target,):
@@ -132,14 +160,14 @@ def check_not_written(func: Callable[..., Any], args: tuple[Any, ...], kwargs: M
                 entry = next(iter(layer.entries.values()), None)
                 raise RuntimeError(
                     f"{name} would write to {layer.weight_name} of {entry.name if entry else 'a layer'}, which has"
-                    " adapters, and be lost: write to the base_layer's, exclude the layer, or take the adapters off"
-                    " first"
+                    " adapters, and the values would be lost: write to the base_layer's, exclude the layer, or remove"
+                    " the adapters first"
                 )
 
 
-def _layer_of(tensor: Any) -> "VeraLayer | None":
+def _layer_of(tensor: Any) -> ReadableLayer | None:
     if isinstance(tensor, ReadOnlyWeight):
         return tensor._layer
     view = getattr(tensor, "_view", None) if isinstance(tensor, Tensor) and type(tensor) is not Tensor else None
-    layer: VeraLayer | None = getattr(view, "layer", None)
+    layer: ReadableLayer | None = getattr(view, "layer", None)
     return layer

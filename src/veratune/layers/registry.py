@@ -1,20 +1,25 @@
-"""The kinds of weights that VeRA can adapt, and the one place that tells which is which."""
+"""Which layer kind adapts which module, and which parameters can be adapted where their module reads them."""
 
-import math
 import re
-import sys
 
 from torch import nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from veratune.layers.base import VeraLayer
-from veratune.layers.convolution import CONVOLUTIONS, VeraConv
+from veratune.layers.convolution import VeraConv
 from veratune.layers.embedding import VeraEmbedding
 from veratune.layers.geometry import Geometry
 from veratune.layers.linear import VeraConv1D, VeraLinear
 from veratune.layers.parameter import VeraParameter
-from veratune.layers.quantized import is_quantized
 from veratune.utils.sharding import shape_of
+
+# The first kind that adapts a module is used. VeraLinear is the last, as it accepts any module with the attributes of a
+# linear layer.
+LAYER_KINDS: list[type[VeraLayer]] = [
+    VeraConv,
+    VeraEmbedding,
+    VeraConv1D,
+    VeraLinear,
+]
 
 _EXPERTS = re.compile(r"expert", re.IGNORECASE)
 _UP, _DOWN = ("gate_up_proj", "up_proj", "gate_proj", "w1", "w3", "wi", "fc1"), ("down_proj", "w2", "wo", "fc2")
@@ -22,45 +27,28 @@ _HIDDEN = ("hidden_size", "hidden_dim", "d_model", "embed_dim")
 _ATTENTION_WEIGHTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 
 
-def _conv1d_class() -> type[nn.Module] | None:
-    # A model that holds a Conv1D has imported it; nobody else needs transformers for the question.
-    module = sys.modules.get("transformers.pytorch_utils")
-    return getattr(module, "Conv1D", None)
+def find_layer_class(module: nn.Module) -> type[VeraLayer] | None:
+    """Return the class of the adapted layer for a module, even if the module cannot be adapted in its state."""
+    return next((kind for kind in LAYER_KINDS if kind.adapts(module)), None)
 
 
-def is_conv1d(module: nn.Module) -> bool:
-    """Return whether the module is transformers' Conv1D."""
-    conv1d = _conv1d_class()
-    return conv1d is not None and isinstance(module, conv1d)
-
-
-def is_linear(module: nn.Module) -> bool:
-    """Return whether a module that can be adapted is a linear layer, whatever holds its weight."""
-    return not isinstance(module, (*CONVOLUTIONS, nn.Embedding)) and why_not_adaptable(module) is None
+def layer_class(module: nn.Module, parameter: str | None = None) -> type[VeraLayer]:
+    """Return the class of the adapted layer for an adaptable module, or for a parameter of a module."""
+    found = find_layer_class(module) if parameter is None else VeraParameter
+    assert found is not None
+    return found
 
 
 def why_not_adaptable(module: nn.Module) -> str | None:
-    """Return None for a module that VeRA can adapt as a layer, otherwise the reason, to stand behind 'because'.
+    """Return None if VeRA can adapt a module as a layer, otherwise the reason, to follow "because".
 
     Modules that read weights themselves have `adaptable_parameters` instead.
     """
     if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():
         return "it is lazy and has no shape before its first input"
-    if isinstance(module, nn.Linear) or is_conv1d(module):
-        return _why_not_its_weight(module)
-    if isinstance(module, CONVOLUTIONS):
-        if module._parameters.get("weight") is None:  # normalised, as in wav2vec 2.0
-            return "its weight is computed from other parameters"
-        return _why_not_its_weight(module)
-    if isinstance(module, nn.Embedding):
-        if module.max_norm is not None:
-            return "its max_norm scales rows of the table itself when they are looked up"
-        own = type(module).forward is not nn.Embedding.forward
-        if own and not hasattr(module, "embed_scale"):
-            return f"it is a {type(module).__name__}, which does more than look up rows"
-        return _why_not_its_weight(module)
-    if _is_linear_like(module):
-        return None
+    kind = find_layer_class(module)
+    if kind is not None:
+        return kind.why_not_adaptable(module)
     if adaptable_parameters(module):
         return f"{type(module).__name__} reads its weights itself: they are adapted as parameters"
     return (
@@ -69,48 +57,21 @@ def why_not_adaptable(module: nn.Module) -> str | None:
     )
 
 
-def _why_not_its_weight(module: nn.Module) -> str | None:
-    size = geometry(module)
-    if not (size.in_features and size.out_features):
-        return f"it has {size.in_features} inputs and {size.out_features} outputs"
-    weight = module._parameters.get("weight")
-    if weight is not None and weight.is_complex():
-        return "its weight is complex"
-    return None
+def in_all_linear(module: nn.Module) -> bool:
+    """Return whether target_modules="all-linear" includes an adaptable layer of this kind."""
+    kind = find_layer_class(module)
+    return kind is not None and kind.in_all_linear and why_not_adaptable(module) is None
 
 
-def _is_linear_like(module: nn.Module) -> bool:
-    """Return whether a module says that it is a linear layer, in the way that quantized ones do: by its dimensions."""
-    sizes = [getattr(module, name, None) for name in ("in_features", "out_features")]
-    if not all(isinstance(size, int) and not isinstance(size, bool) and size > 0 for size in sizes):
-        return False
-    has_tensors = any(True for _ in (*module.parameters(recurse=False), *module.buffers(recurse=False)))
-    return has_tensors and not any(True for child in module.children() for _ in child.parameters())
+def weight_name(module: nn.Module) -> str:
+    """Return the name of a layer's weight."""
+    kind = find_layer_class(module)
+    return "weight" if kind is None else kind.weight_name
 
 
 def geometry(module: nn.Module) -> Geometry:
     """Return the dimensions of an adaptable layer."""
-    if isinstance(module, CONVOLUTIONS):
-        assert isinstance(module.weight, nn.Parameter)
-        count, *each = shape_of(module.weight)
-        return Geometry(math.prod(each) if count else 0, count)
-    if isinstance(module, nn.Embedding):
-        return Geometry(module.num_embeddings, module.embedding_dim)
-    if is_conv1d(module):
-        assert isinstance(module.weight, nn.Parameter)
-        return Geometry(*shape_of(module.weight))
-    in_features, out_features = module.in_features, module.out_features
-    assert isinstance(in_features, int) and isinstance(out_features, int)
-    return Geometry(in_features, out_features)
-
-
-def layer_class(module: nn.Module) -> type[VeraLayer]:
-    """Return the class of the adapted layer around an adaptable module."""
-    if isinstance(module, CONVOLUTIONS):
-        return VeraConv
-    if isinstance(module, nn.Embedding):
-        return VeraEmbedding
-    return VeraConv1D if is_conv1d(module) else VeraLinear
+    return layer_class(module).geometry_of(module)
 
 
 def adapt(module: nn.Module) -> VeraLayer:
@@ -122,7 +83,7 @@ def adapt(module: nn.Module) -> VeraLayer:
 
 
 def adaptable_parameters(module: nn.Module) -> list[str]:
-    """Return the parameters of a module that are linear maps which its own forward computes with."""
+    """Return the parameters of a module that its forward uses as linear maps."""
     if isinstance(module, nn.MultiheadAttention):
         return [name for name in _ATTENTION_WEIGHTS if module._parameters.get(name) is not None]
     if _EXPERTS.search(type(module).__name__):
@@ -141,21 +102,21 @@ def _is_stack(name: str, parameter: nn.Parameter | None) -> bool:
 
 
 def why_not_parameter(module: nn.Module, name: str) -> str | None:
-    """Return None for a parameter that VeRA can adapt where it is read, otherwise the reason."""
+    """Return None if VeRA can adapt a parameter that its module reads, otherwise the reason."""
     parameter = module._parameters.get(name)
     if parameter is None:
         return f"{type(module).__name__} has no parameter {name!r}"
     if isinstance(module, nn.ParameterList | nn.ParameterDict):
-        return f"it stands in a {type(module).__name__}, whose owner reads it"
-    if name == "weight" and why_not_adaptable(module) is None:
-        return "its module is a layer of its own: name the module in target_modules"
+        return f"it is in a {type(module).__name__}, whose owner reads it"
+    if name == weight_name(module) and why_not_adaptable(module) is None:
+        return "its module is a layer: name the module in target_modules"
     if type(module).__module__.startswith("torch.nn.modules.") and name not in adaptable_parameters(module):
-        return f"{type(module).__name__} does not multiply by it as by a matrix"
+        return f"{type(module).__name__} does not use it as a matrix"
     shape = shape_of(parameter)
     if len(shape) not in (2, 3) or not shape.numel():
         return f"its shape is {tuple(shape)}, neither a matrix nor a stack of matrices"
     if not parameter.is_floating_point() or parameter.dtype.itemsize < 2:
-        return f"its type is {parameter.dtype}"
+        return f"its dtype is {parameter.dtype}"
     return None
 
 
@@ -174,20 +135,20 @@ def parameter_layout(module: nn.Module, name: str) -> tuple[Geometry, bool]:
 
 
 def _stored_transposed(module: nn.Module) -> bool:
-    """Return whether a module's expert tensors are (experts, in, out): as it says itself, or as their sizes tell."""
-    said = getattr(module, "is_transposed", None)
-    if isinstance(said, bool):
-        return said
+    """Return whether a module's expert tensors are (experts, in, out), from its attribute or from their sizes."""
+    stated = getattr(module, "is_transposed", None)
+    if isinstance(stated, bool):
+        return stated
     hidden = next((size for name in _HIDDEN if isinstance(size := getattr(module, name, None), int)), None)
     shapes = {name: shape_of(p) for name, p in module._parameters.items() if p is not None}
     stacks = {name: shape for name, shape in shapes.items() if len(shape) == 3}
-    pairs = [(stacks[up], stacks[xa]) for up in _UP for xa in _DOWN if up in stacks and xa in stacks]
+    pairs = [(stacks[up], stacks[down]) for up in _UP for down in _DOWN if up in stacks and down in stacks]
     if hidden is not None and pairs and all((up[1] == hidden) != (up[2] == hidden) for up, _ in pairs):
         return all(up[1] == hidden for up, _ in pairs)
-    # What goes into the first goes out of the second; what comes out of the first, gate and up together or one of
-    # them, goes into the second.
-    straight = [up[2] == xa[1] and up[1] in (xa[2], 2 * xa[2]) for up, xa in pairs]
-    turned = [up[1] == xa[2] and up[2] in (xa[1], 2 * xa[1]) for up, xa in pairs]
+    # The inputs of the first are the outputs of the second; the outputs of the first, gate and up together or one of
+    # them, are the inputs of the second.
+    straight = [up[2] == down[1] and up[1] in (down[2], 2 * down[2]) for up, down in pairs]
+    turned = [up[1] == down[2] and up[2] in (down[1], 2 * down[1]) for up, down in pairs]
     return bool(pairs) and not any(straight) and all(turned)
 
 
@@ -195,15 +156,3 @@ def adapt_parameter(module: nn.Module, name: str) -> VeraParameter:
     """Return an adapted parameter, without adapters yet."""
     size, transposed = parameter_layout(module, name)
     return VeraParameter(module, name, size, transposed=transposed)
-
-
-def has_own_forward(module: nn.Module) -> bool:
-    """Return whether a linear layer or a convolution is of a class that computes more than one, with a plain weight."""
-    if not isinstance(module, (nn.Linear, *CONVOLUTIONS)) or is_quantized(module):
-        return False
-    return not type(module).forward.__module__.startswith("torch.nn.")
-
-
-def is_out_proj(module: nn.Module) -> bool:
-    """Return whether a module is the output projection of `torch.nn.MultiheadAttention`."""
-    return isinstance(module, NonDynamicallyQuantizableLinear)

@@ -7,8 +7,8 @@ from typing import Any
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
-from veratune.layers import VeraConv, VeraConv1D, VeraEmbedding, VeraLayer, VeraLinear, VeraModule, VeraParameter
-from veratune.layers.registry import geometry, layer_class, parameter_layout
+from veratune.layers import VeraLayer, VeraModule, VeraParameter
+from veratune.layers.registry import LAYER_KINDS, geometry, layer_class, parameter_layout
 from veratune.utils.torch_private import follow_replacement
 
 
@@ -21,10 +21,6 @@ class TunedLayer(BaseTunerLayer):
     _taken_out: Sequence[str] = ()
     # What was trainable then.
     _frozen: Sequence[str] = ()
-
-    # PEFT's own do not know adapted weights.
-    weight = VeraLayer.weight
-    bias = VeraLayer.bias  # type: ignore[assignment]
 
     @property
     def active_adapters(self) -> list[str]:
@@ -133,34 +129,9 @@ class TunedLayer(BaseTunerLayer):
         return output
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Whether PEFT can turn an adapter here into a LoRA: yes, its delta is added to the weight."""
-        return True
-
-
-class TunedLinear(TunedLayer, VeraLinear):  # type: ignore[misc]
-    """VeRA on a linear layer, for PEFT."""
-
-
-class TunedConv1D(TunedLayer, VeraConv1D):  # type: ignore[misc]
-    """VeRA on transformers' Conv1D, for PEFT."""
-
-
-class TunedConv(TunedLayer, VeraConv):  # type: ignore[misc]
-    """VeRA on a convolution, for PEFT."""
-
-
-class TunedEmbedding(TunedLayer, VeraEmbedding):  # type: ignore[misc]
-    """VeRA on an embedding, for PEFT."""
-
-
-class TunedParameter(TunedLayer, VeraParameter):  # type: ignore[misc]
-    """VeRA on a parameter that its module reads itself, for PEFT."""
-
-    bias = VeraParameter.bias  # type: ignore[assignment]
-
-    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Whether PEFT can turn an adapter here into a LoRA: it cannot do that with parameters."""
-        return False
+        """Whether PEFT can turn an adapter here into a LoRA: yes, except for parameters."""
+        layer: Any = self
+        return not layer.of_parameter
 
 
 class TunedModule(VeraModule):
@@ -181,23 +152,35 @@ class TunedModule(VeraModule):
             tuned.merge(adapter_names=adapter_names)
 
 
-_TUNED: dict[type[VeraLayer], Any] = {
-    VeraLinear: TunedLinear,
-    VeraConv1D: TunedConv1D,
-    VeraConv: TunedConv,
-    VeraEmbedding: TunedEmbedding,
-}
+_tuned_classes: dict[type[VeraLayer], type] = {}
+
+
+def _tuned_class(kind: type[VeraLayer]) -> type:
+    """Return the class for PEFT of a layer kind."""
+    if kind not in _tuned_classes:
+        # PEFT's own properties do not know adapted weights.
+        namespace = {"weight": kind.weight, "bias": kind.bias, "__module__": __name__}
+        _tuned_classes[kind] = type(f"Tuned{kind.__name__}", (TunedLayer, kind), namespace)
+    return _tuned_classes[kind]
+
+
+def __getattr__(name: str) -> type:
+    # Unpickling a layer looks its class up here.
+    for kind in (*LAYER_KINDS, VeraParameter):
+        if name == f"Tuned{kind.__name__}":
+            return _tuned_class(kind)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def tuned_layer(module: nn.Module) -> Any:
     """Return a layer for PEFT, without adapters yet, around an adaptable module."""
-    return _TUNED[layer_class(module)](module, geometry(module))
+    return _tuned_class(layer_class(module))(module, geometry(module))
 
 
 def tuned_parameter(module: nn.Module, name: str) -> Any:
     """Return a layer for PEFT, without adapters yet, for a parameter that its module reads itself."""
     size, transposed = parameter_layout(module, name)
-    return TunedParameter(module, name, size, transposed=transposed)
+    return _tuned_class(VeraParameter)(module, name, size, transposed=transposed)
 
 
 def put_in_place_of(model: nn.Module, module: nn.Module, other: nn.Module) -> None:

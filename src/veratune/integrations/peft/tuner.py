@@ -137,6 +137,12 @@ class VeratuneTuner(MergingTuner):
                     parameter.requires_grad_(any(parameter is other for other in trainable))
             self._frozen = [] if enabled else trainable
 
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        if hasattr(new_module, "base_layer"):
+            super()._replace_module(parent, child_name, new_module, child)
+        else:  # the base layer is put back; PEFT's method also sets its `weight`, which not every layer has
+            setattr(parent, child_name, new_module)
+
     def _prepare_adapter_config(self, peft_config: Any, model_config: Any) -> Any:
         if peft_config.target_modules is None and getattr(peft_config, "target_parameters", None):
             peft_config.target_modules = set()

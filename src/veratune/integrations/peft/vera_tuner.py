@@ -11,7 +11,7 @@ from veratune.adapters.target import Target
 from veratune.config import VeraConfig
 from veratune.integrations.peft.layers import TunedLayer
 from veratune.integrations.peft.tuner import VeratuneTuner
-from veratune.layers import AdapterEntry, InputGroup, VeraLinear
+from veratune.layers import AdapterEntry, InputGroup
 from veratune.layers.input_cache import InputCache
 from veratune.layers.registry import layer_class
 from veratune.projections.pool import projection_pool
@@ -34,7 +34,7 @@ class PeftVeraTuner(VeratuneTuner):
     def _matched_layers(self, peft_config: Any, config: VeraConfig, model: nn.Module) -> dict[int, Target]:
         found = super()._matched_layers(peft_config, config, model)
         for target in found.values():
-            if not issubclass(layer_class(unwrapped(target.module)), VeraLinear):
+            if "peft" not in layer_class(unwrapped(target.module)).exports:
                 raise ValueError(
                     f"{target.name} cannot be adapted with PEFT's own VeraConfig, whose files are for linear layers"
                     " alone: exclude it, or use VeratuneConfig"

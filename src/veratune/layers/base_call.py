@@ -1,0 +1,73 @@
+"""Calling a base layer with other tensors as its parameters, and what its class and hooks do in a call."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from veratune.layers.biases import only_bias_checks
+from veratune.layers.offloading import HOOK_ATTRIBUTES, is_hooked, through_hooks
+from veratune.layers.quantized import is_quantized
+
+
+def only_computes(module: nn.Module) -> bool:
+    """Return whether calling a module runs its class's `forward` and nothing else, such as hooks."""
+    return (
+        "forward" not in module.__dict__
+        and not module._forward_hooks
+        and (not module._forward_pre_hooks or only_bias_checks(module))
+        and not module._backward_hooks
+        and not module._backward_pre_hooks
+    )
+
+
+def has_own_forward(module: nn.Module) -> bool:
+    """Return whether a layer with an ordinary weight is of a subclass whose `forward` is not torch's."""
+    return not is_quantized(module) and not type(module).forward.__module__.startswith("torch.nn.")
+
+
+def plain_tensor(weight: Tensor) -> bool:
+    """Return whether a weight is an ordinary tensor, rather than one of a subclass that overrides operations."""
+    return type(weight) in (Tensor, nn.Parameter)
+
+
+def stand_in_for(module: nn.Module, weights: Mapping[str, Tensor | None]) -> nn.Module:
+    """Return a shallow copy of a module, without accelerate's hooks, with some of its parameters replaced."""
+    stand_in = object.__new__(type(module))
+    stand_in.__dict__.update({name: value for name, value in module.__dict__.items() if name not in HOOK_ATTRIBUTES})
+    stand_in.__dict__["_parameters"] = {**module._parameters, **weights}
+    return stand_in
+
+
+def call_with(
+    module: nn.Module, weights: Callable[[], Mapping[str, Tensor]], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """Call a module with other tensors as some of its parameters.
+
+    A shallow copy is called. Nothing is written to the module itself, so that several threads may do this at once. A
+    `forward` that is bound to the module would not see the copy, and a compiler would not follow it: there the
+    parameters are exchanged during the call. With accelerate's hooks, `weights` is called after they have loaded the
+    module's parameters.
+
+    Args:
+        module: the module.
+        weights: returns the tensors by parameter name.
+        args, kwargs: the arguments of the call.
+    """
+    if is_hooked(module):
+        return through_hooks(module, lambda *a, **k: _call_stand_in(module, weights(), a, k), args, kwargs)
+    if torch.compiler.is_compiling() or "forward" in module.__dict__:
+        return torch.func.functional_call(module, dict(weights()), args, kwargs)
+    return _call_stand_in(module, weights(), args, kwargs)
+
+
+def _call_stand_in(
+    module: nn.Module, weights: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    stand_in = stand_in_for(module, weights)
+    result = stand_in(*args, **kwargs)
+    for name, value in stand_in.__dict__.items():
+        if name != "_parameters" and module.__dict__.get(name, stand_in) is not value:
+            module.__dict__[name] = value  # an attribute that its forward has set
+    return result

@@ -1,0 +1,110 @@
+"""The data of one adapter on one layer: projections, settings, and how its vectors start."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from veratune.layers.input_cache import InputCache
+from veratune.ops.costs import LayerShape
+from veratune.ops.factors import Factors
+from veratune.ops.planning import MemoryName, RouteName
+from veratune.projections.pool import ProjectionView
+
+
+@dataclass(frozen=True)
+class VectorInit:
+    """The initial vectors of a new adapter on one layer.
+
+    Attributes:
+        r: length of d.
+        d_initial: value of d; b starts at zero.
+        init_weights: False starts b at one and d from a standard normal distribution instead, as PEFT does for tests.
+        dtype: dtype of both vectors.
+    """
+
+    r: int
+    d_initial: float
+    init_weights: bool
+    dtype: torch.dtype
+
+    def check(self, layer_name: str) -> None:
+        """Raise ValueError if the dtype cannot represent `d_initial`."""
+        limits = torch.finfo(self.dtype)
+        if abs(self.d_initial) > limits.max or 0.0 < abs(self.d_initial) < limits.smallest_normal:
+            raise ValueError(
+                f"d_initial={self.d_initial!r} is out of range for {layer_name}, whose vectors are {self.dtype}: its"
+                f" magnitude must be between {limits.smallest_normal:.3g} and {limits.max:.3g}"
+            )
+
+
+@dataclass(frozen=True)
+class InputGroup:
+    """What an adapter's layers share that may read the same input (query, key and value).
+
+    Attributes:
+        a: the view of A.
+        cache: the last product with A.
+        size: the number of layers.
+    """
+
+    a: ProjectionView
+    cache: InputCache
+    size: int
+
+
+@dataclass(frozen=True)
+class ComputeSettings:
+    """The settings that decide how an adapter is computed.
+
+    Attributes:
+        vera_dropout: probability of dropout on the adapter's input.
+        route: which routes are allowed.
+        memory: what may be saved for the backward pass.
+    """
+
+    vera_dropout: float
+    route: RouteName
+    memory: MemoryName
+
+
+@dataclass(frozen=True)
+class AdapterEntry:
+    """One adapter on one layer, except for its vectors.
+
+    Attributes:
+        name: the layer's name, which identifies it within its group.
+        group: what it shares with layers that may read the same input.
+        b: the view of B for each block of outputs; one if the layer is not fused.
+        scale: the constant factor of B.
+        settings: how it is computed.
+        shapes: the dimensions and the rank of each block, without a number of tokens.
+        parts: the number of outputs of each block; empty if the layer is not fused.
+    """
+
+    name: str
+    group: InputGroup
+    b: tuple[ProjectionView, ...]
+    scale: float
+    settings: ComputeSettings
+    shapes: tuple[LayerShape, ...]
+    parts: tuple[int, ...]
+
+    @property
+    def a(self) -> ProjectionView:
+        return self.group.a
+
+    @property
+    def rank(self) -> int:
+        return self.a.rank
+
+    @property
+    def views(self) -> tuple[ProjectionView, ...]:
+        return (self.a, *self.b)
+
+
+class Block(NamedTuple):
+    """Consecutive outputs of a layer and the factors of an adapter on them."""
+
+    outputs: slice
+    factors: Factors

@@ -1,0 +1,211 @@
+"""Adapters on one weight: their vectors and views of the projections, and which of them compute."""
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from veratune.layers.biases import check_biases
+from veratune.layers.entries import AdapterEntry, Block, ComputeSettings, InputGroup, VectorInit
+from veratune.layers.geometry import Geometry, slices
+from veratune.layers.kind import LayerKind
+from veratune.layers.offloading import ResidentParameters, execution_device
+from veratune.layers.recomputation import State, StateLog, recomputing
+from veratune.ops.costs import LayerShape
+from veratune.ops.factors import Factors
+from veratune.projections.pool import projection_pool
+from veratune.projections.schemes import Scheme
+
+
+def vector_device(base_layer: nn.Module, weight: Tensor) -> torch.device:
+    """Return the device for a layer's vectors: the weight's, or that to which accelerate moves an offloaded weight."""
+    device = execution_device(base_layer) if weight.is_meta else None
+    return weight.device if device is None else device
+
+
+class AdapterHolder(LayerKind):
+    """A weight and the VeRA adapters on it: h = W0 x + sum over active adapters of diag(b) B diag(d) A x.
+
+    Attributes:
+        base_layer: the module that holds the weight, unchanged.
+        geometry: the dimensions of the weight, seen as matrices.
+        vera_lambda_b: adapter name to b, (out,); for a stack (count, out).
+        vera_lambda_d: adapter name to d, (r,); for a stack (count, r), for a fused layer (parts, r).
+        vera_dropout: adapter name to the dropout on that adapter's input, if it has any.
+        entries: adapter name to its projections and settings; plain attributes, in no state dict.
+        active_adapters: the active adapters that this layer has, in order.
+        merged_adapters: the adapters whose deltas are in the base layer's weight at the moment.
+        added_adapters: the adapters whose deltas `forward` adds: the active ones that are not merged.
+    """
+
+    def __init__(self, base_layer: nn.Module, geometry: Geometry) -> None:
+        super().__init__()
+        self._hold(base_layer)
+        self.geometry = geometry
+        self.in_features = geometry.in_features
+        self.out_features = geometry.out_features
+        self.vera_lambda_b = ResidentParameters()
+        self.vera_lambda_d = ResidentParameters()
+        self.vera_dropout = nn.ModuleDict()
+        self.entries: dict[str, AdapterEntry] = {}
+        self.active_adapters: list[str] = []
+        self.merged_adapters: list[str] = []
+        self.added_adapters: list[str] = []
+        self._log = StateLog()
+        self.training = base_layer.training
+
+    def _hold(self, base_layer: nn.Module) -> None:
+        self.base_layer = base_layer
+
+    @property
+    def device(self) -> torch.device:
+        """The device on which the layer computes."""
+        return vector_device(self.base_layer, self.base_weight)
+
+    @property
+    def base_weight(self) -> Tensor:
+        """The base layer's weight at the moment: W0 or, while adapters are merged, the merged weight."""
+        weight = getattr(self.base_layer, self.weight_name, None)
+        if not isinstance(weight, Tensor):  # kept in another form, of which this is a part
+            weight = next(itertools.chain(self.base_layer.parameters(), self.base_layer.buffers()))
+        return weight
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        """Return a tensor of the weight's shape as matrices: (..., out, in), or (..., in, out) if `out_axis` is 1."""
+        return weight
+
+    def like_weight(self, matrix: Tensor) -> Tensor:
+        """Undo `matrix`."""
+        return matrix
+
+    def _outputs_first(self, matrix: Tensor) -> Tensor:
+        return matrix if self.out_axis == 0 else matrix.mT
+
+    def vectors(self, name: str) -> tuple[Tensor, Tensor]:
+        """Return (b, d) of an adapter: its parameters, or the tensors that `torch.func.functional_call` replaces."""
+        b, d = self.vera_lambda_b[name], self.vera_lambda_d[name]
+        assert isinstance(b, Tensor) and isinstance(d, Tensor)
+        return b, d
+
+    def blocks(self, name: str, device: torch.device, dtype: torch.dtype) -> list[Block]:
+        """Return an adapter's factors for each block of outputs: one, unless the layer is fused."""
+        entry = self.entries[name]
+        b, d = self.vectors(name)
+        A = entry.a.matrix(device, dtype)  # noqa: N806
+        if not entry.parts:
+            return [Block(slice(None), Factors(A, entry.b[0].matrix(device, dtype), b, d, entry.scale))]
+        return [
+            Block(outputs, Factors(A, view.matrix(device, dtype), b[outputs], d[part], entry.scale))
+            for part, (outputs, view) in enumerate(zip(slices(entry.parts), entry.b, strict=True))
+        ]
+
+    # Adding, removing and activating adapters
+
+    def add_adapter(
+        self,
+        name: str,
+        layer_name: str,
+        scheme: Scheme,
+        init: VectorInit,
+        settings: ComputeSettings,
+        group: InputGroup,
+        parts: tuple[int, ...] = (),
+    ) -> None:
+        """Create the vectors of another adapter, which is not active yet.
+
+        Args:
+            name: the adapter.
+            layer_name: this layer's name in the model.
+            scheme: the adapter's projections.
+            init: the rank, and how the vectors start.
+            settings: how the adapter is computed.
+            group: what it shares with layers that may read the same input.
+            parts: the number of outputs of each block of a fused layer.
+        """
+        init.check(layer_name)
+        device, r = vector_device(self.base_layer, self.base_weight), init.r
+        b = torch.zeros(self.geometry.b_shape, dtype=init.dtype, device=device)
+        d = torch.full(self.geometry.d_shape(r, parts), init.d_initial, dtype=init.dtype, device=device)
+        if not init.init_weights:
+            b.fill_(1.0)
+            d.normal_()
+        self.vera_lambda_b[name] = nn.Parameter(b, requires_grad=False)
+        self.vera_lambda_d[name] = nn.Parameter(d, requires_grad=False)
+        if settings.vera_dropout > 0.0:
+            self.vera_dropout[name] = nn.Dropout(settings.vera_dropout).train(self.training)
+        views = tuple(projection_pool.view(scheme, "B", r, width) for width in parts or (self.out_features,))
+        self.entries[name] = AdapterEntry(
+            name=layer_name,
+            group=group,
+            b=views,
+            scale=scheme.scale(r),
+            settings=settings,
+            shapes=tuple(
+                LayerShape(self.in_features, view.features, r, 0, group.size, view.structure.density) for view in views
+            ),
+            parts=parts,
+        )
+
+    def delete_adapter(self, name: str) -> None:
+        del self.vera_lambda_b[name], self.vera_lambda_d[name], self.entries[name]
+        if name in self.vera_dropout:
+            del self.vera_dropout[name]
+        self._log.forget(name)
+        self.activate(self.active_adapters)
+
+    def activate(self, names: Sequence[str]) -> None:
+        """Make those of these adapters active that the layer has, and all others inactive."""
+        self.active_adapters = [name for name in names if name in self.entries]
+        self._choose_added()
+
+    def _computing(self) -> list[str]:
+        """Return the active adapters, unless something disables them."""
+        return self.active_adapters
+
+    def _choose_added(self) -> None:
+        computing = [name for name in self._computing() if name in self.entries]
+        self.added_adapters = [name for name in computing if name not in self.merged_adapters]
+        self._log.record(State(tuple(self.added_adapters), tuple(self.merged_adapters)))
+
+    def check_recomputation(self) -> None:
+        """Raise RuntimeError if this recomputes a forward pass that other adapters took part in."""
+        if recomputing():
+            self._log.check(next((entry.name for entry in self.entries.values()), type(self.base_layer).__name__))
+            check_biases(self.base_layer)
+
+    # Memory
+
+    def release_projections(self) -> None:
+        """Drop the references to drawn projections; the next use draws them again."""
+        for entry in self.entries.values():
+            for view in entry.views:
+                view.release()
+
+    def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]
+        dtype = self.base_weight.dtype
+        result = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        device = self.base_weight.device
+        if self.base_weight.dtype != dtype:
+            self.release_projections()
+        for entry in self.entries.values():
+            for view in entry.views:
+                view.keep_only(device)
+        return result
+
+    def extra_repr(self) -> str:
+        adapters = ", ".join(f"{name}: r={entry.rank}" for name, entry in self.entries.items())
+        return f"in_features={self.in_features}, out_features={self.out_features}, adapters={{{adapters}}}"
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Setting a linear layer's weight or bias (tying weights, swapping a bias) is meant for the base layer.
+        if name in ("weight", "bias"):
+            if name == "weight" and self.merged_adapters:
+                raise ValueError(
+                    f"the weight cannot be set while the adapters {self.merged_adapters} are merged into it, as"
+                    " unmerging would put the old one back: call unmerge_adapter first"
+                )
+            setattr(self.base_layer, name, value)
+        else:
+            super().__setattr__(name, value)

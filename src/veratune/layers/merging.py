@@ -1,0 +1,151 @@
+"""Merging adapters into the base layer's weight, and unmerging to the same bits."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from veratune.layers.geometry import Geometry
+from veratune.layers.holder import AdapterHolder
+from veratune.layers.offloading import is_offloaded, loaded, why_no_values
+from veratune.ops.delta import delta_weight
+from veratune.utils.sharding import describe_sharding
+from veratune.utils.tensors import without_autocast
+
+
+class MergeableLayer(AdapterHolder):
+    """A weight whose adapters can be merged into it."""
+
+    def __init__(self, base_layer: nn.Module, geometry: Geometry) -> None:
+        super().__init__(base_layer, geometry)
+        # In a dict, so that nn.Module does not register the original parameter while a merged one replaces it.
+        self._unmerged: dict[str, nn.Parameter] = {}
+
+    def get_delta_weight(self, name: str) -> Tensor:
+        """Return an adapter's delta of the weight, in the weight's layout, in the vectors' dtype, without a graph.
+
+        The dtype is float32 at least, so that merging into a half-precision weight rounds once.
+        """
+        dtype = torch.promote_types(self.vectors(name)[0].dtype, torch.float32)
+        if self.base_weight.is_floating_point() and self.base_weight.dtype.itemsize > 1:
+            dtype = torch.promote_types(dtype, self.base_weight.dtype)
+        with torch.no_grad(), without_autocast(self.device):
+            return self.like_weight(self._outputs_first(self._delta_matrices(name, dtype)))
+
+    def _delta_matrices(self, name: str, dtype: torch.dtype) -> Tensor:
+        """Return an adapter's delta as (..., out, in)."""
+        deltas = []
+        for block in self.blocks(name, self.device, dtype):
+            factors = block.factors._replace(b=block.factors.b.to(dtype), d=block.factors.d.to(dtype))
+            if self.geometry.count is None:
+                deltas.append(delta_weight(factors))
+            else:  # one by one, which takes less memory
+                deltas += [delta_weight(factors.at(matrix)) for matrix in range(self.geometry.count)]
+        return torch.cat(deltas) if self.geometry.count is None else torch.stack(deltas)
+
+    def full_weight(self) -> Tensor:
+        """Return W0 as a floating-point tensor of the shape that the layer computes with, loaded if it is offloaded."""
+        if is_offloaded(self.base_layer, self.weight_name):
+            return loaded(self.base_layer, self.weight_name)
+        return self.base_weight
+
+    def merged_weight(self, names: Sequence[str]) -> Tensor:
+        """Return the weight with these adapters' deltas added, computed at least in float32 and rounded once."""
+        with torch.no_grad():
+            total = self.get_delta_weight(names[0])
+            for name in names[1:]:
+                total = total + self.get_delta_weight(name)
+            base = self.full_weight().detach()
+            return (total + base).to(base.dtype).contiguous()
+
+    def why_not_mergeable(self) -> str | None:
+        """Return None if `merge` can work, otherwise the reason."""
+        weight = self.base_layer._parameters.get(self.weight_name)
+        if weight is None:
+            return "its weight is computed from other parameters"
+        if weight.is_meta:
+            return why_no_values(self.base_layer, self.weight_name)
+        if not weight.is_floating_point():
+            return f"its weight has the dtype {weight.dtype}"
+        return None
+
+    def check_mergeable(self, names: Sequence[str], *, safe: bool, called: str) -> None:
+        """Raise ValueError if adapters cannot be merged here; nothing is changed.
+
+        Args:
+            names: the adapters to merge; those that are not on this layer are ignored.
+            safe: also refuse a result that is not finite.
+            called: the layer's name in the message.
+        """
+        names = [name for name in names if name in self.entries]
+        if not names:
+            return
+        tensors = [self.base_layer._parameters.get(self.weight_name)]
+        tensors += [vectors[name] for name in names for vectors in (self.vera_lambda_b, self.vera_lambda_d)]
+        sharding = next((how for how in map(describe_sharding, tensors) if how is not None), None)
+        if sharding is not None:
+            raise ValueError(
+                f"cannot merge into {called}: its weight or its vectors are spread over processes ({sharding}). Call"
+                " save_pretrained in all of them, and merge the adapter after loading it in one process"
+            )
+        reason = self.why_not_mergeable()
+        if reason is not None:
+            raise ValueError(f"cannot merge into {called}: {reason}")
+        if safe and not torch.isfinite(self.merged_weight(names)).all():
+            raise ValueError(
+                f"merging {names} into {called} gives NaNs or infinities, weights that are not finite; nothing was"
+                " merged"
+            )
+
+    def loss_of_merging(self) -> str | None:
+        """Return what merging loses besides rounding to the weight's dtype, to follow "merging"; usually None."""
+        return None
+
+    def merge(self, names: Sequence[str]) -> None:
+        """Replace the weight by a new parameter with these adapters' deltas added.
+
+        The original parameter is kept: modules that share it are not changed, and `unmerge` restores the same bits.
+        """
+        original = self.base_weight
+        assert isinstance(original, nn.Parameter)
+        merged = self._as_parameter(self.merged_weight(names), original)
+        setattr(self.base_layer, self.weight_name, merged)
+        self._unmerged["weight"] = original
+        self.merged_adapters = list(names)
+        self._choose_added()
+
+    def merge_again(self, names: Sequence[str]) -> None:
+        """Merge adapters that were merged before, after `unmerge`."""
+        self.merge(names)
+
+    def _as_parameter(self, merged: Tensor, original: nn.Parameter) -> nn.Parameter:
+        return nn.Parameter(merged, requires_grad=original.requires_grad)
+
+    @property
+    def merged_for_good(self) -> bool:
+        """Whether the weight from before merging is gone, as in an interrupted `merge_and_unload`."""
+        return bool(self.merged_adapters) and not self._unmerged
+
+    def unmerge(self) -> None:
+        """Put the weight from before `merge` back, on the layer's current device and in its current dtype."""
+        if not self.merged_adapters:
+            return
+        if self.merged_for_good:
+            raise ValueError(
+                f"{self.merged_adapters} cannot be unmerged, because an interrupted merge_and_unload has dropped the"
+                " original weights: call merge_and_unload again, which continues from there"
+            )
+        self.check_unmergeable()
+        original, merged = self._unmerged["weight"], self.base_weight
+        if original.device != merged.device or original.dtype != merged.dtype:
+            original.data = original.data.to(merged.device, merged.dtype)
+        setattr(self.base_layer, self.weight_name, original)
+        del self._unmerged["weight"]
+        self.merged_adapters = []
+        self._choose_added()
+
+    def check_unmergeable(self) -> None:
+        """Raise ValueError if `unmerge` cannot work because the merged weight was offloaded; nothing is changed."""
+        if self.merged_adapters and self.base_weight.is_meta and not self._unmerged["weight"].is_meta:
+            reason = why_no_values(self.base_layer, self.weight_name)
+            raise ValueError(f"cannot unmerge {self.merged_adapters}: {reason}")

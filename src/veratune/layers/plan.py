@@ -1,0 +1,119 @@
+"""Deciding how a layer computes an input: whether it reads the weight, in which dtype, and by which routes."""
+
+import math
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from veratune.layers.entries import AdapterEntry
+from veratune.ops.calibration import device_profile
+from veratune.ops.planning import RouteChoice, look_up, representative_tokens, route_table
+from veratune.utils.tensors import gradients_wanted
+from veratune.utils.torch_private import constant_while_compiling
+
+
+def compute_dtype(x: Tensor, weight_dtype: torch.dtype) -> torch.dtype | None:
+    """Return the dtype in which torch computes a linear layer here, or None where it refuses to."""
+    device = x.device.type
+    if (
+        device != "meta"
+        and torch.is_autocast_enabled(device)
+        and all(dtype.is_floating_point and dtype != torch.float64 for dtype in (x.dtype, weight_dtype))
+    ):
+        return torch.get_autocast_dtype(device)
+    return x.dtype if x.dtype == weight_dtype else None
+
+
+def choose(
+    entry: AdapterEntry, vectors: Sequence[Tensor], x: Tensor, dtype: torch.dtype, *, weight_readable: bool
+) -> tuple[RouteChoice, ...]:
+    """Return the routes of one adapter for an input, one for each block of outputs.
+
+    Args:
+        entry: the adapter.
+        vectors: b and d, whose gradients may be required.
+        x: (..., in).
+        dtype: the compute dtype.
+        weight_readable: whether the route may compute with W0 itself.
+    """
+    training = gradients_wanted(*vectors)
+    backward = training or gradients_wanted(x)
+    tokens = math.prod(x.shape[:-1])
+    if torch.compiler.is_compiling():
+        tokens = representative_tokens(tokens)
+    choices = []
+    for block in range(len(entry.shapes)):
+        table = _route_table(entry, block, x.device, dtype, training, weight_readable, backward)
+        choices.append(look_up(table, tokens))
+    return tuple(choices)
+
+
+@constant_while_compiling
+def _route_table(
+    entry: AdapterEntry,
+    block: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    training: bool,
+    weight_readable: bool,
+    backward: bool,
+) -> tuple[tuple[int, RouteChoice], ...]:
+    # A compiler need not trace the search, which depends on constants only.
+    profile = device_profile(device, dtype)
+    route, memory = entry.settings.route, entry.settings.memory
+    return route_table(route, memory, entry.shapes[block], profile, training, weight_readable, backward)
+
+
+class LinearPlan(NamedTuple):
+    """How one call of a linear layer is computed.
+
+    Attributes:
+        how: "weight" calls the base layer with the adapted weight; "together" computes the base layer and the first
+            adapter in one product, "residual" calls the base layer as it is. The other adapters are then added.
+        dtype: the compute dtype.
+        choices: the routes of each adapter, one for each block of outputs.
+    """
+
+    how: Literal["weight", "together", "residual"]
+    dtype: torch.dtype
+    choices: list[tuple[RouteChoice, ...]]
+
+
+def plan_linear(
+    adapters: Sequence[tuple[AdapterEntry, tuple[Tensor, Tensor]]],
+    x: Tensor,
+    *,
+    weight_dtype: torch.dtype | None,
+    replaceable: bool,
+    together: bool,
+) -> LinearPlan:
+    """Decide how a linear layer computes an input with its active adapters.
+
+    Args:
+        adapters: the entry and the vectors of each, of which there is at least one.
+        x: (..., in).
+        weight_dtype: W0's dtype if the output depends on nothing but x, W0 and the bias; otherwise None.
+        replaceable: whether the base layer may be called with the adapted weight instead.
+        together: whether the base layer and the first adapter may be computed in one product.
+    """
+    dtype = None if weight_dtype is None else compute_dtype(x, weight_dtype)
+    together = together and dtype is not None and not adapters[0][0].parts
+    if dtype is None:
+        dtype = compute_dtype(x, x.dtype) or x.dtype
+    first = None
+    if replaceable and weight_dtype is not None and (len(adapters) > 1 or adapters[0][0].parts):
+        # Adapters that would each be cheapest with W0 + delta W are cheapest with the sum of their deltas.
+        choices = [choose(entry, vectors, x, dtype, weight_readable=True) for entry, vectors in adapters]
+        if all(_largest_is_dense(entry, own) for (entry, _), own in zip(adapters, choices, strict=True)):
+            return LinearPlan("weight", dtype, choices)
+        first = choices[0] if together else None
+    if first is None:
+        first = choose(*adapters[0], x, dtype, weight_readable=together)
+    others = [choose(entry, vectors, x, dtype, weight_readable=False) for entry, vectors in adapters[1:]]
+    return LinearPlan("together" if together else "residual", dtype, [first, *others])
+
+
+def _largest_is_dense(entry: AdapterEntry, choices: Sequence[RouteChoice]) -> bool:
+    return choices[entry.parts.index(max(entry.parts)) if entry.parts else 0].reads_weight
