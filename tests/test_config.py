@@ -8,7 +8,8 @@ import pytest
 import torch
 from peft import TaskType
 
-from veratune import VeRAConfig, VeraConfig, get_peft_model
+from small_net import small_adapted
+from veratune import VeRAConfig, VeraConfig, get_peft_model, parameter_groups
 
 
 def test_defaults_are_the_papers_and_pefts():
@@ -208,3 +209,21 @@ def test_configurations_are_copied_pickled_and_compared():
 def test_replace_validates():
     with pytest.raises(ValueError, match="r=0"):
         VeraConfig().replace(r=0)
+
+
+@pytest.mark.parametrize("pattern", ["a{99999999999999}", "(" * 5000 + ")" * 5000])
+def test_absurd_patterns(pattern):
+    with pytest.raises(ValueError, match=r"target_modules.*is not a regular expression"):
+        VeraConfig(target_modules=pattern)
+    with pytest.raises(ValueError, match="rank_pattern"):
+        VeraConfig(rank_pattern={"(?i)0": 2})
+    with pytest.raises(ValueError, match="layers_pattern"):
+        VeraConfig(layers_pattern="h(", layers_to_transform=0)
+
+
+def test_numbers_that_are_too_large():
+    with pytest.raises(ValueError, match=r"d_initial.*must be a finite number"):
+        VeraConfig(d_initial=10**400)
+    for settings in ({"lr": -1.0}, {"head_lr": float("nan")}, {"weight_decay": float("inf")}):
+        with pytest.raises(ValueError, match=next(iter(settings))):
+            parameter_groups(small_adapted(), **settings)

@@ -2,8 +2,11 @@ import pytest
 import torch
 from torch import nn
 
+from reference import randomise
+from small_net import FIRST_LAYER, small_net
 from tiny_models import tiny_model
 from veratune import TargetError, VeraConfig, get_peft_model
+from veratune.adapters.coverage import supported
 from veratune.adapters.plan import plan_adapter
 from veratune.layers import SavedModule, VeraLayer
 
@@ -266,3 +269,98 @@ def test_the_callers_configuration_is_not_changed():
     before = config.to_dict()
     get_peft_model(tiny_model("bert"), config)
     assert config.to_dict() == before
+
+
+@pytest.mark.parametrize("container", ["list", "sequential", "state"])
+def test_modules_to_save_of_odd_kinds(container):
+    class Extra(nn.Linear):
+        def get_extra_state(self):
+            return {"a": 1}
+
+        def set_extra_state(self, state):
+            pass
+
+    class Holder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = nn.Linear(8, 8)
+            parts = [Extra(8, 8) if container == "state" else nn.Linear(8, 8)]
+            self.many = nn.ModuleList(parts) if container == "list" else nn.Sequential(*parts)
+
+        def forward(self, x):
+            return self.many[0](self.first(x))
+
+    config = VeraConfig(r=2, target_modules=["first"], modules_to_save=["many"])
+    if container == "sequential":
+        assert get_peft_model(Holder(), config)(torch.randn(2, 8)).shape == (2, 8)
+    else:
+        with pytest.raises(TargetError, match="many"):
+            get_peft_model(Holder(), config)
+
+
+def test_layers_that_cannot_be_right_are_refused():
+    with pytest.raises(TargetError, match="complex"):
+        get_peft_model(nn.Sequential(nn.Linear(3, 3, dtype=torch.complex64)), VeraConfig(**FIRST_LAYER))
+    with pytest.raises(ValueError, match="lazy"):
+        get_peft_model(nn.Sequential(nn.Linear(3, 3), nn.LazyLinear(3)), VeraConfig(**FIRST_LAYER))
+
+
+def test_exclusions_and_indices_that_match_nothing():
+    with pytest.warns(UserWarning, match="exclude_modules"):
+        get_peft_model(small_net(), VeraConfig(**FIRST_LAYER, exclude_modules=["zzz"]))
+    stack = nn.Module()
+    stack.layers = nn.ModuleList(nn.Sequential(nn.Linear(2, 2)) for _ in range(2))
+    with pytest.raises(TargetError, match=r"no layer 99.*\[0, 1\]"):
+        get_peft_model(stack, VeraConfig(**FIRST_LAYER, layers_to_transform=[0, 99], layers_pattern="layers"))
+
+
+@pytest.mark.parametrize("pattern", ["layer|h", "(layers)", "x|(layers)"])
+def test_layer_patterns_with_groups_and_alternatives(pattern):
+    stack = nn.Module()
+    stack.layers = nn.ModuleList(nn.Sequential(nn.Linear(2, 2)) for _ in range(3))
+    config = VeraConfig(**FIRST_LAYER, layers_to_transform=[1], layers_pattern=pattern)
+    if "layers" in pattern:
+        assert list(get_peft_model(stack, config).vera_layers()) == ["layers.1.0"]
+    else:
+        with pytest.raises(TargetError, match=r"stacks are called \['layers'\]"):
+            get_peft_model(stack, config)
+
+
+def test_an_adapted_tied_head_can_be_tied_again():
+    import transformers
+
+    config = transformers.LlamaConfig(
+        vocab_size=50,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=24,
+        tie_word_embeddings=True,
+    )
+    base = transformers.LlamaForCausalLM(config).eval()
+    with pytest.warns(UserWarning, match="lm_head shares its weight"):
+        model = get_peft_model(base, VeraConfig(r=4, target_modules=["lm_head"]))
+    randomise(model)
+    ids = torch.tensor([[1, 2, 3]])
+    expected = model(ids).logits
+    base.tie_weights()
+    assert base.lm_head.base_weight is base.model.embed_tokens.weight
+    assert torch.equal(model(ids).logits, expected)
+
+
+def test_a_name_in_place_of_a_list_is_told_from_a_regular_expression():
+    model = nn.ModuleDict({"outer": nn.ModuleDict({"query": nn.Linear(3, 3)})})
+    with pytest.raises(ValueError, match=r"A list names the ends of modules' names: \['query'\]"):
+        get_peft_model(model, VeraConfig(r=2, target_modules="query"))
+    with pytest.raises(ValueError, match='Did you mean "all-linear"'):
+        get_peft_model(model, VeraConfig(r=2, target_modules="all_linear"))
+
+
+@pytest.mark.parametrize("normalised", [nn.utils.parametrizations.weight_norm, nn.utils.weight_norm])
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+def test_a_convolution_without_a_weight_of_its_own_is_refused_with_the_reason(normalised):
+    base = nn.Sequential(normalised(nn.Conv1d(4, 4, 3)), nn.Linear(4, 4))
+    assert "0" not in {info.name for info in supported(base) if info.by == "target_modules"}
+    with pytest.raises(TargetError, match="0: its weight is computed from other parameters"):
+        get_peft_model(base, VeraConfig(**FIRST_LAYER))
+    assert list(get_peft_model(base, VeraConfig(r=4, target_modules="all-linear")).vera_layers()) == ["1"]

@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 import veratune
 from reference import randomise
+from small_net import FIRST_LAYER, small_net
 from undoing import TOKENS, merged, net, seen, settings, tuned, tuned_merged, two
 from veratune import CheckpointError, VeraConfig, VeraModel, get_peft_model
 from veratune.integrations.peft import VeratuneConfig, install
@@ -237,3 +238,18 @@ def test_loading_in_peft_that_fails_is_undone(fault: str, tmp_path: Path) -> Non
     model.save_pretrained(tmp_path)
     check_undone(net, lambda m: peft.PeftModel.from_pretrained(m, tmp_path), FAULTS[fault])
     check_undone(tuned, lambda m: m.load_adapter(tmp_path, "three"), FAULTS[fault])
+
+
+def test_a_module_that_cannot_be_copied_leaves_the_model_unchanged():
+    model = small_net()
+    model[2].thing = (i for i in range(3))  # generators cannot be copied
+    flags = [p.requires_grad for p in model.parameters()]
+    types = [type(m) for m in model.modules()]
+    with pytest.raises(TypeError, match="generator"):
+        get_peft_model(model, VeraConfig(**{**FIRST_LAYER, "modules_to_save": ["2"]}))
+    assert [p.requires_grad for p in model.parameters()] == flags
+    assert [type(m) for m in model.modules()] == types
+    host = get_peft_model(model, VeraConfig(**FIRST_LAYER))
+    with pytest.raises(TypeError, match="generator"):
+        host.add_adapter("b", VeraConfig(**{**FIRST_LAYER, "modules_to_save": ["2"]}))
+    assert list(host.base_model[0].entries) == list(host.peft_config) == ["default"]

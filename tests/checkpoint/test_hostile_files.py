@@ -10,8 +10,10 @@ from typing import Any
 import peft
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from mutations import CONFIG, INPUT, KINDS, SETTINGS, WEIGHTS, make_files, net, randomised, state_of
+from small_net import small_adapted, small_net
 from veratune import AdapterBank, CheckpointError, VeraConfig, VeraModel, get_peft_model
 from veratune.adapters.target import TargetError
 from veratune.checkpoint.formats import read_contents
@@ -191,3 +193,17 @@ def test_the_next_save_removes_what_a_killed_process_left_and_nothing_else(tmp_p
         other.write_bytes(b"kept")
     write_atomically(path, b"new")
     assert {p.name for p in tmp_path.iterdir()} == {"file", *(p.name for p in kept)}
+
+
+@pytest.mark.parametrize(
+    "text", ['{"r": ' + "9" * 5000 + "}", "[" * 100000, '{"format_version": 1, "sha256": ' + "9" * 5000 + "}"]
+)
+def test_absurd_json_is_a_checkpoint_error(text, tmp_path):
+    small_adapted().save_pretrained(tmp_path)
+    (tmp_path / "adapter_config.json").write_text(text)
+    with pytest.raises(CheckpointError, match="JSON"):
+        VeraModel.from_pretrained(small_net(), tmp_path)
+    (tmp_path / "adapter_config.json").unlink()
+    save_file({"x": torch.zeros(1)}, tmp_path / "adapter_model.safetensors", {"veratune": text})
+    with pytest.raises(CheckpointError, match="damaged"):
+        VeraModel.from_pretrained(small_net(), tmp_path)

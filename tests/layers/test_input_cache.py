@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from reference import randomise
+from small_net import small_inputs
 from veratune import VeraConfig, get_peft_model
 from veratune.layers.input_cache import InputCache
 from veratune.ops.linear import project
@@ -171,3 +172,21 @@ def test_a_memo_holds_one_product():
     second = memo.get("q", y, a.values, lambda: project(y, a))
     assert second is not first
     assert memo.get("v", y, a.values, lambda: pytest.fail("computed again")) is second
+
+
+class TwoReaders(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.q = nn.Linear(8, 8)
+        self.k = nn.Linear(8, 8)
+
+
+def test_a_parameter_as_input_is_not_remembered():
+    """Fused optimizers write to a parameter without torch's counting it."""
+    model = get_peft_model(TwoReaders().double(), VeraConfig(r=4, target_modules=["q", "k"], route="factored"))
+    randomise(model)
+    prompt = nn.Parameter(small_inputs(3))
+    optimizer = torch.optim.AdamW([prompt], lr=0.1, fused=True)
+    model.q(prompt).sum().backward()
+    optimizer.step()
+    assert torch.equal(model.k(prompt), model.k(prompt.detach().clone()))

@@ -8,6 +8,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 from reference import dense_delta, projections, randomise, relative
+from small_net import dense_weight, small_adapted, small_inputs
 from veratune import VeraConfig, get_peft_model
 from veratune.layers import VeraConv1D, VeraLinear
 
@@ -433,3 +434,13 @@ def test_gradients_of_half_precision_layers_are_summed_in_float32():
             torch.testing.assert_close(
                 many, single * len(rows), rtol=2e-2, atol=2e-2 * len(rows) * float(single.abs().max())
             )
+
+
+def test_arguments_by_name_and_a_bias_taken_away():
+    model, x = small_adapted(), small_inputs(3)
+    layer = model.base_model[0]
+    assert torch.equal(layer(input=x), layer(x))
+    bias, layer.bias = layer.bias, None
+    assert layer.base_layer.bias is None
+    torch.testing.assert_close(layer(x), x @ dense_weight(layer).t(), rtol=1e-6, atol=1e-6)
+    layer.base_layer.bias = bias

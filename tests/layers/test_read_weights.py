@@ -10,8 +10,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn import init
 
-from reference import randomise
+from reference import randomise, relative
+from small_net import FIRST_LAYER, dense_weight, small_adapted, small_inputs
 from veratune import VeraConfig, get_peft_model
+from veratune.layers.lazy_weight import AdaptedWeight
 
 KINDS = ("linear", "table", "square", "conv")
 ONES = torch.ones(6, 6)
@@ -156,3 +158,80 @@ def test_an_export_misses_no_layer_whose_weight_a_function_reads(kind: str, tmp_
     model(TOKENS)
     with pytest.raises(ValueError, match=f"{kind}: the model computes with its weight"):
         model.export_lora(tmp_path)
+
+
+def test_a_weight_that_is_read_has_the_deltas_and_gives_gradients():
+    model = small_adapted()
+    layer, x = model.base_model[0], small_inputs(3)
+    called = layer(x)
+    read = nn.functional.linear(x, layer.weight, layer.bias)
+    torch.testing.assert_close(read, called)
+    vectors = layer.vectors("default")
+    ours = torch.autograd.grad(read.square().sum(), vectors)
+    theirs = torch.autograd.grad(called.square().sum(), vectors)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b)
+    torch.testing.assert_close((layer.weight @ x.t()).t() + layer.bias, called)
+    torch.testing.assert_close(torch.cat([layer.weight, layer.weight])[8:], dense_weight(layer), rtol=1e-6, atol=1e-6)
+    assert type(layer.weight @ x.t()) is torch.Tensor
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_read_weight_of_a_new_adapter_changes_no_bit(dtype, bias, grad):
+    """A product and a bias in one call are rounded once."""
+    torch.manual_seed(3)
+    base = nn.Sequential(nn.Linear(512, 16, bias=bias)).to(dtype)
+    inputs = [torch.randn(*shape, 512, dtype=dtype) for shape in ((7,), (5, 7), ())]
+    expected = [nn.functional.linear(x, base[0].weight, base[0].bias) for x in inputs]
+    layer = get_peft_model(base, VeraConfig(**FIRST_LAYER)).base_model[0]
+    with torch.set_grad_enabled(grad):
+        for x, output in zip(inputs, expected, strict=True):
+            assert torch.equal(nn.functional.linear(x, layer.weight, layer.bias), output)
+
+
+def test_questions_about_a_weight_add_nothing_up():
+    layer = small_adapted().base_model[0]
+    weight = layer.weight
+    assert isinstance(weight, AdaptedWeight)
+    weight._compute = lambda: pytest.fail("added up for a question")
+    assert (weight.dtype, weight.device.type, weight.shape) == (torch.float64, "cpu", (8, 8))
+    assert (weight.ndim, weight.size(0), weight.numel(), len(weight)) == (2, 8, 64, 8)
+    assert weight.is_floating_point()
+    layer.activate([])
+    assert layer.weight is layer.base_layer.weight
+
+
+@pytest.mark.parametrize("kind", ["mamba", "wavlm"])
+def test_real_models_that_read_weights(kind):
+    import transformers
+
+    if kind == "mamba":
+        config = transformers.MambaConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1, state_size=4)
+        model, inputs = transformers.MambaModel(config).eval(), {"input_ids": torch.tensor([[1, 2, 3, 4]])}
+        targets = ["in_proj", "dt_proj", "x_proj", "out_proj"]
+    else:
+        config = transformers.WavLMConfig(
+            hidden_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=16,
+            conv_dim=(8,),
+            conv_kernel=(3,),
+            conv_stride=(2,),
+            num_feat_extract_layers=1,
+            num_conv_pos_embeddings=4,
+            num_conv_pos_embedding_groups=2,
+        )
+        model, inputs = transformers.WavLMModel(config).eval(), {"input_values": torch.randn(1, 200)}
+        targets = ["q_proj", "k_proj", "v_proj", "out_proj"]
+    model = get_peft_model(model, VeraConfig(r=4, target_modules=targets))
+    base = model(**inputs)[0]
+    randomise(model, scale=0.3)
+    output = model(**inputs)[0]
+    assert relative(output, base) > 1e-3
+    output.square().sum().backward()
+    assert all(v.grad is not None for layer in model.vera_layers().values() for v in layer.vectors("default"))
+    model.merge_adapter()
+    assert relative(model(**inputs)[0], output) < 1e-4

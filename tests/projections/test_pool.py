@@ -7,9 +7,12 @@ import threading
 
 import pytest
 import torch
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from reference import unit
+from small_net import FIRST_LAYER
+from veratune import VeraConfig, get_peft_model
 from veratune.projections.pool import ProjectionPool, ProjectionView, projection_pool
 from veratune.projections.schemes import PeftShared, PerDimension, Stored
 
@@ -255,3 +258,41 @@ def test_many_threads_get_one_tensor_each_value_right(pool):
         thread.join()
     assert wrong == []
     assert len(pool.summary()) == 1
+
+
+@pytest.mark.parametrize("shrink", [False, True])
+def test_growing_or_trimming_in_inference_mode_harms_no_training(shrink):
+    model = get_peft_model(nn.Sequential(nn.Linear(53, 53)), VeraConfig(**FIRST_LAYER), adapter_name="small")
+    x = torch.randn(2, 53)
+    model(x).sum().backward()
+    model.add_adapter("large", VeraConfig(**{**FIRST_LAYER, "r": 16}))
+    model.set_adapter(["small", "large"])
+    with torch.inference_mode():
+        model(x)
+        if shrink:
+            model.delete_adapter("large")
+    model.set_adapter("small")
+    model(x).sum().backward()
+
+
+def test_a_change_of_dtype_lets_the_old_projections_go():
+    from veratune import projection_pool
+
+    model = get_peft_model(nn.Sequential(nn.Linear(71, 71)), VeraConfig(**FIRST_LAYER))
+    model(torch.randn(1, 71))
+    model.to(torch.bfloat16)
+    model(torch.randn(1, 71).bfloat16())
+    assert {info.dtype for info in projection_pool.summary() if info.width == 71} == {torch.bfloat16}
+
+
+def test_deleting_and_merging_free_projections_by_themselves():
+    from veratune import projection_pool
+
+    model = get_peft_model(nn.Sequential(nn.Linear(73, 73)), VeraConfig(**FIRST_LAYER))
+    model.add_adapter("large", VeraConfig(**{**FIRST_LAYER, "r": 64}))
+    model.set_adapter(["default", "large"])
+    model(torch.randn(1, 73))
+    model.delete_adapter("large")
+    assert {info.rank for info in projection_pool.summary() if info.width == 73} == {4}
+    model.merge_adapter()
+    assert not any(info.width == 73 for info in projection_pool.summary())
