@@ -10,6 +10,7 @@ from typing import Any, Literal, NoReturn, TypeVar
 from veratune import config_fields as check
 from veratune.config_fields import LONGEST_VALUE, setting, settings_of
 from veratune.ops.planning import MEMORY_NAMES, ROUTE_NAMES, MemoryName, RouteName
+from veratune.projections.blocks import MOST_BLOCKS
 from veratune.projections.schemes import SCHEMES
 from veratune.utils.patterns import pattern
 from veratune.utils.text import clipped
@@ -113,6 +114,9 @@ class VeraFields:
         0, check.integer(_KEY_RANGE, "an integer of 64 bits"), peft="vera", card=True, train=False
     )
     projection: str = setting("per_dimension", check.choice(SCHEMES), card=True)
+    projection_blocks: int = setting(
+        8, check.integer(range(1, MOST_BLOCKS + 1), f"an integer from 1 to {MOST_BLOCKS}"), card=True
+    )
     route: RouteName = setting("auto", check.choice(ROUTE_NAMES))
     memory: MemoryName = setting("balanced", check.choice(MEMORY_NAMES))
 
@@ -147,8 +151,9 @@ class VeraConfig(VeraFields):
         bias: which biases are trained: "none", "all", or those of the adapted layers ("vera_only").
         init_weights: False starts b at one and d at random, so that a new adapter changes the model. For tests.
         projection_prng_key: 64-bit key from which the frozen projections A and B are drawn.
-        projection: "per_dimension", projections of their own for each width, or "peft", views of one pair as large
-            as the widest layers, with PEFT's values.
+        projection: "per_dimension", dense projections for each width; "blocks", the same in blocks, which are cheaper
+            to compute with; or "peft", views of one pair as large as the widest layers, with PEFT's values.
+        projection_blocks: the number of blocks of projection="blocks", from 1 to 64 and at most r.
         save_projection: write A and B into the adapter's file. Nothing needs them there: they are drawn again from
             the key.
         route: how layers are computed: "auto" (the cheapest for each shape), "factored" or "dense".
@@ -217,6 +222,18 @@ class VeraConfig(VeraFields):
             raise ValueError(
                 f"rank_pattern={self.rank_pattern!r} cannot be combined with projection={self.projection!r}, whose A"
                 " and B have one rank for all layers: use projection='per_dimension', or leave rank_pattern out"
+            )
+
+        if "projection_blocks" not in SCHEMES[self.projection].settings:
+            if self.projection_blocks != VeraConfig.projection_blocks:
+                raise ValueError(
+                    f"projection_blocks={self.projection_blocks!r} has no effect with projection={self.projection!r}:"
+                    " use projection='blocks', or leave projection_blocks out"
+                )
+        elif self.projection_blocks > (rank := min([self.r, *self.rank_pattern.values()])):
+            raise ValueError(
+                f"projection_blocks={self.projection_blocks!r} needs a rank of at least that number, not {rank}: each"
+                " rank reads and writes one block, so some blocks would have none; use fewer blocks, or a higher rank"
             )
 
     def _is_regex(self) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from reference import projections
+from reference import block_projections, projections, unit
 from veratune import VeraModel
 from veratune.layers import VeraConv, VeraConv1D, VeraEmbedding, VeraParameter
 
@@ -15,26 +15,44 @@ from veratune.layers import VeraConv, VeraConv1D, VeraEmbedding, VeraParameter
 def dense_parameters(model: VeraModel, adapter: str = "default") -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Return (parameter name to W + delta in float64, vector name to the leaf that it was computed from)."""
     weights, leaves = {}, {}
-    key = model.peft_config[adapter].projection_prng_key
+    config = model.peft_config[adapter]
+    key = config.projection_prng_key
+
+    def drawn(rank: int, n: int, m: int) -> tuple[Tensor, Tensor]:
+        if config.projection == "blocks":
+            return block_projections(key, config.projection_blocks, rank, n, m)
+        return projections(key, rank, n, m)
+
     for name, layer in model.vera_layers().items():
         if adapter not in layer.entries:
             continue
         b, d = (vector.detach().double().requires_grad_() for vector in layer.vectors(adapter))
         leaves[f"b.{name}"], leaves[f"d.{name}"] = b, d
         rank, n, m = d.shape[-1], layer.in_features, layer.out_features
-        a, widest = projections(key, rank, n, m)
+        a, widest = drawn(rank, n, m)
         full = name if isinstance(layer, VeraParameter) else f"{name}.weight"
         base = dict(layer.base_layer.named_parameters())[full.rpartition(".")[2]].detach().double()
         parts = layer.entries[adapter].parts
         if isinstance(layer, VeraEmbedding):
-            delta = _delta(b, d, a * math.sqrt(n), widest).t()
+            # Its inputs are one-hot: A is dense, with a fan-in of one.
+            columns = torch.tensor(
+                [
+                    [unit(key, "A", k, j, 2 if config.projection == "blocks" else 1) for j in range(n)]
+                    for k in range(rank)
+                ],
+                dtype=torch.float64,
+            )
+            delta = _delta(b, d, columns * math.sqrt(6), widest).t()
         elif isinstance(layer, VeraParameter) and b.ndim == 2:
             stack = torch.stack([_delta(b[e], d[e], a, widest) for e in range(len(b))])
             delta = stack.mT if layer.out_axis == 1 else stack
         elif parts:
             starts = [sum(parts[:i]) for i in range(len(parts))]
             delta = torch.cat(
-                [_delta(b[s : s + p], d[i], a, widest[:p]) for i, (s, p) in enumerate(zip(starts, parts, strict=True))]
+                [
+                    _delta(b[s : s + p], d[i], a, drawn(rank, n, p)[1])
+                    for i, (s, p) in enumerate(zip(starts, parts, strict=True))
+                ]
             )
         else:
             delta = _delta(b, d, a, widest)

@@ -18,9 +18,9 @@ def philox4x32_10(counter: tuple[int, int, int, int], key: tuple[int, int]) -> t
     return tuple(c)
 
 
-def unit(key: int, side: str, k: int, j: int) -> float:
-    """u[k, j] of the per_dimension scheme."""
-    words = philox4x32_10((j // 4, k, "AB".index(side), 1), (key & MASK, key >> 32))
+def unit(key: int, side: str, k: int, j: int, version: int = 1) -> float:
+    """u[k, j] of the per_dimension scheme, or of the `blocks` scheme, which is version 2."""
+    words = philox4x32_10((j // 4, k, "AB".index(side), version), (key & MASK, key >> 32))
     return (((words[j % 4] >> 8) | 1) - 2**23) / 2**23
 
 
@@ -29,6 +29,22 @@ def projections(key: int, rank: int, in_features: int, out_features: int) -> tup
     a = torch.tensor([[unit(key, "A", k, j) for j in range(in_features)] for k in range(rank)], dtype=torch.float64)
     b = torch.tensor([[unit(key, "B", k, j) for k in range(rank)] for j in range(out_features)], dtype=torch.float64)
     return a * math.sqrt(6 / in_features), b * math.sqrt(6 / rank)
+
+
+def block_projections(key: int, g: int, rank: int, in_features: int, out_features: int) -> tuple[Tensor, Tensor]:
+    """A (r, in) and B (out, r), float64, for the `blocks` scheme, element by element as its rules state them."""
+    blocks_in, blocks_out = math.gcd(g, in_features), math.gcd(g, out_features)
+    per_in, per_out = in_features // blocks_in, out_features // blocks_out
+    a = torch.zeros(rank, in_features, dtype=torch.float64)
+    b = torch.zeros(out_features, rank, dtype=torch.float64)
+    for k in range(rank):
+        for j in range(in_features):
+            if j // per_in == k % g % blocks_in:
+                a[k, j] = math.sqrt(6 / per_in) * unit(key, "A", k, j % per_in, version=2)
+        for j in range(out_features):
+            if j // per_out == (k + k // g) % g % blocks_out:
+                b[j, k] = math.sqrt(6 * blocks_out / rank) * unit(key, "B", k, j % per_out, version=2)
+    return a, b
 
 
 def dense_delta(b: Tensor, d: Tensor, a_projection: Tensor, b_projection: Tensor) -> Tensor:

@@ -22,6 +22,12 @@ class Halves(NamedTuple):
     def density(self) -> float:
         return 0.5
 
+    def arrange(self, tensor: Tensor, dim: int = -1) -> Tensor:
+        return tensor
+
+    def restore(self, tensor: Tensor, dim: int = -1) -> Tensor:
+        return tensor
+
     def matmul(self, values: Tensor, z: Tensor) -> Tensor:
         _calls.append("matmul")
         return torch.cat([z[..., 0::2] @ values[..., 0::2, :], z[..., 1::2] @ values[..., 1::2, :]], dim=-1)

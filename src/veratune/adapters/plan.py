@@ -60,11 +60,13 @@ def plan_adapter(model: nn.Module, config: VeraConfig, scheme: Scheme | None = N
 
 def make_scheme(config: VeraConfig, targets: Sequence[Target]) -> Scheme:
     """Return the projections that a configuration describes for these layers."""
-    return SCHEMES[config.projection].for_layers(
+    scheme = SCHEMES[config.projection]
+    return scheme.for_layers(
         key=config.projection_prng_key,
         r=config.r,
         max_in=max(target.in_features for target in targets),
         max_out=max(target.out_features for target in targets),
+        **{name: getattr(config, name) for name in scheme.settings},
     )
 
 

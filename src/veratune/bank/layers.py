@@ -140,11 +140,11 @@ class BankedLinear(VeraLinear):
         self, xa: Tensor, slab: Tensor, own: SharedProjections, slots: Tensor
     ) -> Iterator[tuple[Matrix, Tensor, Tensor]]:
         """Yield B, rank-major, and each row's b and d, for each part of the layer."""
-        rank = xa.shape[-1]
+        rank = own.group.a.rank
         for columns, view in zip(self.columns, own.b, strict=True):
             b = slab[:, columns.b : columns.b + view.features].index_select(0, slots)
             d = slab[:, columns.d : columns.d + rank].index_select(0, slots)
-            yield view.matrix(xa.device, xa.dtype), b, d
+            yield view.matrix(xa.device, xa.dtype), b, view.structure.arrange(d)
 
     def _project(self, x: Tensor, call: BankCall, dtype: torch.dtype, own: SharedProjections) -> Tensor:
         """Return x A^T, (rows, n, r), from the cache if a layer with the same input has computed it."""
@@ -189,7 +189,9 @@ class BankedLinear(VeraLinear):
         profile = device_profile(x.device, x.dtype)
 
         def pays(own: SharedProjections, rows: int, moved: bool) -> bool:
-            shape = LayerShape(self.in_features, self.out_features, own.group.a.rank, per_row * rows, own.group.size)
+            a = own.group.a
+            density = a.structure.density
+            shape = LayerShape(self.in_features, self.out_features, a.rank, per_row * rows, own.group.size, density)
             return self.route == "dense" or dense_pays(shape, profile, moved=moved)
 
         # With many adapters, checking each of them would take a large part of the layer's time.
@@ -243,7 +245,7 @@ class BankedLinear(VeraLinear):
         parts = []
         for columns, view in zip(self.columns, own.b, strict=True):
             b = row[columns.b : columns.b + view.features]
-            d = row[columns.d : columns.d + own.group.a.rank]
+            d = view.structure.arrange(row[columns.d : columns.d + own.group.a.rank])
             factors = Factors(A, view.matrix(weight.device, dtype), b, d, 1.0)
             parts.append(add_delta(weight[columns.outputs], factors))
         return parts[0] if len(parts) == 1 else torch.cat(parts)

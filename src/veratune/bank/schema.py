@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from veratune.bank.layout import AdapterRow, BankError, scheme_to_json
+from veratune.projections.blocks import MOST_BLOCKS
 
 APPLICATION_ID = 0x56455242
 VERSION = 2  # 1 was a format of veratune's own, which began with "VERABANK"
@@ -225,6 +226,8 @@ def _is_source(scheme: Values, layout: Values) -> bool:
     if scheme.get("scheme") == "peft":
         widest_in, widest_out = (max(layer[side] for layer in layout["layers"]) for side in (1, 2))
         sizes = {"r": layout["rank"], "max_in": widest_in, "max_out": widest_out}
+    elif scheme.get("scheme") == "blocks":
+        sizes = {"g": MOST_BLOCKS}
     elif scheme.get("scheme") != "per_dimension":
         return False
     return (

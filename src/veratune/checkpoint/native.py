@@ -47,6 +47,7 @@ from veratune.checkpoint.validate import (
     targets_of,
 )
 from veratune.config import PEFT_TYPE, VeraConfig
+from veratune.projections.pool import projection_pool
 from veratune.projections.schemes import Scheme, Side, Stored
 from veratune.utils.outside_files import parse_json
 from veratune.utils.tensors import bytes_of, is_finite
@@ -235,7 +236,7 @@ def _projection_tensors(host: AdaptedModel, adapter_name: str, scheme: Scheme) -
     tensors: dict[str, Tensor] = {}
     for (side, width), rank in widths.items():
         name = f"projection.{side}.{width}" if not scheme.one_rank_linear_only else f"projection.{side}"
-        drawn = scheme.draw(side, range(rank), width, torch.device("cpu"))
+        drawn = projection_pool.view(scheme, side, rank, width).drawn()
         tensors[name] = drawn if side == "A" else drawn.t()
     return tensors
 
@@ -358,6 +359,6 @@ def _check_projections(origin: str, scheme: Scheme, projections: dict[str, Tenso
     for name, stored in projections.items():
         side: Side = "A" if name.startswith("A") else "B"
         rank_major = stored if side == "A" else stored.t()
-        drawn = scheme.draw(side, range(rank_major.shape[0]), rank_major.shape[1], torch.device("cpu"))
+        drawn = projection_pool.view(scheme, side, *rank_major.shape).drawn()
         if drawn.dtype != rank_major.dtype or not torch.equal(drawn, rank_major):
             raise CheckpointError(f"{origin}: its projection {name} differs from the one that its key gives here")

@@ -56,11 +56,12 @@ class VeraEmbedding(TransparentLayer):
         return matrix.t()
 
     def _columns(self, name: str, tokens: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return A[:, tokens]^T, (n, r)."""
+        """Return A[:, tokens]^T, (n, r), with the ranks in the order of B's rows."""
         entry = self.entries[name]
         scheme = entry.a.projection.scheme
         with torch.inference_mode(False), torch.no_grad():
-            return scheme.one_hot_columns(entry.rank, tokens.to(torch.int64)).t().to(dtype)
+            columns = scheme.one_hot_columns(entry.rank, tokens.to(torch.int64)).t().to(dtype)
+            return entry.b[0].structure.arrange(columns)
 
     def _rows(self, name: str, tokens: Tensor) -> Tensor:
         """Return an adapter's deltas for these rows of the table, (n, out), in the table's dtype."""
@@ -69,6 +70,7 @@ class VeraEmbedding(TransparentLayer):
         entry = self.entries[name]
         columns = self._columns(name, tokens, dtype)
         check_values(columns, b, d)
+        d = entry.b[0].structure.arrange(d)
         up = entry.b[0].matrix(self.device, dtype).matmul(columns * (d * entry.scale))
         return (up * b).to(self.base_weight.dtype)
 
@@ -99,6 +101,7 @@ class VeraEmbedding(TransparentLayer):
     def _delta_matrices(self, name: str, dtype: torch.dtype) -> Tensor:
         entry, device = self.entries[name], self.device
         b, d = (vector.to(dtype) for vector in self.vectors(name))
+        d = entry.b[0].structure.arrange(d)
         b_projection = entry.b[0].matrix(device, dtype)
         rows = torch.arange(self.in_features, device=device)
         return torch.cat(

@@ -93,6 +93,7 @@ class AdapterHolder(LayerKind):
         """Return an adapter's factors for each block of outputs: one, unless the layer is fused."""
         entry = self.entries[name]
         b, d = self.vectors(name)
+        d = entry.a.structure.arrange(d)
         A = entry.a.matrix(device, dtype)  # noqa: N806
         if not entry.parts:
             return [Block(slice(None), Factors(A, entry.b[0].matrix(device, dtype), b, d, entry.scale))]

@@ -13,7 +13,7 @@ from weakref import WeakSet, WeakValueDictionary
 import torch
 from torch import Tensor
 
-from veratune.projections.schemes import Scheme, Side
+from veratune.projections.base import Scheme, Side
 from veratune.projections.structure import Matrix
 from veratune.utils.torch_private import constant_while_compiling, outside_transformations
 
@@ -64,13 +64,14 @@ class Projection:
             held = 0 if backing is None else backing.tensor.shape[0]
             if backing is None or held < view.rank:
                 device, dtype = place
-                tensor = self.scheme.draw(self.side, range(held, view.rank), self.width, device).to(dtype)
+                drawn = self.scheme.draw(self.side, range(held, view.rank), self.width, device)
+                tensor = view.structure.arrange(drawn, dim=0).to(dtype)
                 if backing is not None:
                     tensor = torch.cat([backing.tensor, tensor])
                 if type(tensor) is not Tensor:  # created under a tracing mode: not valid after it
                     return tensor[:, : view.columns]
                 backing = self._install(place, tensor)
-            part = backing.tensor[: view.rank, : view.columns]
+            part = view.part_of(backing)
             if type(part) is Tensor:
                 view.attach(place, backing, part)
             return part
@@ -81,7 +82,7 @@ class Projection:
         self._backings[place] = backing
         for view in self._views:
             if place in view.tensors:
-                view.attach(place, backing, tensor[: view.rank, : view.columns])
+                view.attach(place, backing, view.part_of(backing))
         return backing
 
     def trim(self) -> None:
@@ -89,7 +90,7 @@ class Projection:
         with self._lock, _plain_tensors():
             for place, backing in list(self._backings.items()):
                 rank = max((view.rank for view in self._views if place in view.tensors), default=0)
-                if 0 < rank < backing.tensor.shape[0]:
+                if 0 < rank < backing.tensor.shape[0] and not self.scheme.ordered_by_rank:
                     self._install(place, backing.tensor[:rank].clone())
 
     def tensors(self) -> dict[_Place, Tensor]:
@@ -119,11 +120,11 @@ class ProjectionView:
         projection.join(self)
 
     def matrix(self, device: torch.device, dtype: torch.dtype) -> Matrix:
-        """Return the projection, (rank, features), ready to compute with on this device and in this dtype."""
+        """Return the projection, its rows in its structure's order, ready to compute with here and in this dtype."""
         return Matrix(self.values(device, dtype), self.structure)
 
     def values(self, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """Return the stored numbers, (rank, columns): a view of shared memory that must not be written to."""
+        """Return the stored numbers, (rows, columns): a view of shared memory that must not be written to."""
         if torch.compiler.is_compiling():
             # Drawing cannot be traced, and need not be: it happens once, while tracing. The read below is guarded, so
             # that a compiled model notices a change of device, dtype or adapter.
@@ -136,7 +137,13 @@ class ProjectionView:
         """Draw the projection, (rank, features), as a dense float32 tensor on the CPU, without caching it."""
         projection = self.projection
         values = projection.scheme.draw(projection.side, range(self.rank), projection.width, torch.device("cpu"))
-        return self.structure.dense(values[:, : self.columns])
+        stored = self.structure.arrange(values[:, : self.columns], dim=0)
+        return self.structure.restore(self.structure.dense(stored), dim=0)
+
+    def part_of(self, backing: _Backing) -> Tensor:
+        """Return this view's rows and columns."""
+        rows = backing.tensor if self.projection.scheme.ordered_by_rank else backing.tensor[: self.rank]
+        return rows[:, : self.columns]
 
     def attach(self, place: _Place, backing: _Backing, part: Tensor) -> None:
         self._held[place] = backing
@@ -186,16 +193,17 @@ class ProjectionPool:
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
-        self._projections: WeakValueDictionary[tuple[Scheme, Side, int], Projection] = WeakValueDictionary()
+        self._projections: WeakValueDictionary[tuple[Scheme, Side, int, int | None], Projection] = WeakValueDictionary()
 
     def view(self, scheme: Scheme, side: Side, rank: int, features: int) -> ProjectionView:
         """Return a view of the shared projection of this scheme, side and width; nothing is drawn yet."""
         width = scheme.storage_width(side, features)
+        key = (scheme, side, width, rank if scheme.ordered_by_rank else None)
         with self._lock:
-            projection = self._projections.get((scheme, side, width))
+            projection = self._projections.get(key)
             if projection is None:
                 projection = Projection(scheme, side, width, self._lock)
-                self._projections[(scheme, side, width)] = projection
+                self._projections[key] = projection
         return ProjectionView(projection, rank, features)
 
     def trim(self) -> None:

@@ -5,23 +5,20 @@ draws are rank-major, (rank, width), float32, whatever the base model's dtype.
 """
 
 import dataclasses
-import hashlib
-import json
 import math
-from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any, ClassVar, Literal, Self, cast
+from typing import Any, ClassVar, Self, cast
 
 import torch
 from torch import Tensor
 
+from veratune.projections.base import Scheme, Side, digest
+from veratune.projections.blocks import BlockProjections
 from veratune.projections.philox import symmetric_uniform, symmetric_uniform_columns
-from veratune.projections.structure import DENSE, Structure
-from veratune.utils.tensors import bytes_of
 
-Side = Literal["A", "B"]
+__all__ = ["SCHEMES", "PeftShared", "PerDimension", "Scheme", "Side", "Stored", "scheme_from_json"]
 
 # Part of every counter of the `per_dimension` scheme. Increment it when the scheme's values change, so that adapters
 # trained with the old values are recognized.
@@ -29,99 +26,6 @@ PER_DIMENSION_VERSION = 1
 
 _SAMPLED_ROWS = (0, 1, 63)
 _SAMPLED_WIDTH = 64
-
-
-class Scheme(ABC):
-    """A pair of frozen random matrices A and B, unbounded or of a fixed size, described by a few numbers.
-
-    A subclass is a frozen dataclass, and is registered in `SCHEMES` if a configuration may name it. To add a scheme,
-    write the subclass in a file here and add it there.
-
-    Attributes:
-        name: the value of `VeraConfig.projection` that selects it, and its name in files.
-        one_rank_linear_only: whether it supports only unfused linear layers of one common rank, as in PEFT.
-        has_columns: whether single columns of A can be drawn, which embeddings need.
-        drawn_by_peft: whether PEFT draws the same A and B from the same key.
-    """
-
-    name: ClassVar[str]
-    one_rank_linear_only: ClassVar[bool] = False
-    has_columns: ClassVar[bool] = False
-    drawn_by_peft: ClassVar[bool] = False
-
-    @classmethod
-    def for_layers(cls, key: int, r: int, max_in: int, max_out: int) -> Self:
-        """Return the scheme for a configuration's key, and layers up to this rank and these widths."""
-        raise NotImplementedError(f"{cls.name!r} projections are not drawn from a key")
-
-    def storage_width(self, side: Side, features: int) -> int:
-        """Return the row length of the pool's tensor that holds the view of a layer with this many features."""
-        return self.stored_columns(side, features)
-
-    def stored_columns(self, side: Side, features: int) -> int:
-        """Return how many stored elements of each row belong to a layer with this many features."""
-        return features
-
-    def structure(self, side: Side, rank: int, features: int) -> Structure:
-        """Return how the projection (rank, features) of one layer is stored."""
-        return DENSE
-
-    @abstractmethod
-    def draw(self, side: Side, rows: range, width: int, device: torch.device) -> Tensor:
-        """Return float32 (len(rows), width): the stored elements of these rank indices of one side."""
-
-    def one_hot_columns(self, rank: int, columns: Tensor) -> Tensor:
-        """Return A's columns for one-hot inputs, float32 (rank, n), without drawing the others.
-
-        Args:
-            rank: number of rows.
-            columns: int64 (n,), the column indices.
-        """
-        raise NotImplementedError(f"{self.name!r} projections have no single columns")
-
-    @abstractmethod
-    def scale(self, rank: int) -> float:
-        """Return the constant factor of B. B is stored without it; every formula multiplies d by it."""
-
-    @abstractmethod
-    def fingerprint(self) -> str:
-        """Return 16 hexadecimal digits that differ if any of the projections would."""
-
-    def scale_in_shared_pair(self, in_features: int, rank: int, max_in: int, max_rank: int) -> float | None:
-        """Return the factor for d if the layer slices the largest layer's A and B.
-
-        PEFT's VeRA stores projections that way: one pair, of which each layer takes the first rows and columns. None
-        if the projections of layers of different shapes are not slices of one pair.
-
-        Args:
-            in_features, rank: of the layer.
-            max_in, max_rank: of the shared A.
-        """
-        return None
-
-    def reaches(self, side: Side, features: int) -> bool:
-        """Return whether a side is wide enough for a layer with this many features."""
-        return True
-
-    def largest_rank(self, rank: int) -> int:
-        """Return how many of the first `rank` rows exist."""
-        return rank
-
-    def to_json(self) -> dict[str, int | str]:
-        """Return the values from which `scheme_from_json` restores the scheme.
-
-        Raises:
-            ValueError: the projections cannot be drawn from a key.
-        """
-        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(cast("Any", self))}
-        return {"scheme": self.name, **fields, "fingerprint": self.fingerprint()}
-
-
-def _digest(header: dict[str, object], tensors: Sequence[Tensor]) -> str:
-    sha = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
-    for tensor in tensors:
-        sha.update(bytes_of(tensor))
-    return sha.hexdigest()[:16]
 
 
 @dataclass(frozen=True)
@@ -180,7 +84,7 @@ def _per_dimension_fingerprint(key: int) -> str:
             "key": key,
             "gain": [scheme.scale(rank).hex() for rank in (1, 64, 256)],
         }
-        return _digest(header, samples)
+        return digest(header, samples)
 
 
 @dataclass(frozen=True)
@@ -247,7 +151,7 @@ def _peft_fingerprint(scheme: PeftShared) -> str:
         a = scheme.draw("A", range(scheme.r), min(scheme.max_in, _SAMPLED_WIDTH), cpu)
         b = scheme.draw("B", range(scheme.r), min(scheme.max_out, _SAMPLED_WIDTH), cpu)
         header = {"scheme": "peft", "key": scheme.key, "shape": [scheme.r, scheme.max_in, scheme.max_out]}
-        return _digest(header, [a[rows], b[rows]])
+        return digest(header, [a[rows], b[rows]])
 
 
 @dataclass(frozen=True)
@@ -266,7 +170,7 @@ class Stored(Scheme):
         """Create a scheme from A (r, max_in) and B (max_out, r), of any floating dtype."""
         a = a.detach().to("cpu", torch.float32).contiguous()
         b = b.detach().to("cpu", torch.float32).t().contiguous()
-        return cls(_digest({"scheme": "stored", "shapes": [list(a.shape), list(b.shape)]}, [a, b]), a, b)
+        return cls(digest({"scheme": "stored", "shapes": [list(a.shape), list(b.shape)]}, [a, b]), a, b)
 
     def storage_width(self, side: Side, features: int) -> int:
         return (self.a if side == "A" else self.b).shape[1]
@@ -294,7 +198,7 @@ class Stored(Scheme):
         raise ValueError("projections that were read from a file are known by their values alone, not by a key")
 
 
-SCHEMES: dict[str, type[Scheme]] = {scheme.name: scheme for scheme in (PerDimension, PeftShared)}
+SCHEMES: dict[str, type[Scheme]] = {scheme.name: scheme for scheme in (PerDimension, PeftShared, BlockProjections)}
 
 
 def scheme_from_json(values: Mapping[str, Any]) -> Scheme:

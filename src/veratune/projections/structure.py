@@ -16,11 +16,23 @@ class Structure(Protocol):
 
     In each method, `values` are M's stored elements, z is (T, r) or (r,), and x is (T, n) or (n,). For several vector
     pairs, the results of `scaled` and `outer` have leading dimensions, which `matmul`, `rmatmul` and `gram` accept.
+
+    A structure may store the rows of M in an order of its own, and zeros between them, the same for A and B of one
+    rank. Everything that has a rank dimension (z, the vector d, another matrix) is in that order as well: `arrange`
+    brings it there.
     """
 
     @property
     def density(self) -> float:
         """The fraction of M's elements that are stored, which scales the cost of its products."""
+        ...
+
+    def arrange(self, tensor: Tensor, dim: int = -1) -> Tensor:
+        """Return a tensor whose dimension `dim` is the rank with the ranks in the order of the stored rows."""
+        ...
+
+    def restore(self, tensor: Tensor, dim: int = -1) -> Tensor:
+        """Undo `arrange`."""
         ...
 
     def matmul(self, values: Tensor, z: Tensor) -> Tensor:
@@ -57,7 +69,7 @@ class Structure(Protocol):
         ...
 
     def dense(self, values: Tensor) -> Tensor:
-        """Return M as a dense tensor, (r, n)."""
+        """Return M as a dense tensor, (r, n), its rows in the stored order."""
         ...
 
 
@@ -67,6 +79,12 @@ class Dense(NamedTuple):
     @property
     def density(self) -> float:
         return 1.0
+
+    def arrange(self, tensor: Tensor, dim: int = -1) -> Tensor:
+        return tensor
+
+    def restore(self, tensor: Tensor, dim: int = -1) -> Tensor:
+        return tensor
 
     def matmul(self, values: Tensor, z: Tensor) -> Tensor:
         return values.mT @ z if z.ndim == 1 else z @ values

@@ -1,0 +1,122 @@
+"""What a scheme of projections is: a description from which A and B can be drawn at any time."""
+
+import dataclasses
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal, Self, cast
+
+import torch
+from torch import Tensor
+
+from veratune.projections.structure import DENSE, Structure
+from veratune.utils.tensors import bytes_of
+
+Side = Literal["A", "B"]
+
+
+class Scheme(ABC):
+    """A pair of frozen random matrices A and B, unbounded or of a fixed size, described by a few numbers.
+
+    A subclass is a frozen dataclass, and is registered in `SCHEMES` if a configuration may name it. To add a scheme,
+    write the subclass in a file here and add it there.
+
+    Attributes:
+        name: the value of `VeraConfig.projection` that selects it, and its name in files.
+        one_rank_linear_only: whether it supports only unfused linear layers of one common rank, as in PEFT.
+        has_columns: whether single columns of A can be drawn, which embeddings need.
+        drawn_by_peft: whether PEFT draws the same A and B from the same key.
+        ordered_by_rank: whether the structure orders rows differently for each rank, so that views of different ranks
+            share no storage.
+        settings: the fields of `VeraConfig` that only this scheme has; `for_layers` takes them as keywords.
+    """
+
+    name: ClassVar[str]
+    one_rank_linear_only: ClassVar[bool] = False
+    has_columns: ClassVar[bool] = False
+    drawn_by_peft: ClassVar[bool] = False
+    ordered_by_rank: ClassVar[bool] = False
+    settings: ClassVar[tuple[str, ...]] = ()
+
+    @classmethod
+    def for_layers(cls, key: int, r: int, max_in: int, max_out: int) -> Self:
+        """Return the scheme for a configuration's key, and layers up to this rank and these widths."""
+        raise NotImplementedError(f"{cls.name!r} projections are not drawn from a key")
+
+    def storage_width(self, side: Side, features: int) -> int:
+        """Return the row length of the pool's tensor that holds the view of a layer with this many features."""
+        return self.stored_columns(side, features)
+
+    def stored_columns(self, side: Side, features: int) -> int:
+        """Return how many stored elements of each row belong to a layer with this many features."""
+        return features
+
+    def structure(self, side: Side, rank: int, features: int) -> Structure:
+        """Return how the projection (rank, features) of one layer is stored."""
+        return DENSE
+
+    @abstractmethod
+    def draw(self, side: Side, rows: range, width: int, device: torch.device) -> Tensor:
+        """Return the stored elements of these rank indices of one side, float32 (len(rows), columns).
+
+        Args:
+            side: A or B.
+            rows: the rank indices.
+            width: a storage width; the result has its `stored_columns`.
+            device: device of the result.
+        """
+
+    def one_hot_columns(self, rank: int, columns: Tensor) -> Tensor:
+        """Return A's columns for one-hot inputs, float32 (rank, n), without drawing the others.
+
+        Args:
+            rank: number of rows.
+            columns: int64 (n,), the column indices.
+        """
+        raise NotImplementedError(f"{self.name!r} projections have no single columns")
+
+    @abstractmethod
+    def scale(self, rank: int) -> float:
+        """Return the constant factor of B. B is stored without it; every formula multiplies d by it."""
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Return 16 hexadecimal digits that differ if any of the projections would."""
+
+    def scale_in_shared_pair(self, in_features: int, rank: int, max_in: int, max_rank: int) -> float | None:
+        """Return the factor for d if the layer slices the largest layer's A and B.
+
+        PEFT's VeRA stores projections that way: one pair, of which each layer takes the first rows and columns. None
+        if the projections of layers of different shapes are not slices of one pair.
+
+        Args:
+            in_features, rank: of the layer.
+            max_in, max_rank: of the shared A.
+        """
+        return None
+
+    def reaches(self, side: Side, features: int) -> bool:
+        """Return whether a side is wide enough for a layer with this many features."""
+        return True
+
+    def largest_rank(self, rank: int) -> int:
+        """Return how many of the first `rank` rows exist."""
+        return rank
+
+    def to_json(self) -> dict[str, int | str]:
+        """Return the values from which `scheme_from_json` restores the scheme.
+
+        Raises:
+            ValueError: the projections cannot be drawn from a key.
+        """
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(cast("Any", self))}
+        return {"scheme": self.name, **fields, "fingerprint": self.fingerprint()}
+
+
+def digest(header: dict[str, object], tensors: Sequence[Tensor]) -> str:
+    """Return 16 hexadecimal digits, a hash of a description and of some tensors' bytes."""
+    sha = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
+    for tensor in tensors:
+        sha.update(bytes_of(tensor))
+    return sha.hexdigest()[:16]

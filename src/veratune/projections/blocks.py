@@ -1,0 +1,218 @@
+"""The `blocks` scheme: A and B in g blocks, so that every product with them costs 1 / g of a dense one.
+
+Rank k reads one block of consecutive inputs and writes one block of consecutive outputs. With u[k, i] uniform on
+(-1, 1), a function of (key, side, k, i) alone, where i counts within the block,
+
+    A[k, j] = sqrt(6 / (in / g)) u_A[k, i]    if block_in(j) = k mod g,              otherwise 0
+    B[j, k] = sqrt(6 / (r / g)) u_B[k, i]     if block_out(j) = (k + k // g) mod g,  otherwise 0
+
+g ranks in a row read all inputs and write all outputs, and g^2 in a row join every block of inputs with every block
+of outputs. A width that g does not divide has gcd(g, width) blocks, and k counts modulo that number: a width without a
+common divisor is one block, which is dense. The rules depend on k alone, not on r: rank 64 is the first 64 rows of
+rank 256.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, ClassVar, NamedTuple, Self
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from veratune.projections.base import Scheme, Side, digest
+from veratune.projections.philox import symmetric_uniform, symmetric_uniform_columns
+from veratune.projections.structure import Matrix, Structure
+from veratune.utils.torch_private import constant_while_compiling
+
+# Part of every counter. Increment it when the scheme's values change.
+BLOCKS_VERSION = 2
+
+MOST_BLOCKS = 64
+_SAMPLED_ROWS = (0, 1, 63)
+_SAMPLED_WIDTH = 64
+
+
+@lru_cache(maxsize=256)
+def _order(blocks: int, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the rank index of each stored row, and the stored row of each rank index.
+
+    Rows are sorted by block of outputs p, then in rounds t over all blocks of inputs q: row (p, t, q). So the ranks of
+    an output block are consecutive rows, those of an input block every g-th row, and products need no permutation.
+    The number of rows is a multiple of g^2; indices from `rank` up are of rows that are zero.
+    """
+    rounds = -(-rank // blocks**2)
+    index = [
+        q + blocks * ((p - q) % blocks + blocks * t)
+        for p in range(blocks)
+        for t in range(rounds)
+        for q in range(blocks)
+    ]
+    rows = [0] * len(index)
+    for row, k in enumerate(index):
+        rows[k] = row
+    return tuple(index), tuple(rows[:rank])
+
+
+@constant_while_compiling
+def _index(blocks: int, rank: int, device: torch.device, inverse: bool) -> Tensor:
+    return _index_tensor(blocks, rank, device, inverse)
+
+
+@lru_cache(maxsize=256)
+def _index_tensor(blocks: int, rank: int, device: torch.device, inverse: bool) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.tensor(_order(blocks, rank)[inverse], device=device)
+
+
+class Blocks(NamedTuple):
+    """The nonzero elements of A or B, a row of width / pieces for each rank, in the order of `_order`.
+
+    Attributes:
+        blocks: g.
+        rank: r.
+        pieces: the number of blocks of this width, which divides g.
+        consecutive: whether the ranks of a block are consecutive rows (B), or every `pieces`-th row (A).
+    """
+
+    blocks: int
+    rank: int
+    pieces: int
+    consecutive: bool
+
+    @property
+    def rows(self) -> int:
+        """The number of stored rows: r, rounded up to a multiple of g^2."""
+        return -(-self.rank // self.blocks**2) * self.blocks**2
+
+    @property
+    def density(self) -> float:
+        return self.rows / (self.rank * self.pieces)
+
+    def arrange(self, tensor: Tensor, dim: int = -1) -> Tensor:
+        missing = self.rows - self.rank
+        if missing:
+            tensor = F.pad(tensor.movedim(dim, -1), (0, missing)).movedim(-1, dim)
+        return tensor.index_select(dim, _index(self.blocks, self.rank, tensor.device, False))
+
+    def restore(self, tensor: Tensor, dim: int = -1) -> Tensor:
+        return tensor.index_select(dim, _index(self.blocks, self.rank, tensor.device, True))
+
+    # Rows (..., R, n) as (..., J, pieces, M, n): block c of the width belongs to the rows [:, c].
+
+    def _by_block(self, rows: Tensor) -> Tensor:
+        *leading, total, n = rows.shape
+        if self.consecutive:
+            return rows.view(*leading, self.blocks // self.pieces, self.pieces, total // self.blocks, n)
+        return rows.view(*leading, 1, total // self.pieces, self.pieces, n).transpose(-2, -3)
+
+    def _split(self, x: Tensor) -> Tensor:
+        """Return the blocks of columns of (..., T, n), (..., pieces, T, n / pieces)."""
+        return x.view(*x.shape[:-1], self.pieces, -1).transpose(-2, -3)
+
+    def matmul(self, values: Tensor, z: Tensor) -> Tensor:
+        if z.ndim == 1:
+            return self.matmul(values, z.unsqueeze(0)).squeeze(0)
+        # (..., J, pieces, T, M) (..., J, pieces, M, w), summed over J
+        product = (self._by_block(z.mT).mT @ self._by_block(values)).sum(-4)
+        return product.transpose(-2, -3).flatten(-2)
+
+    def rmatmul(self, values: Tensor, x: Tensor) -> Tensor:
+        if x.ndim == 1:
+            return self.rmatmul(values, x.unsqueeze(0)).squeeze(0)
+        product = self._by_block(values) @ self._split(x).mT.unsqueeze(-4)
+        return self._from_blocks(product).mT
+
+    def _from_blocks(self, rows: Tensor) -> Tensor:
+        """Undo `_by_block`."""
+        return (rows if self.consecutive else rows.transpose(-2, -3)).flatten(-4, -2)
+
+    def plus_matmul(self, target: Tensor, values: Tensor, z: Tensor, *, in_place: bool) -> Tensor:
+        product = self.matmul(values, z)
+        return target.add_(product) if in_place else target + product
+
+    def scaled(self, values: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+        product = self._by_block(rows.unsqueeze(-1)) * columns.view(*columns.shape[:-1], 1, self.pieces, 1, -1)
+        return self._from_blocks(product * self._by_block(values)).to(values.dtype)
+
+    def outer(self, values: Tensor, z: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+        product = self._by_block(z.mT) @ self._split(x).unsqueeze(-4)
+        return self._from_blocks(product.to(dtype) * self._by_block(values))
+
+    def gram(self, values: Tensor, other: Matrix) -> Tensor:
+        return self.dense(values).mT @ other.dense()
+
+    def dense(self, values: Tensor) -> Tensor:
+        blocks = self._by_block(values)
+        mask = torch.eye(self.pieces, dtype=values.dtype, device=values.device)[:, None, :, None]
+        return self._from_blocks((blocks.unsqueeze(-2) * mask).flatten(-2))
+
+
+@dataclass(frozen=True)
+class BlockProjections(Scheme):
+    """The `blocks` scheme, as described above.
+
+    B is stored as sqrt(gcd(g, out) / g) u_B, and sqrt(6 / (r / g)) is the `scale` folded into d. An embedding's A is
+    dense: its inputs are one-hot, so that zeros would spare nothing.
+    """
+
+    name: ClassVar[str] = "blocks"
+    has_columns: ClassVar[bool] = True
+    ordered_by_rank: ClassVar[bool] = True
+    settings: ClassVar[tuple[str, ...]] = ("projection_blocks",)
+
+    key: int
+    g: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.g <= MOST_BLOCKS:
+            raise ValueError(f"'blocks' projections have from 1 to {MOST_BLOCKS} blocks, not g={self.g!r:.50}")
+
+    @classmethod
+    def for_layers(cls, key: int, r: int, max_in: int, max_out: int, *, projection_blocks: int = 8) -> Self:
+        return cls(key % (1 << 64), projection_blocks)
+
+    def storage_width(self, side: Side, features: int) -> int:
+        return features
+
+    def stored_columns(self, side: Side, features: int) -> int:
+        return features // math.gcd(self.g, features)
+
+    def structure(self, side: Side, rank: int, features: int) -> Structure:
+        return Blocks(self.g, rank, math.gcd(self.g, features), side == "B")
+
+    def draw(self, side: Side, rows: range, width: int, device: torch.device) -> Tensor:
+        columns = self.stored_columns(side, width)
+        unit = symmetric_uniform(self.key, ("AB".index(side), BLOCKS_VERSION), rows, columns, device)
+        if side == "A":
+            return unit.mul_(math.sqrt(6.0 / columns))
+        blocks = width // columns
+        return unit if blocks == self.g else unit.mul_(math.sqrt(blocks / self.g))
+
+    def scale(self, rank: int) -> float:
+        return math.sqrt(6.0 * self.g / rank)
+
+    def one_hot_columns(self, rank: int, columns: Tensor) -> Tensor:
+        unit = symmetric_uniform_columns(self.key, ("AB".index("A"), BLOCKS_VERSION), range(rank), columns)
+        return unit.mul_(math.sqrt(6.0))
+
+    def fingerprint(self) -> str:
+        return _fingerprint(self)
+
+
+@lru_cache(maxsize=256)
+def _fingerprint(scheme: BlockProjections) -> str:
+    cpu = torch.device("cpu")
+    sides: tuple[Side, Side] = ("A", "B")
+    width = scheme.g * _SAMPLED_WIDTH
+    header: dict[str, Any] = {
+        "scheme": scheme.name,
+        "version": BLOCKS_VERSION,
+        "key": scheme.key,
+        "g": scheme.g,
+        "scale": [scheme.scale(rank).hex() for rank in (1, 64, 256)],
+    }
+    with torch.inference_mode(False):
+        samples = [scheme.draw(side, range(row, row + 1), width, cpu) for side in sides for row in _SAMPLED_ROWS]
+        return digest(header, samples)
