@@ -58,6 +58,12 @@ class Halves(NamedTuple):
     def gram(self, values: Tensor, other: Matrix) -> Tensor:
         return self.dense(values).mT @ other.dense()
 
+    def plus_gram(self, target: Tensor, values: Tensor, other: Matrix) -> Tensor:
+        return target + self.gram(values, other)
+
+    def pull_back(self, values: Tensor, other: Matrix, gradient: Tensor, dtype: torch.dtype) -> Tensor:
+        return self.outer(values, other.dense().mT, gradient.mT, dtype)
+
     def dense(self, values: Tensor) -> Tensor:
         even = torch.arange(values.shape[-2], device=values.device) % 2 == 0
         zeros = torch.zeros_like(values)

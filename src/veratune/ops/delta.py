@@ -32,12 +32,9 @@ def plus_delta(weight: Tensor, folded: Matrix, A: Matrix, *, transposed: bool = 
         A: (r, in).
         transposed: whether the weight is stored as (in, out).
     """
-    if folded.structure is not DENSE or A.structure is not DENSE:
-        delta = folded.gram(A)
-        return (weight + delta.t()).t() if transposed else weight + delta
-    if transposed:
-        return torch.addmm(weight, A.values.t(), folded.values).t()
-    return torch.addmm(weight, folded.values.t(), A.values)
+    if transposed and folded.structure is DENSE:
+        return torch.addmm(weight, A.dense().t(), folded.values).t()
+    return folded.structure.plus_gram(weight.t() if transposed else weight, folded.values, A)
 
 
 class _AddDelta(torch.autograd.Function):
@@ -79,7 +76,7 @@ class _AddDelta(torch.autograd.Function):
 def weighted_by_gradient(factors: Factors, weight_gradient: Tensor, dtype: torch.dtype) -> Matrix:
     """Return P = B * (A G^T), (..., r, out), in `dtype`, from the weight's gradient G, (..., out, in)."""
     A, B = factors.A, factors.B  # noqa: N806
-    return Matrix(B.structure.outer(B.values, A.dense().mT, weight_gradient.mT, dtype), B.structure)
+    return Matrix(B.structure.pull_back(B.values, A, weight_gradient, dtype), B.structure)
 
 
 def add_delta(weight: Tensor, factors: Factors) -> Tensor:

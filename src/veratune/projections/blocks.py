@@ -24,7 +24,8 @@ from torch.nn import functional as F
 from veratune.projections.base import Scheme, Side, digest
 from veratune.projections.philox import symmetric_uniform, symmetric_uniform_columns
 from veratune.projections.structure import Matrix, Structure
-from veratune.utils.torch_private import constant_while_compiling
+from veratune.utils.tensors import gradients_wanted
+from veratune.utils.torch_private import constant_while_compiling, transformations_active
 
 # Part of every counter. Increment it when the scheme's values change.
 BLOCKS_VERSION = 2
@@ -64,6 +65,16 @@ def _index(blocks: int, rank: int, device: torch.device, inverse: bool) -> Tenso
 def _index_tensor(blocks: int, rank: int, device: torch.device, inverse: bool) -> Tensor:
     with torch.inference_mode(False):
         return torch.tensor(_order(blocks, rank)[inverse], device=device)
+
+
+def _in_place(*operands: Tensor) -> bool:
+    """Return whether products of these may be written into views: not while differentiated, transformed or traced."""
+    return (
+        all(operand.ndim == 2 for operand in operands)
+        and not gradients_wanted(*operands)
+        and not transformations_active()
+        and not torch.compiler.is_compiling()
+    )
 
 
 class Blocks(NamedTuple):
@@ -114,23 +125,41 @@ class Blocks(NamedTuple):
     def matmul(self, values: Tensor, z: Tensor) -> Tensor:
         if z.ndim == 1:
             return self.matmul(values, z.unsqueeze(0)).squeeze(0)
+        if _in_place(values, z):
+            target = z.new_empty(z.shape[0], self.pieces * values.shape[-1])
+            return self._accumulate(target, values, z, beta=0)
         # (..., J, pieces, T, M) (..., J, pieces, M, w), summed over J
-        product = (self._by_block(z.mT).mT @ self._by_block(values)).sum(-4)
+        product = self._by_block(z.mT).mT @ self._by_block(values)
+        product = product.squeeze(-4) if product.shape[-4] == 1 else product.sum(-4)
         return product.transpose(-2, -3).flatten(-2)
+
+    def _accumulate(self, target: Tensor, values: Tensor, z: Tensor, beta: int) -> Tensor:
+        """Write beta * target + z M into `target`."""
+        out = self._split(target)
+        for i, (rows, block) in enumerate(zip(self._by_block(z.mT), self._by_block(values), strict=True)):
+            out.baddbmm_(rows.mT, block, beta=beta if i == 0 else 1)
+        return target
 
     def rmatmul(self, values: Tensor, x: Tensor) -> Tensor:
         if x.ndim == 1:
             return self.rmatmul(values, x.unsqueeze(0)).squeeze(0)
-        product = self._by_block(values) @ self._split(x).mT.unsqueeze(-4)
-        return self._from_blocks(product).mT
+        by_block, columns = self._by_block(values), self._split(x).mT
+        if _in_place(values, x):
+            # Tokens are the inner dimension of u: then each block's rows of u are a matrix, whatever their order.
+            result = x.new_empty(values.shape[0], x.shape[0])
+            for out, block in zip(self._by_block(result), by_block, strict=True):
+                torch.bmm(block, columns, out=out)
+            return result.mT
+        return self._from_blocks(by_block @ columns.unsqueeze(-4)).mT
 
     def _from_blocks(self, rows: Tensor) -> Tensor:
         """Undo `_by_block`."""
         return (rows if self.consecutive else rows.transpose(-2, -3)).flatten(-4, -2)
 
     def plus_matmul(self, target: Tensor, values: Tensor, z: Tensor, *, in_place: bool) -> Tensor:
-        product = self.matmul(values, z)
-        return target.add_(product) if in_place else target + product
+        if not _in_place(target, values, z):
+            return target + self.matmul(values, z)
+        return self._accumulate(target if in_place else target.clone(), values, z, beta=1)
 
     def scaled(self, values: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
         product = self._by_block(rows.unsqueeze(-1)) * columns.view(*columns.shape[:-1], 1, self.pieces, 1, -1)
@@ -140,8 +169,52 @@ class Blocks(NamedTuple):
         product = self._by_block(z.mT) @ self._split(x).unsqueeze(-4)
         return self._from_blocks(product.to(dtype) * self._by_block(values))
 
+    # Products with another matrix of the same ranks. Of B and A, only ranks of both blocks count: row (p, t, q) is
+    # seen as (J, p, t, K, q), with p one of B's blocks of columns and q one of A's.
+
+    def _joint(self, values: Tensor, other: "Blocks") -> Tensor:
+        """Return the rows of M, or of N, (..., R, w), as (..., J, p, t, K, q, w)."""
+        rounds = self.rows // self.blocks**2
+        p, q = self.pieces, other.pieces
+        return values.view(*values.shape[:-2], self.blocks // p, p, rounds, self.blocks // q, q, values.shape[-1])
+
+    def _partner(self, other: Matrix) -> "Blocks | None":
+        """Return the structure of another matrix if it is the A to this B."""
+        own = other.structure
+        return own if self.consecutive and isinstance(own, Blocks) and not own.consecutive else None
+
     def gram(self, values: Tensor, other: Matrix) -> Tensor:
-        return self.dense(values).mT @ other.dense()
+        partner = self._partner(other)
+        if partner is None:
+            return self.dense(values).mT @ other.dense()
+        return self._blockwise_gram(values, other.values, partner).flatten(-4, -3).flatten(-2)
+
+    def _blockwise_gram(self, values: Tensor, other: Tensor, partner: "Blocks") -> Tensor:
+        """Return M^T N as (..., p, m / p, q, n / q), a block of it for each pair (p, q)."""
+        left, right = self._joint(values, partner), self._joint(other, partner)
+        return torch.einsum("...jptkqm,jptkqn->...pmqn", left, right)
+
+    def plus_gram(self, target: Tensor, values: Tensor, other: Matrix) -> Tensor:
+        partner = self._partner(other)
+        if partner is None or not _in_place(target, values, other.values):
+            return target + self.gram(values, other)
+        result = torch.empty_like(target)
+        shape = (self.pieces, values.shape[-1], partner.pieces, other.values.shape[-1])
+        if self.rows == self.pieces * partner.pieces:  # one rank for each pair of blocks
+            left, right = (self._joint(each, partner)[0, :, 0, 0] for each in (values, other.values))
+            torch.addcmul(target.view(shape), left.mT.unsqueeze(-1), right.unsqueeze(1), out=result.view(shape))
+        else:
+            product = self._blockwise_gram(values, other.values, partner)
+            torch.add(target.view(shape), product, out=result.view(shape))
+        return result
+
+    def pull_back(self, values: Tensor, other: Matrix, gradient: Tensor, dtype: torch.dtype) -> Tensor:
+        partner = self._partner(other)
+        if partner is None:
+            return self.outer(values, other.dense().mT, gradient.mT, dtype)
+        blocks = gradient.view(*gradient.shape[:-2], self.pieces, values.shape[-1], partner.pieces, -1)
+        product = torch.einsum("...pmqn,jptkqn->...jptkqm", blocks, self._joint(other.values, partner))
+        return (product.to(dtype) * self._joint(values, partner)).flatten(-6, -2)
 
     def dense(self, values: Tensor) -> Tensor:
         blocks = self._by_block(values)

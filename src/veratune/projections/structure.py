@@ -68,6 +68,14 @@ class Structure(Protocol):
         """Return M^T N, (n, width of N), for another matrix N of r rows."""
         ...
 
+    def plus_gram(self, target: Tensor, values: Tensor, other: "Matrix") -> Tensor:
+        """Return target + M^T N, (n, width of N), in the memory layout of `target`."""
+        ...
+
+    def pull_back(self, values: Tensor, other: "Matrix", gradient: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return M * (N G^T) in this layout and in `dtype`, with G, (..., n, width of N), the gradient of M^T N."""
+        ...
+
     def dense(self, values: Tensor) -> Tensor:
         """Return M as a dense tensor, (r, n), its rows in the stored order."""
         ...
@@ -104,6 +112,12 @@ class Dense(NamedTuple):
 
     def gram(self, values: Tensor, other: "Matrix") -> Tensor:
         return values.mT @ other.dense()
+
+    def plus_gram(self, target: Tensor, values: Tensor, other: "Matrix") -> Tensor:
+        return torch.addmm(target, values.mT, other.dense())
+
+    def pull_back(self, values: Tensor, other: "Matrix", gradient: Tensor, dtype: torch.dtype) -> Tensor:
+        return self.outer(values, other.dense().mT, gradient.mT, dtype)
 
     def dense(self, values: Tensor) -> Tensor:
         return values
