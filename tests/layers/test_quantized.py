@@ -64,7 +64,7 @@ def by_torchao(config: Any) -> nn.Module:
 
 
 class Opaque(nn.Module):
-    """A layer that keeps its weight in a form of its own, as GPTQ's and AWQ's do."""
+    """A layer that stores its weight in an unknown form, as GPTQ's and AWQ's do."""
 
     def __init__(self, plain: nn.Linear) -> None:
         super().__init__()
@@ -182,7 +182,7 @@ def test_merging_loses_what_rounding_loses_and_unmerging_gives_all_back(kind: st
 
 def test_a_layer_whose_weight_cannot_be_read_is_not_merged() -> None:
     model = trained(opaque)
-    with pytest.raises(ValueError, match="cannot merge into 0: Opaque keeps its weight in a form of its own"):
+    with pytest.raises(ValueError, match="cannot merge into 0: Opaque stores its weight in a form that veratune does not know"):
         model.merge_adapter()
     assert model.merged_adapters == []
 

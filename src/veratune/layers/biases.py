@@ -1,4 +1,4 @@
-"""Biases trained beside the vectors (`bias="all"` or `"vera_only"`): an adapter's own, in place of the model's."""
+"""Biases that an adapter trains (`bias="all"` or `"vera_only"`), which replace the model's while it is active."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -14,9 +14,9 @@ from veratune.utils.sharding import whole
 
 
 class BiasCheck:
-    """A hook before the forward of a module whose bias adapters exchange.
+    """A forward pre-hook of a module whose bias adapters replace.
 
-    It raises RuntimeError where the bias is not the one to compute with, or would learn nothing.
+    It raises RuntimeError if the bias is not that of the pass that is recomputed, or could not be trained.
     """
 
     def __init__(self, log: StateLog, name: str) -> None:
@@ -38,12 +38,12 @@ class BiasCheck:
 
 
 def only_bias_checks(module: nn.Module) -> bool:
-    """Return whether what is called before a module's forward is nothing but checks of its bias."""
+    """Return whether all forward pre-hooks of a module are checks of its bias."""
     return all(type(hook) is BiasCheck for hook in module._forward_pre_hooks.values())
 
 
 def check_biases(module: nn.Module) -> None:
-    """Make the checks of a module's bias where the module itself is not called."""
+    """Run the checks of a module's bias without calling the module."""
     for hook in module._forward_pre_hooks.values():
         if isinstance(hook, BiasCheck):
             hook.check()
@@ -51,14 +51,16 @@ def check_biases(module: nn.Module) -> None:
 
 @dataclass
 class AdapterBiases:
-    """One adapter's biases, which stand in the model while the adapter is active and wait here while it is not.
+    """One adapter's biases, which are in the model while the adapter is active and kept here while it is not.
 
-    The model's own biases wait here in the meantime, so that disabling the adapter gives the base model exactly.
+    Meanwhile the base model's biases are kept here, so that disabling the adapter restores the base model exactly.
 
     Attributes:
-        owners: dotted name of each bias (as in the model without adapters) to the modules that hold it as `bias`.
+        owners: dotted name of each bias (as in the model without adapters) to the modules that have it as `bias`.
         waiting: name to the parameter that is not in the model at the moment.
-        installed: whether the adapter's own biases are the ones in the model.
+        installed: whether the adapter's biases are in the model.
+        log: when they were installed and removed.
+        handles: the hooks of the modules.
     """
 
     owners: dict[str, list[nn.Module]]
@@ -81,20 +83,20 @@ class AdapterBiases:
         return biases
 
     def release(self) -> None:
-        """Take the checks off the modules, where the adapter is removed or its biases stay."""
+        """Remove the hooks, because the adapter is deleted or its biases become the model's."""
         for handle in self.handles:
             handle.remove()
         self.handles.clear()
 
     def check_swappable(self) -> None:
-        """Raise ValueError if biases were offloaded since, so that they cannot be exchanged; nothing is changed."""
+        """Raise ValueError if biases have been offloaded and cannot be exchanged; nothing is changed."""
         for name, modules in self.owners.items():
             for module in modules:
                 if is_offloaded(module, "bias"):
                     raise ValueError(f"{name} cannot be exchanged for another: {why_no_values(module, 'bias')}")
 
     def swap(self, *, install: bool) -> None:
-        """Put the adapter's biases into the model, or the model's own back."""
+        """Put the adapter's biases, or the base model's, into the model."""
         if install == self.installed:
             return
         self.check_swappable()
@@ -111,7 +113,7 @@ class AdapterBiases:
         self.log.record(State(own_bias=install))
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        """Return the adapter's own biases by name, wherever they are at the moment."""
+        """Return the adapter's biases by name, whether they are in the model or not."""
         if not self.installed:
             return dict(self.waiting)
         own: dict[str, nn.Parameter] = {}
@@ -123,7 +125,7 @@ class AdapterBiases:
 
 
 def bias_owners(named: Iterable[tuple[str, nn.Module]]) -> dict[str, list[nn.Module]]:
-    """Return the floating-point bias parameters of these modules by dotted name, each once, with all that hold it."""
+    """Return the floating-point biases of these modules by dotted name, each once, with all modules that share it."""
     owners: dict[str, list[nn.Module]] = {}
     for _, first_name, module in _biases(named):
         if is_offloaded(module, "bias"):
@@ -135,7 +137,7 @@ def bias_owners(named: Iterable[tuple[str, nn.Module]]) -> dict[str, list[nn.Mod
 
 
 def bias_first_names(named: Iterable[tuple[str, nn.Module]]) -> dict[str, str]:
-    """Return for every dotted name of a bias the one under which `bias_owners` has it."""
+    """Return, for each dotted name of a bias, the name that `bias_owners` uses for it."""
     return {name: first_name for name, first_name, _ in _biases(named)}
 
 

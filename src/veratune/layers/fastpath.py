@@ -1,4 +1,4 @@
-"""Torch's fused transformer encoder, which reads weights without calling layers: off while it has adapters."""
+"""Disabling torch's fused transformer encoder, which reads weights without calling layers, while it has adapters."""
 
 from typing import Any
 
@@ -6,8 +6,8 @@ from torch import nn
 
 from veratune.layers.base import VeraLayer
 
-# What each class decides by: torch takes the fused path only for an activation it knows, and hands nested tensors,
-# which only that path can take, only on request. Nothing else is told by these attributes.
+# The attribute by which each class decides: torch takes the fused path only for an activation that it knows, and passes
+# nested tensors, which only that path supports, only on request. The attributes have no other effect.
 _SWITCHES: tuple[tuple[type[nn.Module], str, Any], ...] = (
     (nn.TransformerEncoderLayer, "activation_relu_or_gelu", 0),
     (nn.TransformerEncoder, "use_nested_tensor", False),
@@ -16,10 +16,10 @@ _KEPT = "_veratune_kept_switch"
 
 
 def choose_paths(model: nn.Module) -> None:
-    """Turn the fused path off in each encoder that has adapted layers, and back to what it was in each other."""
+    """Disable the fused path in each encoder that has adapted layers, and restore the setting in all others."""
     for module in model.modules():
-        for kind, switch, off in _SWITCHES:
-            if isinstance(module, kind) and switch in module.__dict__:
+        for encoder, switch, off in _SWITCHES:
+            if isinstance(module, encoder) and switch in module.__dict__:
                 adapted = any(isinstance(inside, VeraLayer) for inside in module.modules())
                 if adapted and _KEPT not in module.__dict__:
                     module.__dict__[_KEPT] = module.__dict__[switch]

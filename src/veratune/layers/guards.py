@@ -1,4 +1,4 @@
-"""Refusing what would write past adapters: loading into merged weights, and methods of models that replace layers."""
+"""Refusing operations that would bypass adapters: loading into merged weights, and replacing adapted layers."""
 
 import functools
 import inspect
@@ -12,7 +12,7 @@ from veratune.layers.base import VeraLayer
 from veratune.layers.modules_to_save import SavedModule
 from veratune.layers.parameter import VeraModule
 
-# Wrappers that show in names while a model is loaded, but not in the names of its state.
+# Wrappers that appear in module names, but not in the keys of a state dict.
 _HIDDEN = ("_checkpoint_wrapped_module.",)
 
 
@@ -22,7 +22,7 @@ class _Written(NamedTuple):
     Attributes:
         name: its name in the state of the guarded module.
         layer: the layer that it belongs to.
-        adapter: the adapter whose vector it is; None for the weight.
+        adapter: the adapter of the vector; None for the weight.
     """
 
     name: str
@@ -35,7 +35,7 @@ class _Written(NamedTuple):
 
 
 class LoadGuard:
-    """A hook of `load_state_dict` that refuses to write what merged adapters have been made of."""
+    """A hook of `load_state_dict` that refuses to write the weights and vectors of merged adapters."""
 
     def __init__(self, written: list[_Written]) -> None:
         self._written = written
@@ -53,8 +53,8 @@ class LoadGuard:
 def guard_loading(model: nn.Module) -> None:
     """Refuse `load_state_dict` of a model and of all modules in it where it would write to merged layers.
 
-    To be called whenever merging has changed. The first module that `load_state_dict` comes to is the one that it was
-    called on, so that nothing is written before it is refused.
+    Call it after each merge and unmerge. `load_state_dict` visits the module that it was called on first, so that
+    nothing is written before it is refused.
     """
     for module in model.modules():
         hooks: dict[int, Any] = module._load_state_dict_pre_hooks
@@ -64,7 +64,12 @@ def guard_loading(model: nn.Module) -> None:
 
 
 def _guard(module: nn.Module, written: list[_Written]) -> None:
-    """Guard a module and those inside, given what is not to be written by its name in the module."""
+    """Guard a module and its submodules.
+
+    Args:
+        module: the module.
+        written: the tensors that must not be written, by their names in the module.
+    """
     if not written:
         return
     hidden = [
@@ -104,7 +109,7 @@ def _merged_tensors(model: nn.Module) -> Iterator[_Written]:
 
 
 class GuardedMethod:
-    """A method of a model that replaces its layers, which checks first whether adapters would be lost by it."""
+    """A method of a model that replaces its layers, preceded by a check that no adapters would be lost."""
 
     def __init__(self, model: nn.Module, name: str) -> None:
         self._model, self._name = model, name
@@ -119,19 +124,19 @@ class GuardedMethod:
 
 
 def guard_surgeries(model: nn.Module) -> None:
-    """Guard the methods that replace layers in all models inside one that has adapters, and free those of others."""
+    """Guard the methods that replace layers in a model with adapters and in all models inside it; unguard others."""
     adapted = any(_is_wrapper(module) for module in model.modules())
     for module in model.modules():
         for name in _GUARDS:
             if isinstance(module.__dict__.get(name), GuardedMethod):
                 del module.__dict__[name]
-            own = name not in module.__dict__ and callable(getattr(type(module), name, None))
-            if adapted and own and hasattr(type(module), "get_input_embeddings"):
+            defined = name not in module.__dict__ and callable(getattr(type(module), name, None))
+            if adapted and defined and hasattr(type(module), "get_input_embeddings"):
                 module.__dict__[name] = GuardedMethod(module, name)
 
 
 def _is_wrapper(module: Any) -> bool:
-    """Return whether a module has taken another's place: an adapted layer, or a module trained in full."""
+    """Return whether a module replaces one of the model: an adapted layer, or a module of modules_to_save."""
     return isinstance(module, VeraLayer | VeraModule | SavedModule) or "original_module" in module._modules
 
 
@@ -150,14 +155,14 @@ def _names_of(model: nn.Module, module: nn.Module) -> str:
 
 
 def _inner(module: Any) -> Any:
-    """Return the model's own module that a wrapper stands for, or the module itself."""
+    """Return the base model's module inside a wrapper, or the module itself."""
     if isinstance(module, VeraLayer | VeraModule):
         return module.base_layer
     return module._modules.get("original_module", module)
 
 
 def _tied_wrapper(model: nn.Module, embeddings: nn.Module) -> nn.Module | None:
-    """Return the adapted or saved module that embeddings are, or that shares their weight."""
+    """Return the wrapper that the embeddings are, or that shares their weight."""
     if _is_wrapper(embeddings):
         return embeddings
     weight = embeddings._parameters.get("weight")
@@ -203,22 +208,22 @@ def _prune(model: Any, method: Callable[..., Any], *args: Any, **kwargs: Any) ->
 
 
 def _tie(model: Any, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    with _laid_bare(model):
+    with _without_adapters(model):
         return method(model, *args, **kwargs)
 
 
 def _refusal(method: str, model: nn.Module, wrapper: nn.Module) -> ValueError:
-    what = "has adapters" if isinstance(wrapper, VeraLayer | VeraModule) else "is trained in full by an adapter"
+    state = "has adapters" if isinstance(wrapper, VeraLayer | VeraModule) else "is trained in full by an adapter"
     return ValueError(
-        f"{method} cannot replace layers of this model while {_names_of(model, wrapper)} {what}, which are made for its"
-        " present size and would be lost: call it on the model before it is adapted, or take the adapters off first"
+        f"{method} cannot replace layers of this model while {_names_of(model, wrapper)} {state}, which fit its"
+        " present size and would be lost: call it before the model is adapted, or remove the adapters first"
         " (unload or merge_and_unload)"
     )
 
 
 @contextmanager
-def _laid_bare(model: nn.Module) -> Iterator[None]:
-    """Show the model's own weights within this context, as if there were no adapters."""
+def _without_adapters(model: nn.Module) -> Iterator[None]:
+    """Put the base model's weights in place within this context, as if there were no adapters."""
     layers = [module for module in model.modules() if isinstance(module, VeraLayer)]
     saved = [(module, module.active_adapters) for module in model.modules() if isinstance(module, SavedModule)]
     before = [(layer, list(layer.merged_adapters), list(layer.added_adapters)) for layer in layers]

@@ -1,4 +1,4 @@
-"""x A^T for the layers that read the same x with the same A (query, key and value; gate and up): computed once."""
+"""Compute x A^T once for layers that read the same x with the same A (query, key and value; gate and up)."""
 
 import weakref
 from collections.abc import Callable
@@ -11,10 +11,10 @@ from veratune.utils.torch_private import modes_active, transformations_active
 
 
 def _can_be_remembered(x: Tensor) -> bool:
-    """Return whether what is computed from x now is what a sibling would compute from it a moment later.
+    """Return whether a product with x may be reused while x is the same object with the same version.
 
-    While tracing, the compiler merges equal products. An inference tensor does not tell when it was written to, and
-    some optimizers do not say that they write to a parameter. Under transformations and modes x may stand for another.
+    While tracing, the compiler merges equal products. An inference tensor has no version, and some optimizers write to
+    parameters without changing it. Under transformations and modes, x may represent another tensor.
     """
     if torch.compiler.is_compiling() or transformations_active() or modes_active():
         return False
@@ -30,25 +30,24 @@ class _Entry(NamedTuple):
 
 
 class InputCache:
-    """The last product of a group of layers, handed to the others of the group that ask for the same one.
+    """One-entry cache of x A^T for a group of layers, keyed by the identity and version of x and the identity of A.
 
-    It is a memo by identity: whoever comes with another tensor, or with one that was written to since, or with other
-    projections, gets a product of its own, and so does a layer that comes a second time, as that is another pass. So
-    it is right under checkpointing (which brings new tensors), in several threads (which at worst compute twice) and
-    in replicas. It lives no longer than x itself, and is no part of copies or pickles.
+    Each layer is served once for an entry: a second request is another pass. The cache is therefore correct under
+    checkpointing (which brings new tensors), in several threads (which at worst compute twice) and in replicas. The
+    entry lives no longer than x, and is not copied or pickled.
     """
 
     def __init__(self) -> None:
         self._entry: _Entry | None = None
 
     def get(self, layer: str, x: Tensor, a_projection: Tensor, compute: Callable[[], Tensor]) -> Tensor:
-        """Return the product for x, from memory or from `compute`.
+        """Return the product for x, cached or from `compute`.
 
         Args:
-            layer: the name of the layer that asks.
-            x: its input, as it came.
+            layer: the name of the layer.
+            x: its input, unchanged.
             a_projection: A.
-            compute: makes the product.
+            compute: computes the product.
         """
         if not _can_be_remembered(x):
             return compute()

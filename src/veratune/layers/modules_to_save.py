@@ -1,4 +1,4 @@
-"""Modules that are trained in full beside the vectors (a new classification head), one copy for each adapter."""
+"""`modules_to_save`: modules that are trained in full (a new classification head), one copy for each adapter."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,12 +13,12 @@ from veratune.utils.torch_private import tree_leaves
 
 
 class SavedModule(nn.Module):
-    """A module and the trainable copies that adapters have of it; the active adapter's copy computes.
+    """A module and a trainable copy of it for each adapter, of which the active adapter's computes.
 
     Attributes:
-        original_module: the module as it was, used while no adapter with a copy is active.
+        original_module: the base model's module, used while no adapter with a copy is active.
         modules_to_save: adapter name to that adapter's copy.
-        active_adapters: the adapter whose copy computes, alone in a list, or an empty list.
+        active_adapters: a list of the adapter whose copy computes, or an empty list.
     """
 
     def __init__(self, original_module: nn.Module) -> None:
@@ -39,7 +39,7 @@ class SavedModule(nn.Module):
         self.activate(self.active_adapters)
 
     def activate(self, names: Sequence[str]) -> None:
-        """Let the copy of the one of these adapters that has any compute."""
+        """Compute with the copy of the one of these adapters that has a copy, or with the original module."""
         self.active_adapters = [name for name in names if name in self.modules_to_save]
         self._log.record(State(tuple(self.active_adapters)))
 
@@ -63,7 +63,7 @@ class SavedModule(nn.Module):
         return module[index]
 
     def __setattr__(self, name: str, value: Any) -> None:
-        # Whoever sets a head's weight or bias means what computes, as for reading them.
+        # Setting a weight or a bias is meant for the module that computes, as reading them is.
         if name in ("weight", "bias"):
             setattr(self.current(), name, value)
         else:
@@ -89,6 +89,6 @@ def _refuse_gradient(gradient: Tensor) -> Tensor:
     if gradient.is_meta:
         return gradient
     raise RuntimeError(
-        "what an adapter trains in full (modules_to_save) is offloaded by accelerate, which loses its gradients: call"
+        "a module of modules_to_save is offloaded by accelerate, which loses its gradients: call"
         " accelerate.hooks.remove_hook_from_submodules(model) before training, or offload before adding the adapter"
     )

@@ -1,7 +1,7 @@
 """Parameters that accelerate's hooks empty between the calls of their module.
 
-Between calls such a parameter is on the meta device, and its values are in the hook's `weights_map`. Torch computes
-rubbish with a meta operand beside real ones, so none may reach an operation.
+Between calls such a parameter is on the meta device, and its values are in the hook's `weights_map`. torch computes
+wrong results from one meta operand and one with values, so no such parameter may reach an operation.
 """
 
 import copy
@@ -11,20 +11,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# What accelerate sets on a module.
+# The attributes that accelerate sets on a module.
 HOOK_ATTRIBUTES = ("_hf_hook", "_old_forward", "forward")
 _REMEDY = "call accelerate.hooks.remove_hook_from_submodules(model) first"
 
 
 def _hooks(module: nn.Module) -> Iterator[Any]:
-    """Yield accelerate's hooks on a module, those of a chain one by one."""
+    """Yield accelerate's hooks on a module, each hook of a chain separately."""
     hook: Any = module.__dict__.get("_hf_hook")
     if hook is not None:
         yield from getattr(hook, "hooks", (hook,))
 
 
 def execution_device(module: nn.Module) -> torch.device | None:
-    """Return the device that accelerate's hooks compute a module on, or None without such a hook."""
+    """Return the device on which accelerate's hooks run a module, or None without such a hook."""
     devices = (getattr(hook, "execution_device", None) for hook in _hooks(module))
     device = next((device for device in devices if device is not None), None)
     return None if device is None else torch.device(device)
@@ -47,7 +47,7 @@ def loaded(module: nn.Module, name: str) -> Tensor:
     """Return the values that a hook keeps for an offloaded parameter, on the device where the module computes.
 
     Raises:
-        RuntimeError: they are not found.
+        RuntimeError: no hook has the values.
     """
     parameter = module._parameters[name]
     assert parameter is not None
@@ -65,11 +65,11 @@ def loaded(module: nn.Module, name: str) -> Tensor:
 
 
 def check_at_hand(named: Mapping[str, Tensor], operation: str) -> None:
-    """Raise ValueError if any of these tensors has no values, for it is offloaded or on the meta device.
+    """Raise ValueError if any of these tensors is offloaded or on the meta device, and so has no values.
 
     Args:
         named: tensors by name.
-        operation: what cannot be done then, for the message.
+        operation: the operation that needs the values, for the message.
     """
     missing = next((name for name, tensor in named.items() if tensor.is_meta), None)
     if missing is not None:
@@ -81,7 +81,7 @@ def check_at_hand(named: Mapping[str, Tensor], operation: str) -> None:
 
 def resident_copy(module: nn.Module) -> nn.Module:
     """Return a deep copy of a module without accelerate's hooks, with all of its values on the execution device."""
-    # The hooks hold the values of the whole model, which are not to be copied along.
+    # The hooks hold the values of the complete model, which must not be copied as well.
     hooks = [part.__dict__["_hf_hook"] for part in module.modules() if is_hooked(part)]
     copied = copy.deepcopy(module, {id(hook): hook for hook in hooks})
     for part in copied.modules():
@@ -96,20 +96,20 @@ def resident_copy(module: nn.Module) -> nn.Module:
 
 
 def is_hooked(module: nn.Module) -> bool:
-    """Return whether accelerate's hooks stand between a call of the module and its class's `forward`."""
+    """Return whether accelerate's hooks surround the `forward` of the module's class."""
     return "_hf_hook" in module.__dict__
 
 
 def through_hooks(module: nn.Module, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Call something else between a module's hooks of accelerate, which load its parameters, than its `forward`.
+    """Run accelerate's hooks of a module, which load its parameters, around another function than its `forward`.
 
     Raises:
-        RuntimeError: the module has a `forward` besides its class's.
+        RuntimeError: the module's `forward` is not its class's.
     """
     if getattr(module.__dict__.get("_old_forward"), "__func__", None) is not type(module).forward:
         raise RuntimeError(
-            f"a {type(module).__name__} has a forward besides its class's, and accelerate's hooks: VeRA cannot compute"
-            " it with another weight: exclude it"
+            f"a {type(module).__name__} has a forward that is not its class's, and accelerate's hooks: VeRA cannot"
+            " compute it with another weight. Name it in exclude_modules"
         )
     hook: Any = module.__dict__["_hf_hook"]
     args, kwargs = hook.pre_forward(module, *args, **kwargs)
@@ -119,10 +119,10 @@ def through_hooks(module: nn.Module, call: Callable[..., Any], args: tuple[Any, 
 
 
 class ResidentParameters(nn.ParameterDict):
-    """Parameters that accelerate does not offload: its hooks load what is called, and these are only read.
+    """Parameters that accelerate does not offload: its hooks load parameters for calls, and these are only read.
 
-    They are small. Attached to this module, a hook is dropped, and the parameters it has emptied are put back, the
-    same objects as before, on the device where it computes.
+    They are small. A hook that is attached to this module is dropped, and the parameters that it has emptied are put
+    back, the same objects as before, on the hook's execution device.
     """
 
     def __setattr__(self, name: str, value: Any) -> None:

@@ -73,7 +73,7 @@ class VeraModule(nn.Module):
     """A module that reads some adapted parameters itself.
 
     Attributes:
-        base_layer: the module as it was.
+        base_layer: the module, unchanged.
         adapted: parameter name to the adapters on it.
     """
 
@@ -118,7 +118,7 @@ class VeraModule(nn.Module):
             return super().__getattr__(name)
         except AttributeError:
             modules = self.__dict__.get("_modules", {})
-            # accelerate's hooks are those of the module inside. Without adapters, this is being copied or unpickled.
+            # accelerate's hooks belong to the module inside. Without `adapted`, this is being copied or unpickled.
             if name.startswith("__") or name in HOOK_ATTRIBUTES or "adapted" not in modules:
                 raise
             if name in modules["adapted"]:
@@ -126,6 +126,6 @@ class VeraModule(nn.Module):
             base: Any = modules["base_layer"]
             value = getattr(base, name)
             if inspect.ismethod(value) and id(value.__self__) == id(base) and not hasattr(nn.Module, name):
-                # The model's other methods see the adapted parameters as its forward does.
+                # The module's other methods read the adapted parameters, as its forward does.
                 return getattr(stand_in_for(base, self._weights()), name)
             return value

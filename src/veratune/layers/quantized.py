@@ -1,7 +1,7 @@
-"""Weights that a library keeps in a few bits: reading them as numbers, and writing them back for merging.
+"""Quantized weights: dequantizing them, and quantizing merged weights.
 
-Known are bitsandbytes' 4-bit and 8-bit weights, and tensors of a class of their own that have a `dequantize` method
-(torchao). Whatever else computes a linear layer is trained through, and cannot be merged into.
+Supported are bitsandbytes' 4-bit and 8-bit weights, and tensor subclasses that have a `dequantize` method (torchao).
+Adapters on any other quantized linear layer can be trained, but not merged.
 """
 
 import copy
@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# What bitsandbytes' 4-bit layers decide by whether they pack.
+# The attribute by which bitsandbytes' 4-bit layers decide whether they pack.
 _PACKS = "support_avx512bf16_for_cpu"
 
 
 def is_quantized(module: nn.Module) -> bool:
-    """Return whether a module's weight is none that ordinary operations compute with."""
+    """Return whether ordinary operations cannot compute with a module's weight."""
     weight = module._parameters.get("weight")
     return weight is None or type(weight) is not nn.Parameter or not weight.is_floating_point()
 
@@ -24,23 +24,23 @@ def why_not_readable(module: nn.Module) -> str | None:
     """Return None if `dequantized` can read a module's weight, otherwise the reason."""
     weight: Any = module._parameters.get("weight")
     if weight is None:
-        return f"{type(module).__name__} keeps its weight in a form of its own"
+        return f"{type(module).__name__} stores its weight in a form that veratune does not know"
     if weight.is_meta:
         return "its weight is on the meta device and has no values"
-    kind = type(weight).__name__
-    if kind in ("Params4bit", "Int8Params"):
-        done = weight.quant_state if kind == "Params4bit" else codes_of(module)
+    name = type(weight).__name__
+    if name in ("Params4bit", "Int8Params"):
+        done = weight.quant_state if name == "Params4bit" else codes_of(module)
         return None if done is not None else "its weight is not quantized yet: move it to its device first"
     if hasattr(weight, "dequantize") and type(weight) is not nn.Parameter:
         return None
-    return f"its weight is a {kind} of the type {weight.dtype}"
+    return f"its weight is a {name} of dtype {weight.dtype}"
 
 
 def dequantized(module: nn.Module) -> Tensor:
-    """Return a quantized weight as the numbers (out, in) that it stands for, in a floating-point dtype."""
+    """Return a quantized weight as a floating-point tensor (out, in)."""
     weight: Any = module._parameters["weight"]
-    kind = type(weight).__name__
-    if kind == "Params4bit":
+    name = type(weight).__name__
+    if name == "Params4bit":
         from bitsandbytes import functional
 
         codes, state = weight.data, weight.quant_state
@@ -48,7 +48,7 @@ def dequantized(module: nn.Module) -> Tensor:
             codes, state = _usual_form(weight)
         full: Tensor = functional.dequantize_4bit(codes, state)
         return full
-    if kind == "Int8Params":
+    if name == "Int8Params":
         parts = codes_of(module)
         assert parts is not None
         codes, scales = parts
@@ -58,10 +58,10 @@ def dequantized(module: nn.Module) -> Tensor:
 
 
 class _Unpacking:
-    """A hook before the forward of a 4-bit layer that puts the weight it had before evaluation back for training.
+    """A forward pre-hook of a 4-bit layer that restores the weight from before evaluation for training.
 
-    In evaluation on a CPU bitsandbytes exchanges codes and scales for others that only an inference kernel reads, with
-    scales rounded to bfloat16. Backward passes from then on, or under way, would take these for the usual ones.
+    In evaluation on a CPU, bitsandbytes replaces codes and scales by others that only an inference kernel reads, with
+    scales rounded to bfloat16. Later backward passes, and those of graphs that exist, would misread them.
     """
 
     def __init__(self) -> None:
@@ -76,7 +76,7 @@ class _Unpacking:
         if not learning:
             if weight.is_cpu and weight.quant_state is not None and not _is_packed(weight):
                 self._kept = weight, weight.data, weight.quant_state
-                weight.quant_state = copy.copy(weight.quant_state)  # graphs hold the one that they were made with
+                weight.quant_state = copy.copy(weight.quant_state)  # existing graphs keep theirs
         elif self._kept is not None and weight is self._kept[0] and weight.device == self._kept[1].device:
             _, weight.data, weight.quant_state = self._kept
             self._kept = None
@@ -84,11 +84,11 @@ class _Unpacking:
             weight.data, weight.quant_state = _usual_form(weight)
 
     def __deepcopy__(self, memo: Any) -> "_Unpacking":
-        return _Unpacking()  # what was kept is of the weight that it was taken from
+        return _Unpacking()  # the kept values belong to the original's weight
 
 
 def keep_differentiable(model: nn.Module) -> None:
-    """Make evaluations leave the gradients right that flow through bitsandbytes' 4-bit layers afterwards."""
+    """Keep gradients through bitsandbytes' 4-bit layers correct after evaluations."""
     for module in model.modules():
         if spoils_gradients(module):
             weight: Any = module._parameters["weight"]
@@ -107,7 +107,7 @@ def leave_to_library(model: nn.Module) -> None:
 
 
 def spoils_gradients(module: nn.Module) -> bool:
-    """Return whether a module is a 4-bit layer that `keep_differentiable` has something to do for."""
+    """Return whether a module is a 4-bit layer that needs `keep_differentiable`."""
     return bool(module.__dict__.get(_PACKS)) and not _unpacks(module)
 
 
@@ -120,34 +120,34 @@ def _is_packed(weight: Any) -> bool:
 
 
 def _usual_form(weight: Any) -> tuple[Tensor, Any]:
-    """Return the codes and the state that a 4-bit weight had before it was packed for a CPU; scales in float32."""
+    """Return the codes and the state, with scales in float32, of a 4-bit weight from before it was packed for a CPU."""
     from bitsandbytes import functional
 
     state = copy.copy(weight.quant_state)
-    # The inverse restores the codes alone.
+    # The inverse restores only the codes.
     state.absmax, state.original_nested = state.absmax.t().reshape(-1).float(), False
     codes, state = functional._convert_weight_packed_for_cpu_inverse(weight.data, state)
     return codes, state
 
 
 def loss_of_merging(module: nn.Module) -> str:
-    """Return what merging does to a quantized weight, to stand behind "merging"."""
+    """Return the effect of merging on a quantized weight, to follow "merging"."""
     if type(module._parameters.get("weight")).__name__ in ("Params4bit", "Int8Params"):
-        return "rounds their weights to the few values they can have, anew"
-    return "makes their weights plain numbers, of the size that they had before they were quantized"
+        return "rounds their weights to the quantized values again"
+    return "turns their weights into ordinary tensors, of the size that they had before they were quantized"
 
 
 def requantized(module: nn.Module, full: Tensor) -> nn.Parameter:
-    """Return a weight of the same kind for other numbers: rounded to bitsandbytes' codes, or as plain numbers."""
+    """Return a floating-point weight in the form of a module's: quantized by bitsandbytes, or as it is."""
     weight: Any = module._parameters["weight"]
-    kind = type(weight).__name__
-    if kind not in ("Params4bit", "Int8Params"):
+    name = type(weight).__name__
+    if name not in ("Params4bit", "Int8Params"):
         return nn.Parameter(full, requires_grad=weight.requires_grad)
     import bitsandbytes
 
-    kinds: Any = bitsandbytes.nn
-    if kind == "Params4bit":
-        new = kinds.Params4bit(
+    classes: Any = bitsandbytes.nn
+    if name == "Params4bit":
+        new = classes.Params4bit(
             full.to(getattr(weight.quant_state, "original_dtype", weight.quant_state.dtype)).cpu(),
             requires_grad=False,
             blocksize=weight.blocksize,
@@ -157,13 +157,13 @@ def requantized(module: nn.Module, full: Tensor) -> nn.Parameter:
             module=module,
         )
     else:
-        new = kinds.Int8Params(full.half().cpu(), requires_grad=False, has_fp16_weights=False)
-    placed: nn.Parameter = new.to(weight.device)  # where it is quantized
-    return placed
+        new = classes.Int8Params(full.half().cpu(), requires_grad=False, has_fp16_weights=False)
+    moved: nn.Parameter = new.to(weight.device)  # which quantizes it
+    return moved
 
 
 def codes_of(module: nn.Module) -> tuple[Tensor, Tensor] | None:
-    """Return bitsandbytes' 8-bit codes (out, in) and scales (out,), wherever the layer has them; None for another."""
+    """Return bitsandbytes' 8-bit codes (out, in) and scales (out,), from the weight or the layer's state, or None."""
     weight: Any = module._parameters.get("weight")
     if type(weight).__name__ != "Int8Params":
         return None
@@ -175,7 +175,7 @@ def codes_of(module: nn.Module) -> tuple[Tensor, Tensor] | None:
 
 
 def hand_back(module: nn.Module, codes: tuple[Tensor, Tensor] | None) -> None:
-    """Give bitsandbytes' layer the codes of the weight that it has again, which it had taken over."""
+    """Give a weight of bitsandbytes its 8-bit codes back, which the layer had moved into its state."""
     if codes is not None:
         weight: Any = module._parameters["weight"]
         weight.CB, weight.SCB = codes

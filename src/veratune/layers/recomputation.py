@@ -1,8 +1,8 @@
-"""Gradient checkpointing: a block is computed again in the backward pass, and has to be computed as it was.
+"""Gradient checkpointing: a block is recomputed in the backward pass, in the state of its forward pass.
 
-Whatever a layer computes by besides its inputs and parameters (adapters that are active, merged or disabled, heads,
-biases) is noted with the number of the next autograd node when it changes. A recomputation runs while the engine is at
-a node of its own forward pass, whose number says what was in force then.
+The state of a layer besides its inputs and parameters (adapters that are active, merged or disabled, modules_to_save,
+biases) is recorded with the number of the next autograd node when it changes. A recomputation runs while the engine is
+at a node of the original forward pass, whose number determines the state at that time.
 """
 
 from bisect import bisect_right
@@ -12,17 +12,17 @@ import torch
 
 from veratune.utils.torch_private import in_backward, next_node_number, node_number_of_backward
 
-# Changes that are remembered; a graph that is older than all of them is refused.
+# Changes that are recorded; a graph older than all of them is refused.
 _KEPT = 256
 
 
 class State(NamedTuple):
-    """Which adapters a module computes with.
+    """The adapters that a module computes with.
 
     Attributes:
-        active: those whose part it computes.
-        merged: those whose deltas are in its weight.
-        own_bias: whether its bias is one that an adapter trains.
+        active: the adapters whose output it adds.
+        merged: the adapters whose deltas are in its weight.
+        own_bias: whether its bias is an adapter's.
     """
 
     active: tuple[str, ...] = ()
@@ -35,12 +35,12 @@ class State(NamedTuple):
 
 
 def recomputing() -> bool:
-    """Return whether this is computed within a backward pass. A compiler plans recomputations itself."""
+    """Return whether this runs within a backward pass. A compiler plans recomputations itself."""
     return not torch.compiler.is_compiling() and in_backward()
 
 
 class StateLog:
-    """The states that a module has computed in, and from which autograd node on.
+    """The states of a module, and the autograd node from which on each applies.
 
     Args:
         state: the first one.
@@ -51,11 +51,11 @@ class StateLog:
         self._states: list[State | None] = [state]
 
     def record(self, state: State) -> None:
-        """Note that the module computes in this state from now on."""
+        """Record that the module is in this state from now on."""
         if state == self._states[-1]:
             return
         now = next_node_number()
-        if now == self._starts[-1]:  # no node was made in the state before
+        if now == self._starts[-1]:  # no node was created in the previous state
             self._states[-1] = state
         else:
             self._starts.append(now)
@@ -63,24 +63,24 @@ class StateLog:
         del self._starts[:-_KEPT], self._states[:-_KEPT]
 
     def forget(self, name: str) -> None:
-        """Note that an adapter was removed: what was computed with it cannot be computed again."""
+        """Record that an adapter was removed, so that passes with it cannot be recomputed."""
         self._states = [
             None if state is None or name in state.active or name in state.merged else state for state in self._states
         ]
 
     def has_computed(self) -> bool:
-        """Return whether any adapter computed in a state that is remembered."""
+        """Return whether an adapter took part in any recorded state."""
         return any(state is None or state != State() for state in self._states)
 
     def void(self) -> None:
-        """Note that nothing that was computed up to now can be computed again, whatever the module itself did."""
+        """Record that no earlier pass can be recomputed, whatever the module did in it."""
         self._starts, self._states = [-1, next_node_number()], [None, self._states[-1]]
 
     def check(self, owner: str) -> None:
-        """Raise RuntimeError if this is a recomputation of what was computed in another state.
+        """Raise RuntimeError if this recomputes a pass that ran in another state.
 
         Args:
-            owner: what the message calls the module.
+            owner: the module's name in the message.
         """
         number = node_number_of_backward()
         if number is None:
@@ -91,6 +91,6 @@ class StateLog:
             raise RuntimeError(
                 f"{owner} is computed again for a backward pass, as gradient checkpointing does, but with other"
                 f" adapters than in the forward pass: then {then or 'one that was removed since'}, now {now}. Call"
-                " backward() before you choose, merge, disable or remove adapters, or train without gradient"
+                " backward() before activating, merging, disabling or removing adapters, or train without gradient"
                 " checkpointing"
             )
