@@ -182,7 +182,8 @@ def test_merging_loses_what_rounding_loses_and_unmerging_gives_all_back(kind: st
 
 def test_a_layer_whose_weight_cannot_be_read_is_not_merged() -> None:
     model = trained(opaque)
-    with pytest.raises(ValueError, match="cannot merge into 0: Opaque stores its weight in a form that veratune does not know"):
+    message = "cannot merge into 0: Opaque stores its weight in a form that veratune does not know"
+    with pytest.raises(ValueError, match=message):
         model.merge_adapter()
     assert model.merged_adapters == []
 
