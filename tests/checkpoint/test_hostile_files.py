@@ -179,6 +179,7 @@ def test_messages_are_cut_and_have_no_control_characters(tmp_path: Path) -> None
     assert len(str(caught.value)) < 4000 and "\x1b" not in str(caught.value)
 
 
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")  # pytest-xdist has a thread
 def test_the_next_save_removes_what_a_killed_process_left_and_nothing_else(tmp_path: Path) -> None:
     path = tmp_path / "file"
     ours = temporary_beside(path)

@@ -163,6 +163,7 @@ def losses(output: Path) -> dict[str, list[tuple[int, float]]]:
     }
 
 
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")  # pytest-xdist has a thread
 def test_what_a_terminal_shows_and_ctrl_c_in_it(encoder: Path, table: Path, tmp_path: Path) -> None:
     """The real program in a pseudo-terminal, whose driver makes the signal of the key."""
     pty = pytest.importorskip("pty")
