@@ -22,7 +22,8 @@ test: lint
 
 # Mutated files in numbers, of other seeds at every call: some minutes.
 fuzz: $(VENV)/dev.done
-	VERATUNE_FUZZ=250 VERATUNE_FUZZ_SEED=random $(BIN)/python -m pytest tests/checkpoint/test_fuzz.py
+	VERATUNE_FUZZ=250 VERATUNE_FUZZ_SEED=random $(BIN)/python -m pytest tests/checkpoint/test_fuzz.py tests/adapters/test_undo.py \
+		tests/adapters/test_undo_allocations.py
 
 lint: $(VENV)/dev.done
 	$(BIN)/ruff check .

@@ -1,5 +1,6 @@
 """Whatever interrupts a change to a model's adapters, the model is as before, or as after, and never in between."""
 
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -9,50 +10,43 @@ from typing import Any, Self
 import peft
 import pytest
 import torch
-from torch.overrides import TorchFunctionMode
 
-import veratune
-from reference import randomise
+from allocations import PACKAGES, is_of_memory
 from small_net import FIRST_LAYER, small_net
-from undoing import TOKENS, merged, net, seen, settings, tuned, tuned_merged, two
+from undoing import TOKENS, merged, net, saved_at, saved_by_peft, seen, settings, tuned, tuned_merged, two, two_others
 from veratune import CheckpointError, VeraConfig, VeraModel, get_peft_model
 from veratune.integrations.peft import VeratuneConfig, install
 
 install()
 
-_PACKAGES = (str(Path(veratune.__file__).parent), str(Path(peft.__file__).parent))
-_MOST_TRIALS = 10  # faults in each change, spread over its length
+# How many of the lines of a change fail, spread over it; `make fuzz` tries every line.
+_MOST_LINES = sys.maxsize if "VERATUNE_FUZZ" in os.environ else 12
 
 
-class _FailingOperation(TorchFunctionMode):
-    """Runs out of memory at one of torch's operations."""
+class _FailingLine:
+    """Raises an error at one of the lines that run in veratune or PEFT.
 
-    def __init__(self, at: int) -> None:
-        super().__init__()
-        self.at, self.count = at, 0
+    Attributes:
+        count: how many have run.
+        firsts: when each line of the code ran for the first time.
+    """
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += 1
-        if self.count == self.at:
-            raise MemoryError("no memory left")
-        return func(*args, **(kwargs or {}))
+    def __init__(self, fault: type[BaseException], at: int = 0) -> None:
+        self.count, self.firsts = 0, {}
+        self._fault, self._at = fault, at
 
-
-class _Interrupt:
-    """Presses Ctrl-C at one of the lines that run in veratune or PEFT."""
-
-    def __init__(self, at: int) -> None:
-        self.at, self.count = at, 0
+    firsts: dict[tuple[str, int], int]
 
     def _line(self, frame: FrameType, event: str, _: Any) -> Any:
         if event == "line":
             self.count += 1
-            if self.count == self.at:
-                raise KeyboardInterrupt
+            self.firsts.setdefault((frame.f_code.co_filename, frame.f_lineno), self.count)
+            if self.count == self._at:
+                raise self._fault("no memory left")
         return self._line
 
     def _call(self, frame: FrameType, event: str, _: Any) -> Any:
-        return self._line if frame.f_code.co_filename.startswith(_PACKAGES) else None
+        return self._line if frame.f_code.co_filename.startswith(PACKAGES) else None
 
     def __enter__(self) -> Self:
         self._before = sys.gettrace()
@@ -63,62 +57,46 @@ class _Interrupt:
         sys.settrace(self._before)
 
 
-Fault = Callable[[int], Any]
-FAULTS: dict[str, Fault] = {"memory": _FailingOperation, "ctrl-c": _Interrupt}
+FAULTS = {"memory": MemoryError, "ctrl-c": KeyboardInterrupt}
 
 
-def check_undone(make: Callable[[], Any], change: Callable[[Any], Any], fault: Fault) -> int:
-    """Let a change fail at many points, and compare what is left with what was there and with what should become."""
+def lines_of(make: Callable[[], Any], change: Callable[[Any], Any]) -> list[int]:
+    """Return at which lines of a change to let it fail."""
+    with _FailingLine(KeyboardInterrupt) as counter:
+        change(make())
+    firsts = sorted(counter.firsts.values())
+    return firsts[:: max(1, len(firsts) // _MOST_LINES)]
+
+
+def check_lines(make: Callable[[], Any], change: Callable[[Any], Any], fault: str) -> None:
+    """Let a change fail at many lines, and compare what is left with what was there and with what should become."""
+    model = make()
+    change(model)
+    new = seen(model)
     model = make()
     old = seen(model)
-    assert seen(make()) == old
-    change(model)  # once without counting, for what is made on first use
-    model = make()
-    with fault(0) as counter:
-        change(model)
-    new, total = seen(model), counter.count
-    assert new != old and total > 0
+    assert new != old
     failed = 0
-    for at in range(1, total + 1, max(1, total // _MOST_TRIALS)):
-        model = make()
+    for at in lines_of(make, change):
         try:
-            with fault(at):
+            with _FailingLine(FAULTS[fault], at):
                 change(model)
         except (MemoryError, KeyboardInterrupt, RuntimeError, CheckpointError) as error:
-            # torch's load_state_dict makes an error of its own of what it meets, and so does the reader of a file.
-            if isinstance(error, RuntimeError) and "no memory left" not in str(error):
-                raise
-            if isinstance(error, CheckpointError) and "does not fit into memory" not in str(error):
+            if isinstance(error, Exception) and not is_of_memory(error):
                 raise
             # An interrupt inside torch's own no_grad leaves gradients off.
             torch.set_grad_enabled(True)
             failed += 1
-            left = seen(model)
-            if left == old:
-                change(model)
-                left = seen(model)
+        left = seen(model)
+        if left != old:
             assert left == new, at
+            model = make()
     assert failed
-    return failed
+    change(model)
+    assert seen(model) == new
 
 
 # veratune's own models
-
-
-def saved_at(path: Path) -> Path:
-    model = get_peft_model(net(), VeraConfig(**settings(bias="all")))
-    torch.manual_seed(6)
-    randomise(model, 0.3)
-    model.save_pretrained(path)
-    return path
-
-
-def seeded(change: Callable[..., Any]) -> Callable[..., Any]:
-    def run(*args: Any) -> None:
-        torch.manual_seed(9)
-        change(*args)
-
-    return run
 
 
 NATIVE: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
@@ -136,44 +114,30 @@ NATIVE: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("change", NATIVE)
 def test_a_change_that_fails_is_undone(change: str, fault: str) -> None:
-    check_undone(*NATIVE[change], FAULTS[fault])
+    check_lines(*NATIVE[change], fault)
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_loading_that_fails_is_undone(fault: str, tmp_path: Path) -> None:
     directory = saved_at(tmp_path)
-    check_undone(net, lambda m: VeraModel.from_pretrained(m, directory), FAULTS[fault])
-    check_undone(two, lambda m: m.load_adapter(directory, "three"), FAULTS[fault])
+    check_lines(net, lambda m: VeraModel.from_pretrained(m, directory), fault)
+    check_lines(two, lambda m: m.load_adapter(directory, "three"), fault)
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_restoring_that_fails_keeps_the_values(fault: str, tmp_path: Path) -> None:
     two().save_pretrained(tmp_path)
-
-    def other() -> VeraModel:
-        model = two()
-        torch.manual_seed(8)
-        with torch.no_grad():
-            for name in model.peft_config:
-                for parameter in model.adapter_state(name).parameters():
-                    parameter.normal_()
-        return model
-
-    check_undone(other, lambda m: m.restore(tmp_path), FAULTS[fault])
+    check_lines(two_others, lambda m: m.restore(tmp_path), fault)
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_merging_for_good_that_fails_computes_the_same_and_goes_on(fault: str) -> None:
     with torch.no_grad():
         expected = two()(TOKENS)
-        counter = FAULTS[fault](0)
-        model = two()
-        with counter:
-            model.merge_and_unload()
-        for at in range(1, counter.count + 1, max(1, counter.count // _MOST_TRIALS)):
+        for at in lines_of(two, VeraModel.merge_and_unload):
             model = two()
             try:
-                with FAULTS[fault](at):
+                with _FailingLine(FAULTS[fault], at):
                     model.merge_and_unload()
             except (MemoryError, KeyboardInterrupt):
                 torch.testing.assert_close(model(TOKENS), expected)
@@ -227,17 +191,14 @@ PLUGIN: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("change", PLUGIN)
 def test_a_change_in_peft_that_fails_is_undone(change: str, fault: str) -> None:
-    check_undone(*PLUGIN[change], FAULTS[fault])
+    check_lines(*PLUGIN[change], fault)
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_loading_in_peft_that_fails_is_undone(fault: str, tmp_path: Path) -> None:
-    model = peft.get_peft_model(net(), VeratuneConfig(**settings()))
-    torch.manual_seed(6)
-    randomise(model, 0.3)
-    model.save_pretrained(tmp_path)
-    check_undone(net, lambda m: peft.PeftModel.from_pretrained(m, tmp_path), FAULTS[fault])
-    check_undone(tuned, lambda m: m.load_adapter(tmp_path, "three"), FAULTS[fault])
+    directory = saved_by_peft(tmp_path)
+    check_lines(net, lambda m: peft.PeftModel.from_pretrained(m, directory), fault)
+    check_lines(tuned, lambda m: m.load_adapter(directory, "three"), fault)
 
 
 def test_a_module_that_cannot_be_copied_leaves_the_model_unchanged():

@@ -1,3 +1,4 @@
+from pathlib import Path
 from typing import Any
 
 import peft
@@ -73,6 +74,25 @@ def two() -> VeraModel:
     return model
 
 
+def two_others() -> VeraModel:
+    """Return the same with other values."""
+    model = two()
+    torch.manual_seed(8)
+    with torch.no_grad():
+        for name in model.peft_config:
+            for parameter in model.adapter_state(name).parameters():
+                parameter.normal_()
+    return model
+
+
+def saved_at(path: Path) -> Path:
+    model = get_peft_model(net(), VeraConfig(**settings(bias="all")))
+    torch.manual_seed(6)
+    randomise(model, 0.3)
+    model.save_pretrained(path)
+    return path
+
+
 def merged() -> VeraModel:
     model = two()
     model.merge_adapter(["one", "two"])
@@ -92,3 +112,11 @@ def tuned_merged() -> Any:
     model = tuned()
     model.merge_adapter(["one", "two"])
     return model
+
+
+def saved_by_peft(path: Path) -> Path:
+    model = peft.get_peft_model(net(), VeratuneConfig(**settings()))
+    torch.manual_seed(6)
+    randomise(model, 0.3)
+    model.save_pretrained(path)
+    return path
