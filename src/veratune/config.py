@@ -1,4 +1,4 @@
-"""The configuration of one adapter: validated when it is made, with PEFT's field names where PEFT has the field."""
+"""The configuration of one adapter, validated on construction, with the field names of PEFT where they exist."""
 
 import dataclasses
 import difflib
@@ -24,7 +24,7 @@ _KEY_RANGE = range(-(1 << 63), 1 << 64)
 
 _Config = TypeVar("_Config")
 
-# Settings of other adapters in PEFT, and what serves in their place.
+# Settings of other adapters in PEFT, and what to use instead.
 _FOREIGN = {
     "lora_alpha": "VeRA has no alpha: the trained vectors scale each layer, and d_initial is where d starts",
     "alpha_pattern": "VeRA has no alpha: the trained vectors scale each layer",
@@ -33,7 +33,7 @@ _FOREIGN = {
     "lora_rank": "use r, which is higher than LoRA's: 256 to 1024",
     "rank": "use r",
     "lora_bias": "use bias",
-    "init_lora_weights": "leave it out: a new adapter changes nothing; init_weights=False is for tests",
+    "init_lora_weights": "leave it out: a new adapter is a no-op; init_weights=False is for tests",
     "use_rslora": "leave it out: VeRA has no alpha that the rank would divide",
     "use_dora": "leave it out: veratune has no counterpart of DoRA",
     "fan_in_fan_out": "leave it out: transformers' Conv1D is recognised by its class",
@@ -41,17 +41,17 @@ _FOREIGN = {
     "ensure_weight_tying": "leave it out: tied weights are found",
     "target_module": "use target_modules",
 }
-# What PEFT asks a configuration for, and this one cannot answer.
+# Attributes that PEFT reads from a configuration, and this one does not have.
 _ASKED_BY_PEFT = ("is_prompt_learning", "is_adaption_prompt", "auto_mapping", "peft_version", "runtime_config")
 
 
 def foreign_field(name: str) -> str:
-    """Return what serves in place of another adapter's setting; empty for a name that is none."""
+    """Return what to use instead of a setting of another adapter, or an empty string for other names."""
     return _FOREIGN.get(name, "")
 
 
 def explains_unknown_fields(config: type[_Config]) -> type[_Config]:
-    """Decorate a dataclass so that a keyword which is none of its fields is refused with the remedy."""
+    """Decorate a dataclass to raise TypeError, with a remedy, for keywords that are not fields."""
     made = config.__init__
     known = list(inspect.signature(made).parameters)[1:]
 
@@ -59,7 +59,7 @@ def explains_unknown_fields(config: type[_Config]) -> type[_Config]:
     def init(self: object, *args: Any, **kwargs: Any) -> None:
         unknown = [f"{name!r}: {_remedy(name, known)}" for name in kwargs if name not in known]
         if unknown:
-            # PEFT looks for these words where it reads a file of a later version.
+            # PEFT looks for these words when it reads a file of a newer version.
             raise TypeError(f"{config.__name__} got an unexpected keyword argument {'; '.join(unknown)}")
         made(self, *args, **kwargs)
 
@@ -69,17 +69,17 @@ def explains_unknown_fields(config: type[_Config]) -> type[_Config]:
 
 def _remedy(name: str, known: list[str]) -> str:
     near = difflib.get_close_matches(name, known, n=1)
-    return foreign_field(name) or (f"do you mean {near[0]}?" if near else f"there are {', '.join(known)}")
+    return foreign_field(name) or (f"did you mean {near[0]}?" if near else f"the fields are {', '.join(known)}")
 
 
 def check_config(config: object) -> None:
-    """Raise TypeError, with what to give instead, unless this is a `VeraConfig`."""
+    """Raise TypeError, with a remedy, unless this is a `VeraConfig`."""
     if isinstance(config, VeraConfig):
         return
     kind, package = type(config).__qualname__, type(config).__module__.partition(".")[0]
     remedy = "make one with veratune.VeraConfig(r=256, target_modules=...)"
     if kind == "VeraConfig":
-        remedy = "veratune.VeraConfig takes the same fields but fan_in_fan_out, which it has no need of"
+        remedy = "veratune.VeraConfig takes the same fields except fan_in_fan_out, which it does not need"
     elif kind == "VeratuneConfig":
         remedy = "it is for peft.get_peft_model; veratune.VeraConfig takes the same fields"
     elif package == "peft":
@@ -91,8 +91,8 @@ def check_config(config: object) -> None:
 class VeraFields:
     """The fields that `VeraConfig` and the plug-in's configuration for PEFT have in common.
 
-    A field stands here, or in `VeraConfig` if PEFT's configurations have it already, and nowhere else: its metadata say
-    how it is checked and which lists it is in.
+    Each field is defined once: here, or in `VeraConfig` if every configuration of PEFT has it already. Its metadata
+    hold its check and the lists it is in.
     """
 
     r: int = setting(256, check.rank, peft="vera", card=True, train=False)
@@ -106,7 +106,7 @@ class VeraFields:
     layers_pattern: list[str] | str | None = setting(None, check.stack_names, peft="vera", selects=True)
     rank_pattern: dict[str, int] = setting(dict, check.ranks_by_pattern)
     modules_to_save: list[str] | None = setting(None, check.listed_names, peft="vera", card=True, selects=True)
-    d_initial: float = setting(0.1, check.start_of_d, peft="vera", card=True, train=False)
+    d_initial: float = setting(0.1, check.initial_d, peft="vera", card=True, train=False)
     vera_dropout: float = setting(0.0, check.probability, peft="vera", card=True, train=False)
     bias: Bias = setting("none", check.choice(_BIASES), peft="vera", card=True)
     init_weights: bool = setting(True, check.boolean, peft="vera", train=False)
@@ -129,44 +129,43 @@ class VeraConfig(VeraFields):
     Args:
         r: rank: the number of rows of A and of columns of B. VeRA's ranks are high (256 to 1024).
         target_modules: which linear layers to adapt. A list of names, each matching a module of that name or whose
-            dotted name ends in it; a string, a regular expression that must match the whole dotted name (without
-            backreferences, as it is matched in bounded time); "all-linear"
-            for every linear layer but a language model's output head and what `modules_to_save` trains; None for a
-            choice by `model.config.model_type`.
-        target_parameters: which parameters to adapt that a module's own forward computes with, such as expert tensors:
-            a list of names, each matching a parameter of that dotted name or whose dotted name ends in it. "all-linear"
-            finds expert tensors and packed attention weights by itself.
-        fused_parts: for a linear layer that stands for several side by side (query, key and value in one), the number
-            of equal parts or the outputs of each, by the end of its name: {"c_attn": 3}, {"qkv_proj": [64, 32, 32]}.
-            Each part has a d and a B of its own, as if they were separate layers.
+            dotted name ends in it; a string, a regular expression that must match the full dotted name (without
+            backreferences, as it is matched in bounded time); "all-linear" for every linear layer except a language
+            model's output head and `modules_to_save`; None for a choice by `model.config.model_type`.
+        target_parameters: which parameters to adapt that the forward of their module reads, such as expert tensors: a
+            list of names, each matching a parameter of that dotted name or whose dotted name ends in it. "all-linear"
+            includes expert tensors and packed attention weights.
+        fused_parts: for a linear layer that fuses several (query, key and value in one), the number of equal parts or
+            the outputs of each, by the end of its name: {"c_attn": 3}, {"qkv_proj": [64, 32, 32]}. Each part has a
+            separate d and B, as if they were separate layers.
         exclude_modules: layers not to adapt, as a list of names or a regular expression, matched the same way.
-        layers_to_transform: indices of the layers of the stack to adapt; None for all.
+        layers_to_transform: indices of the layers in the stack to adapt; None for all.
         layers_pattern: name or names of the `nn.ModuleList` that `layers_to_transform` counts in; None for any.
-        rank_pattern: rank for the layers whose dotted name ends in a match of the key (a regular expression), in
-            place of `r`.
-        modules_to_save: names of modules to train in full and save with the adapter. None chooses the new head of a
-            classification model; an empty list is for none at all.
+        rank_pattern: rank, instead of `r`, of the layers whose dotted name ends in a match of the key, a regular
+            expression.
+        modules_to_save: names of modules to train in full and save with the adapter. None selects the new head of a
+            classification model; an empty list selects nothing.
         d_initial: value at which each d starts (the paper's Table 6); b starts at zero.
         vera_dropout: probability of dropout on the adapter's input, in [0, 1).
         bias: which biases are trained: "none", "all", or those of the adapted layers ("vera_only").
-        init_weights: False starts b at one and d at random, so that a new adapter changes the model. For tests.
+        init_weights: False initializes b to one and d randomly, so that a new adapter changes the model. For tests.
         projection_prng_key: 64-bit key from which the frozen projections A and B are drawn.
-        projection: "per_dimension", dense projections for each width; "blocks", the same in blocks, which are cheaper
-            to compute with; or "peft", views of one pair as large as the widest layers, with PEFT's values.
+        projection: "per_dimension", dense projections for each width; "blocks", block-diagonal ones, which are cheaper
+            to compute with; or "peft", slices of one pair for the widest layers, with the values that PEFT draws.
         projection_blocks: the number of blocks of projection="blocks", from 1 to 64 and at most r.
-        save_projection: write A and B into the adapter's file. Nothing needs them there: they are drawn again from
-            the key.
+        save_projection: write A and B into the adapter's file. They are not needed there, as they are drawn
+            from the key.
         route: how layers are computed: "auto" (the cheapest for each shape), "factored" or "dense".
-        memory: what is kept for the backward pass: "fast" keeps what saves work, "low" as little as possible,
-            "balanced" what is small beside the model's own activations.
+        memory: what is kept for the backward pass: "fast" keeps what saves time, "low" as little as possible,
+            "balanced" what is small compared with the model's activations.
         task_type: one of SEQ_CLS, TOKEN_CLS, QUESTION_ANS, CAUSAL_LM, SEQ_2_SEQ_LM, FEATURE_EXTRACTION, or None.
-        inference_mode: make the adapter frozen.
-        base_model_name_or_path: where the base model is from; filled in by `get_peft_model`.
+        inference_mode: freeze the adapter.
+        base_model_name_or_path: name or path of the base model; filled in by `get_peft_model`.
         revision: the base model's revision.
 
     Raises:
-        TypeError, ValueError: a value, or two together, that cannot be; the message names the field, the value and
-            what is allowed.
+        TypeError, ValueError: an invalid value or combination of values; the message names the field, the value and
+            the allowed values.
     """
 
     save_projection: bool = setting(False, check.boolean, peft="vera")
@@ -200,18 +199,18 @@ class VeraConfig(VeraFields):
     def _check_combinations(self) -> None:
         if self.layers_pattern is not None and self.layers_to_transform is None:
             raise ValueError(
-                f"layers_pattern={self.layers_pattern!r} says where layers_to_transform counts, but"
-                " layers_to_transform is None: give its indices, or leave layers_pattern out"
+                f"layers_pattern={self.layers_pattern!r} only applies to layers_to_transform, which is None:"
+                " give layers_to_transform, or leave layers_pattern out"
             )
         if self.layers_to_transform is not None and self._is_regex():
             raise ValueError(
                 f"layers_to_transform={self.layers_to_transform!r} cannot be combined with the regular expression"
-                f" target_modules={self.target_modules!r}: put the indices into the expression, or list names"
+                f" target_modules={self.target_modules!r}: put the indices into the expression, or give a list of names"
             )
         if self.route == "dense" and self.vera_dropout > 0.0:
             raise ValueError(
-                f"route='dense' cannot be combined with vera_dropout={self.vera_dropout!r}: one weight for both parts"
-                " of a layer cannot leave out inputs of the adapter's part alone; use route='auto', or vera_dropout=0.0"
+                f"route='dense' cannot be combined with vera_dropout={self.vera_dropout!r}: a single"
+                " weight cannot drop inputs of the adapter alone. Use route='auto', or vera_dropout=0.0"
             )
         if SCHEMES[self.projection].one_rank_linear_only and self.fused_parts:
             raise ValueError(
@@ -241,34 +240,34 @@ class VeraConfig(VeraFields):
 
     @property
     def peft_type(self) -> str:
-        """The name under which files of this configuration are told from PEFT's own."""
+        """The type that distinguishes files of this configuration from those of PEFT."""
         return PEFT_TYPE
 
     def names_only(self) -> bool:
-        """Return whether nothing in this is a regular expression but names, or names joined by "|"."""
+        """Return whether all expressions in this are plain names, or names joined by "|"."""
         texts = [self.target_modules, self.exclude_modules, *self.rank_pattern]
         stacks = self.layers_pattern
         texts += [stacks] if isinstance(stacks, str) else stacks or []
         return all(pattern(text).is_list for text in texts if isinstance(text, str))
 
     def rank_of(self, name: str) -> int:
-        """Return the rank on the layer of this dotted name: that of the first fitting `rank_pattern`, or `r`."""
+        """Return the rank on the layer of this dotted name: that of the first matching `rank_pattern`, or `r`."""
         return next((rank for key, rank in self.rank_pattern.items() if ends_in_match(name, key)), self.r)
 
     def replace(self, **changes: Any) -> "VeraConfig":
-        """Return a copy with these fields changed, validated anew."""
+        """Return a validated copy with these fields changed."""
         return dataclasses.replace(self, **changes)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields as values that JSON can hold, with `peft_type` first."""
+        """Return the fields as JSON-serializable values, with `peft_type` first."""
         return {"peft_type": PEFT_TYPE, **dataclasses.asdict(self)}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "VeraConfig":
-        """Make a configuration from what `to_dict` returned.
+        """Make a configuration from the result of `to_dict`.
 
         Raises:
-            ValueError: another `peft_type`, or a field that this version does not know.
+            ValueError: another `peft_type`, or an unknown field.
         """
         values = dict(values)
         peft_type = values.pop("peft_type", PEFT_TYPE)
@@ -289,5 +288,5 @@ VeRAConfig = VeraConfig
 
 
 def ends_in_match(name: str, key: str) -> bool:
-    """Return whether a dotted name, or its end behind some dot, matches a regular expression."""
+    """Return whether a dotted name, or its end after any dot, matches a regular expression."""
     return pattern(key).matches_end(name)

@@ -1,4 +1,4 @@
-"""Fields of a configuration: how each is checked, and where else it appears, as metadata of a dataclass's fields."""
+"""Checks and metadata of the fields of a configuration."""
 
 import dataclasses
 import math
@@ -17,22 +17,22 @@ TASK_TYPES = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "CAUSAL_LM", "SEQ_2_SEQ_LM
 
 _KEY = "veratune"
 _LARGEST_INDEX = (1 << 63) - 1
-# float32's smallest normal and largest number.
+# The smallest normal and the largest number of float32.
 _SMALLEST, _LARGEST = 2.0**-126, (2 - 2.0**-23) * 2.0**127
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What is known of a configuration's field beside its type and default.
+    """Metadata of a configuration field.
 
     Attributes:
         check: takes the field's name and a value and returns the value to keep, or raises.
-        peft: "vera" where PEFT's VeraConfig has the field with the same meaning, "any" where every configuration of
-            PEFT has it (these say where an adapter belongs, and do not change it), None for a field of veratune's.
+        peft: "vera" if PEFT's VeraConfig has the field with the same meaning, "any" if every configuration of PEFT has
+            it (these do not change what the adapter computes), None if only veratune has it.
         card: whether the model card lists it.
-        train: whether the `vera` settings of `veratune train` may set it; a run sets the others itself, or has settings
-            for them.
-        selects: whether it only says which modules are adapted or trained in full.
+        train: whether the `vera` settings of `veratune train` may set it; a run determines the others, or has separate
+            settings for them.
+        selects: whether it only selects the modules to adapt or to train in full.
     """
 
     check: Check
@@ -46,7 +46,7 @@ def setting(default: Any, check: Check, **roles: Any) -> Any:
     """Return a dataclass's field with its metadata.
 
     Args:
-        default: its default, or a type to call for one.
+        default: its default, or a type that is called to make it.
         check: its check.
         roles: other attributes of `Setting`.
     """
@@ -57,11 +57,12 @@ def setting(default: Any, check: Check, **roles: Any) -> Any:
 
 
 def settings_of(config: Any) -> dict[str, Setting]:
-    """Return the fields of a configuration or its class that have metadata, by name."""
+    """Return the metadata of the fields of a configuration or its class, by name."""
     return {field.name: field.metadata[_KEY] for field in dataclasses.fields(config) if _KEY in field.metadata}
 
 
 def bad(field: str, value: object, allowed: str, error: type[Exception] = ValueError) -> Exception:
+    """Return the exception for an invalid value of a field."""
     return error(f"{clipped(f'{field}={shown(value)}', LONGEST_VALUE)} is not allowed: it must be {allowed}")
 
 
@@ -85,7 +86,7 @@ rank = integer(range(1, LARGEST_RANK + 1), f"an integer from 1 to {LARGEST_RANK}
 
 
 def choice(choices: Collection[str]) -> Check:
-    """Return a check for one of several strings; what is registered later counts as well."""
+    """Return a check for one of several strings, including those registered later."""
 
     def check(field: str, value: object) -> str:
         if not isinstance(value, str) or value not in choices:
@@ -107,10 +108,10 @@ def text(field: str, value: object) -> str | None:
     return value
 
 
-def start_of_d(field: str, value: object) -> float:
+def initial_d(field: str, value: object) -> float:
     number = _finite(field, value)
     if not _SMALLEST <= abs(number) <= _LARGEST:
-        allowed = "a number other than 0 that float32 holds: with b = 0 as well nothing could ever learn"
+        allowed = "a number other than 0 in float32's range: with b = 0 and d = 0 nothing would ever be learned"
         raise bad(field, number, allowed)
     return number
 
@@ -224,11 +225,11 @@ def ranks_by_pattern(field: str, value: object) -> dict[str, int]:
         return {}
     if not isinstance(value, dict):
         raise bad(field, value, "a dictionary of patterns to ranks", TypeError)
-    for key, own in value.items():
+    for key, its_rank in value.items():
         if not isinstance(key, str) or not key:
             raise bad(field, value, "a dictionary whose keys are non-empty strings", TypeError)
         _check_regex(field, key, "(?:{})")
-        rank(f"{field}[{key!r}]", own)
+        rank(f"{field}[{key!r}]", its_rank)
     return dict(value)
 
 

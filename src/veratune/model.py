@@ -1,4 +1,4 @@
-"""The public face: `get_peft_model` and `VeraModel`, an adapted model that can be saved and loaded."""
+"""The public interface: `get_peft_model` and `VeraModel`, an adapted model that can be saved and loaded."""
 
 import os
 import tempfile
@@ -33,9 +33,9 @@ DEFAULT_ADAPTER = "default"
 
 
 class VeraModel(AdaptedModel):
-    """A model with VeRA adapters, as `get_peft_model` and `VeraModel.from_pretrained` return it."""
+    """A model with VeRA adapters, returned by `get_peft_model` and `VeraModel.from_pretrained`."""
 
-    # By this transformers' Trainer knows that a quantized model has something to train.
+    # Tells the Trainer of transformers that a quantized model has trainable parameters.
     _hf_peft_config_loaded = True
 
     @classmethod
@@ -49,20 +49,20 @@ class VeraModel(AdaptedModel):
         autocast_adapter_dtype: bool = True,
         **location: Any,
     ) -> Self:
-        """Put a saved adapter on a base model.
+        """Load a saved adapter onto a base model.
 
-        A transformers model whose classes have no names gets those that the adapter's head was trained with.
+        If a transformers model has no class names, it gets those that the adapter was trained with.
 
         Args:
             model: the base model; it is adapted in place.
             model_id: directory of the adapter, or its repository on the hub.
             adapter_name: the adapter's name in the model.
-            is_trainable: whether to go on training it; otherwise it is frozen, and the model is put in eval mode.
-            autocast_adapter_dtype: hold the vectors in float32 where the layer is in half precision.
+            is_trainable: whether to continue training it; otherwise it is frozen, and the model is put in eval mode.
+            autocast_adapter_dtype: hold the vectors in float32 if the layer is in half precision.
             location: `subfolder`, `revision`, `token`, `cache_dir`, `local_files_only`.
 
         Raises:
-            CheckpointError: the files are missing or damaged, or for another model, which is unchanged then.
+            CheckpointError: the files are missing, damaged, or for another model. The model is unchanged.
         """
         check_adapter_name(adapter_name)
         directory = _find(model_id, location)
@@ -85,12 +85,12 @@ class VeraModel(AdaptedModel):
         is_trainable: bool = False,
         **location: Any,
     ) -> None:
-        """Add a saved adapter beside those the model has, inactive until `set_adapter` chooses it.
+        """Load another saved adapter, inactive until `set_adapter` activates it.
 
         Args:
             model_id: directory of the adapter, or its repository on the hub.
             adapter_name: the adapter's name in the model.
-            is_trainable: whether it may be trained; otherwise it stays frozen when it is chosen.
+            is_trainable: whether it may be trained; otherwise it stays frozen when it is active.
             location: as for `from_pretrained`.
 
         Raises:
@@ -105,15 +105,15 @@ class VeraModel(AdaptedModel):
             ready.put_on(self, adapter_name, frozen=not is_trainable)
 
     def restore(self, save_directory: str | os.PathLike[str]) -> None:
-        """Put the values that `save_pretrained` wrote back into the adapters that the model has.
+        """Restore the values that `save_pretrained` wrote, in the existing adapters.
 
-        Optimizers keep their hold on the parameters, which stay the same. Nothing is changed unless all of it fits.
+        Parameters keep their identity, so optimizers stay valid. Nothing is changed unless everything fits.
 
         Args:
-            save_directory: what was given to `save_pretrained`.
+            save_directory: the directory that was given to `save_pretrained`.
 
         Raises:
-            CheckpointError: an adapter is missing there, or is for other layers or of another rank than here.
+            CheckpointError: an adapter is missing there, or has other layers or another rank than in the model.
             ValueError: adapters are merged.
         """
         self._check_unmerged("restore")
@@ -134,20 +134,20 @@ class VeraModel(AdaptedModel):
         *,
         is_main_process: bool = True,
     ) -> None:
-        """Write adapters in veratune's format: the vectors, and what is trained in full beside them.
+        """Write adapters in veratune's format: the vectors, modules trained in full, and biases.
 
-        The adapter called "default" is written into the directory itself, every other one into a folder of its name.
-        Each adapter's file is replaced in one step.
+        The adapter called "default" is written into the directory itself, each other one into a subdirectory of its
+        name. Each adapter's file is replaced atomically.
 
         Args:
-            save_directory: where to; made if need be.
-            safe_serialization: always true: veratune writes safetensors and nothing else.
+            save_directory: the directory; created if necessary.
+            safe_serialization: must be true: veratune only writes safetensors.
             selected_adapters: which adapters; all of them by default.
-            is_main_process: whether to write; false in all processes but one. All have to call this where parameters
-                are spread over processes (FSDP2).
+            is_main_process: whether to write; false in all processes but one. All processes have to call this if
+                parameters are sharded (FSDP2).
 
         Raises:
-            ValueError: an unknown adapter, or there is none, or `safe_serialization` is false.
+            ValueError: an adapter is unknown, there is none, or `safe_serialization` is false.
         """
         if safe_serialization is not True:
             raise ValueError(
@@ -170,11 +170,11 @@ class VeraModel(AdaptedModel):
 
         Args:
             format: the format's name.
-            save_directory: where to; made if need be.
+            save_directory: the directory; created if necessary.
             adapter_name: which adapter; the active one by default.
 
         Raises:
-            ValueError: an unknown format or adapter, or a format that cannot be written or cannot hold this adapter.
+            ValueError: the format or adapter is unknown, or the format cannot be written or cannot hold this adapter.
         """
         if format not in FORMATS:
             raise ValueError(f"unknown format {format!r}: choose one of {list(FORMATS)}")
@@ -189,13 +189,13 @@ class VeraModel(AdaptedModel):
         """Write an adapter in PEFT's VeRA format: `peft.PeftModel.from_pretrained` then computes the same outputs.
 
         Args:
-            save_directory: where to; made if need be.
+            save_directory: the directory; created if necessary.
             adapter_name: which adapter; the active one by default.
-            save_projection: whether to write A and B; None writes them where PEFT could not draw them again, which is
-                always so for projection="per_dimension".
+            save_projection: whether to write A and B; None writes them if PEFT cannot draw them, which is always the
+                case for projection="per_dimension".
 
         Raises:
-            ValueError: an unknown adapter, or save_projection=False where PEFT needs them.
+            ValueError: the adapter is unknown, or save_projection=False although PEFT needs A and B.
         """
         name = self._to_export(adapter_name)
         export_peft(self, name, Path(save_directory), save_projection=save_projection)
@@ -212,16 +212,16 @@ class VeraModel(AdaptedModel):
         """Write an adapter as a LoRA adapter of the same rank, exactly: lora_A = d * A, lora_B = b * B, lora_alpha = r.
 
         Args:
-            save_directory: where to; made if need be.
+            save_directory: the directory; created if necessary.
             adapter_name: which adapter; the active one by default.
             dtype: dtype of the matrices written.
-            rank: another rank, on all layers. A larger one is filled up with zeros; a smaller one is written where the
-                deltas fit into it as they are.
-            engine: "vllm" checks that vLLM can load what is written; None is for PEFT.
+            rank: another rank, for all layers. A larger one is padded with zeros; a smaller one is written if it holds
+                the deltas exactly.
+            engine: "vllm" checks that vLLM can load the result; None is for PEFT.
 
         Raises:
-            ValueError: an unknown adapter, PEFT's LoRA or the engine has no place for a part of it, or the deltas do
-                not fit into `rank` without an approximation.
+            ValueError: the adapter is unknown, PEFT's LoRA or the engine cannot hold a part of it, or `rank` does not
+                hold the deltas exactly.
         """
         name = self._to_export(adapter_name)
         if engine == "vllm":
@@ -236,10 +236,10 @@ class VeraModel(AdaptedModel):
         adapter_name: str | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> Path:
-        """Write an adapter as a GGUF file with a LoRA of the same rank, for llama.cpp (`--lora`) and what uses it.
+        """Write an adapter as a GGUF file with a LoRA of the same rank, for llama.cpp (`--lora`).
 
         Args:
-            save_directory: where to; made if need be.
+            save_directory: the directory; created if necessary.
             adapter_name: which adapter; the active one by default.
             dtype: float32, float16 or bfloat16, of the matrices written.
 
@@ -248,7 +248,7 @@ class VeraModel(AdaptedModel):
 
         Raises:
             ImportError: the package gguf is missing.
-            ValueError: an unknown adapter, or llama.cpp has no place for this model or a part of the adapter.
+            ValueError: the adapter is unknown, or llama.cpp does not support this model or a part of the adapter.
         """
         name = self._to_export(adapter_name)
         return export_gguf(self, name, Path(save_directory), dtype=dtype)
@@ -256,15 +256,15 @@ class VeraModel(AdaptedModel):
     def push_to_hub(self, repo_id: str, selected_adapters: str | Sequence[str] | None = None, **settings: Any) -> str:
         """Save adapters and upload them to the Hugging Face hub.
 
-        Where a base model came from a directory, its path goes along in the configuration; a warning says so.
+        If a base model was loaded from a directory, the configuration contains its path; a warning says so.
 
         Args:
-            repo_id: "owner/name"; made if need be.
+            repo_id: "owner/name"; created if necessary.
             selected_adapters: which adapters; all of them by default.
             settings: `private`, `token`, `revision`, `commit_message`, `create_pr`.
 
         Returns:
-            The address of the commit.
+            The URL of the commit.
         """
         for name in self.peft_config if selected_adapters is None else as_names(selected_adapters):
             self._check_known([name])
@@ -273,24 +273,24 @@ class VeraModel(AdaptedModel):
                 notify(
                     f"the base model of adapter {name!r} is a directory, and its path {base!r} is pushed with the"
                     f" configuration: set model.peft_config[{name!r}].base_model_name_or_path to the model's name on"
-                    " the hub, or to None, to keep it to yourself"
+                    " the hub, or to None, to keep the path private"
                 )
         with tempfile.TemporaryDirectory() as directory:
             self.save_pretrained(directory, selected_adapters=selected_adapters)
             return upload_directory(Path(directory), repo_id, **settings)
 
     def _to_export(self, adapter_name: str | None) -> str:
-        """Return the name of the adapter to export, after making sure that all of it is in this process."""
+        """Return the name of the adapter to export, after checking that it is not sharded."""
         name = self.active_adapter if adapter_name is None else adapter_name
         self.adapter_state(name).check_values(f"export adapter {name!r}")
         for parameter in self.adapter_state(name).parameters():
-            spread = describe_sharding(parameter)
-            if spread is not None:
+            sharding = describe_sharding(parameter)
+            if sharding is not None:
                 raise ValueError(
-                    f"adapter {name!r} cannot be exported while it is spread over processes ({spread}): let all of them"
-                    " call save_pretrained, and export it after loading it in one process"
+                    f"adapter {name!r} cannot be exported while it is sharded over processes ({sharding}): call"
+                    " save_pretrained in all of them, and export it after loading it in one process"
                 )
-        self._tell_of_values([name])
+        self._warn_of_nonfinite([name])
         return name
 
     def _directories(
@@ -312,19 +312,19 @@ def get_peft_model(
     adapter_name: str = DEFAULT_ADAPTER,
     autocast_adapter_dtype: bool = True,
 ) -> VeraModel:
-    """Put a new VeRA adapter on a model and return it ready for training.
+    """Add a new VeRA adapter to a model and return the adapted model, ready for training.
 
-    The model's own parameters are frozen; the adapter's vectors, and the modules it saves, are trainable. The adapter
+    The parameters of the model are frozen; the adapter's vectors, and its `modules_to_save`, are trainable. The adapter
     starts as an exact no-op.
 
     Args:
         model: any `torch.nn.Module`; it is adapted in place.
-        peft_config: what to adapt, and how; it is not changed.
+        peft_config: the configuration; not changed.
         adapter_name: the adapter's name.
-        autocast_adapter_dtype: hold the vectors in float32 where the layer is in half precision.
+        autocast_adapter_dtype: hold the vectors in float32 if the layer is in half precision.
 
     Raises:
-        TargetError: the configuration matches nothing in this model, which is unchanged then.
+        TargetError: the configuration does not match this model. The model is unchanged.
         ValueError: the model has adapters already, or the name is not allowed.
     """
     check_adapter_name(adapter_name)
@@ -339,16 +339,16 @@ def get_peft_model(
 
 
 def check_bare(model: nn.Module) -> None:
-    """Raise unless this is a model without adapters, whose layers have shapes."""
+    """Raise TypeError or ValueError unless this is a model without adapters and without lazy layers."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"the model must be a torch.nn.Module, not {type(model).__name__}")
     if any(nn.parameter.is_lazy(parameter) for parameter in model.parameters()):
-        raise ValueError("this model has lazy layers without shapes: run it once before it is adapted")
+        raise ValueError("this model has lazy layers without shapes: run it once before adapting it")
     for module in model.modules():
         if isinstance(module, AdaptedModel | VeraLayer | SavedModule):
             raise ValueError(
                 "this model has VeRA adapters already: use add_adapter or load_adapter of the VeraModel for another, or"
-                " unload() of the VeraModel, or of the bank that it serves, to take them off first"
+                " unload() of the VeraModel, or of the bank that it serves, to remove them first"
             )
 
 
@@ -358,7 +358,7 @@ _LOCATION = ("subfolder", "revision", "token", "cache_dir", "local_files_only")
 def _find(model_id: str | os.PathLike[str], location: dict[str, Any]) -> Path:
     unknown = [name for name in location if name not in _LOCATION]
     if unknown:
-        raise TypeError(f"unknown arguments {unknown}: beside the named ones there are {list(_LOCATION)}")
+        raise TypeError(f"unknown arguments {unknown}: allowed keyword arguments are {list(_LOCATION)}")
     return find_directory(model_id, **location)
 
 

@@ -1,4 +1,4 @@
-"""What training VeRA needs beside the model: parameter groups with the learning rates it wants."""
+"""Parameter groups for an optimizer, with the learning rates that VeRA needs."""
 
 import math
 import warnings
@@ -7,29 +7,29 @@ from typing import Any
 from torch import nn
 
 VECTOR_RATE, HEAD_RATE = 1e-2, 1e-3
-"""The learning rates to start from: of the vectors, and of everything else."""
+"""Default learning rates: of the vectors, and of everything else."""
 
-# Of the vectors. The paper's are from 3e-3 to 3e-2.
+# Outside this range a rate for the vectors is unlikely to work. The paper uses 3e-3 to 3e-2.
 _LOW_RATE, _HIGH_RATE = 1e-3, 1e-1
 
 
 def rate_advice(lr: float) -> str | None:
-    """Return what there is to say of a learning rate that is unlikely to do for VeRA's vectors; None for others."""
+    """Return a warning for a learning rate that is unlikely to work for VeRA's vectors, or None."""
     if lr < _LOW_RATE:
-        return f"learning_rate={lr} is low for VeRA, whose vectors want about {VECTOR_RATE:g}: it may not learn"
+        return f"learning_rate={lr} is low for VeRA, whose vectors need about {VECTOR_RATE:g}: it may not learn"
     if lr > _HIGH_RATE:
-        return f"learning_rate={lr} is high for VeRA, whose vectors want about {VECTOR_RATE:g}: it may diverge"
+        return f"learning_rate={lr} is high for VeRA, whose vectors need about {VECTOR_RATE:g}: it may diverge"
     return None
 
 
 def parameter_groups(
     model: nn.Module, lr: float = VECTOR_RATE, head_lr: float = HEAD_RATE, weight_decay: float = 0.0
 ) -> list[dict[str, Any]]:
-    """Return the trainable parameters in two groups for an optimizer: the vectors, and all else (heads, biases).
+    """Return the trainable parameters in two groups for an optimizer: the vectors, and the rest (heads, biases).
 
-    VeRA's vectors want a learning rate far above LoRA's or full fine-tuning's: the paper's for RoBERTa (its Table 8)
-    are 3e-3 to 3e-2, with a smaller one for the classification head, and no weight decay. A rate that is far from these
-    is warned of.
+    VeRA's vectors need a much higher learning rate than LoRA or full fine-tuning: the paper uses 3e-3 to 3e-2 for
+    RoBERTa (its Table 8), with a lower rate for the classification head, and no weight decay. A rate far outside of
+    that range is warned of.
 
     Args:
         model: the adapted model, or a `peft.PeftModel` with veratune's layers.
@@ -38,15 +38,15 @@ def parameter_groups(
         weight_decay: of both groups.
 
     Returns:
-        Groups for `torch.optim`, without those that would be empty.
+        Groups for `torch.optim`; empty ones are left out.
 
     Raises:
         TypeError: the model has no VeRA adapter.
-        ValueError: a rate that is negative or not finite, or the model has no trainable parameter.
+        ValueError: a value is negative or not finite, or the model has no trainable parameter.
     """
     for name, value in (("lr", lr), ("head_lr", head_lr), ("weight_decay", weight_decay)):
         if not (math.isfinite(value) and value >= 0):
-            raise ValueError(f"{name}={value!r} is not allowed: it must be a finite number that is not negative")
+            raise ValueError(f"{name}={value!r} is not allowed: it must be finite and not negative")
     vectors, rest = trained_parts(model)
     advice = rate_advice(lr) if vectors else None
     if advice is not None:
@@ -66,18 +66,18 @@ def trained_parts(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Paramet
         ValueError: the model has no trainable parameter.
     """
     named = dict(model.named_parameters())
-    own_names = {name for name in named if any(part.startswith("vera_lambda_") for part in name.split("."))}
-    if not own_names:
+    vector_names = {name for name in named if any(part.startswith("vera_lambda_") for part in name.split("."))}
+    if not vector_names:
         raise TypeError(f"this {type(model).__name__} has no adapter to train: make one with get_peft_model first")
-    vectors = [named[name] for name in named if name in own_names and named[name].requires_grad]
-    rest = [named[name] for name in named if name not in own_names and named[name].requires_grad]
+    vectors = [named[name] for name in named if name in vector_names and named[name].requires_grad]
+    rest = [named[name] for name in named if name not in vector_names and named[name].requires_grad]
     if not vectors and not rest:
         configs: dict[str, Any] = getattr(model, "peft_config", {})
         frozen = [name for name, config in configs.items() if config.inference_mode]
         raise ValueError(
             "the model has no trainable parameter: "
             + (
-                f"{frozen} were loaded for inference: load with is_trainable=True to go on training them"
+                f"{frozen} were loaded for inference: load with is_trainable=True to continue training them"
                 if frozen
                 else "choose an adapter with set_adapter"
             )

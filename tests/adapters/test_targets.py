@@ -46,7 +46,7 @@ def test_names_match_whole_components():
 
 def test_a_regular_expression_matches_the_whole_name():
     assert names(Stack(), target_modules=r"layers\.[02]\.(query|value)") == layer_names("query", "value", layers=(0, 2))
-    with pytest.raises(TargetError, match="matches no module's whole name"):
+    with pytest.raises(TargetError, match="matches no module's full name"):
         names(Stack(), target_modules="query")
 
 
@@ -116,7 +116,7 @@ def test_a_model_without_linear_layers():
 
 
 def test_modules_that_cannot_be_adapted_beside_others_are_told():
-    with pytest.warns(UserWarning, match="conv is left as it is, because ConvTranspose1d"):
+    with pytest.warns(UserWarning, match="skipping conv: ConvTranspose1d"):
         assert names(Stack(), target_modules=r".*query|conv") == layer_names("query")
 
 

@@ -209,7 +209,7 @@ def test_what_it_does_not_state_is_refused(tmp_path: Path) -> None:
             export(tmp_path / "out")
     assert not (tmp_path / "out").exists()
     for settings, message in (
-        ({"vera_dropout": 0.1}, "vera_dropout=0.1 cannot be had for second"),
+        ({"vera_dropout": 0.1}, "vera_dropout=0.1 is not supported on second"),
         ({"fused_parts": {"second": 5}}, "fused_parts: second"),
         ({"projection": "peft"}, "projection='peft' cannot adapt second"),
     ):

@@ -300,7 +300,7 @@ def test_a_class_with_a_forward_of_its_own_reads_the_adapted_weight():
 
 def test_dropout_is_refused_where_a_class_has_a_forward_of_its_own():
     config = VeraConfig(r=4, target_modules="all-linear", vera_dropout=0.1)
-    with pytest.raises(ValueError, match=r"vera_dropout=0\.1 cannot be had for 0"):
+    with pytest.raises(ValueError, match=r"vera_dropout=0\.1 is not supported on 0"):
         get_peft_model(nn.Sequential(Pooled(IN, OUT)), config)
 
 

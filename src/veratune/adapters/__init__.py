@@ -1,1 +1,1 @@
-"""Adapters on a model: finding layers, installing, choosing and merging. No files."""
+"""Adapters on a model: finding targets, adding, activating and merging. No files."""

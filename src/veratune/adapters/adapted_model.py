@@ -1,4 +1,4 @@
-"""Adapters on a model: adding, choosing and removing them. Nothing here reads or writes files."""
+"""Adding, activating and removing the adapters of a model. Nothing here reads or writes files."""
 
 import threading
 from collections.abc import Sequence
@@ -26,35 +26,35 @@ from veratune.ops.calibration import load_calibration
 from veratune.projections.pool import projection_pool
 from veratune.projections.schemes import Scheme
 
-# Held from the look at a model to the end of its change: two threads must not take one name, or replace one layer. It
-# is not a model's own, so that models can be copied.
+# Held from the first check of a model until the change to it is complete: two threads must not use the same name or
+# replace the same layer. One lock for all models, as a lock in a model would prevent copying it.
 ADDING = threading.RLock()
 
 
 class AdaptedModel(MergingModel):
-    """A model whose linear layers have VeRA adapters. The adapters are put into the model itself, in place.
+    """A model with VeRA adapters. The model is modified in place.
 
-    What this class does not have itself is looked up in the model, so that it can stand wherever the model stood.
+    Attributes that this class does not define are looked up in the model, so that it can replace the model anywhere.
 
     Attributes:
         base_model: the model, with adapted layers in it.
         peft_config: adapter name to its configuration.
-        autocast_adapter_dtype: whether vectors on a half-precision layer are float32 rather than of its dtype.
+        autocast_adapter_dtype: whether the vectors of a half-precision layer are float32 instead of the layer's dtype.
     """
 
     # Looking at adapters
 
     def projection_scheme(self, adapter_name: str) -> Scheme:
-        """Return the description of an adapter's projections."""
+        """Return the scheme of an adapter's projections."""
         self._check_known([adapter_name])
         return self._schemes[adapter_name]
 
     def get_base_model(self) -> nn.Module:
-        """Return the model itself, with the adapted layers in it. `unload` takes them out."""
+        """Return the model itself, with the adapted layers in it. `unload` removes them."""
         return self.base_model
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
-        """Return (number of trainable parameters, number of all parameters). Projections are no parameters."""
+        """Return (number of trainable parameters, number of all parameters). Projections are not parameters."""
         counts = [(parameter.numel(), parameter.requires_grad) for parameter in self.parameters()]
         return sum(count for count, trainable in counts if trainable), sum(count for count, _ in counts)
 
@@ -74,20 +74,20 @@ class AdaptedModel(MergingModel):
         device: torch.device | None = None,
         training: bool = True,
     ) -> RouteTable:
-        """Return the route of each layer of an adapter, with operations, memory and time of all that it could take.
+        """Return the route of each layer of an adapter, with the operations, memory and time of each possible route.
 
-        Printing the result gives a table. The times are estimates by the device's profile (see `calibrate`).
+        Print the result for a table. Times are estimated from the device's profile (see `calibrate`).
 
-        Left out are layers without a choice (convolutions, embeddings, packed attention) and those whose route follows
-        from how their module computes (experts, fused layers in parts). A compiled model chooses as for 8, 256 or 4,096
-        tokens, so that it is not compiled anew for each number.
+        Layers without a choice (convolutions, embeddings, packed attention) are not listed, nor are those whose module
+        determines the route (experts, fused layers in parts). A compiled model uses the choice for 8, 256 or 4,096
+        tokens, so that it is not recompiled for each number of tokens.
 
         Args:
             tokens: the product of the input's leading dimensions (batch times sequence length).
             adapter_name: which adapter; the active one by default.
-            dtype: the compute dtype; the layers' own by default.
-            device: the device; the layers' own by default.
-            training: whether the vectors' gradients are wanted.
+            dtype: the compute dtype; that of each layer by default.
+            device: the device; that of each layer by default.
+            training: whether the gradients of the vectors are needed.
 
         Raises:
             ValueError: an unknown adapter, or a number of tokens below one.
@@ -98,10 +98,10 @@ class AdaptedModel(MergingModel):
             raise ValueError(f"tokens={tokens} is not allowed: it must be at least 1")
         return explain_routes(self.vera_layers().items(), name, tokens, dtype=dtype, device=device, training=training)
 
-    # Adding and choosing adapters
+    # Adding and activating adapters
 
     def add_adapter(self, adapter_name: str, peft_config: VeraConfig) -> None:
-        """Add another adapter, inactive until `set_adapter` chooses it. It starts as an exact no-op (b = 0).
+        """Add another adapter, inactive until `set_adapter` activates it. It starts as an exact no-op (b = 0).
 
         Raises:
             ValueError: the name is taken or not allowed.
@@ -121,14 +121,14 @@ class AdaptedModel(MergingModel):
             )
 
     def install_adapter(self, adapter_name: str, plan: AdapterPlan) -> None:
-        """Carry out a plan that `plan_adapter` made for this model as it is now, or leave the model unchanged."""
+        """Apply a plan that `plan_adapter` made for the current state of this model, or change nothing."""
         check_not_sharded(plan.targets)
         with self.undone_on_error():
             self._install(adapter_name, plan)
 
     def _install(self, adapter_name: str, plan: AdapterPlan) -> None:
         replacements: dict[int, nn.Module] = {}
-        self._swap_biases([])  # the new adapter starts from the model's own
+        self._swap_biases([])  # the new adapter copies the base model's biases
         modules = base_modules(self.base_model)
         for name in plan.config.modules_to_save or []:
             original = modules[name]
@@ -164,17 +164,17 @@ class AdaptedModel(MergingModel):
         return VectorInit(r, config.d_initial, config.init_weights, dtype)
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
-        """Choose the active adapter, or several whose deltas add. All others are frozen.
+        """Set the active adapter, or several adapters whose deltas are added. All others are frozen.
 
-        The chosen ones become trainable, but for those that were loaded or configured for inference only.
+        The active adapters become trainable, except those that were loaded or configured for inference only.
 
         Args:
-            adapter_name: a name or a list of names; an empty list leaves the base model alone.
-            inference_mode: leave the chosen adapters frozen as well.
+            adapter_name: a name or a list of names; with an empty list, the base model alone computes.
+            inference_mode: freeze the active adapters as well.
 
         Raises:
-            ValueError: an unknown name, adapters that cannot be active together, while adapters are merged, or within
-                `disable_adapter`.
+            ValueError: a name is unknown, the adapters cannot be active together, adapters are merged, or this is
+                called within `disable_adapter` or `only`.
         """
         names = as_names(adapter_name)
         self._check_known(names)
@@ -192,15 +192,15 @@ class AdaptedModel(MergingModel):
                     keep_differentiable(self.base_model)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Remove an adapter and what only it used. If it was active, no other adapter takes its place.
+        """Remove an adapter and everything only it used. If it was active, no other adapter is activated.
 
         Raises:
-            ValueError: an unknown name, or adapters are merged, or the backward pass of a checkpointed block is still
-                to come that would not notice what is missing.
+            ValueError: the name is unknown, adapters are merged, or a checkpointed block has a pending backward pass
+                that would not notice the missing adapter.
         """
         self._check_known([adapter_name])
         self._check_unmerged("delete_adapter")
-        if self._owns_wrappers(adapter_name):
+        if self._unwraps_computed(adapter_name):
             check_nothing_pending(self, "delete_adapter")
         with self.undone_on_error():
             self._delete(adapter_name)
@@ -228,13 +228,13 @@ class AdaptedModel(MergingModel):
             self._biases.pop(adapter_name).release()
         left = self._logs()
         if any(log.has_computed() for log in logs if log not in left):
-            # What is gone cannot notice that it is missing where a block is computed again.
+            # Removed layers cannot notice that they are missing when a block is recomputed, so the remaining ones do.
             for log in left:
                 log.void()
         del self.peft_config[adapter_name], self._schemes[adapter_name]
 
-    def _owns_wrappers(self, adapter_name: str) -> bool:
-        """Return whether what has computed with an adapter is the model's own again once this adapter is removed."""
+    def _unwraps_computed(self, adapter_name: str) -> bool:
+        """Return whether removing an adapter unwraps modules, or restores biases, that have computed with it."""
         logs = [layer._log for layer in self._layers() if set(layer.entries) == {adapter_name}]
         saved = [module for module in self.modules() if isinstance(module, SavedModule)]
         logs += [module._log for module in saved if set(module.modules_to_save) == {adapter_name}]
@@ -242,21 +242,21 @@ class AdaptedModel(MergingModel):
         return any(log.has_computed() for log in logs)
 
     def _logs(self) -> list[StateLog]:
-        """Return what the layers, the saved modules and the biases know of the states they computed in."""
+        """Return the logs of the states in which layers, saved modules and biases have computed."""
         owners = [*self.modules(), *self._biases.values()]
         return [log for owner in owners for log in vars(owner).values() if isinstance(log, StateLog)]
 
     # Training
 
     def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
-        """Turn gradient checkpointing on in the model, and let its inputs require gradients, as it needs then."""
+        """Enable gradient checkpointing in the model, and make its inputs require gradients, which it needs."""
         model: Any = self.base_model
         model.gradient_checkpointing_enable(*args, **kwargs)
         self._let_inputs_require_grad()
 
 
 def _layer_for(target: Target, replacements: dict[int, nn.Module]) -> VeraLayer:
-    """Return the adapted layer that a target is, or becomes; what is made for it is noted in `replacements`."""
+    """Return the adapted layer of a target. Add new wrappers to `replacements`."""
     module = target.module
     if target.parameter is None:
         if isinstance(module, VeraLayer):

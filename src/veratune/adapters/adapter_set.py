@@ -1,4 +1,4 @@
-"""A model with adapters in it: which there are, which of them compute, and what each has learned."""
+"""The adapters of a model: which exist, which are active, and their parameters."""
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -16,12 +16,12 @@ from veratune.projections.schemes import Scheme
 
 
 class AdapterSet(ModelWrapper):
-    """A model with adapters in it: which there are, which of them compute, and what each has learned.
+    """A model and its adapters: which exist, which are active, and their parameters.
 
     Attributes:
         base_model: the model, with adapted layers in it.
         peft_config: adapter name to its configuration.
-        autocast_adapter_dtype: whether vectors on a half-precision layer are float32 rather than of its dtype.
+        autocast_adapter_dtype: whether the vectors of a half-precision layer are float32 instead of the layer's dtype.
     """
 
     def __init__(self, model: nn.Module, *, autocast_adapter_dtype: bool = True) -> None:
@@ -32,7 +32,7 @@ class AdapterSet(ModelWrapper):
         self._biases: dict[str, AdapterBiases] = {}
         self._active: list[str] = []
         self._disabled = 0
-        # By name: whatever shards, offloads or merges a model puts other parameters in the places of its own.
+        # By name: sharding, offloading and merging replace the parameters themselves.
         self._trainable_before = {name for name, parameter in base_parameters(model) if parameter.requires_grad}
         self.base_model = model
         self.training = model.training
@@ -45,7 +45,7 @@ class AdapterSet(ModelWrapper):
 
     @property
     def active_adapters(self) -> list[str]:
-        """The names of the active adapters, in the order in which they were chosen."""
+        """The names of the active adapters, in the order in which they were activated."""
         return list(self._active)
 
     @property
@@ -53,16 +53,18 @@ class AdapterSet(ModelWrapper):
         """The name of the one active adapter.
 
         Raises:
-            ValueError: none is active, or several are.
+            ValueError: no adapter is active, or several are.
         """
         if len(self._active) != 1:
-            remedy = "give adapter_name, or choose one with set_adapter" if self.peft_config else "it has none any more"
+            remedy = (
+                "give adapter_name, or choose one with set_adapter" if self.peft_config else "all adapters were removed"
+            )
             raise ValueError(f"there is no single active adapter: active_adapters is {self._active}: {remedy}")
         return self._active[0]
 
     @property
     def merged_adapters(self) -> list[str]:
-        """The names of the adapters that are merged into the weights at the moment."""
+        """The names of the adapters that are currently merged into the weights."""
         merged = {name for layer in self._layers() for name in layer.merged_adapters}
         return [name for name in self.peft_config if name in merged]
 
@@ -89,9 +91,9 @@ class AdapterSet(ModelWrapper):
         return adapted_layers(self.base_model)
 
     def undone_on_error(self) -> AbstractContextManager[None]:
-        """Return a context whose changes to the model and its adapters are undone if anything is raised.
+        """Return a context that undoes all changes to the model and its adapters if anything is raised.
 
-        Numbers that are written into tensors in place are not among them.
+        In-place changes of tensors' values are not undone.
         """
         return undone_on_error(self, *self._biases.values())
 
@@ -105,11 +107,11 @@ class AdapterSet(ModelWrapper):
         self._choose_saved()
 
     def _computing(self) -> list[str]:
-        """Return the adapters that compute: those merged into the weights, and the active ones."""
+        """Return the adapters that affect outputs: those merged into the weights, and the active ones."""
         return list(dict.fromkeys([*self.merged_adapters, *self._active]))
 
     def _choose_saved(self) -> None:
-        """Let the saved modules and biases of the adapters compute whose vectors do."""
+        """Activate the saved modules and biases of the adapters that affect outputs."""
         names = self._computing()
         for module in self.modules():
             if isinstance(module, SavedModule):
@@ -117,7 +119,7 @@ class AdapterSet(ModelWrapper):
         self._swap_biases(names)
 
     def _swap_biases(self, names: Sequence[str]) -> None:
-        # All out before one is in: two adapters may own the same bias.
+        # Remove all before installing any: two adapters may train the same bias.
         for biases in self._biases.values():
             biases.swap(install=False)
         for name in names:
@@ -137,8 +139,8 @@ class AdapterSet(ModelWrapper):
     def _check_outside(self, operation: str) -> None:
         if self._disabled:
             raise ValueError(
-                f"{operation} cannot work within disable_adapter() or only(), which put back what was active and merged"
-                " before"
+                f"{operation} cannot work within disable_adapter() or only(), which restore the active and merged"
+                " adapters at their end"
             )
 
     def _check_unmerged(self, operation: str) -> None:
@@ -151,18 +153,18 @@ class AdapterSet(ModelWrapper):
     def _check_together(self, names: Sequence[str]) -> None:
         with_biases = [name for name in dict.fromkeys(names) if name in self._biases]
         if len(with_biases) > 1:
-            raise ValueError(f"the adapters {with_biases} have biases of their own and cannot be active together")
+            raise ValueError(f"the adapters {with_biases} train biases and cannot be active together")
         for name, module in first_names(base_modules(self.base_model), SavedModule).items():
             owners = [adapter for adapter in dict.fromkeys(names) if adapter in module.modules_to_save]
             if len(owners) > 1:
                 raise ValueError(
-                    f"the adapters {owners} have their own copies of {name!r} and cannot be active together:"
+                    f"the adapters {owners} each have a trained copy of {name!r} and cannot be active together:"
                     " an adapter made with modules_to_save=[] has none"
                 )
 
     def _let_inputs_require_grad(self) -> None:
-        # Reentrant checkpointing gives no gradients to a block none of whose inputs requires one, and with frozen
-        # embeddings none does.
+        # Reentrant checkpointing computes no gradients in a block unless one of its inputs requires them, and with
+        # frozen embeddings none does.
         enable: Callable[[], None] | None = getattr(self.base_model, "enable_input_require_grads", None)
         if enable is not None and not self._inputs_require_grad:
             enable()
@@ -170,7 +172,7 @@ class AdapterSet(ModelWrapper):
 
 
 def _checkpoints(model: nn.Module) -> bool:
-    """Return whether a transformers model has gradient checkpointing on, under the newer or the older name."""
+    """Return whether gradient checkpointing is enabled in a transformers model, in any supported version."""
     for name in ("is_activation_checkpointing", "is_gradient_checkpointing"):
         if hasattr(type(model), name):
             return bool(getattr(model, name))

@@ -1,4 +1,4 @@
-"""What one adapter has learned, and what an adapter may be called."""
+"""The parameters of one adapter, and the rules for its name."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -9,18 +9,18 @@ from torch import Tensor, nn
 from veratune.layers.offloading import check_at_hand
 
 _NAME = re.compile(r"[\w\-]{1,128}")
-# A file's name has 255 bytes at most, of which a name that is not final yet needs some.
+# A file name has at most 255 bytes, and the names of temporary files are longer than the final ones.
 _MOST_NAME_BYTES = 255 - 32
 
 
 @dataclass(frozen=True)
 class AdapterState:
-    """What one adapter has learned, by names in the model without adapters.
+    """The parameters of one adapter, by their names in the model without adapters.
 
     Attributes:
         vectors: layer name to (b, d).
         saved: module name to the adapter's copy of that module.
-        biases: parameter name to the adapter's own bias.
+        biases: parameter name to the adapter's copy of that bias.
     """
 
     vectors: dict[str, tuple[Tensor, Tensor]]
@@ -28,7 +28,11 @@ class AdapterState:
     biases: dict[str, nn.Parameter]
 
     def check_values(self, operation: str) -> None:
-        """Raise ValueError, saying what cannot be done, if any of this is offloaded or on the meta device."""
+        """Raise ValueError if any of the tensors is offloaded or on the meta device.
+
+        Args:
+            operation: for the message: what cannot be done then.
+        """
         named = {f"a vector of {name}": vector for name, pair in self.vectors.items() for vector in pair}
         for name, module in self.saved.items():
             named.update({f"{name}.{key}": tensor for key, tensor in module.state_dict(keep_vars=True).items()})
@@ -43,26 +47,26 @@ class AdapterState:
         yield from self.biases.values()
 
     def tensors(self) -> Iterator[Tensor]:
-        """Yield the parameters, and the buffers of what is trained in full."""
+        """Yield the parameters, and the buffers of modules that are trained in full."""
         yield from self.parameters()
         for module in self.saved.values():
             yield from module.buffers()
 
 
 def check_adapter_name(name: str) -> None:
-    """Raise ValueError unless the name can stand in parameter names and as a folder's name."""
+    """Raise ValueError unless the name can be part of a parameter name, and the name of a directory."""
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise ValueError(
             f"adapter_name={name!r} is not allowed: it must be 1 to 128 letters, digits, '_' or '-', as it becomes part"
-            " of parameter names and the name of a folder"
+            " of parameter names and the name of a directory"
         )
     if len(name.encode("utf-8", "surrogatepass")) > _MOST_NAME_BYTES:
         raise ValueError(
-            f"adapter_name={name!r} is not allowed: it has {len(name.encode())} bytes in UTF-8, and a folder of that"
-            f" name at most {_MOST_NAME_BYTES}"
+            f"adapter_name={name!r} is not allowed: it has {len(name.encode())} bytes in UTF-8, and the name of a"
+            f" directory may have at most {_MOST_NAME_BYTES}"
         )
     if hasattr(nn.ModuleDict(), name) or hasattr(nn.ParameterDict(), name):
-        raise ValueError(f"adapter_name={name!r} is not allowed: torch.nn.Module uses the name itself; choose another")
+        raise ValueError(f"adapter_name={name!r} is not allowed: torch.nn.Module uses this name; choose another")
 
 
 def as_names(names: str | Sequence[str]) -> list[str]:

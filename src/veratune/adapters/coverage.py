@@ -29,14 +29,14 @@ class WeightInfo:
     """One weight of a model.
 
     Attributes:
-        name: its dotted name; for a layer whose weight is in a form of its own, the layer's.
-        kind: the layer kind ("linear", "convolution", "embedding"), "parameter" (read by its module's own forward) or
+        name: its dotted name; that of the layer if its weight is not a plain parameter.
+        kind: the layer kind ("linear", "convolution", "embedding"), "parameter" (read by its module's forward) or
             "vector".
         module: the class of the module that has it.
-        shape: its shape; for a quantized layer that of the matrix it stands for.
-        by: what adapts it: "all-linear" does; it has to be named in "target_modules" or "target_parameters"; "bias"
-            trains it in full; or nothing can ("").
-        why_not: the reason where nothing can.
+        shape: its shape; for a quantized layer, that of the dequantized matrix.
+        by: the setting that adapts it: "all-linear"; "target_modules" or "target_parameters", in which it has to be
+            named; "bias", which trains it in full; or "" if it cannot be adapted.
+        why_not: the reason why it cannot be adapted.
     """
 
     name: str
@@ -61,7 +61,7 @@ class SupportTable(list[WeightInfo]):
     """All weights of a model; printed as a table."""
 
     def coverage(self, by: tuple[By, ...] = ("all-linear", "target_modules", "target_parameters")) -> float:
-        """Return the share of the elements of all matrices (vectors left out) that these ways adapt, from 0 to 1."""
+        """Return the fraction of the elements of all matrices (not vectors) that these settings adapt."""
         matrices = [info for info in self if info.kind != "vector"]
         return sum(info.size for info in matrices if info.by in by) / max(1, sum(info.size for info in matrices))
 
@@ -77,7 +77,7 @@ class SupportTable(list[WeightInfo]):
 
 
 def supported(model: nn.Module) -> SupportTable:
-    """Return all weights of a model with what adapts each, or why nothing can; the model is not changed.
+    """Return all weights of a model, with the setting that adapts each, or the reason why none does.
 
     Args:
         model: any module, with or without adapters on it.
@@ -87,20 +87,20 @@ def supported(model: nn.Module) -> SupportTable:
     seen: set[int] = set()
     computed: list[str] = []
     for name, module in base_modules(model).items():
-        own = unwrapped(module)
+        base = unwrapped(module)
         if any(name.startswith(f"{layer}.parametrizations") for layer in computed):
-            continue  # told of with the weight that is computed from it
-        if why_not_adaptable(own) is None and own._parameters.get(weight_name(own)) is None and id(own) not in seen:
-            size = geometry(own)
+            continue  # listed with the weight that is computed from it
+        if why_not_adaptable(base) is None and base._parameters.get(weight_name(base)) is None and id(base) not in seen:
+            size = geometry(base)
             by: By = "all-linear" if name in reached else "target_modules"
             shape = (size.out_features, size.in_features)
-            table.append(WeightInfo(name, layer_class(own).kind, type(own).__name__, shape, by))
+            table.append(WeightInfo(name, layer_class(base).kind, type(base).__name__, shape, by))
             computed.append(name)
-        seen.add(id(own))
-        for parameter_name, parameter in own._parameters.items():
+        seen.add(id(base))
+        for parameter_name, parameter in base._parameters.items():
             if parameter is not None and id(parameter) not in seen:
                 seen.add(id(parameter))
-                table.append(_info(name, own, parameter_name, parameter, reached))
+                table.append(_info(name, base, parameter_name, parameter, reached))
     return table
 
 
@@ -113,10 +113,10 @@ def _reached(model: nn.Module) -> set[str]:
         return set()
 
 
-def _info(name: str, module: nn.Module, own: str, parameter: nn.Parameter, reached: set[str]) -> WeightInfo:
-    full, class_name = joined(name, own), type(module).__name__
+def _info(name: str, module: nn.Module, parameter_name: str, parameter: nn.Parameter, reached: set[str]) -> WeightInfo:
+    full, class_name = joined(name, parameter_name), type(module).__name__
     shape = () if nn.parameter.is_lazy(parameter) else tuple(parameter.shape)
-    is_weight = own == weight_name(module)
+    is_weight = parameter_name == weight_name(module)
     if is_weight and why_not_adaptable(module) is None:
         by: By = "all-linear" if name in reached else "target_modules"
         size = geometry(module)
@@ -126,10 +126,10 @@ def _info(name: str, module: nn.Module, own: str, parameter: nn.Parameter, reach
     if nn.parameter.is_lazy(parameter):
         return WeightInfo(full, "parameter", class_name, (), "", "it is lazy and has no shape yet")
     if parameter.ndim < 2:
-        trained: By = "bias" if own == "bias" else ""
-        return WeightInfo(full, "vector", class_name, shape, trained, "" if trained else "it is no matrix")
-    if own in adaptable_parameters(module):
+        trained: By = "bias" if parameter_name == "bias" else ""
+        return WeightInfo(full, "vector", class_name, shape, trained, "" if trained else "it is not a matrix")
+    if parameter_name in adaptable_parameters(module):
         return WeightInfo(full, "parameter", class_name, shape, "all-linear" if full in reached else "target_modules")
     reason = why_not_adaptable(module) if is_weight and find_layer_class(module) is not None else None
-    reason = reason or why_not_parameter(module, own)
+    reason = reason or why_not_parameter(module, parameter_name)
     return WeightInfo(full, "parameter", class_name, shape, "" if reason else "target_parameters", reason or "")

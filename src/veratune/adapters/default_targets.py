@@ -1,4 +1,4 @@
-"""Settings that a configuration leaves to the model: its target modules, and the new head to train in full."""
+"""Defaults that depend on the model: target modules, and the new head to train in full."""
 
 import re
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from veratune.adapters.target_errors import closest
 from veratune.config import VeraConfig
 from veratune.layers import VeraLayer
 
-# The attention's query and value projections, as in the paper's experiments, under their names in transformers.
+# Query and value projections of attention, as in the paper's experiments, by their names in transformers.
 _QUERY_AND_VALUE = {
     ("query", "value"): "bert camembert data2vec-text deit electra ernie layoutlm longformer roberta vit xlm-roberta",
     ("q_proj", "v_proj"): (
@@ -34,12 +34,12 @@ _USUAL_HEADS = ("classifier", "score", "qa_outputs")
 
 
 def resolve_config(model: nn.Module, config: VeraConfig, notify: Callable[[str], None]) -> VeraConfig:
-    """Return the configuration with what it leaves to the model filled in: targets, the head to save, the model's name.
+    """Return the configuration with defaults filled in: targets, modules to save, and the base model's name.
 
     Args:
         model: the model without a wrapper.
-        config: what the user asked for; not changed.
-        notify: called with a sentence where a choice may surprise.
+        config: the user's configuration; not changed.
+        notify: called with a sentence if a choice may be surprising.
     """
     changes: dict[str, object] = {}
     model = without_wrappers(model)
@@ -62,7 +62,7 @@ def resolve_config(model: nn.Module, config: VeraConfig, notify: Callable[[str],
 def _query_and_value(model: nn.Module, model_type: str) -> tuple[str, ...] | None:
     modules = base_modules(model)
     for names, model_types in _QUERY_AND_VALUE.items():
-        # An architecture's names differ between versions of transformers, so the model is asked as well.
+        # Names within an architecture differ between versions of transformers, so they are checked in the model.
         if model_type in model_types.split() and all(any(ends_in(name, end) for name in modules) for end in names):
             return names
     return None
@@ -82,13 +82,13 @@ def _modules_to_save(model: nn.Module, config: VeraConfig) -> list[str]:
                 + closest([suffix], {name: type(module).__name__ for name, module in modules.items() if name})
             )
         found += names
-    # What is saved with a module around it is not saved once more, and a module under two names once.
+    # A module inside another saved one is not saved again, and a module with two names is saved once.
     outermost = [name for name in dict.fromkeys(found) if not any(name.startswith(f"{other}.") for other in found)]
     return list({id(modules[name]): name for name in reversed(outermost)}.values())[::-1]
 
 
 def _new_head(model: nn.Module, config: VeraConfig) -> list[str]:
-    """Return the names of a classification model's head, which is random at first and useless if not trained."""
+    """Return the names of the head of a classification model, which is randomly initialized and has to be trained."""
     prefix = getattr(model, "base_model_prefix", None)
     children = {name: child for name, child in model.named_children() if next(child.parameters(), None) is not None}
     by_class = _NEW_HEAD_CLASS.search(type(model).__name__) is not None
@@ -100,7 +100,7 @@ def _new_head(model: nn.Module, config: VeraConfig) -> list[str]:
 
 
 def output_layers(model: nn.Module) -> set[int]:
-    """Return the ids of the layers that "all-linear" leaves alone: the output head, and what shares embeddings."""
+    """Return the ids of the layers that "all-linear" skips: the output head, and layers tied to embeddings."""
     getter = getattr(model, "get_output_embeddings", None)
     head = None
     if callable(getter):

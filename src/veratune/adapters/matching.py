@@ -1,4 +1,4 @@
-"""Which names a configuration's lists, expressions and layer indices mean."""
+"""Matching names against the lists, regular expressions and layer indices of a configuration."""
 
 from collections.abc import Callable
 
@@ -7,9 +7,9 @@ from veratune.utils.patterns import Budget, pattern
 
 
 def matcher(patterns: list[str] | str, budget: Budget | None = None) -> Callable[[str], bool]:
-    """Return whether a dotted module name is meant by a list of names or by a regular expression, as a function.
+    """Return a predicate for dotted module names from a list of names or a regular expression.
 
-    The function raises PatternError where an expression takes more than the budget.
+    The predicate raises PatternError if an expression exceeds the budget.
     """
     if isinstance(patterns, str):
         expression = pattern(patterns)
@@ -23,6 +23,7 @@ def matcher(patterns: list[str] | str, budget: Budget | None = None) -> Callable
 
 
 def narrowed(names: list[str], config: VeraConfig, budget: Budget | None = None) -> list[str]:
+    """Remove names by `exclude_modules` and `layers_to_transform`."""
     if config.exclude_modules is not None:
         excluded = matcher(config.exclude_modules, budget)
         names = [name for name in names if not excluded(name)]
@@ -42,11 +43,11 @@ def layer_index(name: str, config: VeraConfig, budget: Budget | None = None) -> 
     """Return the index of a module's layer in its stack: the last number that follows `layers_pattern` in its name."""
     wanted = [config.layers_pattern] if isinstance(config.layers_pattern, str) else config.layers_pattern
     parts = name.split(".")
-    numbers = [place for place in range(len(parts) - 2, 0, -1) if parts[place].isdecimal()]
+    positions = [i for i in range(len(parts) - 2, 0, -1) if parts[i].isdecimal()]
     if wanted is None:
-        return next((int(parts[place]) for place in numbers if parts[place - 1]), None)
+        return next((int(parts[i]) for i in positions if parts[i - 1]), None)
     for stack in wanted:
-        for place in numbers:
-            if pattern(stack).matches_end(".".join(parts[:place]), budget):
-                return int(parts[place])
+        for i in positions:
+            if pattern(stack).matches_end(".".join(parts[:i]), budget):
+                return int(parts[i])
     return None

@@ -1,4 +1,4 @@
-"""Merging adapters into the weights of a model and taking them out again."""
+"""Merging adapters into the weights of a model, and unmerging them."""
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -22,22 +22,22 @@ from veratune.utils.text import notify
 
 
 class MergingModel(AdapterSet):
-    """Adapters that can be merged into the weights, for a while or for good, and left out for a while."""
+    """Adapters that can be merged into the weights, temporarily or permanently, and disabled."""
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
-        """Within this context the model is the base model exactly; merged adapters are taken out and put back."""
+        """Disable all adapters within this context; merged ones are unmerged, and merged again at its end."""
         with self.only([]):
             yield
 
     @contextmanager
     def only(self, adapter_names: Sequence[str]) -> Iterator[None]:
-        """Let none but these adapters compute within this context, without a change to what is trainable.
+        """Activate only these adapters within this context. Which parameters are trainable does not change.
 
-        Merged adapters are taken out and put back.
+        Merged adapters are unmerged, and merged again at the end.
 
         Raises:
-            ValueError: an unknown name, or adapters that cannot be active together.
+            ValueError: a name is unknown, or the adapters cannot be active together.
         """
         self._check_known(adapter_names)
         self._check_together(adapter_names)
@@ -56,32 +56,32 @@ class MergingModel(AdapterSet):
                 self.merge_adapter(adapter_names=[name for name in merged if name in self.peft_config])
 
     def merge_adapter(self, adapter_names: str | Sequence[str] | None = None, safe_merge: bool = False) -> None:
-        """Add adapters' deltas to the weights, so that they cost nothing in the forward pass.
+        """Add the deltas of adapters to the weights, so that they cost nothing in the forward pass.
 
-        A merged adapter does not learn: its vectors get no gradients until `unmerge_adapter`. What it trains in full,
-        and its biases, compute while it is merged, whether it is active or not.
+        A merged adapter does not learn: its vectors get no gradients until `unmerge_adapter`. Its modules trained in
+        full, and its biases, are used while it is merged, even if it is not active.
 
-        The weights from before are kept beside the merged ones (this doubles the memory of the adapted layers), and
-        `unmerge_adapter` puts the same bits back. What a weight is tied to is not changed.
+        The original weights are kept in addition to the merged ones (this doubles the memory of the adapted layers),
+        and `unmerge_adapter` restores them bit for bit. Modules that share a merged weight keep the original.
 
-        A quantized weight of bitsandbytes is read as numbers, added to and rounded to its few values anew, which loses
-        a part of the adapter; torchao's become plain numbers. A warning says so. Other quantized layers keep their
-        weights in forms of their own, and cannot be merged into.
+        A quantized weight of bitsandbytes is dequantized, added to and quantized again, which loses a part of the
+        adapter; one of torchao becomes a plain tensor. A warning says so. Other quantized layers cannot be merged into,
+        as their formats are not known here.
 
         Args:
             adapter_names: which adapters; the active ones by default.
             safe_merge: check that all merged weights are finite before any is changed.
 
         Raises:
-            ValueError: an unknown name, adapters that cannot be active together, a weight that cannot be merged into,
-                within `disable_adapter` or `only`, or, with `safe_merge`, a result that is not finite; nothing is
-                changed then, nor by any other error.
+            ValueError: a name is unknown, the adapters cannot be active together, a weight cannot be merged into, this
+                is called within `disable_adapter` or `only`, or, with `safe_merge`, a result is not finite. The model
+                is unchanged after this and any other error.
         """
         self._check_outside("merge_adapter")
         names = self._names_to_merge(adapter_names)
         self._check_together([*self._computing(), *names])
         self._check_mergeable(names, safe_merge)
-        self._tell_of_losses(names)
+        self._warn_of_losses(names)
         with self.undone_on_error():
             for layer in self._layers():
                 merged = [*layer.merged_adapters, *(name for name in names if name not in layer.merged_adapters)]
@@ -94,10 +94,10 @@ class MergingModel(AdapterSet):
         self._release_projections()
 
     def unmerge_adapter(self) -> None:
-        """Undo `merge_adapter`, to the exact bits.
+        """Undo `merge_adapter`, bit for bit.
 
         Raises:
-            ValueError: merged weights were offloaded since; nothing is changed then.
+            ValueError: merged weights have been offloaded since; the model is unchanged.
         """
         for layer in self._layers():
             layer.check_unmergeable()
@@ -110,22 +110,21 @@ class MergingModel(AdapterSet):
     def merge_and_unload(
         self, progressbar: bool = False, safe_merge: bool = False, adapter_names: str | Sequence[str] | None = None
     ) -> nn.Module:
-        """Merge adapters for good and return the model, without any trace of veratune in it.
+        """Merge adapters permanently and return the model, without any trace of veratune in it.
 
-        The result has new weight parameters in the adapted layers; a layer that was tied to another is no longer, and
-        a `tie_word_embeddings` of the model's configuration is then set to False.
+        The adapted layers get new weight parameters; tied layers are untied, and `tie_word_embeddings` in the model's
+        configuration is then set to False.
 
-        If this is interrupted, or runs out of memory, while it merges, the layers that are done stay merged and the
-        others keep their adapters: the outputs are right, and the same call goes on from there. Whatever else fails
-        changes nothing.
+        If this is interrupted, or runs out of memory, while merging, finished layers stay merged and the others keep
+        their adapters: outputs stay correct, and the same call resumes. The model is unchanged after any other error.
 
         Args:
-            progressbar: print a line for each hundredth of the layers done.
+            progressbar: print a line for each percent of the layers.
             safe_merge: check that all merged weights are finite before any is changed.
             adapter_names: which adapters; the active ones by default.
 
         Raises:
-            ValueError: as for `merge_adapter`, or the backward pass of a checkpointed block is still to come.
+            ValueError: as for `merge_adapter`, or a checkpointed block has a pending backward pass.
         """
         check_nothing_pending(self, "merge_and_unload")
         names = self._names_to_merge(adapter_names)
@@ -134,8 +133,8 @@ class MergingModel(AdapterSet):
         for layer in layers:
             if layer.merged_for_good and layer.merged_adapters != [name for name in names if name in layer.entries]:
                 raise ValueError(
-                    f"merge_and_unload was interrupted while it merged {layer.merged_adapters}: call it again with"
-                    " adapter_names of these before anything else"
+                    f"merge_and_unload was interrupted while merging {layer.merged_adapters}: call it again with"
+                    " these adapter_names first"
                 )
         remaining = [layer for layer in layers if not layer.merged_for_good]
         with self.undone_on_error():
@@ -144,11 +143,11 @@ class MergingModel(AdapterSet):
             self._activate(names)
             guard_loading(self)
             self._check_mergeable(names, safe_merge)
-            self._tell_of_losses(names)
+            self._warn_of_losses(names)
         model_config: Any = getattr(self.base_model, "config", None)
         if self._tied_weights(names) and getattr(model_config, "tie_word_embeddings", False):
             model_config.tie_word_embeddings = False
-        # Not undone on errors, which would take the weights from before beside the merged ones.
+        # Not undone on errors, as that would need the memory of the original weights.
         for done, layer in enumerate(remaining, start=1):
             merged = [name for name in names if name in layer.entries]
             if merged:
@@ -162,11 +161,10 @@ class MergingModel(AdapterSet):
             return self._take_apart()
 
     def unload(self) -> nn.Module:
-        """Remove all adapters and return the model as it was before them.
+        """Remove all adapters and return the model as it was before.
 
         Raises:
-            ValueError: the backward pass of a checkpointed block is still to come, in which nothing would notice that
-                the adapters are missing.
+            ValueError: a checkpointed block has a pending backward pass, which would not notice the missing adapters.
         """
         check_nothing_pending(self, "unload")
         with self.undone_on_error():
@@ -175,11 +173,11 @@ class MergingModel(AdapterSet):
             return self._take_apart()
 
     def _take_apart(self) -> nn.Module:
-        """Put what computes now in the place of each wrapper, forget all adapters, and return the model."""
+        """Replace each wrapper by the module it currently computes with, remove all adapters, and return the model."""
         replacements: dict[int, nn.Module] = {}
         for module in self.modules():
             if isinstance(module, VeraLayer) and module.of_parameter:
-                continue  # its VeraModule goes
+                continue  # removed with its VeraModule
             if isinstance(module, VeraModule | VeraLayer):
                 replacements[id(module)] = module.base_layer
             elif isinstance(module, SavedModule):
@@ -211,7 +209,7 @@ class MergingModel(AdapterSet):
         self._check_known(names)
         if not names and adapter_names is None:
             raise ValueError(
-                "no adapter is active, so there is nothing to merge: give adapter_names, or set_adapter first"
+                "no adapter is active, so there is nothing to merge: give adapter_names, or call set_adapter first"
             )
         return names
 
@@ -219,24 +217,24 @@ class MergingModel(AdapterSet):
         for name, layer in self.vera_layers().items():
             layer.check_mergeable(names, safe=safe_merge, called=name or "the model")
 
-    def _tell_of_values(self, names: Sequence[str]) -> None:
+    def _warn_of_nonfinite(self, names: Sequence[str]) -> None:
         for name in names:
             values = (value for value in self.adapter_state(name).parameters() if describe_sharding(value) is None)
             if not all(map(is_finite, values)):
-                notify(f"adapter {name!r} holds NaN or infinity, and so will what it is merged into or written to")
+                notify(f"adapter {name!r} holds NaN or infinity, and so will the weights or files made from it")
 
-    def _tell_of_losses(self, names: Sequence[str]) -> None:
-        self._tell_of_values(names)
+    def _warn_of_losses(self, names: Sequence[str]) -> None:
+        self._warn_of_nonfinite(names)
         layers = (layer for layer in self._layers() if any(name in layer.entries for name in names))
         for loss, count in Counter(layer.loss_of_merging() for layer in layers).items():
             if loss is not None:
                 notify(
-                    f"merging into {count} quantized layers {loss}: outputs change by that. unmerge_adapter gives the"
-                    " weights back; an adapter that is not merged loses nothing"
+                    f"merging into {count} quantized layers {loss}, which changes the outputs. unmerge_adapter restores"
+                    " the weights; an adapter that is not merged is exact"
                 )
 
     def _tied_weights(self, names: Sequence[str]) -> bool:
-        """Return whether a weight that another module holds as well is about to be merged or replaced."""
+        """Return whether a weight that is about to be merged or replaced is shared with another module."""
         holders: dict[int, int] = {}
         changing: set[int] = set()
         for module in self.modules():

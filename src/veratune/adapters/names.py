@@ -1,4 +1,4 @@
-"""Names of modules in a model, as if it had no adapters and no wrappers of torch's."""
+"""Names of a model's modules, ignoring adapters and the wrappers of torch."""
 
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple, TypeVar
@@ -15,9 +15,9 @@ class ModuleName(NamedTuple):
     """The names of one module.
 
     Attributes:
-        public: without torch's wrappers; the only one for files, targets and messages. A wrapper has the same as
-            the module inside.
-        state: what its keys in a state dict begin with, where some wrappers show and some do not.
+        public: without the wrappers of torch; used in files, targets and messages. A wrapper has the same public name
+            as the module inside.
+        state: the prefix of its keys in a state dict, in which some wrappers appear and some do not.
         wrapper: whether it is a wrapper.
     """
 
@@ -32,6 +32,7 @@ def joined(module_name: str, name: str) -> str:
 
 
 def ends_in(name: str, suffix: str) -> bool:
+    """Return whether a dotted name is a suffix or ends in it after a dot."""
     return name == suffix or name.endswith(f".{suffix}")
 
 
@@ -45,7 +46,7 @@ def without_wrappers(module: nn.Module) -> nn.Module:
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
-    """Return the model's own module that one of veratune's holds, or the module itself, without torch's wrappers."""
+    """Return the base module of an adapted or saved module, or the module itself, without the wrappers of torch."""
     module = without_wrappers(module)
     if isinstance(module, VeraLayer | VeraModule):
         return without_wrappers(module.base_layer)
@@ -53,10 +54,10 @@ def unwrapped(module: nn.Module) -> nn.Module:
 
 
 def base_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the model's modules by dotted name, as if it had no adapters and no wrappers of torch's.
+    """Return the model's modules by dotted name, ignoring adapters and the wrappers of torch.
 
-    A module that stands in several places has several names. Adapted layers and saved modules stand under the names
-    of what they wrap, and nothing inside them is listed but the saved module's original.
+    A module that is used several times has several names. Adapted layers and saved modules have the names of the
+    modules they wrap; of what is inside them, only the submodules of a saved module's original are listed.
     """
     found: dict[str, nn.Module] = {}
 
@@ -74,7 +75,7 @@ def base_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def adapted_layers(model: nn.Module) -> dict[str, VeraLayer]:
-    """Return what adapters are on, by name in the model without them, each once: layers, and parameters of modules."""
+    """Return the adapted layers and parameters, each once, by their names in the model without adapters."""
     found: dict[int, tuple[str, VeraLayer]] = {}
     for name, module in base_modules(model).items():
         if isinstance(module, VeraLayer):
@@ -85,11 +86,11 @@ def adapted_layers(model: nn.Module) -> dict[str, VeraLayer]:
     return dict(found.values())
 
 
-def first_names(modules: dict[str, nn.Module], kind: type[_Module]) -> dict[str, _Module]:
-    """Return the modules of a kind by name, each under its first name only."""
+def first_names(modules: dict[str, nn.Module], wanted: type[_Module]) -> dict[str, _Module]:
+    """Return the modules of one class by name, each under its first name only."""
     found: dict[int, tuple[str, _Module]] = {}
     for name, module in modules.items():
-        if isinstance(module, kind):
+        if isinstance(module, wanted):
             found.setdefault(id(module), (name, module))
     return dict(found.values())
 
@@ -97,15 +98,15 @@ def first_names(modules: dict[str, nn.Module], kind: type[_Module]) -> dict[str,
 def base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """Yield a model's parameters by all of their names in the model without adapters."""
     for name, module in base_modules(model).items():
-        for own, parameter in module._parameters.items():
+        for parameter_name, parameter in module._parameters.items():
             if parameter is not None:
-                yield joined(name, own), parameter
+                yield joined(name, parameter_name), parameter
 
 
 def module_names(model: nn.Module) -> dict[str, ModuleName]:
-    """Return the names of all modules, adapters and wrappers included, by those that `named_modules` gives.
+    """Return the names of all modules, including adapters and wrappers, by their names in `named_modules`.
 
-    A module that stands in several places has several names.
+    A module that is used several times has several names.
     """
     found: dict[str, ModuleName] = {}
 
@@ -128,11 +129,11 @@ def module_names(model: nn.Module) -> dict[str, ModuleName]:
 
 
 def public_key(key: str, names: Mapping[str, str]) -> str:
-    """Return a key of a state dict without torch's wrappers.
+    """Return a key of a state dict without the wrappers of torch.
 
     Args:
         key: the key.
-        names: what modules' keys begin with, to the modules' public names.
+        names: prefixes of the modules' keys, to the modules' public names.
     """
     owner, rest = key, ""
     while owner and owner not in names:

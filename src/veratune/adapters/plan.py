@@ -1,4 +1,4 @@
-"""All that is needed to add an adapter to a model, found before the model is changed."""
+"""Planning an adapter: everything is checked before the model is changed."""
 
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
@@ -23,13 +23,13 @@ from veratune.utils.text import notify
 
 @dataclass(frozen=True)
 class AdapterPlan:
-    """All that is needed to add an adapter to a model, found without changing the model.
+    """Everything needed to add an adapter to a model.
 
     Attributes:
-        config: the configuration with everything that depends on the model filled in.
+        config: the configuration, with everything that depends on the model filled in.
         targets: the layers it adapts.
         scheme: its projections.
-        bias_owners: the biases it trains, by name, with the modules that hold them.
+        bias_owners: name of each bias it trains to the modules that hold it.
     """
 
     config: VeraConfig
@@ -39,12 +39,12 @@ class AdapterPlan:
 
 
 def plan_adapter(model: nn.Module, config: VeraConfig, scheme: Scheme | None = None) -> AdapterPlan:
-    """Find out all about adding an adapter to a model, and raise whatever is wrong with it, changing nothing.
+    """Plan an adapter for a model, without changing the model. All errors in the configuration are raised here.
 
     Args:
         model: the model without a wrapper; it may have adapters already.
         config: the configuration; not changed.
-        scheme: projections that were read from a file, in place of those that the configuration describes.
+        scheme: projections read from a file, instead of those that the configuration describes.
 
     Raises:
         TargetError: the configuration matches nothing in this model.
@@ -59,7 +59,7 @@ def plan_adapter(model: nn.Module, config: VeraConfig, scheme: Scheme | None = N
 
 
 def make_scheme(config: VeraConfig, targets: Sequence[Target]) -> Scheme:
-    """Return the projections that a configuration describes for these layers."""
+    """Return the scheme that a configuration describes for these layers."""
     scheme = SCHEMES[config.projection]
     return scheme.for_layers(
         key=config.projection_prng_key,
@@ -90,10 +90,10 @@ def modules_with_biases(
 
 
 def input_groups(targets: Sequence[Target], scheme: Scheme) -> dict[str, InputGroup]:
-    """Return for each target what it shares with those beside it of the same width and rank.
+    """Return the input group of each target: targets of one parent module with the same input width and rank share one.
 
-    Layers of one parent module often read the same input (query, key, value). That they do is not relied on: what they
-    share only notices when it happens.
+    Layers of one parent module often read the same input (query, key, value). This is not assumed: the shared cache
+    compares inputs.
     """
 
     def key(target: Target) -> tuple[str, int, int]:
@@ -109,9 +109,9 @@ def input_groups(targets: Sequence[Target], scheme: Scheme) -> dict[str, InputGr
 
 
 def vector_dtype(weight_dtype: torch.dtype, *, autocast: bool) -> torch.dtype:
-    """Return the dtype of vectors on a weight: the weight's own, float32 where that is quantized.
+    """Return the dtype of the vectors for a weight: that of the weight, or float32 if it is quantized.
 
-    With `autocast`, it is float32 on a half-precision weight as well.
+    With `autocast`, also float32 if the weight is in half precision.
     """
     half = weight_dtype in (torch.float16, torch.bfloat16)
     wide = not weight_dtype.is_floating_point or weight_dtype.itemsize < 2 or (half and autocast)

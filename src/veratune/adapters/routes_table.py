@@ -1,4 +1,4 @@
-"""A table of the routes that an adapter's layers take, with what each alternative would have cost."""
+"""A table of the routes of an adapter's layers, with the cost of each alternative."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -13,13 +13,13 @@ from veratune.ops.planning import Estimate, choose_route, estimate, possible_cho
 
 @dataclass(frozen=True)
 class LayerRoutes:
-    """One layer's routes for a number of tokens.
+    """The routes of one layer for a number of tokens.
 
     Attributes:
         layer: its name.
         shape: its dimensions, the adapter's rank, and the tokens.
-        chosen: the estimate of the plan that it takes.
-        alternatives: the estimates of all plans that its configuration allows, the fastest first.
+        chosen: the estimate of the route that it takes.
+        alternatives: the estimates of all routes that its configuration allows, fastest first.
     """
 
     layer: str
@@ -29,7 +29,7 @@ class LayerRoutes:
 
 
 class RouteTable(list[LayerRoutes]):
-    """The routes of all layers of an adapter; printed as a table, where layers that differ in numbers share a row."""
+    """The routes of an adapter's layers. In print, layers whose names differ in numbers alone share a row."""
 
     def __str__(self) -> str:
         header = ("layer", "in", "out", "r", "tokens", "route", "GFLOP", "saved MB", "est. ms")
@@ -52,14 +52,15 @@ class RouteTable(list[LayerRoutes]):
         return "\n".join(lines)
 
     def _grouped(self) -> list[tuple[str, LayerRoutes]]:
-        """Return a name for each group of layers that differ in nothing but numbers in their names, and one of them."""
+        """Return a name and one layer for each group of layers that differ only in the numbers in their names."""
         groups: dict[tuple[str, LayerShape, Estimate, tuple[Estimate, ...]], list[LayerRoutes]] = {}
         for routes in self:
-            kind = ".".join("*" if part.isdigit() else part for part in routes.layer.split("."))
-            key = kind, routes.shape, routes.chosen, tuple(routes.alternatives)
+            pattern = ".".join("*" if part.isdigit() else part for part in routes.layer.split("."))
+            key = pattern, routes.shape, routes.chosen, tuple(routes.alternatives)
             groups.setdefault(key, []).append(routes)
         return [
-            (own[0].layer if len(own) == 1 else f"{kind} ({len(own)})", own[0]) for (kind, *_), own in groups.items()
+            (members[0].layer if len(members) == 1 else f"{pattern} ({len(members)})", members[0])
+            for (pattern, *_), members in groups.items()
         ]
 
 
@@ -87,32 +88,33 @@ def explain_routes(
         layers: the adapted layers by name.
         adapter_name: which adapter.
         tokens: the product of an input's leading dimensions.
-        dtype: the compute dtype; the layer's own where None.
-        device: the device; the layer's own where None.
-        training: whether the vectors' gradients are wanted.
+        dtype: the compute dtype; None for that of the layer.
+        device: the device; None for that of the layer.
+        training: whether the gradients of the vectors are needed.
     """
     table = RouteTable()
     for name, layer in layers:
         entry = layer.entries.get(adapter_name)
         if entry is None or entry.parts or not layer.chooses_route:
-            continue  # there is one way only to compute it, or its module decides
+            continue  # it has only one route, or its module determines the route
         shape = replace(entry.shapes[0], tokens=tokens)
-        own = layer.base_weight.dtype
-        number = own if own.is_floating_point and own.itemsize > 1 else layer.vectors(adapter_name)[0].dtype
-        profile = device_profile(device or layer.base_weight.device, dtype or number)
+        weight_dtype = layer.base_weight.dtype
+        plain = weight_dtype.is_floating_point and weight_dtype.itemsize > 1
+        layer_dtype = weight_dtype if plain else layer.vectors(adapter_name)[0].dtype
+        profile = device_profile(device or layer.base_weight.device, dtype or layer_dtype)
         route, memory = entry.settings.route, entry.settings.memory
-        at_hand = layer.weight_readable(adapter_name)
+        readable = layer.weight_readable(adapter_name)
         choices = possible_choices(
             route,
             memory,
             shape,
             training=training,
-            weight_readable=at_hand,
+            weight_readable=readable,
             device_type=profile.device_type,
         )
         estimates = sorted(
             (estimate(choice, shape, profile, training=training) for choice in choices), key=lambda e: e.seconds
         )
-        chosen = choose_route(route, memory, shape, profile, training=training, weight_readable=at_hand)
+        chosen = choose_route(route, memory, shape, profile, training=training, weight_readable=readable)
         table.append(LayerRoutes(name, shape, next(e for e in estimates if e.choice == chosen), estimates))
     return table

@@ -1,4 +1,4 @@
-"""Replacing modules in a model, and undoing a change to a model that failed half-way."""
+"""Replacing modules in a model, and undoing changes that failed halfway."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -14,12 +14,12 @@ from veratune.utils.torch_private import follow_replacement
 
 
 def replace_modules(model: nn.Module, replacements: dict[int, nn.Module]) -> None:
-    """Put modules in the places of others, given by id, wherever those stand in a model."""
+    """Replace modules of a model, given by id, everywhere they are used."""
     if not replacements:
         return
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
-            # A wrapper just made holds what it wraps, and is not to be put into itself.
+            # A new wrapper already holds the module it wraps: do not put it into itself.
             if id(child) in replacements and replacements[id(child)] is not parent:
                 parent._modules[name] = replacements[id(child)]
                 follow_replacement(parent)
@@ -27,22 +27,22 @@ def replace_modules(model: nn.Module, replacements: dict[int, nn.Module]) -> Non
 
 
 def prepare(model: nn.Module) -> None:
-    """Adjust a model to the adapted layers it has now: its fused paths, and the methods that replace layers."""
+    """Update a model for its current adapted layers: fused fast paths, and methods that replace layers."""
     choose_paths(model)
     guard_surgeries(model)
 
 
 @contextmanager
 def undone_on_error(model: nn.Module, *others: object) -> Iterator[None]:
-    """Undo all changes to a model's structure if anything is raised, running out of memory and Ctrl-C included.
+    """Undo all changes to a model's structure if anything is raised, including out-of-memory errors and Ctrl-C.
 
-    Put back are the attributes of each module, what its dicts, lists and sets hold (modules, parameters, buffers,
-    hooks, names of adapters), and the flags of parameters. The numbers in tensors are not: whoever writes them in
+    The attributes of each module are restored, the contents of its dicts, lists and sets (modules, parameters, buffers,
+    hooks, names of adapters), and `requires_grad` of parameters. Values of tensors are not: code that writes them in
     place has to keep the old ones.
 
     Args:
         model: the root of all modules that may change.
-        others: plain objects whose attributes may change.
+        others: other objects whose attributes may change.
     """
     before = StructureBefore(model, *others)
     try:
@@ -53,7 +53,7 @@ def undone_on_error(model: nn.Module, *others: object) -> Iterator[None]:
 
 
 class StructureBefore:
-    """The structure of a model at one time, as `undone_on_error` puts it back."""
+    """A snapshot of a model's structure, which `undone_on_error` restores."""
 
     def __init__(self, model: nn.Module, *others: object) -> None:
         holders: list[Any] = [*model.modules(), *others]
@@ -72,14 +72,14 @@ class StructureBefore:
 
 @contextmanager
 def kept_on_error(tensors: Iterable[Tensor]) -> Iterator[None]:
-    """Put the numbers of tensors back, which are written in place within this context, if anything is raised."""
+    """Restore the values of these tensors if anything is raised within this context."""
     kept = [(tensor, tensor.detach().clone()) for tensor in tensors]
     try:
         yield
     except BaseException:
         with torch.no_grad():
-            for tensor, numbers in kept:
-                tensor.copy_(numbers)
+            for tensor, values in kept:
+                tensor.copy_(values)
         raise
 
 
@@ -101,7 +101,7 @@ class _Kept:
 
     def put_back(self) -> None:
         for container, copied in (*self._dicts, (self._own, self._attributes)):
-            # Only where it differs: some containers do more than hold things.
+            # Only if it differs: assigning to some containers has side effects.
             if not _same(list(container.items()), list(copied.items())):
                 container.clear()
                 container.update(copied)

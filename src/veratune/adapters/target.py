@@ -1,4 +1,4 @@
-"""One target of an adapter, and the error for what cannot be one."""
+"""A target of an adapter, and the error for a configuration without valid targets."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -13,15 +13,15 @@ from veratune.utils.text import clipped
 
 @dataclass(frozen=True)
 class Target:
-    """A layer, or a parameter that its module reads itself, to which an adapter will be added.
+    """A layer, or a parameter that its module's forward reads, to be adapted.
 
     Attributes:
-        name: its dotted name; where a module stands in several places, the first.
-        module: the module, or the `VeraLayer` or `VeraModule` that another adapter has made of it.
+        name: its dotted name; the first one if a module is used several times.
+        module: the module, or the `VeraLayer` or `VeraModule` that wraps it for another adapter.
         parameter: the parameter's name in its module; None for a layer.
-        r: the adapter's rank there.
+        r: the adapter's rank on it.
         geometry: its dimensions.
-        parts: the outputs of each part, where it stands for several layers side by side.
+        parts: the outputs of each part, for a fused layer such as query, key and value in one.
     """
 
     name: str
@@ -41,19 +41,19 @@ class Target:
 
 
 class TargetError(ValueError):
-    """The configuration names nothing in this model that can be adapted."""
+    """The configuration does not match this model: a target is missing or cannot be adapted as requested."""
 
     def __init__(self, message: str) -> None:
         super().__init__(clipped(message))
 
 
 def largest_rank(targets: Iterable[Target]) -> int:
-    """Return the largest rank that an adapter of these targets may have on any of them."""
+    """Return the largest rank allowed on any of these targets."""
     return max(target.geometry.largest_rank for target in targets)
 
 
 def parts_of(name: str, size: Geometry, config: VeraConfig) -> tuple[int, ...]:
-    """Return the outputs of each part of a layer, by a configuration's `fused_parts`; empty where it is not named.
+    """Return the outputs of each part of a layer by the configuration's `fused_parts`, empty if it is not in there.
 
     Raises:
         TargetError: the parts do not add up to the layer's outputs.
@@ -61,11 +61,11 @@ def parts_of(name: str, size: Geometry, config: VeraConfig) -> tuple[int, ...]:
     keys = [key for key in config.fused_parts if ends_in(name, key)]
     if not keys:
         return ()
-    key = max(keys, key=len)  # the one that says most
+    key = max(keys, key=len)  # the most specific one
     parts = config.fused_parts[key]
     if not isinstance(parts, int):
         sizes = parts
-    else:  # no list of what may be a huge number
+    else:  # the number may be huge: do not make a list of that length unchecked
         sizes = [size.out_features // parts] * parts if parts <= size.out_features else []
     if sum(sizes) != size.out_features or 0 in sizes:
         raise TargetError(

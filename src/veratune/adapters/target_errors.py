@@ -1,4 +1,4 @@
-"""Checks of an adapter's targets, whose messages list what the model does have."""
+"""Checks of an adapter's targets, with messages that list the names in the model."""
 
 import difflib
 import re
@@ -22,29 +22,29 @@ from veratune.utils.sharding import describe_sharding, is_emptied, is_engines
 
 
 def check_settings(config: VeraConfig, targets: list[Target]) -> None:
-    """Raise TargetError for a setting that some of the targets cannot have."""
+    """Raise TargetError for a setting that a target does not support."""
     most = largest_rank(targets)
     large = next((target for target in targets if target.r > most), None)
     if large is not None:
         raise TargetError(
-            f"a rank of {large.r} is not allowed on {large.name}: {most} is the most for layers of these sizes, and"
-            " 256 to 1024 are usual"
+            f"a rank of {large.r} is not allowed on {large.name}: {most} is the largest for layers of these sizes,"
+            " and 256 to 1024 are usual"
         )
     for key in config.fused_parts:
         if not any(ends_in(target.name, key) for target in targets):
             raise TargetError(
-                f"fused_parts={config.fused_parts!r}: {key!r} is the end of no adapted layer's name."
+                f"fused_parts={config.fused_parts!r}: no adapted layer's name ends in {key!r}."
                 + closest([key], dict.fromkeys([target.name for target in targets], "adapted"))
             )
     for target in targets:
         module = unwrapped(target.module)
         kind = layer_class(module, target.parameter)
         if target.parts and not kind.supports_parts:
-            raise TargetError(f"fused_parts: {target.name} is no linear layer, and is not made of parts")
+            raise TargetError(f"fused_parts: {target.name} is not a linear layer and has no parts")
         if config.vera_dropout > 0.0 and not kind.supports_dropout(module):
             raise TargetError(
-                f"vera_dropout={config.vera_dropout!r} cannot be had for {target.name}: there is no input of the"
-                " adapter's own to drop from. Use vera_dropout=0.0, or name it in exclude_modules"
+                f"vera_dropout={config.vera_dropout!r} is not supported on {target.name}: its adapter has no separate"
+                " input to apply dropout to. Use vera_dropout=0.0, or name it in exclude_modules"
             )
         if SCHEMES[config.projection].one_rank_linear_only and not kind.supports_one_rank_schemes:
             raise TargetError(
@@ -54,23 +54,23 @@ def check_settings(config: VeraConfig, targets: list[Target]) -> None:
 
 
 def check_not_sharded(targets: list[Target]) -> None:
-    """Raise TargetError if a target's weight is spread over processes, where each has some of its rows or columns."""
+    """Raise TargetError if a target's weight is sharded over processes."""
     for target in targets:
         base = unwrapped(target.module)
         weight = base._parameters.get(target.parameter or weight_name(base))
-        spread = describe_sharding(weight)
+        sharding = describe_sharding(weight)
         if is_emptied(weight) and not is_engines(base):
-            continue  # loaded for ZeRO-3, and the engine has not seen it yet
-        if spread is not None:
+            continue  # loaded for ZeRO-3, before deepspeed.initialize
+        if sharding is not None:
             raise TargetError(
-                f"{target.name} cannot be adapted, because its weight is spread over processes ({spread}): load the"
-                " base model without tensor parallelism (tp_plan), and put adapters on before fully_shard (FSDP2) or"
+                f"{target.name} cannot be adapted, because its weight is sharded over processes ({sharding}): load the"
+                " base model without tensor parallelism (tp_plan), and add adapters before fully_shard (FSDP2) or"
                 " deepspeed.initialize (ZeRO-3)"
             )
 
 
 def check_conflicts(modules: Mapping[str, nn.Module], saved: list[str], adapted: list[str]) -> None:
-    """Raise TargetError where one adapter would train in full what another adapts, or cannot be copied or saved.
+    """Raise TargetError if a module to save is adapted by another adapter or cannot be saved, or the reverse.
 
     Args:
         modules: what `base_modules` returns for the model.
@@ -88,12 +88,11 @@ def check_conflicts(modules: Mapping[str, nn.Module], saved: list[str], adapted:
             )
         if isinstance(module, nn.ModuleList | nn.ModuleDict):
             raise TargetError(
-                f"modules_to_save: {name} is a {type(module).__name__}, which computes nothing itself: name what is"
-                " in it"
+                f"modules_to_save: {name} is a {type(module).__name__}, which has no forward: name the modules in it"
             )
         original = unwrapped(module)
         if not all(isinstance(value, Tensor) for value in original.state_dict().values()):
-            raise TargetError(f"modules_to_save: {name} has a state that is not made of tensors and cannot be saved")
+            raise TargetError(f"modules_to_save: {name} has state that is not a tensor and cannot be saved")
     wrapped = [name for name, module in modules.items() if isinstance(module, SavedModule)]
     for name in adapted:
         top = next((other for other in wrapped if name == other or name.startswith(f"{other}.")), None)
@@ -104,8 +103,8 @@ def check_conflicts(modules: Mapping[str, nn.Module], saved: list[str], adapted:
             )
 
 
-def tell_of_ties(model: nn.Module, targets: list[Target], notify: Callable[[str], None]) -> None:
-    """Tell the user of adapted weights that other modules hold as well, since those stay as they are."""
+def warn_of_ties(model: nn.Module, targets: list[Target], notify: Callable[[str], None]) -> None:
+    """Warn of adapted weights that are shared with other modules, which are not adapted by that."""
     holders: dict[int, list[tuple[str, nn.Module]]] = {}
     for name, module in base_modules(model).items():
         for own, parameter in unwrapped(module)._parameters.items():
@@ -125,7 +124,7 @@ def tell_of_ties(model: nn.Module, targets: list[Target], notify: Callable[[str]
 def check_narrowing(
     modules: dict[str, nn.Module], config: VeraConfig, matched: list[str], notify: Callable[[str], None]
 ) -> None:
-    """Tell of an exclusion that excludes nothing, and refuse an index that no layer has."""
+    """Warn of an exclusion that matches nothing, and raise TargetError for an index that no layer has."""
     names = [*modules, *(joined(name, own) for name, m in modules.items() for own in unwrapped(m)._parameters)]
     if config.exclude_modules is not None and not any(map(matcher(config.exclude_modules), names)):
         types = {name: type(unwrapped(module)).__name__ for name, module in modules.items() if name}
@@ -145,10 +144,11 @@ def check_narrowing(
 
 
 def check_rank_pattern(config: VeraConfig, names: list[str]) -> None:
+    """Raise TargetError for a `rank_pattern` that matches no adapted layer."""
     for key in config.rank_pattern:
         if not any(ends_in_match(name, key) for name in names):
             raise TargetError(
-                f"rank_pattern={config.rank_pattern!r}: {key!r} matches the end of no adapted layer's name."
+                f"rank_pattern={config.rank_pattern!r}: no adapted layer's name ends in a match of {key!r}."
                 + closest([key], dict.fromkeys(names, "adapted"))
             )
 
@@ -156,12 +156,12 @@ def check_rank_pattern(config: VeraConfig, names: list[str]) -> None:
 def check_each_pattern(
     wanted: list[str] | str, matched: list[str], inside_saved: set[str], modules: dict[str, nn.Module]
 ) -> None:
-    """Raise TargetError for a pattern that matches nothing, and for a name in a list that adapts nothing."""
+    """Raise TargetError for a pattern that matches nothing, and for a listed name that matches nothing adaptable."""
     types = {name: type(unwrapped(module)).__name__ for name, module in modules.items() if name}
     if isinstance(wanted, str):
         if not matched:
             raise TargetError(
-                f"target_modules={wanted!r}: this regular expression matches no module's whole name."
+                f"target_modules={wanted!r}: this regular expression matches no module's full name."
                 + _meant_otherwise(wanted, modules)
                 + closest([re.split(r"[.*\\()|$^?+]+", wanted.rstrip("$"))[-1]], types)
             )
@@ -189,7 +189,7 @@ def check_each_pattern(
 
 
 def _meant_otherwise(wanted: str, modules: dict[str, nn.Module]) -> str:
-    """Return a hint for a string that was perhaps not meant as a regular expression."""
+    """Return a hint for a string that may not be meant as a regular expression."""
     if wanted.lower().replace("_", "-").replace(" ", "-") == "all-linear":
         return ' Did you mean "all-linear"?'
     if any(ends_in(name, wanted) for name in modules):
@@ -237,17 +237,17 @@ def nothing_to_adapt(
 
 
 def closest(wanted: Iterable[str], types: dict[str, str]) -> str:
-    """Return a sentence that lists the model's names most like the wanted ones, with their types."""
-    last_parts = {name.rsplit(".", 1)[-1]: kind for name, kind in types.items()}
-    last_parts = {name: kind for name, kind in last_parts.items() if not name.isdigit()}
-    kinds = {**types, **last_parts}
+    """Return a sentence with the closest names in the model, and their classes."""
+    last_parts = {name.rsplit(".", 1)[-1]: module_type for name, module_type in types.items()}
+    last_parts = {name: module_type for name, module_type in last_parts.items() if not name.isdigit()}
+    all_names = {**types, **last_parts}
     close: dict[str, str] = {}
     for name in wanted:
-        close |= {match: kinds[match] for match in difflib.get_close_matches(name, kinds, n=5, cutoff=0.5)}
+        close |= {match: all_names[match] for match in difflib.get_close_matches(name, all_names, n=5, cutoff=0.5)}
     if close:
-        return " The closest names in the model: " + ", ".join(f"{name} ({kind})" for name, kind in close.items())
+        return " The closest names in the model: " + ", ".join(f"{name} ({found})" for name, found in close.items())
     listed = list(last_parts.items())[:20]
-    return " The model has modules called: " + ", ".join(f"{name} ({kind})" for name, kind in listed)
+    return " The model has modules called: " + ", ".join(f"{name} ({found})" for name, found in listed)
 
 
 def _adaptable_names(modules: dict[str, nn.Module]) -> str:
@@ -259,7 +259,7 @@ def _adaptable_names(modules: dict[str, nn.Module]) -> str:
     if not last_parts:
         return "\nThe model has no layer that VeRA can adapt"
     listed = list(last_parts.items())[:20]
-    return "\nThe model's adaptable layers are called: " + ", ".join(f"{name} ({kind})" for name, kind in listed)
+    return "\nThe model's adaptable layers are called: " + ", ".join(f"{name} ({found})" for name, found in listed)
 
 
 def reason_against(module: nn.Module) -> str | None:

@@ -1,4 +1,4 @@
-"""A wrapper that can stand wherever its model stood: its attributes are the model's, and so its `forward` looks."""
+"""A wrapper that can replace its model anywhere: it has the model's attributes and the signature of its `forward`."""
 
 import inspect
 from types import CodeType
@@ -14,7 +14,7 @@ def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     return self.base_model(*args, **kwargs)
 
 
-# Trainers look for the names of labels in the class, where the wrapped model is not known. This is what most have.
+# Trainers look for the names of labels in the class, which does not know the wrapped model. Most models have this.
 _forward.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
     [
         inspect.Parameter("self", _POSITIONAL),
@@ -40,7 +40,7 @@ class _BoundForward:
 
     @property
     def __code__(self) -> CodeType:
-        # torch.export asks whether there is an argument like *args.
+        # torch.export checks it for *args.
         return _forward.__code__
 
 
@@ -52,7 +52,7 @@ class ForwardOfBase:
 
 
 class ModelWrapper(nn.Module):
-    """A wrapper of a model: what it does not have itself is looked up, and set, in the model.
+    """A wrapper of a model. Attributes it does not define are read from, and set on, the model.
 
     Attributes:
         base_model: the model.
@@ -64,15 +64,14 @@ class ModelWrapper(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            # accelerate's hooks on the model inside are not the wrapper's. Without a model, this is being copied or
-            # unpickled.
+            # The hooks of accelerate belong to the model inside. Without a model, this is being copied or unpickled.
             inside = "base_model" in self.__dict__.get("_modules", {})
             if name.startswith("__") or name in ("_hf_hook", "_old_forward") or not inside:
                 raise
             return getattr(self.base_model, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        # The model's own methods, such as generate, see what is set on the model only.
+        # Methods of the model, such as generate, only see attributes of the model.
         own = name == "base_model" or name in self.__dict__ or hasattr(type(self), name)
         if own or "base_model" not in self.__dict__.get("_modules", {}) or not hasattr(self.base_model, name):
             super().__setattr__(name, value)

@@ -168,7 +168,7 @@ def test_what_cannot_be_is_refused_before_any_change() -> None:
         ({"target_modules": ["attention"]}, r"reads its weights itself.*target_parameters"),
         ({"target_parameters": ["foo"]}, "no parameter is called 'foo'"),
         ({"target_parameters": ["out_proj.weight"]}, "name the module in target_modules"),
-        ({"target_parameters": ["in_proj_weight"], "vera_dropout": 0.5}, "vera_dropout=0.5 cannot be had"),
+        ({"target_parameters": ["in_proj_weight"], "vera_dropout": 0.5}, "vera_dropout=0.5 is not supported on"),
         ({"target_parameters": ["in_proj_weight"], "projection": "peft"}, "projection='peft' cannot adapt"),
         ({"target_modules": ["out_proj"], "fused_parts": {"out_proj": 3}}, "does not fit"),
     ):
