@@ -41,6 +41,7 @@ class BertShape:
 BERT_SHAPES = {
     "MiniLM": BertShape(layers=6, hidden=384, intermediate=1536, heads=12, batch=32, length=128),
     "BERT-base": BertShape(layers=12, hidden=768, intermediate=3072, heads=12, batch=16, length=128),
+    "DistilBERT": BertShape(layers=6, hidden=768, intermediate=3072, heads=12, batch=16, length=128),
     "tiny": BertShape(layers=2, hidden=32, intermediate=64, heads=2, batch=2, length=8),
 }
 
@@ -48,6 +49,7 @@ FROZEN, FULL, PEFT_VERA, OURS = "frozen backbone", "full fine-tuning", "PEFT VeR
 LORA_8, LORA_64 = "PEFT LoRA r=8", "PEFT LoRA r=64"
 OURS_FACTORED, OURS_DENSE = "veratune, route=factored", "veratune, route=dense"
 OURS_LOW, OURS_FAST = "veratune, memory=low", "veratune, memory=fast"
+OURS_BLOCKS_8, OURS_BLOCKS_16 = "veratune, 8 blocks", "veratune, 16 blocks"
 VARIANTS = (
     FROZEN,
     FULL,
@@ -59,6 +61,8 @@ VARIANTS = (
     OURS_DENSE,
     OURS_LOW,
     OURS_FAST,
+    OURS_BLOCKS_8,
+    OURS_BLOCKS_16,
 )
 _OUR_SETTINGS: dict[str, dict[str, Any]] = {
     OURS: {},
@@ -66,6 +70,8 @@ _OUR_SETTINGS: dict[str, dict[str, Any]] = {
     OURS_DENSE: {"route": "dense"},
     OURS_LOW: {"memory": "low"},
     OURS_FAST: {"memory": "fast"},
+    OURS_BLOCKS_8: {"projection": "blocks", "projection_blocks": 8},
+    OURS_BLOCKS_16: {"projection": "blocks", "projection_blocks": 16},
 }
 
 

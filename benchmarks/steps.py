@@ -15,6 +15,8 @@ from models import (
     FULL,
     LORA_8,
     OURS,
+    OURS_BLOCKS_8,
+    OURS_BLOCKS_16,
     PEFT_VERA,
     VARIANTS,
     BertShape,
@@ -58,10 +60,18 @@ def _table(case: Case) -> Table:
 
 # rank: (ratio to the frozen step at most, times faster than PEFT's VeRA at least)
 LIMITS = {256: (1.45, 2.0), 1024: (1.65, 2.8)}
+# (shape, rank): ratio to the frozen step at most, of the faster number of blocks
+BLOCK_LIMITS = {
+    ("MiniLM", 256): 1.12,
+    ("MiniLM", 1024): 1.28,
+    ("DistilBERT", 256): 1.13,
+    ("BERT-base", 256): 1.06,
+    ("BERT-base", 1024): 1.25,
+}
 
 
 def targets(cases: list[Case]) -> list[Target]:
-    """Return the targets on MiniLM's shapes."""
+    """Return the targets on MiniLM's shapes, and those of projections in blocks."""
     measured = {case["r"]: case["seconds"] for case in cases if case["shape"] == "MiniLM"}
 
     def ratio(r: int, name: str, baseline: str) -> float | None:
@@ -79,6 +89,18 @@ def targets(cases: list[Case]) -> list[Target]:
         Target(f"MiniLM, r = {r}: step, relative to full fine-tuning", ratio(r, OURS, FULL), 1.0)
         for r in (64, 256, 1024)
     ]
+    return found + _block_targets(cases)
+
+
+def _block_targets(cases: list[Case]) -> list[Target]:
+    found = []
+    for (shape, r), limit in BLOCK_LIMITS.items():
+        times = next((case["seconds"] for case in cases if (case["shape"], case["r"]) == (shape, r)), {})
+        measured = [name for name in (OURS_BLOCKS_8, OURS_BLOCKS_16) if name in times]
+        for baseline, most in ((FROZEN, limit), (LORA_8, 1.0)):
+            ratio = min((median_ratio(times, name, baseline) for name in measured), default=None)
+            what = f"{shape}, r = {r}, blocks: step, relative to {baseline}"
+            found.append(Target(what, ratio if baseline in times else None, most))
     return found
 
 

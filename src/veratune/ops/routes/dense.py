@@ -55,9 +55,9 @@ class Dense(Route):
         add_adapted_weight(cost, shape, times=2 if backward and not keep else 1, kept=keep)
         if training:
             cost.product(m, n, t)
-            cost.product(r, m, n)
+            cost.product(r, m, n, density=shape.density**2)
             cost.saved_bytes += t * n * cost.profile.itemsize
-            cost.pass_over(4 * r * m)
+            cost.pass_over(4 * r * m * shape.density)
 
 
 def add_adapted_weight(cost: Cost, shape: LayerShape, *, times: int, kept: bool) -> None:
