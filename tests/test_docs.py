@@ -137,7 +137,7 @@ def from_peft(page: str) -> None:
 
 
 def integrations(page: str) -> None:
-    trainer, installed, pipelines, trl, trl_peft, sentences, merged, loss_of_processes = blocks(page)
+    trainer, mixed, pipelines, trl, trl_peft, sentences, merged, loss_of_processes = blocks(page)
     names: dict[str, Any] = {"torch": torch}
     rows = [{name: tensor[0] for name, tensor in tiny_inputs("bert").items()} for _ in range(4)]
     names["dataset"] = [{**row, "labels": torch.tensor(i % 2)} for i, row in enumerate(rows)]
@@ -145,12 +145,9 @@ def integrations(page: str) -> None:
     exec(trainer, names)
     assert moved(names["model"]) and list(Path("out").glob("checkpoint-*/adapter_model.safetensors"))
     exec(loss_of_processes, names)
-    with pytest.MonkeyPatch.context() as replaced:
-        for method in ("_save", "_load_from_checkpoint", "_load_best_model"):  # to have them back
-            replaced.setattr(transformers.Trainer, method, getattr(transformers.Trainer, method))
-        exec(installed, names)
-        arguments = transformers.TrainingArguments("plain", report_to=[], use_cpu=True)
-        transformers.Trainer(names["model"], arguments, train_dataset=names["dataset"]).save_model("by-trainer")
+    exec(mixed, names)
+    arguments = transformers.Seq2SeqTrainingArguments("own", report_to=[], use_cpu=True)
+    names["MyTrainer"](names["model"], arguments, train_dataset=names["dataset"]).save_model("by-trainer")
     assert (Path("by-trainer") / "adapter_model.safetensors").is_file()
 
     tokenizer = tiny_tokenizer()
