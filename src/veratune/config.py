@@ -76,15 +76,17 @@ def check_config(config: object) -> None:
     """Raise TypeError, with a remedy, unless this is a `VeraConfig`."""
     if isinstance(config, VeraConfig):
         return
-    kind, package = type(config).__qualname__, type(config).__module__.partition(".")[0]
+    class_name, package = type(config).__qualname__, type(config).__module__.partition(".")[0]
     remedy = "make one with veratune.VeraConfig(r=256, target_modules=...)"
-    if kind == "VeraConfig":
+    if class_name == "VeraConfig":
         remedy = "veratune.VeraConfig takes the same fields except fan_in_fan_out, which it does not need"
-    elif kind == "VeratuneConfig":
+    elif class_name == "VeratuneConfig":
         remedy = "it is for peft.get_peft_model; veratune.VeraConfig takes the same fields"
     elif package == "peft":
-        remedy += f", whose fields are not those of {kind}; peft.get_peft_model takes a {kind}"
-    raise TypeError(f"the configuration must be a veratune.VeraConfig, not {type(config).__module__}.{kind}: {remedy}")
+        remedy += f", whose fields are not those of {class_name}; peft.get_peft_model takes a {class_name}"
+    raise TypeError(
+        f"the configuration must be a veratune.VeraConfig, not {type(config).__module__}.{class_name}: {remedy}"
+    )
 
 
 @dataclass
@@ -150,11 +152,12 @@ class VeraConfig(VeraFields):
         bias: which biases are trained: "none", "all", or those of the adapted layers ("vera_only").
         init_weights: False initializes b to one and d randomly, so that a new adapter changes the model. For tests.
         projection_prng_key: 64-bit key from which the frozen projections A and B are drawn.
-        projection: "per_dimension", dense projections for each width; "blocks", block-diagonal ones, which are cheaper
-            to compute with; or "peft", slices of one pair for the widest layers, with the values that PEFT draws.
+        projection: "per_dimension", dense projections for each width; "blocks", ones that are nonzero in blocks alone,
+            which are cheaper to compute with; or "peft", slices of one pair for the widest layers, with the values that
+            PEFT draws.
         projection_blocks: the number of blocks of projection="blocks", from 1 to 64 and at most r.
-        save_projection: write A and B into the adapter's file. They are not needed there, as they are drawn
-            from the key.
+        save_projection: write A and B into the adapter's file. They are not needed there, as they are drawn from
+            the key.
         route: how layers are computed: "auto" (the cheapest for each shape), "factored" or "dense".
         memory: what is kept for the backward pass: "fast" keeps what saves time, "low" as little as possible,
             "balanced" what is small compared with the model's activations.

@@ -144,7 +144,7 @@ def _check_regex(field: str, text: str, around: str = "{}") -> None:
 
 
 def _name_list(field: str, value: Iterable[object]) -> list[str]:
-    # Sets come from PEFT's own configurations; sorting makes files of equal configurations equal.
+    # PEFT's configurations contain sets; sorting makes files of equal configurations equal.
     names = sorted(value, key=str) if isinstance(value, set | frozenset) else list(value)
     for name in names:
         if not isinstance(name, str) or not name:

@@ -31,7 +31,7 @@ class AdapterState:
         """Raise ValueError if any of the tensors is offloaded or on the meta device.
 
         Args:
-            operation: for the message: what cannot be done then.
+            operation: the operation that needs the values, for the message.
         """
         named = {f"a vector of {name}": vector for name, pair in self.vectors.items() for vector in pair}
         for name, module in self.saved.items():

@@ -76,7 +76,7 @@ def modules_with_biases(
     """Return the modules whose biases a configuration trains, by name.
 
     Args:
-        modules: what `base_modules` returns for the model.
+        modules: the result of `base_modules` for the model.
         config: the configuration.
         adapted: the names of the adapted layers.
     """

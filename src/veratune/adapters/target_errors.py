@@ -73,7 +73,7 @@ def check_conflicts(modules: Mapping[str, nn.Module], saved: list[str], adapted:
     """Raise TargetError if a module to save is adapted by another adapter or cannot be saved, or the reverse.
 
     Args:
-        modules: what `base_modules` returns for the model.
+        modules: the result of `base_modules` for the model.
         saved: names of the modules that the new adapter trains in full.
         adapted: names of the layers that it adapts.
     """
@@ -104,12 +104,12 @@ def check_conflicts(modules: Mapping[str, nn.Module], saved: list[str], adapted:
 
 
 def warn_of_ties(model: nn.Module, targets: list[Target], notify: Callable[[str], None]) -> None:
-    """Warn of adapted weights that are shared with other modules, which are not adapted by that."""
+    """Warn of adapted weights that are shared with other modules, which the adapter does not change."""
     holders: dict[int, list[tuple[str, nn.Module]]] = {}
     for name, module in base_modules(model).items():
-        for own, parameter in unwrapped(module)._parameters.items():
+        for parameter_name, parameter in unwrapped(module)._parameters.items():
             if parameter is not None:
-                holders.setdefault(id(parameter), []).append((joined(name, own), module))
+                holders.setdefault(id(parameter), []).append((joined(name, parameter_name), module))
     for target in targets:
         base = unwrapped(target.module)
         weight = base._parameters.get(target.parameter or weight_name(base))
@@ -125,7 +125,8 @@ def check_narrowing(
     modules: dict[str, nn.Module], config: VeraConfig, matched: list[str], notify: Callable[[str], None]
 ) -> None:
     """Warn of an exclusion that matches nothing, and raise TargetError for an index that no layer has."""
-    names = [*modules, *(joined(name, own) for name, m in modules.items() for own in unwrapped(m)._parameters)]
+    parameters = [joined(name, p) for name, module in modules.items() for p in unwrapped(module)._parameters]
+    names = [*modules, *parameters]
     if config.exclude_modules is not None and not any(map(matcher(config.exclude_modules), names)):
         types = {name: type(unwrapped(module)).__name__ for name, module in modules.items() if name}
         wanted_out = [config.exclude_modules] if isinstance(config.exclude_modules, str) else config.exclude_modules
@@ -133,10 +134,10 @@ def check_narrowing(
             f"exclude_modules={config.exclude_modules!r} matches no module of this model." + closest(wanted_out, types)
         )
     if config.layers_to_transform is not None and matched:
-        there = {layer_index(name, config) for name in matched}
-        absent = [index for index in layer_indices(config) if index not in there]
+        indices = {layer_index(name, config) for name in matched}
+        absent = [index for index in layer_indices(config) if index not in indices]
         if absent:
-            present = sorted(index for index in there if index is not None)
+            present = sorted(index for index in indices if index is not None)
             raise TargetError(
                 f"layers_to_transform={config.layers_to_transform!r}: there is no layer {absent[0]} among what"
                 f" target_modules={config.target_modules!r} matches, only {present}"
@@ -173,12 +174,13 @@ def check_each_pattern(
             + closest(missing, types)
         )
     for suffix in wanted:
-        own = [name for name in matched if ends_in(name, suffix)]
-        outside = [name for name in own if name not in inside_saved]
+        matching = [name for name in matched if ends_in(name, suffix)]
+        outside = [name for name in matching if name not in inside_saved]
         if len(wanted) > 1 and not outside:
             raise TargetError(
-                f"target_modules={wanted!r}: {suffix!r} matches only modules that are trained in full, such as {own[0]}"
-                " (modules_to_save): leave it out of one of the two; modules_to_save=[] trains none in full"
+                f"target_modules={wanted!r}: {suffix!r} matches only modules that are trained in full, such as"
+                f" {matching[0]} (modules_to_save): leave it out of one of the two; modules_to_save=[] trains none in"
+                " full"
             )
         if len(wanted) > 1 and not any(_usable(modules[name]) for name in outside):
             raise TargetError(

@@ -36,7 +36,7 @@ def find_targets(model: nn.Module, config: VeraConfig, notify: Callable[[str], N
 
     Args:
         model: the model without a wrapper; it may have adapters.
-        config: what `resolve_config` returned.
+        config: the result of `resolve_config`.
         notify: called with a sentence if a choice may be surprising.
 
     Raises:
@@ -131,7 +131,7 @@ def _candidates(name: str, modules: dict[str, nn.Module]) -> list[_Candidate]:
     module = modules[name]
     if reason_against(module) is None:
         return [_Candidate(name, name, module, None)]
-    candidates = [_Candidate(joined(name, own), name, module, own) for own in adaptable_parameters(unwrapped(module))]
+    candidates = [_Candidate(joined(name, p), name, module, p) for p in adaptable_parameters(unwrapped(module))]
     if isinstance(unwrapped(module), nn.MultiheadAttention):
         output = joined(name, "out_proj")
         candidates.append(_Candidate(output, output, modules[output], None))

@@ -72,8 +72,8 @@ class ModelWrapper(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         # Methods of the model, such as generate, only see attributes of the model.
-        own = name == "base_model" or name in self.__dict__ or hasattr(type(self), name)
-        if own or "base_model" not in self.__dict__.get("_modules", {}) or not hasattr(self.base_model, name):
+        defined_here = name == "base_model" or name in self.__dict__ or hasattr(type(self), name)
+        if defined_here or "base_model" not in self.__dict__.get("_modules", {}) or not hasattr(self.base_model, name):
             super().__setattr__(name, value)
         else:
             setattr(self.base_model, name, value)
