@@ -92,8 +92,9 @@ class VeraLinear(VeraLayer):
             output = self.base_layer(x, *args, **kwargs)
             return output
         names = self.added_adapters
-        replaceable = self._weight_can_be_replaced() and not any(self._drops(name) for name in names)
-        if not self._plain_class and replaceable:
+        several = len(names) > 1 or bool(self.entries[names[0]].parts)
+        replaceable = (several or not self._plain_class) and self._weight_can_be_replaced()
+        if replaceable and not self._plain_class:
             weight = self.weight_over(self.base_weight)
             output = call_with(self.base_layer, lambda: {"weight": weight}, (x, *args), kwargs)
             return output
@@ -117,11 +118,11 @@ class VeraLinear(VeraLayer):
         return output
 
     def _weight_can_be_replaced(self) -> bool:
-        """Return whether the base layer can be called with another tensor as its weight."""
+        """Return whether the base layer can be called with the adapted weight, which excludes dropout."""
         weight = self.base_layer._parameters.get("weight")
         if weight is None or is_quantized(self.base_layer) or weight.dtype.itemsize < 2:
             return False
-        return "forward" not in self.base_layer.__dict__
+        return "forward" not in self.base_layer.__dict__ and not any(map(self._drops, self.added_adapters))
 
     def _checked_base_output(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if spoils_gradients(self.base_layer) and gradients_wanted(
@@ -176,13 +177,10 @@ class VeraLinear(VeraLayer):
 
     def _is_plain(self) -> bool:
         """Return whether the output depends on nothing but the weight and the bias."""
-        base = self.base_layer
-        return (
-            self._plain_class
-            and only_computes(base)
-            and plain_tensor(self.base_weight)
-            and self.base_weight.is_floating_point()
-        )
+        if not self._plain_class or not only_computes(self.base_layer):
+            return False
+        weight = self.base_weight
+        return plain_tensor(weight) and weight.is_floating_point()
 
     def _drops(self, name: str) -> bool:
         return self.training and name in self.vera_dropout

@@ -111,8 +111,10 @@ def plan_linear(
         first = choices[0] if together else None
     if first is None:
         first = choose(*adapters[0], x, dtype, weight_readable=together)
-    others = [choose(entry, vectors, x, dtype, weight_readable=False) for entry, vectors in adapters[1:]]
-    return LinearPlan("together" if together else "residual", dtype, [first, *others])
+    choices = [first]
+    for entry, vectors in adapters[1:]:
+        choices.append(choose(entry, vectors, x, dtype, weight_readable=False))
+    return LinearPlan("together" if together else "residual", dtype, choices)
 
 
 def _largest_is_dense(entry: AdapterEntry, choices: Sequence[RouteChoice]) -> bool:
