@@ -39,6 +39,10 @@ CASES = {
     "a transposed weight in parts": ("gpt2", {"target_modules": TARGETS["gpt2"], "fused_parts": {"c_attn": 3}}),
     "other ranks": ("llama", {"target_modules": TARGETS["llama"], "rank_pattern": {"q_proj": 3, "down_proj": 7}}),
     "PEFT's projections": ("t5", {"target_modules": TARGETS["t5"], "projection": "peft", "projection_prng_key": 5}),
+    "projections in blocks": (
+        "llama",
+        {"target_modules": TARGETS["llama"], "projection": "blocks", "projection_blocks": 4},
+    ),
     "another key": ("vit", {"target_modules": TARGETS["vit"], "projection_prng_key": 77}),
     "experts": ("mixtral", {"target_modules": ["q_proj"], "target_parameters": EXPERTS}),
     "experts alone": ("mixtral", {"target_modules": None, "target_parameters": EXPERTS}),
