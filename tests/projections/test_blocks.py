@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dense import check_against_dense
 from layer_kinds import Attention, Table, adapted, gpt_oss, logits, mixtral, seeded
@@ -370,6 +371,19 @@ def test_functional_transformations() -> None:
     per_row = torch.func.vmap(torch.func.jacrev(lambda row: model(row[None])[0]))(x)
     (layer,) = model.vera_layers().values()
     torch.testing.assert_close(per_row, _merged(layer).expand(5, -1, -1), rtol=1e-4, atol=1e-5)
+
+
+def test_a_first_call_under_a_tracing_mode_leaves_nothing_behind() -> None:
+    model = get_peft_model(
+        nn.Sequential(nn.Linear(16, 24)), VeraConfig(r=77, target_modules=["0"], projection="blocks")
+    )
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert model(torch.randn(3, 16)).shape == (3, 24)
+    with torch.inference_mode():
+        model(torch.randn(3, 16))
+    output = model(torch.randn(3, 16))
+    assert type(output.detach()) is Tensor
+    output.sum().backward()
 
 
 def _merged(layer: VeraLayer) -> Tensor:

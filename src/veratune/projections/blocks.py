@@ -25,7 +25,12 @@ from veratune.projections.base import Scheme, Side, digest
 from veratune.projections.philox import symmetric_uniform, symmetric_uniform_columns
 from veratune.projections.structure import Matrix, Structure
 from veratune.utils.tensors import gradients_wanted
-from veratune.utils.torch_private import constant_while_compiling, transformations_active
+from veratune.utils.torch_private import (
+    constant_while_compiling,
+    modes_active,
+    outside_transformations,
+    transformations_active,
+)
 
 # Part of every counter. Increment it when the scheme's values change.
 BLOCKS_VERSION = 2
@@ -56,15 +61,20 @@ def _order(blocks: int, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     return tuple(index), tuple(rows[:rank])
 
 
+_indices: dict[tuple[int, int, torch.device, bool], Tensor] = {}
+
+
 @constant_while_compiling
 def _index(blocks: int, rank: int, device: torch.device, inverse: bool) -> Tensor:
-    return _index_tensor(blocks, rank, device, inverse)
-
-
-@lru_cache(maxsize=256)
-def _index_tensor(blocks: int, rank: int, device: torch.device, inverse: bool) -> Tensor:
-    with torch.inference_mode(False):
-        return torch.tensor(_order(blocks, rank)[inverse], device=device)
+    """Return one of the results of `_order` as a tensor."""
+    key = (blocks, rank, device, inverse)
+    if key in _indices and not modes_active():
+        return _indices[key]
+    with torch.inference_mode(False), outside_transformations():
+        index = torch.tensor(_order(blocks, rank)[inverse], device=device)
+    if type(index) is Tensor and not modes_active():  # otherwise not valid outside the mode
+        _indices[key] = index
+    return index
 
 
 def _in_place(*operands: Tensor) -> bool:
