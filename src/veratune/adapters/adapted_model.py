@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from veratune.adapters.target_errors import check_not_sharded
 from veratune.config import VeraConfig
 from veratune.layers import ComputeSettings, SavedModule, VectorInit, VeraLayer, VeraModule
 from veratune.layers.biases import AdapterBiases
-from veratune.layers.pending import check_nothing_pending
+from veratune.layers.pending import removal_noticed
 from veratune.layers.quantized import keep_differentiable
 from veratune.layers.recomputation import StateLog
 from veratune.layers.registry import adapt, adapt_parameter
@@ -195,14 +196,12 @@ class AdaptedModel(MergingModel):
         """Remove an adapter and everything only it used. If it was active, no other adapter is activated.
 
         Raises:
-            ValueError: the name is unknown, adapters are merged, or a checkpointed block has a pending backward pass
-                that would not notice the missing adapter.
+            ValueError: the name is unknown, adapters are merged, or as for `unload`.
         """
         self._check_known([adapter_name])
         self._check_unmerged("delete_adapter")
-        if self._unwraps_computed(adapter_name):
-            check_nothing_pending(self, "delete_adapter")
-        with self.undone_on_error():
+        owns = self._unwraps_computed(adapter_name)
+        with removal_noticed(self.base_model, "delete_adapter") if owns else nullcontext(), self.undone_on_error():
             self._delete(adapter_name)
         projection_pool.trim()
 

@@ -1,47 +1,115 @@
-"""Blocks under gradient checkpointing that wait for their backward pass, found before what they need is removed.
+"""Blocks under gradient checkpointing that wait for their backward pass while adapters are removed from their model.
 
 Such a block is computed again in the backward pass. Adapted layers notice there that they compute otherwise than in the
-forward pass, but what was taken out of the model cannot notice anything.
+forward pass, but what was taken out of the model cannot notice anything. The model's own modules do that then.
 """
 
 import gc
+import weakref
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from types import CellType, FunctionType, MethodType
 from typing import Any
 
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
-from veratune.layers.recomputation import StateLog
-from veratune.utils.torch_private import may_be_checkpoint, pending_checkpoint
+from veratune.layers.base import VeraLayer
+from veratune.layers.recomputation import StateLog, recomputing
+from veratune.utils.torch_private import (
+    may_be_checkpoint,
+    next_node_number,
+    node_number_of_backward,
+    pending_checkpoint,
+)
 
 # Objects that are looked at to find the modules that a block computes with.
 _MOST = 10_000
 
 
-def check_nothing_pending(model: nn.Module, operation: str) -> None:
-    """Raise ValueError if a checkpointed block of a model with adapters has yet to be computed again.
+@contextmanager
+def removal_noticed(model: nn.Module, operation: str) -> Iterator[None]:
+    """Make a model notice in pending backward passes that adapters were removed from it within this context.
+
+    Modules that are called notice it themselves: they raise RuntimeError where a block is computed again. They are left
+    as they are where no pass is pending, which is the rule.
 
     Args:
-        model: the model.
-        operation: what cannot be done then.
+        model: the model without a wrapper.
+        operation: what removes adapters.
+
+    Raises:
+        ValueError: a pass is pending in which a weight is read without a call, so that nothing could notice it.
     """
+    blocks = _pending_blocks(model)
+    if blocks and any(isinstance(module, VeraLayer) and module.weight_was_read for module in model.modules()):
+        raise ValueError(
+            f"{operation} cannot work between a forward pass with gradient checkpointing and its backward pass in a"
+            " model that reads adapted weights itself, as it would compute blocks again without the adapters: call"
+            " backward() first, or delete the outputs of that forward pass"
+        )
+    yield
+    if blocks:
+        RemovalCheck(blocks).watch(model)
+
+
+class RemovalCheck:
+    """A hook before the forward of all modules of a model, which goes once no block is pending any more.
+
+    Args:
+        blocks: what gradient checkpointing keeps of the pending blocks.
+    """
+
+    def __init__(self, blocks: list[Any]) -> None:
+        self._blocks = [weakref.ref(block) for block in blocks]
+        self._number = next_node_number()
+        self._handles: list[RemovableHandle] = []
+
+    def watch(self, model: nn.Module) -> None:
+        self._handles = [module.register_forward_pre_hook(self) for module in model.modules()]
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        if not recomputing():
+            self._leave_when_done(module)
+            return
+        number = node_number_of_backward()
+        if number is not None and number < self._number:
+            raise RuntimeError(
+                f"a {type(module).__name__} is computed again for a backward pass, as gradient checkpointing does, but"
+                " with other adapters than in the forward pass: some were removed from the model since. Call backward()"
+                " before you remove adapters, or train without gradient checkpointing"
+            )
+
+    def _leave_when_done(self, module: nn.Module) -> None:
+        kept = (reference() for reference in self._blocks)
+        if any(block is not None and pending_checkpoint(block) is not None for block in kept):
+            return
+        for handle in self._handles:
+            handle.remove()
+        for key in [key for key, hook in module._forward_pre_hooks.items() if hook is self]:  # of a copied module
+            del module._forward_pre_hooks[key]
+
+    def __deepcopy__(self, memo: Any) -> "RemovalCheck":
+        return RemovalCheck([])  # a copy has no pending passes
+
+    def __reduce__(self) -> Any:
+        return RemovalCheck, ([],)
+
+
+def _pending_blocks(model: nn.Module) -> list[Any]:
+    """Return what gradient checkpointing keeps of the blocks of a model that have yet to be computed again."""
     holders = list(model.modules())
     logs = [value for holder in holders for value in vars(holder).values() if isinstance(value, StateLog)]
     own = {id(module) for module in holders}
-    if not any(log.has_computed() for log in logs) or not any(_blocks_of(own)):
-        return
+    if not any(log.has_computed() for log in logs) or next(_blocks_of(own), None) is None:
+        return []
     gc.collect()  # graphs of earlier passes may wait in cycles
-    if any(_blocks_of(own)):
-        raise ValueError(
-            f"{operation} cannot work between a forward pass with gradient checkpointing and its backward pass, which"
-            " computes blocks again and would compute them without what is removed: call backward() first, or delete"
-            " the outputs of that forward pass"
-        )
+    return list(_blocks_of(own))
 
 
-def _blocks_of(own: set[int]) -> Iterator[bool]:
-    """Yield True for each pending block that computes with one of these modules, given by id."""
+def _blocks_of(own: set[int]) -> Iterator[Any]:
+    """Yield what is kept of each pending block that computes with one of these modules, given by id."""
     kinds: dict[type, bool] = {}  # there may be millions of objects, of few types
     for candidate in gc.get_objects():
         kind = type(candidate)
@@ -49,7 +117,7 @@ def _blocks_of(own: set[int]) -> Iterator[bool]:
             kinds[kind] = may_be_checkpoint(kind)
         block = pending_checkpoint(candidate) if kinds[kind] else None
         if block is not None and _computes_with(block, own):
-            yield True
+            yield candidate
 
 
 def _computes_with(block: Any, own: set[int]) -> bool:
