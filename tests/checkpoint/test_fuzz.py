@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
@@ -40,8 +41,9 @@ from mutations import (
     state_of,
 )
 from veratune import AdapterBank, CheckpointError, VeraConfig, VeraModel, get_peft_model
+from veratune.adapters.target import TargetError
 from veratune.bank.layout import BankError
-from veratune.integrations.peft import install
+from veratune.integrations.peft import VeratuneConfig, install
 
 EXAMPLES = int(os.environ.get("VERATUNE_FUZZ", "4"))
 SEED = os.environ.get("VERATUNE_FUZZ_SEED", "")
@@ -287,6 +289,59 @@ def test_a_mutated_file_loads_as_it_says_or_changes_nothing(
     directory = tmp_path_factory.getbasetemp() / "fuzzed"
     mutated(kind, mutation, seed, directory)
     check(kind, WAYS[seed % len(WAYS)], directory)
+
+
+PEFT_WAYS = ("from_pretrained", "load_adapter")
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda way: way.__name__)
+@pytest.mark.parametrize("kind", ["native", "plug-in"])
+@examples
+def test_a_mutated_file_in_a_peft_model_loads_as_it_says_or_changes_nothing(
+    kind: str, mutation: Any, seed: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    directory = tmp_path_factory.getbasetemp() / "fuzzed"
+    mutated(kind, mutation, seed, directory)
+    check_in_peft(PEFT_WAYS[seed % len(PEFT_WAYS)], directory)
+
+
+def check_in_peft(way: str, directory: Path) -> None:
+    """Load into a `PeftModel` in one way; fail on anything but the file's outputs or one of our errors."""
+    host: Any = net()
+    if way == "load_adapter":
+        host = randomised(peft.get_peft_model(host, VeratuneConfig(**SETTINGS)))
+    before, message, ours = state_of(host), None, False
+    try:
+        with NoLargeTensors():
+            if way == "load_adapter":
+                host.load_adapter(str(directory), "other")
+                host.set_adapter("other")
+            else:
+                host = peft.PeftModel.from_pretrained(host, str(directory))
+    except ValueError as error:
+        message, ours = str(error), isinstance(error, CheckpointError | TargetError)
+    if message is not None:
+        assert state_of(host) == before
+        # PEFT itself refuses a configuration that is missing, or of a type that it does not know.
+        assert (ours and 10 < len(message) < LONGEST and "\x1b" not in message) or not _is_ours(directory / CONFIG)
+        return
+    if (directory / CONFIG).exists() and not _is_ours(directory / CONFIG):
+        return  # of another method of PEFT's
+    with torch.no_grad():
+        found = host.eval()(INPUT)
+    expected = by_the_file(directory)
+    assert expected is not None
+    if expected.isfinite().all():
+        torch.testing.assert_close(found.double(), expected.double(), rtol=2e-4, atol=2e-5)
+
+
+def _is_ours(config: Path) -> bool:
+    try:
+        values = json.loads(config.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(values, dict) and values.get("peft_type") in ("VERATUNE", "VERATUNE_PEFT")
 
 
 @functools.cache

@@ -5,6 +5,7 @@ import json
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
@@ -106,6 +107,119 @@ def test_a_wrapped_model_has_the_names_of_the_model(wrap: Callable[[nn.Module], 
     randomise(model)
     expected = model(X)
     assert relative(model.merge_and_unload()(X), expected) < 1e-5
+
+
+class DeepHead(nn.Module):
+    """A net whose head has layers of its own, one of which is wrapped."""
+
+    def __init__(self, wrap: Callable[[nn.Module], nn.Module] | None = None) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.block = nn.Linear(8, 8)
+        self.head = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4))
+        if wrap is not None:
+            self.head[0] = wrap(self.head[0])
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(torch.tanh(self.block(x)))
+        return out
+
+
+ONE_LAYER: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "checkpoint_wrapper": checkpoint_wrapper,
+    "compiled": lambda layer: torch.compile(layer, backend="eager"),  # type: ignore[dict-item,return-value]
+    "DataParallel": nn.DataParallel,
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("wrap", ONE_LAYER.values(), ids=ONE_LAYER)
+def test_wrappers_inside_saved_modules_show_in_no_file(wrap: Callable[[nn.Module], nn.Module], tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"r": 4, "target_modules": ["block"], "modules_to_save": ["head"]}
+    model = get_peft_model(DeepHead(wrap), VeraConfig(**settings))
+    randomise(model, scale=0.5)
+    expected = model(X)
+    model.save_pretrained(tmp_path / "native")
+    model.export_peft(tmp_path / "peft")
+    heads = {f"head.{index}.{own}" for index in (0, 1) for own in ("weight", "bias")}
+    keys = {key.partition("head.")[2] for key in load_file(tmp_path / "native" / "adapter_model.safetensors")} - {""}
+    assert {f"head.{key}" for key in keys} == heads
+    for place in ("native", "peft"):
+        for other in (None, wrap):
+            assert relative(VeraModel.from_pretrained(DeepHead(other), tmp_path / place)(X), expected) < 1e-5
+    assert relative(peft.PeftModel.from_pretrained(DeepHead(), str(tmp_path / "peft"))(X), expected) < 1e-5
+    with torch.no_grad():
+        for parameter in model.adapter_state("default").parameters():
+            parameter.zero_()
+    model.restore(tmp_path / "native")
+    assert torch.equal(model(X), expected)
+    plugin = peft.get_peft_model(DeepHead(wrap), VeratuneConfig(**settings))
+    with torch.no_grad():
+        for parameter in plugin.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(generator=torch.Generator().manual_seed(parameter.numel()))
+    expected = plugin(X)
+    plugin.save_pretrained(tmp_path / "plugin")
+    keys = set(load_file(tmp_path / "plugin" / "adapter_model.safetensors"))
+    assert {key.removeprefix("base_model.model.") for key in keys if "head" in key} == heads
+    for other in (None, wrap):
+        assert torch.equal(peft.PeftModel.from_pretrained(DeepHead(other), str(tmp_path / "plugin"))(X), expected)
+        assert torch.equal(VeraModel.from_pretrained(DeepHead(other), tmp_path / "plugin")(X), expected)
+
+
+class Named(nn.Module):
+    """A model that has modules of the names that torch's wrappers use."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self._orig_mod = nn.Linear(8, 8)
+        self._checkpoint_wrapped_module = nn.Linear(8, 8)
+        self.module = nn.Linear(8, 8)
+        self.x_checkpoint_wrapped_module = nn.ModuleDict({"module": nn.Linear(8, 8)})
+        self._fsdp_wrapped_module = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in (self._orig_mod, self._checkpoint_wrapped_module, self.module):
+            x = torch.tanh(layer(x))
+        out: Tensor = self._fsdp_wrapped_module(self.x_checkpoint_wrapped_module["module"](x))
+        return out
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_modules_that_are_called_like_wrappers_keep_their_names(compiled: bool, tmp_path: Path) -> None:
+    names = {"_orig_mod", "_checkpoint_wrapped_module", "module", "x_checkpoint_wrapped_module.module"}
+
+    def base() -> Any:
+        return torch.compile(Named(), backend="eager") if compiled else Named()
+
+    settings: dict[str, Any] = {"r": 4, "target_modules": "all-linear", "modules_to_save": ["_fsdp_wrapped_module"]}
+    model = get_peft_model(base(), VeraConfig(**settings))
+    assert set(model.vera_layers()) == names
+    randomise(model, scale=0.5)
+    expected = model(X)
+    model.save_pretrained(tmp_path / "native")
+    keys = set(load_file(tmp_path / "native" / "adapter_model.safetensors"))
+    assert keys == {f"vera_lambda_{which}.{name}" for name in names for which in "bd"} | {
+        f"modules_to_save._fsdp_wrapped_module.{own}" for own in ("weight", "bias")
+    }
+    assert torch.equal(VeraModel.from_pretrained(base(), tmp_path / "native")(X), expected)
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.merge_adapter()
+    for name, tensor in state.items():  # each is refused by its right name
+        if name.endswith("base_layer.weight"):
+            with pytest.raises(ValueError, match="while the adapters"):
+                model.load_state_dict({name: tensor}, strict=False)
+    model.unmerge_adapter()
+    plugin = peft.get_peft_model(base(), VeratuneConfig(**{**settings, "target_modules": sorted(names)}))
+    with torch.no_grad():
+        for parameter in plugin.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(generator=torch.Generator().manual_seed(parameter.numel()))
+    expected = plugin(X)
+    plugin.save_pretrained(tmp_path / "plugin")
+    assert torch.equal(peft.PeftModel.from_pretrained(base(), str(tmp_path / "plugin"))(X), expected)
+    assert torch.equal(VeraModel.from_pretrained(base(), tmp_path / "plugin")(X), expected)
 
 
 @pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)

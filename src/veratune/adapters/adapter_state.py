@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from veratune.adapters.names import public_state
 from veratune.layers.offloading import check_at_hand
 
 _NAME = re.compile(r"[\w\-]{1,128}")
@@ -35,7 +36,7 @@ class AdapterState:
         """
         named = {f"a vector of {name}": vector for name, pair in self.vectors.items() for vector in pair}
         for name, module in self.saved.items():
-            named.update({f"{name}.{key}": tensor for key, tensor in module.state_dict(keep_vars=True).items()})
+            named.update({f"{name}.{key}": tensor for key, tensor in public_state(module).items()})
         check_at_hand({**named, **self.biases}, operation)
 
     def parameters(self) -> Iterator[Tensor]:

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from veratune.layers import SavedModule, VeraLayer, VeraModule
 from veratune.utils.torch_private import in_state_dict, name_in_wrapper
@@ -126,6 +126,18 @@ def module_names(model: nn.Module) -> dict[str, ModuleName]:
 
     visit(model, "", "", "")
     return found
+
+
+def public_state(module: nn.Module) -> dict[str, Tensor]:
+    """Return a module's state dict by keys without torch's wrappers; its parameters are those of the module itself."""
+    names = {name.state: name.public for name in module_names(module).values()}
+    return {public_key(key, names): tensor for key, tensor in module.state_dict(keep_vars=True).items()}
+
+
+def load_public_state(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Copy a state dict with the keys of `public_state` into a module."""
+    own = dict(zip(public_state(module), module.state_dict(keep_vars=True), strict=True))
+    module.load_state_dict({own[key]: tensor for key, tensor in tensors.items()})
 
 
 def public_key(key: str, names: Mapping[str, str]) -> str:

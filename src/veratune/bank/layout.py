@@ -19,6 +19,7 @@ from veratune.layers.registry import layer_class
 from veratune.projections import schemes
 from veratune.projections.schemes import Scheme
 from veratune.utils.tensors import bytes_of, float32_of
+from veratune.utils.torch_private import name_in_wrapper
 
 
 class BankError(ValueError):
@@ -139,6 +140,11 @@ def check_kind(target: Target, refusal: str) -> None:
 
 
 def _check_head(name: str, module: nn.Module) -> None:
+    if any(name_in_wrapper(inner) is not None for inner in module.modules()):
+        raise BankError(
+            f"modules_to_save: {name} has one of torch's wrappers in it (torch.compile, checkpoint_wrapper,"
+            " DataParallel), whose parameters files have other names for: make the bank before you wrap modules"
+        )
     if any(True for _ in module.buffers()):
         raise BankError(f"modules_to_save: {name} has buffers, which a bank cannot hold for each adapter")
     if len({parameter.dtype for parameter in module.parameters()}) > 1:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from veratune.adapters.adapted_model import AdaptedModel
+from veratune.adapters.names import public_state
 from veratune.bank.layout import AdapterRow, Layout, make_row
 from veratune.checkpoint.formats import read_adapter
 from veratune.checkpoint.hub import find_directory
@@ -62,7 +63,7 @@ class RowMaker:
             f"adapter {own!r}",
             model.peft_config[own],
             {layer: (b.detach(), d.detach()) for layer, (b, d) in state.vectors.items()},
-            {module: dict(head.state_dict()) for module, head in state.saved.items()},
+            {module: public_state(head) for module, head in state.saved.items()},
             {bias: tensor.detach() for bias, tensor in state.biases.items()},
         )
         targets = targets_of(self._modules, loaded)

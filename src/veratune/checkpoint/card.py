@@ -7,6 +7,7 @@ from pathlib import Path
 from veratune.checkpoint.files import CARD_NAME, write_text
 from veratune.checkpoint.hub import hub_name
 from veratune.config import VeraConfig
+from veratune.utils.outside_files import OutsideFileError, read_text
 
 _TEXT = """---
 {front_matter}---
@@ -69,7 +70,7 @@ def _mark(text: str) -> str:
 def _is_untouched(path: Path) -> bool:
     """Return whether a README is a card that veratune wrote and nobody has changed since."""
     try:
-        text, _, mark = path.read_text(encoding="utf-8").rstrip("\n").rpartition("\n")
-    except (OSError, UnicodeDecodeError):
+        text, _, mark = read_text(path).rstrip("\n").rpartition("\n")
+    except OutsideFileError:
         return False
     return mark == _mark(text)

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from veratune.adapters.adapted_model import AdaptedModel
-from veratune.adapters.names import without_wrappers
+from veratune.adapters.names import public_state, without_wrappers
 from veratune.adapters.plan import make_scheme
 from veratune.adapters.target import Target
 from veratune.checkpoint.base import AdapterContents, AdapterFiles, Format, open_adapter
@@ -216,7 +216,7 @@ def _state_tensors(host: AdaptedModel, adapter_name: str) -> dict[str, Tensor]:
         tensors[f"vera_lambda_b.{name}"] = b
         tensors[f"vera_lambda_d.{name}"] = d
     for name, module in state.saved.items():
-        for key, tensor in module.state_dict(keep_vars=True).items():  # parameters know whether they are spread
+        for key, tensor in public_state(module).items():  # parameters know whether they are spread
             tensors[f"modules_to_save.{name}.{key}"] = tensor
     for name, bias in state.biases.items():
         tensors[f"bias.{name}"] = bias

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from veratune.adapters.adapted_model import AdaptedModel
-from veratune.adapters.names import base_modules, without_wrappers
+from veratune.adapters.names import base_modules, public_state, without_wrappers
 from veratune.checkpoint.files import write_pair
 from veratune.checkpoint.peft_rules import (
     A_KEY,
@@ -129,7 +129,7 @@ def other_tensors(host: AdaptedModel, adapter_name: str) -> dict[str, Tensor]:
         # A module that PEFT takes for a saved one goes along with the weights it has.
         module = modules[name]
         own = state.saved.get(name, module.original_module if isinstance(module, SavedModule) else module)
-        for key, tensor in own.state_dict().items():
+        for key, tensor in public_state(own).items():
             tensors[f"{PREFIX}{name}.{key}"] = tensor
     for name, bias in state.biases.items():
         layer = adapted.get(name)

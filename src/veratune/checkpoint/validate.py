@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from veratune.adapters.adapted_model import AdaptedModel
-from veratune.adapters.names import unwrapped
+from veratune.adapters.names import load_public_state, public_state, unwrapped
 from veratune.adapters.plan import AdapterPlan, modules_with_biases
 from veratune.adapters.target import Target, TargetError, largest_rank, parts_of
 from veratune.adapters.target_errors import check_conflicts
@@ -239,8 +239,10 @@ class ReadyAdapter:
                     own.copy_(_spread_like(value, own))
             for module_name, tensors in self.loaded.saved.items():
                 module = state.saved[module_name]
-                own_state = module.state_dict(keep_vars=True)
-                module.load_state_dict({key: _spread_like(tensor, own_state[key]) for key, tensor in tensors.items()})
+                own_state = public_state(module)
+                load_public_state(
+                    module, {key: _spread_like(tensor, own_state[key]) for key, tensor in tensors.items()}
+                )
             for bias_name, bias in self.loaded.biases.items():
                 own = state.biases[bias_name]
                 own.copy_(_spread_like(bias, own))
@@ -312,7 +314,7 @@ def _check_saved(origin: str, modules: Mapping[str, nn.Module], name: str, state
             + _closest(name, modules)
         )
     original = unwrapped(module)
-    expected = original.state_dict(keep_vars=True)  # parameters know their shapes where they are spread
+    expected = public_state(original)  # parameters know their shapes where they are spread
     check_keys(f"{origin}: saved module {name!r}", expected, state)
     for key, tensor in state.items():
         shape = shape_of(expected[key])

@@ -1,6 +1,5 @@
 """Refusing operations that would bypass adapters: loading into merged weights, and replacing adapted layers."""
 
-import functools
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,9 +10,7 @@ from torch import nn
 from veratune.layers.base import VeraLayer
 from veratune.layers.modules_to_save import SavedModule
 from veratune.layers.parameter import VeraModule
-
-# Wrappers that appear in module names, but not in the keys of a state dict.
-_HIDDEN = ("_checkpoint_wrapped_module.",)
+from veratune.utils.torch_private import in_state_dict, name_in_wrapper
 
 
 class _Written(NamedTuple):
@@ -72,11 +69,8 @@ def _guard(module: nn.Module, written: list[_Written]) -> None:
     """
     if not written:
         return
-    hidden = [
-        entry._replace(name=name)
-        for entry in written
-        if (name := functools.reduce(lambda name, part: name.replace(part, ""), _HIDDEN, entry.name)) != entry.name
-    ]
+    states = [entry._replace(name=_state_name(module, entry.name)) for entry in written]
+    hidden = [state for state, entry in zip(states, written, strict=True) if state.name != entry.name]
     register: Any = module.register_load_state_dict_pre_hook
     register(LoadGuard([*written, *hidden]))
     inside: dict[str, list[_Written]] = {}
@@ -88,6 +82,18 @@ def _guard(module: nn.Module, written: list[_Written]) -> None:
         child_module = module._modules.get(name)
         if child_module is not None:
             _guard(child_module, entries)
+
+
+def _state_name(module: nn.Module, name: str) -> str:
+    """Return the name in a state dict of something in a module, without the wrappers that do not show there."""
+    parts: list[str] = []
+    current: nn.Module | None = module
+    for part in name.split("."):
+        held = None if current is None else name_in_wrapper(current)
+        if part != held or in_state_dict(part):
+            parts.append(part)
+        current = None if current is None else current._modules.get(part)
+    return ".".join(parts)
 
 
 def _merged_tensors(model: nn.Module) -> Iterator[_Written]:

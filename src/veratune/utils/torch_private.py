@@ -91,8 +91,13 @@ def pending_checkpoint(kept: Any) -> Any:
     return getattr(kept, "run_function", None) or getattr(kept, "forward_function", None)
 
 
-# The attribute in which wrappers hold the module: torch.compile, checkpoint_wrapper (also offload_wrapper), FSDP 1.
-_WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+# The attribute in which wrappers hold the module, by the wrappers' class: torch.compile, checkpoint_wrapper (also
+# offload_wrapper), FSDP 1. A model may have a module of such a name itself.
+_WRAPPED = {
+    "OptimizedModule": "_orig_mod",
+    "ActivationWrapper": "_checkpoint_wrapped_module",
+    "FullyShardedDataParallel": "_fsdp_wrapped_module",
+}
 # Those that do not appear in state dict keys.
 _NOT_IN_STATE = ("_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 
@@ -101,7 +106,11 @@ def name_in_wrapper(module: nn.Module) -> str | None:
     """Return the attribute under which a torch wrapper holds its module; None for other modules."""
     if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
         return "module"
-    return next((name for name in _WRAPPED if module._modules.get(name) is not None), None)
+    for kind in type(module).__mro__:  # by name, as importing these classes takes a second
+        name = _WRAPPED.get(kind.__name__) if kind.__module__.startswith("torch.") else None
+        if name is not None and module._modules.get(name) is not None:
+            return name
+    return None
 
 
 def in_state_dict(name: str) -> bool:
@@ -112,5 +121,5 @@ def in_state_dict(name: str) -> bool:
 def follow_replacement(parent: nn.Module) -> None:
     """Make a compiled module call the module it holds now, not the one it was created with."""
     initialize: Callable[[nn.Module], None] | None = getattr(type(parent), "_initialize", None)
-    if initialize is not None and "_orig_mod" in parent._modules:
+    if initialize is not None and name_in_wrapper(parent) == "_orig_mod":
         initialize(parent)

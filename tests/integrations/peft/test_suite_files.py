@@ -15,6 +15,8 @@ from tiny_models import randomise_trainable
 
 peft = pytest.importorskip("peft")
 
+from veratune import CheckpointError  # noqa: E402
+from veratune.checkpoint.peft_plugin import PLUGIN_TYPE  # noqa: E402
 from veratune.integrations.peft.layers import TunedLayer  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:peft.*")
@@ -161,13 +163,22 @@ def test_a_name_that_is_there_is_loaded_over(peft_config: Make, tmp_path: Path) 
 
 def test_missing_and_unknown_tensors_are_reported(peft_config: Make, tmp_path: Path) -> None:
     tuned("mlp", peft_config()).save_pretrained(tmp_path)
-    tensors = load_file(tmp_path / WEIGHTS)
-    name = "base_model.model.lin0.vera_lambda_b"
+    tensors = kept = load_file(tmp_path / WEIGHTS)
+    name, weight = "base_model.model.lin0.vera_lambda_b", base("mlp").lin0.weight.detach().clone()
     save_file(
         {**{k: v for k, v in tensors.items() if k != name}, "base_model.model.foo.bar": torch.ones(1)},
         tmp_path / WEIGHTS,
         metadata={"format": "pt"},
     )
+    if peft_config().peft_type == PLUGIN_TYPE:
+        for tensors in (load_file(tmp_path / WEIGHTS), {**kept, "base_model.model.lin0.base_layer.weight": weight}):
+            save_file(tensors, tmp_path / WEIGHTS, metadata={"format": "pt"})
+            model = tuned("mlp", peft_config())
+            expected = outputs(model, "mlp")
+            with pytest.raises(CheckpointError, match=r"has one of its two vectors only|does not belong there"):
+                model.load_adapter(tmp_path, "other")
+            assert list(model.peft_config) == ["default"] and torch.equal(outputs(model, "mlp"), expected)
+        return
     with pytest.warns(UserWarning, match=r"missing adapter keys.*lin0\.vera_lambda_b"):
         peft.PeftModel.from_pretrained(base("mlp"), tmp_path)
     model = tuned("mlp", peft_config())

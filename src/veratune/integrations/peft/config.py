@@ -1,11 +1,13 @@
 """`VeratuneConfig`, the configuration that PEFT takes for veratune's layers."""
 
 from dataclasses import InitVar, dataclass
+from pathlib import Path
 from typing import Any, Self
 
 import peft
 from peft.utils import PeftType
 
+from veratune.checkpoint.files import CONFIG_NAME, CheckpointError
 from veratune.checkpoint.peft_plugin import PLUGIN_TYPE
 from veratune.checkpoint.validate import LoadedAdapter
 from veratune.config import PEFT_TYPE, VeraConfig, VeraFields, explains_unknown_fields
@@ -52,7 +54,13 @@ class VeratuneConfig(VeraFields, peft.PeftConfig):
         """Read the configuration of an adapter that PEFT wrote, or of veratune's own."""
         peft_method.check_installed(PLUGIN_TYPE)
         read: Any = super().from_pretrained
-        config: Any = read(pretrained_model_name_or_path, subfolder, **kwargs)
+        try:
+            config: Any = read(pretrained_model_name_or_path, subfolder, **kwargs)
+        except (TypeError, ValueError) as error:
+            file = Path(pretrained_model_name_or_path) / (subfolder or ".") / CONFIG_NAME
+            if not file.exists():
+                raise
+            raise CheckpointError(f"{file} cannot be used: {error}") from error
         if not getattr(config, "_of_native_json", False):
             return config
         return cls._of_native(*peft_native.read_for_peft(pretrained_model_name_or_path, subfolder=subfolder, **kwargs))

@@ -1,22 +1,32 @@
 """veratune's own files in `peft.PeftModel.from_pretrained` and `load_adapter`, with the plug-in."""
 
+import os
+import warnings
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
 from typing import Any
 
-from peft import PeftConfig
+from peft import PeftConfig, get_peft_model_state_dict
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from veratune.adapters.names import adapted_layers, base_modules, joined, module_names, unwrapped
-from veratune.checkpoint.files import CheckpointError
+from veratune.checkpoint.files import (
+    CONFIG_NAME,
+    LARGEST_CONFIG,
+    WEIGHTS_NAME,
+    CheckpointError,
+    open_tensors,
+    read_json,
+)
+from veratune.checkpoint.formats import read_contents
 from veratune.checkpoint.hub import find_directory
 from veratune.checkpoint.native import read_native
 from veratune.checkpoint.peft_plugin import PLUGIN_TYPE
 from veratune.checkpoint.peft_rules import PREFIX, TASK_HEADS, exact_targets, peft_saved
-from veratune.checkpoint.validate import LoadedAdapter, other_projections, targets_of
+from veratune.checkpoint.validate import LoadedAdapter, check_keys, other_projections, targets_of
 from veratune.config import PEFT_TYPE
 from veratune.integrations.peft.state import with_module_names
 from veratune.layers import VeraLayer
@@ -192,10 +202,66 @@ def reading(load: Callable[..., Any]) -> Callable[..., Any]:
             vectors |= {f"{PREFIX}{name}.vera_lambda_d": d for name, (_, d) in loaded.vectors.items()}
             return AdapterWeights(place, vectors, fingerprint, loaded, device)
         config: Any = PEFT_TYPE_TO_CONFIG_MAPPING[kind].from_pretrained(model_id, **location)
-        tensors = load(model_id, device=device, key_mapping=key_mapping, **location)
-        return AdapterWeights(place, tensors, config.fingerprint)
+        directory = find_directory(model_id, **{name: location[name] for name in _LOCATION if name in location})
+        with open_tensors(directory / WEIGHTS_NAME) as file:  # never a pickle, which PEFT would take in its place
+            tensors = file.tensors()
+        if key_mapping:
+            tensors = load(model_id, device="cpu", key_mapping=key_mapping, **location)
+        return AdapterWeights(place, tensors, config.fingerprint, device=device)
 
     return load_weights
+
+
+def check_tensors(
+    place: str, tensors: dict[str, Tensor], peft_model: Any, adapter_name: str, *, sizes: bool = True
+) -> None:
+    """Raise CheckpointError unless a file of PEFT's has the tensors that PEFT would write for an adapter.
+
+    PEFT itself goes on with the starting values of what is missing, and copies whatever else has a name in the model.
+
+    Args:
+        place: the directory, for messages.
+        tensors: what the file has.
+        peft_model: the model, on which the adapter is.
+        adapter_name: which adapter.
+        sizes: whether shapes have to fit.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of models without embeddings
+        expected = get_peft_model_state_dict(peft_model, adapter_name=adapter_name, save_embedding_layers=False)
+        extra = set(tensors) - set(expected)
+        # PEFT adds a resized embedding, or the weight that an adapted one has.
+        more = get_peft_model_state_dict(peft_model, adapter_name=adapter_name) if extra else {}
+    check_keys(f"{place}/{WEIGHTS_NAME}", expected, set(tensors) - set(more) | (set(expected) & set(tensors)))
+    for name, tensor in tensors.items():
+        own = expected[name] if name in expected else more[name]
+        if sizes and tensor.shape != own.shape:
+            raise CheckpointError(
+                f"{place}/{WEIGHTS_NAME}: {name} has the shape {tuple(tensor.shape)}, but {tuple(own.shape)} in this"
+                " model"
+            )
+        if tensor.is_floating_point() != own.is_floating_point() or tensor.is_complex():
+            raise CheckpointError(f"{place}/{WEIGHTS_NAME}: {name} is {tensor.dtype}, but {own.dtype} in this model")
+
+
+def check_local(model_id: Any, **location: Any) -> None:
+    """Raise CheckpointError if PEFT is about to read files of a local directory that are not safe to open.
+
+    Args:
+        model_id: what PEFT is given; hub names are not looked at.
+        location: `subfolder`, and what else PEFT is given.
+    """
+    if not isinstance(model_id, str | os.PathLike):
+        return
+    directory = Path(model_id) / (location.get("subfolder") or ".")
+    if not os.path.lexists(directory / CONFIG_NAME):
+        return  # PEFT says so
+    values = read_json(directory / CONFIG_NAME, finite=False, largest=LARGEST_CONFIG)
+    kind = values.get("peft_type")
+    if kind is not None and not isinstance(kind, str):
+        raise CheckpointError(f"{directory / CONFIG_NAME}: peft_type={kind!r} is not a string")
+    if kind == PLUGIN_TYPE:
+        read_contents(directory)
 
 
 def placing(put: Callable[..., Any], own_tuner: type) -> Callable[..., Any]:
@@ -215,9 +281,14 @@ def placing(put: Callable[..., Any], own_tuner: type) -> Callable[..., Any]:
         **kwargs: Any,
     ) -> Any:
         state = peft_model_state_dict
-        if isinstance(state, AdapterWeights):
-            state = state.for_model(model, adapter_name)
         peft_model: Any = model
+        if isinstance(state, AdapterWeights):
+            read = state
+            state = read.for_model(model, adapter_name)
+            if read.native is None:
+                sizes = not (kwargs.get("ignore_mismatched_sizes") or (args and args[0]))
+                check_tensors(read.place, state, peft_model, adapter_name, sizes=sizes)
+                state = {name: tensor.to(read.device) for name, tensor in state.items()}
         if issubclass(PEFT_TYPE_TO_TUNER_MAPPING[peft_model.peft_config[adapter_name].peft_type], own_tuner):
             state = with_module_names(model, adapter_name, state)
         return put(model, state, adapter_name, *args, **kwargs)

@@ -36,7 +36,7 @@ def install(*, replace_vera: bool = False) -> None:
         peft_method.add_method(PLUGIN_TYPE, VeratuneConfig, VeratuneTuner)
         placing = partial(peft_native.placing, own_tuner=VeratuneTuner)
         peft_method.add_reader(PEFT_TYPE, VeratuneConfig, peft_native.reading, placing)
-        peft_method.wrap_changes(_undone_if_adapted)
+        peft_method.wrap_changes(_undone_if_adapted, peft_native.check_local)
         peft_method.add_writer(partial(saving, own_tuner=VeratuneTuner))
     if replace_vera:
         peft_method.replace_vera(PeftVeraTuner)

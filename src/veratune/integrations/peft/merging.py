@@ -10,7 +10,7 @@ from veratune.adapters.names import adapted_layers
 from veratune.adapters.surgery import prepare, undone_on_error
 from veratune.integrations.peft.layers import TunedModule, put_in_place_of
 from veratune.layers.guards import guard_loading
-from veratune.layers.pending import check_nothing_pending
+from veratune.layers.pending import removal_noticed
 from veratune.layers.quantized import leave_to_library
 
 
@@ -45,22 +45,24 @@ class MergingTuner(BaseTuner):
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
-        check_nothing_pending(self.model, "merge_and_unload" if merge else "unload")
-        if not merge:
-            for layer in adapted_layers(self.model).values():
-                if layer.merged_adapters:
-                    layer.unmerge()
-        # First the wrappers that hold tuned layers themselves, which PEFT would take off with what is in them.
-        for wrapper in [module for module in self.model.modules() if isinstance(module, TunedModule)]:
-            if merge:
-                wrapper.merge(adapter_names)
-            put_in_place_of(self.model, wrapper, wrapper.base_layer)
-        unload: Any = super()._unload_and_optionally_merge
-        model: nn.Module = unload(merge, progressbar, safe_merge, adapter_names)
-        prepare(model)
-        guard_loading(model)
-        leave_to_library(model)
-        return model
+        with removal_noticed(self.model, "merge_and_unload" if merge else "unload"):
+            if not merge:
+                for layer in adapted_layers(self.model).values():
+                    layer.check_unmergeable()
+                for layer in adapted_layers(self.model).values():
+                    if layer.merged_adapters:
+                        layer.unmerge()
+            # First the wrappers that hold tuned layers themselves, which PEFT would take off with what is in them.
+            for wrapper in [module for module in self.model.modules() if isinstance(module, TunedModule)]:
+                if merge:
+                    wrapper.merge(adapter_names)
+                put_in_place_of(self.model, wrapper, wrapper.base_layer)
+            unload: Any = super()._unload_and_optionally_merge
+            model: nn.Module = unload(merge, progressbar, safe_merge, adapter_names)
+            prepare(model)
+            guard_loading(model)
+            leave_to_library(model)
+            return model
 
     def _check_mergeable(self, adapter_names: list[str] | None, safe: bool, *, for_good: bool = False) -> None:
         """Raise ValueError if adapters cannot be merged into some layer; nothing has been changed then."""

@@ -92,22 +92,36 @@ def add_reader(name: str, config_class: Any, reading: Any, placing: Any) -> None
     functions.set_peft_model_state_dict = placing(functions.set_peft_model_state_dict)
 
 
-def wrap_changes(undone: Callable[[Any], AbstractContextManager[None]]) -> None:
-    """Let what puts adapters on models in PEFT undo itself when it fails.
+def wrap_changes(undone: Callable[[Any], AbstractContextManager[None]], check_local: Callable[..., None]) -> None:
+    """Let what puts adapters on models in PEFT undo itself when it fails, and look at files before it reads them.
 
     Args:
         undone: returns a context that undoes changes to a model.
+        check_local: raises what is wrong with files, given what PEFT's functions that read them are given.
     """
     from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftModel
 
     for kind in {PeftModel, *MODEL_TYPE_TO_PEFT_MODEL_MAPPING.values()}:
         for name in ("add_adapter", "load_adapter"):
             if name in vars(kind):
-                setattr(kind, name, _within(vars(kind)[name], undone, of_first=False))
+                checked = _checking(vars(kind)[name], check_local) if name == "load_adapter" else vars(kind)[name]
+                setattr(kind, name, _within(checked, undone, of_first=False))
         if "__init__" in vars(kind):
             setattr(kind, "__init__", _within(vars(kind)["__init__"], undone, of_first=True))  # noqa: B010
-    from_pretrained = vars(PeftModel)["from_pretrained"].__func__
+    from_pretrained = _checking(vars(PeftModel)["from_pretrained"].__func__, check_local, position=1)
     setattr(PeftModel, "from_pretrained", classmethod(_within(from_pretrained, undone, of_first=True)))  # noqa: B010
+
+
+def _checking(method: Callable[..., Any], check_local: Callable[..., None], position: int = 0) -> Callable[..., Any]:
+    """Return a method that looks at the files at the place that is its argument in this position, or `model_id`."""
+
+    @wraps(method)
+    def checked(self: Any, *args: Any, **kwargs: Any) -> Any:
+        place = args[position] if len(args) > position else kwargs.get("model_id")
+        check_local(place, subfolder=kwargs.get("subfolder"))
+        return method(self, *args, **kwargs)
+
+    return checked
 
 
 def _within(method: Callable[..., Any], undone: Callable[[Any], Any], *, of_first: bool) -> Callable[..., Any]:

@@ -30,7 +30,7 @@ def saving(save: Callable[..., Any], own_tuner: type) -> Callable[..., Any]:
             return save(self, save_directory, *args, **kwargs)
         with tempfile.TemporaryDirectory() as place:
             for card in root.glob(f"**/{CARD_NAME}") if root.is_dir() else ():  # which PEFT updates
-                if card.parent == root or card.parent.name in self.peft_config:
+                if card.is_file() and (card.parent == root or card.parent.name in self.peft_config):
                     copy = Path(place) / card.relative_to(root)
                     copy.parent.mkdir(parents=True, exist_ok=True)
                     shutil.copyfile(card, copy)

@@ -60,7 +60,10 @@ def tensors_to_save(
         ValueError: there is nothing to save.
     """
     names = module_names(model)
-    tensors = SavedTensors({own: name.public for raw, name in names.items() for own in (raw, name.state)})
+    public = {own: name.public for raw, name in names.items() for own in (raw, name.state)}
+    for raw, inside in _inside_saved(model, adapter_name):
+        public |= {joined(raw, own): joined(names[raw].public, name) for own, name in inside.items()}
+    tensors = SavedTensors(public)
     for name, layer in adapter_layers(model, adapter_name):
         for which, vector in zip(_VECTORS, layer.vectors(adapter_name), strict=True):
             key = joined(name.state, f"{which}.{adapter_name}")
@@ -127,10 +130,25 @@ def with_module_names(model: nn.Module, adapter_name: str, tensors: dict[str, Te
     """Return a file's tensors with those of saved modules under the names that `named_modules` gives, as PEFT asks."""
     names = module_names(model)
     found = dict(tensors)
+    inside = dict(_inside_saved(model, adapter_name))
     for raw, module in model.named_modules():
-        if isinstance(module, AuxiliaryTrainingWrapper) and raw != names[raw].public:
+        if isinstance(module, AuxiliaryTrainingWrapper):
             aux: Any = module
             for key in aux.adapter_state_dict_load_map(adapter_name):
-                if joined(names[raw].public, key) in found:
-                    found[joined(raw, key)] = found.pop(joined(names[raw].public, key))
+                public = public_key(key, inside.get(raw, {}))
+                for own in (joined(names[raw].public, public), joined(raw, public)):
+                    if own in found:
+                        found[joined(raw, key)] = found.pop(own)
     return found
+
+
+def _inside_saved(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, dict[str, str]]]:
+    """Yield each of PEFT's wrappers of modules trained in full by name, with the public names in an adapter's copy.
+
+    They are by the names that `named_modules` gives there, and by what keys of the copy's state dict begin with.
+    """
+    for raw, module in model.named_modules():
+        copies: Any = getattr(module, "modules_to_save", {}) if isinstance(module, AuxiliaryTrainingWrapper) else {}
+        if adapter_name in copies:
+            names = module_names(copies[adapter_name])
+            yield raw, {own: name.public for inner, name in names.items() for own in (inner, name.state) if own}

@@ -32,7 +32,7 @@ from veratune.layers.quantized import keep_differentiable
 from veratune.layers.registry import adaptable_parameters, geometry, why_not_adaptable
 from veratune.ops.calibration import load_calibration
 from veratune.projections.schemes import Scheme
-from veratune.utils.torch_private import follow_replacement
+from veratune.utils.torch_private import follow_replacement, name_in_wrapper
 
 
 @dataclass(frozen=True)
@@ -183,6 +183,7 @@ class VeratuneTuner(MergingTuner):
         found: dict[int, Target] = {}
         names = self._names = module_names(model)
         inside: tuple[str, ...] = ()
+        compiled = name_in_wrapper(model) == "_orig_mod"
         for name, module in model.named_modules():
             public = names[name].public
             if not name or names[name].wrapper or (inside and name.startswith(inside)):
@@ -192,7 +193,7 @@ class VeratuneTuner(MergingTuner):
             wanted = _means(peft_config, public) if self._named is None else public in self._named
             if not wanted:
                 continue
-            if self._named is not None and name.removeprefix("_orig_mod.") != public:
+            if self._named is not None and (name.removeprefix("_orig_mod.") if compiled else name) != public:
                 raise ValueError(
                     f"{public} is in a wrapper ({name}), where PEFT does not find it by the names of a state dict: put"
                     " the adapter on the model before it is wrapped"
