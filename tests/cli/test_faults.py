@@ -18,6 +18,7 @@ import pytest
 import torch
 import transformers
 import yaml
+from torch import nn
 
 from tiny_models import tiny_model
 from training_runs import sentences, train, with_tokenizer, write_lines
@@ -287,14 +288,46 @@ def test_special_files_are_not_read(
     rest = ("--model", encoder, "--output", tmp_path / "out")
     for place in (pipe, "/dev/zero"):
         assert train(*rest, "--data", table, "--config", place) == 2
-        assert "no regular file" in told(capsys)
+        assert "is not a regular file" in told(capsys)
         assert train(*rest, "--data", place) == 2
         assert "is not a file" in told(capsys)
     large = tmp_path / "large.yaml"
     with large.open("wb") as file:
         file.truncate(1 << 40)
     assert train(*rest, "--data", table, "--config", large) == 2
-    assert "too many for settings" in told(capsys)
+    assert "bytes; at most" in told(capsys)
+    sparse = tmp_path / "large.csv"
+    with sparse.open("wb") as file:
+        file.truncate(1 << 42)
+    assert train(*rest, "--data", sparse) == 1
+    assert "more than this machine's memory" in told(capsys)
+
+
+def test_a_picture_takes_no_files_place(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    get_peft_model(nn.Sequential(nn.Linear(4, 3)), VeraConfig(r=2, target_modules="all-linear")).save_pretrained(
+        tmp_path / "adapter"
+    )
+    picture = tmp_path / "picture.png"
+    picture.write_bytes(b"mine")
+    (tmp_path / "link.png").symlink_to(tmp_path / "nowhere")
+    for place in (picture, tmp_path / "link.png"):
+        assert main(["inspect", str(tmp_path / "adapter"), "--plot", str(place)]) == 1
+        assert "exists; nothing is overwritten" in told(capsys)
+    assert picture.read_bytes() == b"mine" and not (tmp_path / "nowhere").exists()
+    picture.unlink()
+    assert main(["inspect", str(tmp_path / "adapter"), "--plot", str(picture)]) == 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_calibration_and_a_card_are_regular_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VERATUNE_CACHE", str(tmp_path))
+    os.mkfifo(tmp_path / "calibration.json")
+    model = get_peft_model(nn.Sequential(nn.Linear(4, 3)), VeraConfig(r=2, target_modules="all-linear"))
+    (tmp_path / "adapter").mkdir()
+    os.mkfifo(tmp_path / "adapter" / "README.md")
+    model.save_pretrained(tmp_path / "adapter")
+    assert (tmp_path / "adapter" / "README.md").is_fifo()  # none of veratune's cards, and stays
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
 
 
 # Models
@@ -502,16 +535,16 @@ def test_trivial_answers_are_what_they_are() -> None:
 
 
 def test_names_that_cannot_be_folders_are_refused_at_once(tmp_path: Path) -> None:
-    model = get_peft_model(tiny_model("bert"), VeraConfig(r=2))
+    model = get_peft_model(tiny_model("bert"), VeraConfig(r=2, target_modules="all-linear"))
     before = {name: value.clone() for name, value in model.state_dict().items()}
     for name in ("\u4e00" * 128, "\u4e00" * 75, "\U0001d4d0" * 60):
         with pytest.raises(ValueError, match="bytes in UTF-8"):
-            model.add_adapter(name, VeraConfig(r=2))
+            model.add_adapter(name, VeraConfig(r=2, target_modules="all-linear"))
         with pytest.raises(ValueError, match="bytes in UTF-8"):
             get_peft_model(tiny_model("bert"), VeraConfig(r=2), name)
     assert model.state_dict().keys() == before.keys()
     longest = "\u4e00" * 74
-    model.add_adapter(longest, VeraConfig(r=2))
+    model.add_adapter(longest, VeraConfig(r=2, target_modules="all-linear"))
     model.save_pretrained(tmp_path)
     assert (tmp_path / longest / "adapter_model.safetensors").is_file()
 

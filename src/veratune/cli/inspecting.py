@@ -1,5 +1,6 @@
 """`veratune inspect`: a model's layers and what VeRA would train in them, or what an adapter has learned."""
 
+import os
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ import typer
 
 from veratune.adapters.coverage import WeightInfo, supported
 from veratune.checkpoint.base import AdapterContents
+from veratune.checkpoint.files import CheckpointError
 from veratune.checkpoint.formats import FORMATS, read_contents
 from veratune.cli.directories import writing
 from veratune.cli.models import ADAPTER_NAME, adapter_in, is_adapter, load_model
@@ -38,6 +40,8 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show a model's layers grouped by shape, or an adapter's configuration and vectors."""
+    if plot is not None and os.path.lexists(plot):
+        raise CheckpointError(f"{plot} exists; nothing is overwritten: choose another file for --plot")
     if Path(place).is_file() and Path(place).suffix in (".safetensors", ".json"):
         place = str(Path(place).parent)
     if is_adapter(str(Path(place) / ADAPTER_NAME)):

@@ -12,6 +12,7 @@ import torch
 
 from veratune.ops.costs import DeviceProfile
 from veratune.utils.atomic import write_atomically
+from veratune.utils.outside_files import parse_json, read_text
 
 # Rates, bandwidth and launch times of ordinary devices: two cores of a server CPU, and a data-centre GPU. The
 # choice of a route depends mostly on the ratio of the first two.
@@ -22,6 +23,7 @@ _DEFAULTS = {
 _BANDWIDTH = {"cpu": 2e10, "cuda": 1.5e12}
 _LAUNCH = {"cpu": 3e-6, "cuda": 6e-6}
 
+_LARGEST_FILE = 1 << 20
 _profiles: dict[tuple[str, torch.dtype], DeviceProfile] = {}
 
 
@@ -91,7 +93,7 @@ def calibration_path() -> Path:
 def _read(path: Path) -> dict[str, dict[str, float]]:
     """Return the stored calibrations; a missing or damaged file is not an error, since there are defaults."""
     try:
-        values: Any = json.loads(path.read_text(encoding="utf-8"))
+        values: Any = parse_json(read_text(path, _LARGEST_FILE))
         return {
             str(key): {name: float(entry[name]) for name in ("flops", "bandwidth", "launch")}
             for key, entry in values.items()

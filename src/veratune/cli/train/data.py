@@ -6,11 +6,12 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 
+from veratune.checkpoint.header import memory_of_machine
 from veratune.cli.train.chats import IGNORED
 from veratune.cli.train.fields import SettingsError
 from veratune.cli.train.hub_rows import may_be_hub_name, read_hub_rows
@@ -26,6 +27,7 @@ from veratune.cli.values import (
     is_empty,
     plain,
 )
+from veratune.utils.outside_files import opened
 
 Row = dict[str, Any]
 _SHOWN = 40
@@ -49,7 +51,7 @@ def read_rows(path: str, subset: str | None = None, split: str = "train") -> lis
     except ImportError as error:
         raise ImportError(f"reading data needs pandas: pip install 'veratune[cli]' ({error})") from None
     file = Path(path).expanduser()
-    readers: dict[str, Callable[[Path], Any]] = {
+    readers: dict[str, Callable[[BinaryIO], Any]] = {
         ".csv": _read_table(","),
         ".tsv": _read_table("\t"),
         ".jsonl": _read_lines,
@@ -65,9 +67,11 @@ def read_rows(path: str, subset: str | None = None, split: str = "train") -> lis
     if file.stat().st_size == 0:
         raise ValueError(f"{path} is empty")
     try:
-        with warnings.catch_warnings():
+        with opened(file) as (opened_file, size), warnings.catch_warnings():
+            if size > memory_of_machine():
+                raise ValueError(f"it has {size:,} bytes, more than this machine's memory")
             warnings.simplefilter("error", pd.errors.ParserWarning)  # rows that are longer than the header
-            found = readers[file.suffix.lower()](file)
+            found = readers[file.suffix.lower()](opened_file)
             records = found if isinstance(found, list) else found.to_dict("records")
     except RecursionError:
         raise ValueError(f"{path} cannot be read: it is nested too deeply") from None
@@ -78,18 +82,19 @@ def read_rows(path: str, subset: str | None = None, split: str = "train") -> lis
     return _some(path, [plain(row) for row in records])
 
 
-def _read_table(separator: str) -> Callable[[Path], Any]:
+def _read_table(separator: str) -> Callable[[BinaryIO], Any]:
     """Return a reader of tables of text, in which what is written counts: "01" is not 1, and "None" may be a word."""
     import pandas as pd
 
     as_written: dict[str, Any] = {"sep": separator, "dtype": str, "keep_default_na": False, "index_col": False}
 
-    def read(file: Path) -> Any:
+    def read(file: BinaryIO) -> Any:
         # pandas gives a second column of the same name another one.
         header = pd.read_csv(file, **as_written, header=None, nrows=1).iloc[0].tolist()
         twice = sorted(name for name, count in Counter(header).items() if name and count > 1)
         if twice:
             raise ValueError(f"two columns are called {twice[0]!r}")
+        file.seek(0)
         return pd.read_csv(file, **as_written)
 
     return read
@@ -101,10 +106,10 @@ def _some(path: str, rows: list[Row]) -> list[Row]:
     return rows
 
 
-def _read_lines(file: Path) -> list[Row]:
+def _read_lines(file: BinaryIO) -> list[Row]:
     rows = []
     # Only line feeds end a line: JSON allows other line separators inside of strings.
-    for number, line in enumerate(file.read_bytes().decode("utf-8-sig").split("\n"), start=1):
+    for number, line in enumerate(file.read().decode("utf-8-sig").split("\n"), start=1):
         if line.strip():
             try:
                 row = json.loads(line, object_pairs_hook=_object)

@@ -24,6 +24,7 @@ from veratune.cli.train.fields import (
     text,
 )
 from veratune.config import VeraConfig, foreign_field
+from veratune.utils.outside_files import OutsideFileError, read_text
 from veratune.utils.text import shown
 
 # PEFT's names of the tasks.
@@ -206,17 +207,9 @@ def read_settings(path: Path) -> dict[str, Any]:
     import yaml
 
     try:
-        if path.exists() and not path.is_file():
-            raise SettingsError(f"{path} is {'a directory' if path.is_dir() else 'no regular file'}, not a YAML file")
-        if path.is_file() and path.stat().st_size > _LARGEST_FILE:
-            raise SettingsError(f"{path} has {path.stat().st_size:,} bytes, too many for settings")
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise SettingsError(f"{path} does not exist") from None
-    except OSError as error:
-        raise SettingsError(f"{path} cannot be read: {error.strerror or error}") from None
-    except UnicodeDecodeError as error:
-        raise SettingsError(f"{path} is not a text file: {error}") from None
+        values = yaml.safe_load(read_text(path, _LARGEST_FILE))
+    except OutsideFileError as error:
+        raise SettingsError(str(error)) from None
     except yaml.YAMLError as error:
         raise SettingsError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     except RecursionError:
