@@ -316,3 +316,41 @@ def test_guarded_methods_look_as_before() -> None:
     model = adapted("q_proj")
     assert model.base_model.resize_token_embeddings.__name__ == "resize_token_embeddings"
     assert "new_num_tokens" in str(inspect.signature(model.resize_token_embeddings))
+
+
+WRITES: dict[str, Callable[[nn.Parameter], Any]] = {
+    "in place": lambda weight: weight.mul_(2.0),
+    "by data": lambda weight: weight.data.mul_(2.0),
+    "one element": lambda weight: weight[0].view(-1)[:1].add_(1.0),
+    "exchanged rows": lambda weight: weight.copy_(weight.flip(0)),
+}
+
+
+@pytest.mark.filterwarnings("ignore:All adapters are already merged:UserWarning")
+@pytest.mark.parametrize("plugin", [False, True])
+@pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
+@torch.no_grad()
+def test_what_is_written_to_merged_weights_is_not_lost(write: Callable[[nn.Parameter], Any], plugin: bool) -> None:
+    model = adapted("q_proj", "down_proj", plugin=plugin)
+    tuner = model.base_model if plugin else model
+    tuner.merge_adapter()
+    untouched = copy.deepcopy(model)
+    layer = next(module for name, module in model.named_modules() if name.endswith("1.mlp.down_proj"))
+    write(layer.base_layer.weight)
+    expected = logits(model)
+    refused = pytest.raises(ValueError, match=r"layers\.1\.mlp\.down_proj was written to since")
+    with refused:
+        tuner.unmerge_adapter()
+    with refused, model.disable_adapter():
+        pass
+    with refused:
+        model.unload()
+    model.double().float()
+    with refused:
+        tuner.unmerge_adapter()
+    assert torch.equal(logits(model), expected)
+    assert torch.equal(logits(model.merge_and_unload()), expected)
+    tuner = untouched.base_model if plugin else untouched
+    untouched.bfloat16().float()  # whose values are others, but not the user's
+    tuner.unmerge_adapter()
+    assert not getattr(tuner, "merged_adapters", [])

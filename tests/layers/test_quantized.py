@@ -276,3 +276,15 @@ def test_nothing_is_left_on_quantized_layers() -> None:
         model: Any = adapt(four_bits("nf4", False))
         base = model.unload()
         assert not any(module._forward_pre_hooks for module in base.modules())
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+def test_a_layer_converted_after_adapting_says_so() -> None:
+    model = get_peft_model(nets(torch.float32), CONFIG)
+    converted: Any = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
+    with pytest.raises(ValueError, match="call merge_and_unload before you convert"):
+        converted(torch.ones(2, IN))
+    randomise(model)
+    expected = model(torch.ones(2, IN))
+    plain: Any = torch.ao.quantization.quantize_dynamic(model.merge_and_unload(), {nn.Linear}, dtype=torch.qint8)
+    assert ((plain(torch.ones(2, IN)) - expected).norm() / expected.norm()) < 0.1

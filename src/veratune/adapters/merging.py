@@ -13,7 +13,7 @@ from veratune.adapters.names import base_parameters
 from veratune.adapters.surgery import replace_modules, undone_on_error
 from veratune.layers import SavedModule, VeraLayer, VeraModule
 from veratune.layers.guards import guard_loading
-from veratune.layers.pending import check_nothing_pending
+from veratune.layers.pending import removal_noticed
 from veratune.layers.quantized import leave_to_library
 from veratune.projections.pool import projection_pool
 from veratune.utils.sharding import describe_sharding
@@ -97,7 +97,8 @@ class MergingModel(AdapterSet):
         """Undo `merge_adapter`, bit for bit.
 
         Raises:
-            ValueError: merged weights have been offloaded since; the model is unchanged.
+            ValueError: merged weights were offloaded or written to since; nothing is changed then. `merge_and_unload`
+                keeps weights that were written to as they are.
         """
         for layer in self._layers():
             layer.check_unmergeable()
@@ -124,50 +125,54 @@ class MergingModel(AdapterSet):
             adapter_names: which adapters; the active ones by default.
 
         Raises:
-            ValueError: as for `merge_adapter`, or a checkpointed block has a pending backward pass.
+            ValueError: as for `merge_adapter`, or as for `unload`.
         """
-        check_nothing_pending(self, "merge_and_unload")
-        names = self._names_to_merge(adapter_names)
-        self._check_together(names)
-        layers = self._layers()
-        for layer in layers:
-            if layer.merged_for_good and layer.merged_adapters != [name for name in names if name in layer.entries]:
-                raise ValueError(
-                    f"merge_and_unload was interrupted while merging {layer.merged_adapters}: call it again with"
-                    " these adapter_names first"
-                )
-        remaining = [layer for layer in layers if not layer.merged_for_good]
-        with self.undone_on_error():
-            for layer in remaining:
-                layer.unmerge()
-            self._activate(names)
-            guard_loading(self)
-            self._check_mergeable(names, safe_merge)
-            self._warn_of_losses(names)
-        model_config: Any = getattr(self.base_model, "config", None)
-        if self._tied_weights(names) and getattr(model_config, "tie_word_embeddings", False):
-            model_config.tie_word_embeddings = False
-        # Not undone on errors, as that would need the memory of the original weights.
-        for done, layer in enumerate(remaining, start=1):
-            merged = [name for name in names if name in layer.entries]
-            if merged:
-                with undone_on_error(layer, layer.base_layer):
-                    layer.merge(merged)
-                layer._unmerged.clear()
-            if progressbar and done * 100 // len(remaining) > (done - 1) * 100 // len(remaining):
-                print(f"merged {done} of {len(remaining)} layers")
-        with self.undone_on_error():
-            self._forget_biases()  # the installed ones stay
-            return self._take_apart()
+        with removal_noticed(self.base_model, "merge_and_unload"):
+            names = self._names_to_merge(adapter_names)
+            self._check_together(names)
+            layers = self._layers()
+            for layer in layers:
+                if layer.merged_for_good and layer.merged_adapters != [name for name in names if name in layer.entries]:
+                    raise ValueError(
+                        f"merge_and_unload was interrupted while merging {layer.merged_adapters}: call it again with"
+                        " these adapter_names first"
+                    )
+            remaining = [layer for layer in layers if not layer.merged_for_good]
+            with self.undone_on_error():
+                for layer in remaining:
+                    if layer.merged_adapters != [name for name in names if name in layer.entries]:
+                        layer.unmerge()
+                self._activate(names)
+                guard_loading(self)
+                self._check_mergeable(names, safe_merge)
+                self._warn_of_losses(names)
+            model_config: Any = getattr(self.base_model, "config", None)
+            if self._tied_weights(names) and getattr(model_config, "tie_word_embeddings", False):
+                model_config.tie_word_embeddings = False
+            # Not undone on errors, as that would need the memory of the original weights.
+            for done, layer in enumerate(remaining, start=1):
+                merged = [name for name in names if name in layer.entries]
+                if merged:
+                    if layer.merged_adapters != merged:
+                        with undone_on_error(layer, layer.base_layer):
+                            layer.merge(merged)
+                    layer._unmerged.clear()
+                if progressbar and done * 100 // len(remaining) > (done - 1) * 100 // len(remaining):
+                    print(f"merged {done} of {len(remaining)} layers")
+            with self.undone_on_error():
+                self._forget_biases()  # the installed ones stay
+                return self._take_apart()
 
     def unload(self) -> nn.Module:
         """Remove all adapters and return the model as it was before.
 
+        If the backward pass of a checkpointed block is still to come, it raises RuntimeError.
+
         Raises:
-            ValueError: a checkpointed block has a pending backward pass, which would not notice the missing adapters.
+            ValueError: such a pass is still to come in a model that reads adapted weights without calling layers, where
+                nothing could notice that the adapters are missing.
         """
-        check_nothing_pending(self, "unload")
-        with self.undone_on_error():
+        with removal_noticed(self.base_model, "unload"), self.undone_on_error():
             self.unmerge_adapter()
             self._activate([])
             return self._take_apart()

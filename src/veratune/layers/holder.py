@@ -69,7 +69,13 @@ class AdapterHolder(LayerKind):
         """The base layer's weight at the moment: W0 or, while adapters are merged, the merged weight."""
         weight = getattr(self.base_layer, self.weight_name, None)
         if not isinstance(weight, Tensor):  # kept in another form, of which this is a part
-            weight = next(itertools.chain(self.base_layer.parameters(), self.base_layer.buffers()))
+            weight = next(itertools.chain(self.base_layer.parameters(), self.base_layer.buffers()), None)
+        if weight is None:
+            raise ValueError(
+                f"the {type(self.base_layer).__name__} of an adapted layer was converted to a form whose weight"
+                " veratune does not read (torch's quantize_dynamic does that): call merge_and_unload before you convert"
+                " the model"
+            )
         return weight
 
     def matrix(self, weight: Tensor) -> Tensor:

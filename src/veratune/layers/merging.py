@@ -10,7 +10,7 @@ from veratune.layers.holder import AdapterHolder
 from veratune.layers.offloading import is_offloaded, loaded, why_no_values
 from veratune.ops.delta import delta_weight
 from veratune.utils.sharding import describe_sharding
-from veratune.utils.tensors import without_autocast
+from veratune.utils.tensors import checksum, without_autocast
 
 
 class MergeableLayer(AdapterHolder):
@@ -20,6 +20,8 @@ class MergeableLayer(AdapterHolder):
         super().__init__(base_layer, geometry)
         # In a dict, so that nn.Module does not register the original parameter while a merged one replaces it.
         self._unmerged: dict[str, nn.Parameter] = {}
+        # Dtype, shape and checksum of the merged weight; no checksum if it was written to.
+        self._merged_values: tuple[torch.dtype, torch.Size, tuple[int, int] | None] | None = None
 
     def get_delta_weight(self, name: str) -> Tensor:
         """Return an adapter's delta of the weight, in the weight's layout, in the vectors' dtype, without a graph.
@@ -77,7 +79,7 @@ class MergeableLayer(AdapterHolder):
             safe: also refuse a result that is not finite.
             called: the layer's name in the message.
         """
-        names = [name for name in names if name in self.entries]
+        names = [name for name in names if name in self.entries and name not in self.merged_adapters]
         if not names:
             return
         tensors = [self.base_layer._parameters.get(self.weight_name)]
@@ -112,7 +114,32 @@ class MergeableLayer(AdapterHolder):
         setattr(self.base_layer, self.weight_name, merged)
         self._unmerged["weight"] = original
         self.merged_adapters = list(names)
+        self._note_merged()
         self._choose_added()
+
+    def _note_merged(self) -> None:
+        weight = self.base_weight
+        found = None if describe_sharding(weight) is not None else checksum(weight)
+        self._merged_values = None if found is None else (weight.dtype, weight.shape, found)
+
+    def merged_weight_changed(self) -> bool:
+        """Return whether the merged weight has been written to; quantized and sharded weights are not checked."""
+        if self._merged_values is None or not self._unmerged:
+            return False
+        (dtype, shape, before), weight = self._merged_values, self.base_weight
+        if weight.dtype != dtype or weight.shape != shape or describe_sharding(weight) is not None:
+            return False
+        now = checksum(weight)
+        return now is not None and now != before
+
+    def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]
+        changed = self.merged_weight_changed()
+        result = super()._apply(fn, recurse)
+        if changed:
+            self._merged_values = self.base_weight.dtype, self.base_weight.shape, None
+        elif self._merged_values is not None:
+            self._note_merged()
+        return result
 
     def merge_again(self, names: Sequence[str]) -> None:
         """Merge adapters that were merged before, after `unmerge`."""
@@ -141,11 +168,18 @@ class MergeableLayer(AdapterHolder):
             original.data = original.data.to(merged.device, merged.dtype)
         setattr(self.base_layer, self.weight_name, original)
         del self._unmerged["weight"]
-        self.merged_adapters = []
+        self.merged_adapters, self._merged_values = [], None
         self._choose_added()
 
     def check_unmergeable(self) -> None:
-        """Raise ValueError if `unmerge` cannot work because the merged weight was offloaded; nothing is changed."""
+        """Raise ValueError if the merged weight was offloaded or written to since merging; nothing is changed."""
         if self.merged_adapters and self.base_weight.is_meta and not self._unmerged["weight"].is_meta:
             reason = why_no_values(self.base_layer, self.weight_name)
             raise ValueError(f"cannot unmerge {self.merged_adapters}: {reason}")
+        if self.merged_weight_changed():
+            raise ValueError(
+                f"cannot unmerge {self.merged_adapters}: the merged weight of"
+                f" {next(iter(self.entries.values())).name or 'the model'} was written to since, and restoring the"
+                " original would lose that. merge_and_unload keeps the weights as they are now; to change the original"
+                " weight, write to it while nothing is merged"
+            )
