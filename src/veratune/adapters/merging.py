@@ -68,6 +68,9 @@ class MergingModel(AdapterSet):
         adapter; one of torchao becomes a plain tensor. A warning says so. Other quantized layers cannot be merged into,
         as their formats are not known here.
 
+        `state_dict` then has the merged weights under the names of the original ones: loading it into an unmerged model
+        would add the deltas twice. `save_pretrained` writes the same adapter, merged or not.
+
         Args:
             adapter_names: which adapters; the active ones by default.
             safe_merge: check that all merged weights are finite before any is changed.
