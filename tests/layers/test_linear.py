@@ -10,7 +10,9 @@ from transformers.pytorch_utils import Conv1D
 from reference import dense_delta, projections, randomise, relative
 from small_net import dense_weight, small_adapted, small_inputs
 from veratune import VeraConfig, get_peft_model
-from veratune.layers import VeraConv1D, VeraLinear
+from veratune.layers import VeraConv1D, VeraLinear, plan
+from veratune.projections import pool
+from veratune.utils.torch_private import constant_while_compiling
 
 ROUTES = ["auto", "factored", "dense"]
 IN, OUT, RANK = 6, 5, 4
@@ -213,6 +215,36 @@ def test_a_compiled_model_follows_its_adapters():
     model.set_adapter("other")
     torch.testing.assert_close(compiled(x), model(x))
     torch.testing.assert_close(model(x).double(), reference(model, x, {"other": 10}), rtol=1e-4, atol=1e-4)
+
+
+def test_functions_that_a_compiler_calls_get_constants(monkeypatch):
+    # torch 2.6 to 2.12 refuse other arguments, and any version those that it has replaced by a symbol.
+    given = []
+
+    def recording(function):
+        @constant_while_compiling
+        def recorded(*arguments):
+            given.extend(arguments)
+            return function(*arguments)
+
+        return recorded
+
+    torch._dynamo.reset()
+    for module, name in ((plan, "table_for"), (pool, "_fill_while_tracing")):
+        monkeypatch.setattr(module, name, recording(getattr(module, name)))
+    model = get_peft_model(
+        nn.Sequential(nn.Linear(5, 6), nn.Linear(6, 9)), VeraConfig(r=4, target_modules="all-linear")
+    )
+    randomise(model)
+    for layer in model.vera_layers().values():  # one code object with two sets of numbers
+        x = torch.randn(3, layer.in_features)
+        expected = layer(x)
+        layer.release_projections()
+        given.clear()
+        layer.compile(backend="eager", fullgraph=True)
+        torch.testing.assert_close(layer(x), expected)
+        kinds = {type(value) for value in given}
+        assert {str, torch.device, torch.dtype} <= kinds <= {str, bool, torch.device, torch.dtype}
 
 
 def test_compile_with_inductor():

@@ -8,10 +8,8 @@ import torch
 from torch import Tensor
 
 from veratune.layers.entries import AdapterEntry
-from veratune.ops.calibration import device_profile
-from veratune.ops.planning import RouteChoice, look_up, representative_tokens, route_table
+from veratune.ops.planning import RouteChoice, look_up, representative_tokens, table_for
 from veratune.utils.tensors import gradients_wanted
-from veratune.utils.torch_private import constant_while_compiling
 
 
 def compute_dtype(x: Tensor, weight_dtype: torch.dtype) -> torch.dtype | None:
@@ -43,27 +41,12 @@ def choose(
     tokens = math.prod(x.shape[:-1])
     if torch.compiler.is_compiling():
         tokens = representative_tokens(tokens)
+    route, memory, device = entry.settings.route, entry.settings.memory, x.device
     choices = []
-    for block in range(len(entry.shapes)):
-        table = _route_table(entry, block, x.device, dtype, training, weight_readable, backward)
+    for shape in entry.shapes:
+        table = table_for(route, memory, shape.key, device, dtype, training, weight_readable, backward)
         choices.append(look_up(table, tokens))
     return tuple(choices)
-
-
-@constant_while_compiling
-def _route_table(
-    entry: AdapterEntry,
-    block: int,
-    device: torch.device,
-    dtype: torch.dtype,
-    training: bool,
-    weight_readable: bool,
-    backward: bool,
-) -> tuple[tuple[int, RouteChoice], ...]:
-    # A compiler need not trace the search, which depends on constants only.
-    profile = device_profile(device, dtype)
-    route, memory = entry.settings.route, entry.settings.memory
-    return route_table(route, memory, entry.shapes[block], profile, training, weight_readable, backward)
 
 
 class LinearPlan(NamedTuple):

@@ -5,6 +5,7 @@ import os
 import platform
 import time
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ def device_profile(device: torch.device, dtype: torch.dtype) -> DeviceProfile:
     return _default(device.type, dtype) if profile is None else profile
 
 
+@cache
 def _default(device_type: str, dtype: torch.dtype) -> DeviceProfile:
     kind = "cpu" if device_type == "cpu" else "cuda"
     return DeviceProfile(

@@ -1,6 +1,6 @@
 """The cost of operations on a device, from which routes are chosen."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,19 @@ class LayerShape:
     tokens: int
     sharing: int = 1
     density: float = 1.0
+    key: str = field(init=False, repr=False, compare=False)
+    """All but the tokens as a string, which a compiler takes as a constant."""
+
+    def __post_init__(self) -> None:
+        numbers = (self.in_features, self.out_features, self.rank, self.sharing, self.density)
+        object.__setattr__(self, "key", " ".join(map(repr, numbers)))
+
+    @classmethod
+    def of_key(cls, key: str) -> "LayerShape":
+        """Return the shape with this key, with no tokens."""
+        *numbers, density = key.split(" ")
+        in_features, out_features, rank, sharing = map(int, numbers)
+        return cls(in_features, out_features, rank, 0, sharing, float(density))
 
 
 class Cost:

@@ -8,10 +8,14 @@ cost.
 from bisect import bisect_left
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
+import torch
+
+from veratune.ops.calibration import device_profile
 from veratune.ops.costs import Cost, DeviceProfile, LayerShape
 from veratune.ops.routes import ROUTES, Route
+from veratune.utils.torch_private import constant_while_compiling
 
 RouteName = Literal["auto", "factored", "dense"]
 ROUTE_NAMES: tuple[RouteName, ...] = ("auto", "factored", "dense")
@@ -39,6 +43,10 @@ class RouteChoice(NamedTuple):
     def __str__(self) -> str:
         kept = (", weight kept" if self.reads_weight else ", product kept") if self.keep else ""
         return f"{self.route}{kept}"
+
+
+RouteTable = tuple[tuple[int, RouteChoice], ...]
+"""The choices for every number of tokens, as (largest number of tokens, choice) in ascending order."""
 
 
 @dataclass(frozen=True)
@@ -190,8 +198,8 @@ def route_table(
     training: bool,
     weight_readable: bool,
     backward: bool | None = None,
-) -> tuple[tuple[int, RouteChoice], ...]:
-    """Return the choices for every number of tokens, as (largest number of tokens, choice) in ascending order.
+) -> RouteTable:
+    """Return the choices for every number of tokens.
 
     A lookup is faster than an estimate, and a compiler that traces with a symbolic number of tokens sees only a few
     comparisons with constants.
@@ -221,6 +229,32 @@ def route_table(
     return tuple(table)
 
 
+@constant_while_compiling
+def table_for(
+    route: RouteName,
+    memory: MemoryName,
+    shape_key: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    training: bool,
+    weight_readable: bool,
+    backward: bool,
+) -> RouteTable:
+    """Return the `route_table` of a device, dtype and `LayerShape.key`; a compiler does not trace the search."""
+    profile = device_profile(device, dtype)
+    arguments = (route, memory, shape_key, device.type, dtype, training, weight_readable, backward)
+    found = _tables.get(arguments)
+    if found is None or found[0] is not profile:  # new, or calibrated since
+        shape = LayerShape.of_key(shape_key)
+        found = profile, route_table(route, memory, shape, profile, training, weight_readable, backward)
+        _tables[arguments] = found
+    return found[1]
+
+
+# Every call of a layer looks here: hashing a shape and a profile would take longer than a small product.
+_tables: dict[tuple[Any, ...], tuple[DeviceProfile, RouteTable]] = {}
+
+
 def representative_tokens(tokens: int) -> int:
     """Return the number of tokens for which a compiled model chooses: few, some, or many.
 
@@ -232,7 +266,7 @@ def representative_tokens(tokens: int) -> int:
     return 256 if tokens <= 1024 else 4096
 
 
-def look_up(table: tuple[tuple[int, RouteChoice], ...], tokens: int) -> RouteChoice:
+def look_up(table: RouteTable, tokens: int) -> RouteChoice:
     """Return a table's choice for a number of tokens."""
     for limit, choice in table:
         if tokens <= limit:

@@ -4,6 +4,7 @@ Layers hold `ProjectionView`s as plain attributes, never as buffers. So projecti
 moved by `.to()`, copied, pickled, sharded or broadcast: a layer requests its projection for a device and dtype.
 """
 
+import itertools
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from veratune.projections.structure import Matrix
 from veratune.utils.torch_private import constant_while_compiling, outside_transformations
 
 _Place = tuple[torch.device, torch.dtype]
+_numbers = itertools.count()
 
 
 class _Backing:
@@ -117,6 +119,9 @@ class ProjectionView:
         self.columns = projection.scheme.stored_columns(projection.side, features)
         self.tensors: dict[_Place, Tensor] = {}
         self._held: dict[_Place, _Backing] = {}
+        # Compilers take strings as constants, but may replace an int that differs between views by a symbol.
+        self._key = f"view {next(_numbers)}"
+        _views[self._key] = self
         projection.join(self)
 
     def matrix(self, device: torch.device, dtype: torch.dtype) -> Matrix:
@@ -128,7 +133,7 @@ class ProjectionView:
         if torch.compiler.is_compiling():
             # Drawing cannot be traced, and need not be: it happens once, while tracing. The read below is guarded, so
             # that a compiled model notices a change of device, dtype or adapter.
-            _fill_while_tracing(self, device, dtype)
+            _fill_while_tracing(self._key, device, dtype)
         if (device, dtype) in self.tensors:
             return self.tensors[(device, dtype)]
         return self.projection.fill(self, (device, dtype))
@@ -166,8 +171,12 @@ class ProjectionView:
         return _restore_view, (self.projection.scheme, self.projection.side, self.rank, self.features)
 
 
+_views: WeakValueDictionary[str, ProjectionView] = WeakValueDictionary()
+
+
 @constant_while_compiling
-def _fill_while_tracing(view: ProjectionView, device: torch.device, dtype: torch.dtype) -> bool:
+def _fill_while_tracing(key: str, device: torch.device, dtype: torch.dtype) -> bool:
+    view = _views[key]
     view.projection.fill(view, (device, dtype))
     return True
 

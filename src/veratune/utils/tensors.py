@@ -8,6 +8,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from veratune.utils.torch_private import constant_while_compiling
+
 _KNOWN_TO_NUMPY = {torch.float32, torch.float64, torch.float16, torch.int64, torch.int32, torch.uint8, torch.bool}
 
 
@@ -66,7 +68,12 @@ def gradients_wanted(*values: object) -> bool:
 
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     """Return a context in which autocast narrows no product on this device."""
-    # Autocast raises an error for devices that it does not support, such as meta.
-    known = device.type != "meta" and torch.amp.is_autocast_available(device.type)
-    narrowing = known and torch.is_autocast_enabled(device.type)
+    narrowing = _supports_autocast(device.type) and torch.is_autocast_enabled(device.type)
     return torch.autocast(device.type, enabled=False) if narrowing else nullcontext()
+
+
+# torch before 2.13 cannot trace this question.
+@constant_while_compiling
+def _supports_autocast(device_type: str) -> bool:
+    """Return whether autocast supports a device, rather than raise an error as for meta."""
+    return device_type != "meta" and torch.amp.is_autocast_available(device_type)

@@ -23,6 +23,9 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 def constant_while_compiling(function: _Function) -> _Function:
     """Call this function once while tracing, and treat its result as a constant.
 
+    Its arguments must be constants to a compiler: strings, booleans, devices and dtypes. Older versions of torch refuse
+    other objects, and any version may replace a number that differs between layers by a symbol.
+
     Same as `torch.compiler.assume_constant_result`, which imports the compiler and so would add a second to importing
     this library.
     """
