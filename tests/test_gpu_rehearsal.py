@@ -39,9 +39,9 @@ def test_every_stage_reports_and_its_checks_hold(gpu: Any, tmp_path: Path) -> No
     checks = {name: stage["checks"] for name, stage in found["stages"].items()}
     assert checks["bits"] >= 6 and checks["gradients"] >= 60 and checks["tests"] >= 1 and checks["bank"] >= 1
     steps = found["stages"]["steps"]["cases"]
-    assert {"frozen", "PEFT LoRA r=8", "PEFT VeRA", "per_dimension auto", "per_dimension mixed"} <= set(
-        steps[0]["ratios"]
-    )
+    assert {"frozen", "PEFT LoRA r=8", "PEFT VeRA", "per_dimension auto"} <= set(steps[0]["ratios"])
+    assert {"frozen", "per_dimension auto", "blocks auto", "blocks folded"} <= set(steps[1]["ratios"])
+    assert {"frozen", "per_dimension auto", "per_dimension mixed", "blocks folded"} <= set(steps[-1]["ratios"])
     assert {"frozen", "per_dimension auto", "frozen, eager"} <= set(found["stages"]["compiled"]["cases"][0]["ratios"])
     assert found["stages"]["calibration"]["cases"][-1]["chooser"]
     errors = [case["relative_error"] for case in found["stages"]["precision"]["cases"]]

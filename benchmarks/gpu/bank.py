@@ -154,7 +154,11 @@ class Ways:
             "effect": float((alone[1] - plain[1]).norm() / plain[1].norm()),
         }
         passed = max(errors["adapter"], errors["base"]) <= LIMIT * errors["effect"]
-        return {"errors": errors, "passed": passed, "line": f"{'same' if passed else 'NOT the same'}: {errors}"}
+        line = (
+            f"{'the same as' if passed else 'NOT the same as'} alone: differences {errors['adapter']:.2g} with an"
+            f" adapter, {errors['base']:.2g} without, where the adapter changes {errors['effect']:.2g}"
+        )
+        return {"errors": errors, "passed": passed, "line": line}
 
     def measure(self, kind: str, count: int) -> Figures:
         """Time a batch in which each row has another adapter."""

@@ -3,6 +3,7 @@
 import itertools
 import random
 import statistics
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from gpu.harness import Figures, Stage, interleave
-from gpu.models import structured_schemes
+from gpu.models import DENSE_SCHEME, structured_schemes
 from veratune.ops import calibration
 from veratune.ops.costs import DeviceProfile, LayerShape
 from veratune.ops.factors import Factors
@@ -27,7 +28,6 @@ TOKENS = (1, 16, 128, 1024, 8192)
 DTYPES = (torch.bfloat16, torch.float32)
 KINDS = ("training", "forward")
 TOLERANCE = 1.05
-DENSE_SCHEME = "per_dimension"
 
 Profiles = dict[str, DeviceProfile]
 
@@ -59,7 +59,7 @@ def run(stage: Stage) -> None:
 
 
 def points(toy: bool) -> list[tuple[LayerShape, str]]:
-    """Return the grid in an order that is random but always the same: any beginning of it is a fair sample."""
+    """Return the grid in an order, always the same, of which any beginning has all dimensions about equally often."""
     if toy:
         return [(LayerShape(24, 40, 8, 6), DENSE_SCHEME), (LayerShape(40, 24, 16, 32), DENSE_SCHEME)]
     found = []
@@ -68,7 +68,26 @@ def points(toy: bool) -> list[tuple[LayerShape, str]]:
             own = SCHEMES[scheme].for_layers(0, r, n, m)
             found.append((LayerShape(n, m, r, tokens, density=own.structure("B", r, m).density), scheme))
     random.Random(0).shuffle(found)
-    return found
+    return balanced(found)
+
+
+def balanced(found: list[tuple[LayerShape, str]]) -> list[tuple[LayerShape, str]]:
+    """Order points greedily: next is always the one whose layer, rank, tokens and scheme were seen least."""
+    seen: Counter[tuple[object, ...]] = Counter()
+    rest, ordered = list(found), []
+
+    def levels(point: tuple[LayerShape, str]) -> list[tuple[object, ...]]:
+        shape, scheme = point
+        layer = (shape.in_features, shape.out_features)
+        own = [("layer", layer), ("rank", shape.rank), ("tokens", shape.tokens), ("scheme", scheme)]
+        return [*own, ("pair", shape.rank, shape.tokens), ("pair", layer, shape.tokens)]
+
+    while rest:
+        point = min(rest, key=lambda point: sum(seen[level] for level in levels(point)))
+        rest.remove(point)
+        seen.update(levels(point))
+        ordered.append(point)
+    return ordered
 
 
 def calibrated(device: torch.device) -> dict[torch.dtype, DeviceProfile]:

@@ -9,6 +9,8 @@ from common import ROOT
 from gpu.harness import Figures, Stage
 
 MARK = "needs a GPU"
+LEAST_SECONDS = 40.0
+"""Starting Python, torch and pytest alone takes more than ten."""
 
 
 def test_files() -> list[str]:
@@ -35,7 +37,7 @@ def run_file(stage: Stage, path: str) -> Figures:
         env=environment,
         capture_output=True,
         text=True,
-        timeout=max(10.0, stage.left),
+        timeout=max(LEAST_SECONDS, stage.left),
         check=False,
     )
     last = (ran.stdout.strip().splitlines() or ["nothing was printed"])[-1]

@@ -82,7 +82,7 @@ class Problem:
             for name in ("x", "weight", "bias", "b", "d")
         )
         a, up = (view.matrix(self.device, self.dtype) for view in self.views)
-        factors = Factors(Matrix(*a), Matrix(*up), b, d, self.scale)
+        factors = Factors(Matrix(*a), Matrix(*up), b, a.structure.arrange(d), self.scale)
         if kind == "linear":
             y = adapted_linear(x, weight, bias, factors, choice)
         elif kind == "transposed":

@@ -54,6 +54,7 @@ class Stage:
         end: the moment after which no case begins, as `time.monotonic` counts.
         report: where figures go.
         cases: what it has found.
+        skipped: the keys of cases for which there was no time.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Stage:
     end: float
     report: Report
     cases: list[Figures] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
 
     @property
     def left(self) -> float:
@@ -76,23 +78,22 @@ class Stage:
             work: returns its figures; "line" is what is printed.
             seconds: how long it takes at least: it is left out if there is less time.
         """
-        start = time.monotonic()
-        found: Figures
         if self.left <= seconds:
-            found = {"skipped": "the stage's time was over"}
-        else:
-            try:
-                found = work()
-            except Exception as error:
-                found = {"error": explained(error), "line": f"FAILED: {explained(error, 200)}"}
-                del error
-                release_memory(self.device)
+            self.skipped.append(key)
+            return None
+        start = time.monotonic()
+        try:
+            found = work()
+        except Exception as error:
+            found = {"error": explained(error), "line": f"FAILED: {explained(error, 200)}"}
+            del error
+            release_memory(self.device)
         took = time.monotonic() - start
-        line = found.pop("line", found.get("skipped", "done"))
+        line = found.pop("line", "done")
         print(f"[{self.name}] {key}: {line} ({took:.1f} s)", flush=True)
         self.cases.append({"key": key, **found, "took": took})
         self.report.save(now=False)
-        return None if "error" in found or "skipped" in found else found
+        return None if "error" in found else found
 
 
 def explained(error: BaseException, length: int = 2000) -> str:

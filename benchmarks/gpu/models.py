@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaModel
 
 import veratune
-from veratune.layers import products
+from veratune.layers import plan
 from veratune.ops.planning import RouteChoice
 from veratune.ops.routes import ROUTES
 from veratune.projections.schemes import SCHEMES
 
 FROZEN = "frozen"
+DENSE_SCHEME = "per_dimension"
 LORA_8, LORA_8_WIDE, LORA_16 = "PEFT LoRA r=8", "PEFT LoRA r=8, float32 vectors", "PEFT LoRA r=16"
 PEFT_VERA, PEFT_VERA_HALF = "PEFT VeRA", "PEFT VeRA, bfloat16 vectors"
 
@@ -68,12 +69,12 @@ def forced(choice: RouteChoice | None) -> Iterator[None]:
     if choice is None:
         yield
         return
-    chooser = products.choose
-    products.choose = lambda *_, **__: choice
+    chooser = plan.choose
+    plan.choose = lambda entry, *_, **__: (choice,) * len(entry.shapes)
     try:
         yield
     finally:
-        products.choose = chooser
+        plan.choose = chooser
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ def variants(r: int, n: int, m: int, device: torch.device) -> dict[str, Variant]
         PEFT_VERA: Variant(_peft_vera(r, wide=True)),
         PEFT_VERA_HALF: Variant(_peft_vera(r, wide=False)),
     }
-    for scheme in ("per_dimension", *structured_schemes(r, n, m)):
+    for scheme in (DENSE_SCHEME, *structured_schemes(r, n, m)):
         found[f"{scheme} auto"] = Variant(_ours(r, scheme), compiled=True)
         found[f"{scheme} auto, memory=low"] = Variant(_ours(r, scheme, memory="low"))
         for route in routes_on(device):

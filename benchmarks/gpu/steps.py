@@ -1,5 +1,6 @@
 """Stages: training steps of a whole model and of single layers, eager and compiled."""
 
+import itertools
 from collections.abc import Callable
 from functools import partial
 
@@ -8,10 +9,14 @@ from torch import Tensor, nn
 
 from gpu.harness import Figures, Stage, Timing, interleave, peak_bytes, release_memory
 from gpu.models import (
+    DENSE_SCHEME,
     FROZEN,
     LLAMA_1B,
     LLAMA_TOY,
-    LORA_8_WIDE,
+    LORA_8,
+    LORA_16,
+    PEFT_VERA,
+    PEFT_VERA_HALF,
     Step,
     Variant,
     forced,
@@ -26,26 +31,33 @@ from veratune import VeraModel
 DTYPE = torch.bfloat16
 LENGTH = 1024
 LAYERS = ((4096, 4096), (4096, 11008))
-# With so many tokens these are far from the best, or differ little from another one; single layers have them.
-NOT_ON_MODELS = ("scaled", "dense, weight kept", LORA_8_WIDE)
+# With so many tokens the other routes are far from the best, or differ little from these; single layers have all.
+ON_MODELS = {FROZEN, LORA_8, LORA_16}
+ON_MODELS_AT_FIRST_RANK = {PEFT_VERA, PEFT_VERA_HALF}
+ROUTES_ON_MODELS = (" auto", " folded")
 Call = Callable[[nn.Module, Tensor], Tensor]
 
 
 def run(stage: Stage) -> None:
-    """Measure the model at r = 256, single layers, then the model at r = 1024."""
+    """Measure the model at three points, single layers, and the model at one more point."""
     ranks = (8, 16) if stage.toy else (256, 1024)
-    tokens = (8,) if stage.toy else (8192, 2048)
+    tokens = (8,) if stage.toy else (2048, 8192)
     shapes = ((16, 24),) if stage.toy else LAYERS
     base = llama(LLAMA_TOY if stage.toy else LLAMA_1B, stage.device, DTYPE)
-    for count in tokens:
-        stage.case(f"Llama 1B r={ranks[0]} T={count}", partial(whole_model, stage, base, ranks[0], count), seconds=15)
-    for r in ranks:
-        for n, m in shapes:
-            for count in reversed(tokens):
-                key = f"{n}->{m} r={r} T={count}"
-                stage.case(key, partial(single_layer, stage, n, m, r, count), seconds=2)
-    for count in tokens:
-        stage.case(f"Llama 1B r={ranks[1]} T={count}", partial(whole_model, stage, base, ranks[1], count), seconds=15)
+    points = [(r, count) for r in ranks for count in tokens]
+    last = (ranks[1], tokens[0]) if len(tokens) > 1 else None
+
+    def model(base: nn.Module, r: int, count: int) -> None:
+        work = partial(whole_model, stage, base, r, count, r == ranks[0])
+        stage.case(f"Llama 1B r={r} T={count}", work, seconds=10)
+
+    for r, count in points:
+        if (r, count) != last:
+            model(base, r, count)
+    for (r, count), (n, m) in itertools.product(points, shapes):
+        stage.case(f"{n}->{m} r={r} T={count}", partial(single_layer, stage, n, m, r, count), seconds=2)
+    if last is not None:
+        model(base, *last)
     del base
     release_memory(stage.device)
 
@@ -66,13 +78,16 @@ def run_compiled(stage: Stage) -> None:
     )
 
 
-def whole_model(stage: Stage, base: nn.Module, r: int, tokens: int) -> Figures:
-    """Time all variants of a model's step, and take their peak memory."""
+def whole_model(stage: Stage, base: nn.Module, r: int, tokens: int, first_rank: bool) -> Figures:
+    """Time a model's step in those variants that matter there, and take their peak memory."""
     hidden = base.config.hidden_size
     length = min(LENGTH, tokens)
-    own = variants(r, hidden, base.config.intermediate_size, stage.device)
-    for name in [name for name in own if name.endswith(NOT_ON_MODELS)]:
-        del own[name]
+    names = ON_MODELS | (ON_MODELS_AT_FIRST_RANK if first_rank else set())
+    own = {
+        name: variant
+        for name, variant in variants(r, hidden, base.config.intermediate_size, stage.device).items()
+        if name in names or name.endswith(ROUTES_ON_MODELS) or name == f"{DENSE_SCHEME} mixed, weight kept"
+    }
     return compare(stage, base, own, (tokens // length, length, hidden), call_model, rounds=5)
 
 
