@@ -7,8 +7,8 @@ from torch import Tensor, nn
 from dense import check_against_dense
 from reference import randomise
 from veratune import VeraConfig, get_peft_model
+from veratune.ops import planning
 from veratune.ops.costs import Cost, LayerShape
-from veratune.ops.planning import route_table
 from veratune.ops.routes import ROUTES, Gradients, LinearInputs, Wanted
 from veratune.ops.routes.folded import Folded
 
@@ -48,7 +48,8 @@ def registered(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(ROUTES, "free", Free())
     monkeypatch.setattr(Free, "calls", ())
     # Tables that were made without the toys, and those with them, must not meet.
-    monkeypatch.setattr("veratune.layers.plan.route_table", route_table.__wrapped__)
+    monkeypatch.setattr(planning, "route_table", planning.route_table.__wrapped__)
+    monkeypatch.setattr(planning, "_tables", {})
 
 
 def test_it_is_chosen_explained_computed_and_differentiated() -> None:

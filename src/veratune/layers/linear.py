@@ -30,7 +30,7 @@ from veratune.ops.linear import project
 from veratune.ops.planning import RouteChoice
 from veratune.projections.structure import Matrix
 from veratune.utils.sharding import shape_of
-from veratune.utils.tensors import gradients_wanted
+from veratune.utils.tensors import cast, gradients_wanted
 
 
 def is_out_proj(module: nn.Module) -> bool:
@@ -142,12 +142,12 @@ class VeraLinear(VeraLayer):
     def _together(self, x: Tensor, name: str, choice: RouteChoice, dtype: torch.dtype) -> Tensor:
         """Return the outputs of the base layer and one adapter, computed in one product."""
         bias = self.bias
-        flat = x.to(dtype).reshape(math.prod(x.shape[:-1]), self.in_features)
+        flat = cast(x, dtype).reshape(math.prod(x.shape[:-1]), self.in_features)
         (block,) = self.blocks(name, flat.device, dtype)
         output = multiply(
             flat,
-            self.base_weight.to(dtype),
-            None if bias is None else bias.to(dtype),
+            cast(self.base_weight, dtype),
+            None if bias is None else cast(bias, dtype),
             block.factors,
             choice,
             transposed=self.out_axis == 1,

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from veratune.projections.structure import Matrix
-from veratune.utils.tensors import wide_dtype
+from veratune.utils.tensors import cast, wide_dtype
 
 
 def check_values(x: Tensor, *operands: Tensor | None) -> None:
@@ -45,7 +45,7 @@ class Factors(NamedTuple):
 
     def scaled_d(self) -> Tensor:
         """Return scale * d in float32 or wider."""
-        return self.d.to(wide_dtype(self.d.dtype)) * self.scale
+        return cast(self.d, wide_dtype(self.d.dtype)) * self.scale
 
     def folded(self) -> Matrix:
         """Return C = scale * d b^T * B, (r, out), with which delta W = C^T A; rounded once, to B's dtype.
@@ -53,7 +53,7 @@ class Factors(NamedTuple):
         With leading dimensions of b and d, (..., out) and (..., r), one C for each pair.
         """
         wide = wide_dtype(self.b.dtype, self.B.dtype)
-        values = self.B.structure.scaled(self.B.values, self.d.to(wide) * self.scale, self.b.to(wide))
+        values = self.B.structure.scaled(self.B.values, cast(self.d, wide) * self.scale, cast(self.b, wide))
         return Matrix(values, self.B.structure)
 
     def vector_gradients(self, products: Matrix, need_b: bool, need_d: bool) -> tuple[Tensor | None, Tensor | None]:
@@ -68,9 +68,11 @@ class Factors(NamedTuple):
         one = self.b.ndim == 1
         grad_b = grad_d = None
         if need_b:
-            d = self.d.to(wide) * self.scale
-            grad_b = (products.matmul(d) if one else products.matmul(d.unsqueeze(-2)).squeeze(-2)).to(self.b.dtype)
+            d = cast(self.d, wide) * self.scale
+            grad_b = products.matmul(d) if one else products.matmul(d.unsqueeze(-2)).squeeze(-2)
+            grad_b = cast(grad_b, self.b.dtype)
         if need_d:
-            b = self.b.to(wide) * self.scale
-            grad_d = (products.rmatmul(b) if one else products.rmatmul(b.unsqueeze(-2)).squeeze(-2)).to(self.d.dtype)
+            b = cast(self.b, wide) * self.scale
+            grad_d = products.rmatmul(b) if one else products.rmatmul(b.unsqueeze(-2)).squeeze(-2)
+            grad_d = cast(grad_d, self.d.dtype)
         return grad_b, grad_d

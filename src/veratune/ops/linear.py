@@ -259,5 +259,4 @@ def _composed(
 
 def project(x: Tensor, A: Matrix) -> Tensor:  # noqa: N803
     """Return u = x A^T, (T, r), without a graph: the functions above compute the gradient of x."""
-    with torch.no_grad():
-        return A.rmatmul(x)
+    return A.rmatmul(x.detach())  # A and B never require gradients

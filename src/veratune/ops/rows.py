@@ -9,7 +9,7 @@ from torch.autograd.function import once_differentiable
 from veratune.ops.factors import Factors, check_values
 from veratune.ops.routes.scaled import up
 from veratune.projections.structure import Matrix
-from veratune.utils.tensors import wide_dtype, without_autocast
+from veratune.utils.tensors import cast, wide_dtype, without_autocast
 from veratune.utils.torch_private import transformations_active
 
 
@@ -105,6 +105,5 @@ def row_residual(start: Tensor, xa: Tensor, B: Matrix, b: Tensor, d: Tensor) -> 
         d: the vectors d times the projections' scale, (rows, r), of any floating dtype.
     """
     z = _row_up(xa, B, d)
-    if torch.promote_types(b.dtype, start.dtype) == start.dtype:
-        return torch.addcmul(start, z, b.to(start.dtype).unsqueeze(1))
-    return start + (z * b.unsqueeze(1)).to(start.dtype)
+    # In the wider dtype of the two, and rounded once.
+    return cast(torch.addcmul(start, z, b.unsqueeze(1)), start.dtype)

@@ -134,9 +134,11 @@ class ProjectionView:
             # Drawing cannot be traced, and need not be: it happens once, while tracing. The read below is guarded, so
             # that a compiled model notices a change of device, dtype or adapter.
             _fill_while_tracing(self._key, device, dtype)
-        if (device, dtype) in self.tensors:
-            return self.tensors[(device, dtype)]
-        return self.projection.fill(self, (device, dtype))
+            if (device, dtype) in self.tensors:
+                return self.tensors[(device, dtype)]
+        place = (device, dtype)
+        held = self.tensors.get(place)
+        return self.projection.fill(self, place) if held is None else held
 
     def drawn(self) -> Tensor:
         """Draw the projection, (rank, features), as a dense float32 tensor on the CPU, without caching it."""

@@ -104,7 +104,8 @@ class Dense(NamedTuple):
         return target.addmm_(z, values) if in_place else torch.addmm(target, z, values)
 
     def scaled(self, values: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-        product = rows.unsqueeze(-1) * columns.unsqueeze(-2)
+        # Each operation on a small tensor costs a launch: of one pair, the product is a single operation.
+        product = torch.outer(rows, columns) if rows.ndim == 1 else rows.unsqueeze(-1) * columns.unsqueeze(-2)
         return product.mul_(values).to(values.dtype)
 
     def outer(self, values: Tensor, z: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from veratune.utils.torch_private import constant_while_compiling
 
+_NARROW = (torch.float32, torch.bfloat16, torch.float16)
 _KNOWN_TO_NUMPY = {torch.float32, torch.float64, torch.float16, torch.int64, torch.int32, torch.uint8, torch.bool}
 
 
@@ -57,13 +58,23 @@ def wide_dtype(*dtypes: torch.dtype) -> torch.dtype:
     """Return the dtype to sum and scale in: float32, or wider if any of these is."""
     wide = torch.float32
     for dtype in dtypes:
-        wide = torch.promote_types(wide, dtype)
+        if dtype not in _NARROW:
+            wide = torch.promote_types(wide, dtype)
     return wide
+
+
+def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a tensor in a dtype; without calling torch, which takes a microsecond, if it has that already."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 def gradients_wanted(*values: object) -> bool:
     """Return whether autograd is on and any of these is a tensor that requires a gradient."""
-    return torch.is_grad_enabled() and any(isinstance(value, Tensor) and value.requires_grad for value in values)
+    if torch.is_grad_enabled():
+        for value in values:  # each layer asks several times in every call
+            if isinstance(value, Tensor) and value.requires_grad:
+                return True
+    return False
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:

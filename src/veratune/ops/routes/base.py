@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from veratune.ops.costs import Cost, LayerShape
 from veratune.ops.factors import Factors
+from veratune.utils.tensors import wide_dtype
 
 
 class LinearInputs(NamedTuple):
@@ -131,4 +132,4 @@ class Route(Protocol):
 
 def vectors_dtype(g: Tensor, factors: Factors) -> torch.dtype:
     """Return the dtype to sum the vectors' gradients in."""
-    return torch.promote_types(torch.promote_types(torch.float32, g.dtype), factors.b.dtype)
+    return wide_dtype(g.dtype, factors.b.dtype)
