@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from veratune.adapters.adapted_model import AdaptedModel
 from veratune.adapters.names import base_modules
 from veratune.adapters.plan import plan_adapter
+from veratune.adapters.surgery import undone_on_error
 from veratune.bank.calls import make_call, trial_call
 from veratune.bank.configs import config_for_adapters, config_of_layout
 from veratune.bank.installation import Installation
@@ -98,11 +99,12 @@ class AdapterBank:
         self._compiled = False
         self._changes = threading.RLock()  # one change at a time, without keeping calls waiting for the disk
         self.refresh()
-        self._installation.install()
-        named = [target.name for target in plan.targets]
-        self._rows = RowMaker(model, modules, plan.config, named, self.layout, dtype, cpu_heads)
-        load_calibration(device)
-        self.model = BankModel(model, self).eval()
+        with undone_on_error(model):
+            self._installation.install()
+            named = [target.name for target in plan.targets]
+            self._rows = RowMaker(model, modules, plan.config, named, self.layout, dtype, cpu_heads)
+            load_calibration(device)
+            self.model = BankModel(model, self).eval()
 
     @classmethod
     def for_adapters(
@@ -283,7 +285,12 @@ class AdapterBank:
                 before = self._registry.check_name(name, replace)
             if self._store is not None:
                 self._store.add(name, row, replacing=None if before is None else before.digest)
-            return self._registry.put(name, row)
+            try:
+                return self._registry.put(name, row)
+            except BaseException:
+                if self._store is not None:  # the file has it
+                    self._registry.follow(self._store.names, self._store.adapters)
+                raise
 
     # Serving
 

@@ -43,19 +43,22 @@ class BankProjections:
 
     def number_of(self, scheme: Scheme) -> int:
         """Return a source's number, after giving the layers its projections if it is new."""
-        for known, own in self._schemes.items():
-            if own == scheme:
+        for known, other in self._schemes.items():
+            if other == scheme:
                 return known
         number = self._next
         rank = scheme.largest_rank(self._rank)
         targets = [replace(target, r=rank) for target in self._targets]
         groups = input_groups(targets, scheme)
+        shared: dict[str, SharedProjections] = {}
         for target in targets:
             widths = target.parts or (target.out_features,)
             if not (scheme.reaches("A", target.in_features) and scheme.reaches("B", max(widths))):
                 continue  # as narrow as the layers that its adapters have, and this one is none of them
             views = tuple(projection_pool.view(scheme, "B", rank, width) for width in widths)
-            self._layers[target.name].projections[number] = SharedProjections(groups[target.name], views)
+            shared[target.name] = SharedProjections(groups[target.name], views)
+        for name, own in shared.items():
+            self._layers[name].projections[number] = own
         self._schemes[number] = scheme
         self._next += 1
         return number

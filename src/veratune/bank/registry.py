@@ -99,8 +99,11 @@ class Registry:
             try:
                 if version.slot is None and (self._store is None or self._slots.free):
                     self._slots.put(version, row)
-            finally:
+            except BaseException:
                 version.names -= 1
+                self._forget(version)
+                raise
+            version.names -= 1
             self._bind(name, version)
             return self.info(name)
 

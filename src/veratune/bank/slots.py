@@ -90,11 +90,15 @@ class Slots:
         if not self.free:
             self._make_room()
         slot = self.free.pop()
-        self._settle()  # what was enqueued before may still read the row's former values
-        self.slab[slot].copy_(row.vectors)
-        if self.heads is not None and row.heads is not None:
-            self.heads[slot].copy_(row.heads)
-        self._settle()
+        try:
+            self._settle()  # what was enqueued before may still read the row's former values
+            self.slab[slot].copy_(row.vectors)
+            if self.heads is not None and row.heads is not None:
+                self.heads[slot].copy_(row.heads)
+            self._settle()
+        except BaseException:
+            self.free.append(slot)
+            raise
         version.slot = slot
         self._note(version)
 
