@@ -1,3 +1,4 @@
+import gc
 import os
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -18,6 +19,13 @@ def _seeded() -> None:
 def _one_thread() -> None:
     # The tests' products are so small that a second thread costs more than it brings.
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _frozen_imports() -> None:
+    # What libraries hold lives to the end, and a full collection, as unloading needs one, takes ever longer for it.
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(params=["VeratuneConfig", "VeraConfig"])

@@ -44,21 +44,21 @@ CHANGES: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
     "add_adapter while merged": (merged, lambda m: m.add_adapter("three", VeraConfig(**settings(bias="all")))),
     "merge_adapter": (two, lambda m: m.merge_adapter(["two", "one"])),
     "merge_adapter, safely": (two, lambda m: m.merge_adapter(["two"], safe_merge=True)),
+    "unmerge_adapter": (merged, lambda m: m.unmerge_adapter()),
     "PEFT: get_peft_model": (net, lambda m: peft.get_peft_model(m, VeratuneConfig(**settings()))),
     "PEFT: inject_adapter_in_model": (net, lambda m: peft.inject_adapter_in_model(VeratuneConfig(**settings()), m)),
     "PEFT: add_adapter": (tuned, lambda m: m.add_adapter("three", VeratuneConfig(**settings()))),
     "PEFT: merge_adapter": (tuned, lambda m: m.merge_adapter(["one", "two"])),
+    "PEFT: disable_adapter_layers": (tuned_merged, lambda m: m.base_model.disable_adapter_layers()),
+    "PEFT: unmerge_adapter": (tuned_merged, lambda m: m.unmerge_adapter()),
 }
 # These write to no new memory.
 WITHOUT: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
     "set_adapter": (two, lambda m: m.set_adapter("two")),
     "delete_adapter": (two, lambda m: m.delete_adapter("one")),
-    "unmerge_adapter": (merged, lambda m: m.unmerge_adapter()),
     "unload": (two, lambda m: m.unload()),
     "PEFT: delete_adapter": (tuned, lambda m: m.base_model.delete_adapter("two")),
     "PEFT: set_adapter": (tuned, lambda m: m.base_model.set_adapter("two")),
-    "PEFT: disable_adapter_layers": (tuned_merged, lambda m: m.base_model.disable_adapter_layers()),
-    "PEFT: unmerge_adapter": (tuned_merged, lambda m: m.unmerge_adapter()),
 }
 
 
@@ -69,7 +69,7 @@ def test_a_change_is_undone(change: str) -> None:
 
 @pytest.mark.parametrize("change", WITHOUT)
 def test_what_makes_room_needs_none(change: str) -> None:
-    """Who is out of memory can remove, unmerge and choose adapters still."""
+    """Who is out of memory can remove and choose adapters still."""
     make, act = WITHOUT[change]
     model = make()
     with Allocations() as counter:
