@@ -6,7 +6,7 @@ import signal
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -135,7 +135,8 @@ def release_memory(device: torch.device) -> None:
     """Free what nothing refers to any more; on a CPU that is not worth the time."""
     if device.type == "cuda":
         gc.collect()
-        torch.cuda.empty_cache()
+        with suppress(RuntimeError):  # an earlier fault of the device, which its own case reports
+            torch.cuda.empty_cache()
 
 
 def peak_bytes(work: Work, device: torch.device) -> int | None:
@@ -262,7 +263,11 @@ def graphed(work: Work, device: torch.device) -> Work:
     with torch.cuda.graph(graph):
         work()
     torch.cuda.synchronize(device)
-    return graph.replay
+
+    def replay(_kept: Work = work) -> None:  # a graph reads memory that only the call's own objects keep allocated
+        graph.replay()
+
+    return replay
 
 
 def rounded(value: Any) -> Any:

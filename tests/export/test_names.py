@@ -153,6 +153,7 @@ def test_wrappers_inside_saved_modules_show_in_no_file(wrap: Callable[[nn.Module
             parameter.zero_()
     model.restore(tmp_path / "native")
     assert torch.equal(model(X), expected)
+    install()
     plugin = peft.get_peft_model(DeepHead(wrap), VeratuneConfig(**settings))
     with torch.no_grad():
         for parameter in plugin.parameters():

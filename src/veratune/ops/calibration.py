@@ -16,9 +16,10 @@ from veratune.utils.atomic import write_atomically
 from veratune.utils.outside_files import parse_json, read_text
 
 # Rates, bandwidth and launch times of ordinary devices: two cores of a server CPU, and an NVIDIA H200, as measured on
-# 2026-11-28 with torch 2.11 (float64, which was not measured, is of the data sheet); the GPU's launch time, which is
-# mostly Python's, is the one with which the chosen routes of 50 measured cases are closest to the fastest. The choice
-# of a route depends mostly on the ratio of the first two, and on a GPU with few tokens on the number of launches.
+# 2026-11-28 with torch 2.11 (its float64 rate was not measured and is an assumption). The GPU's launch time, which is
+# mostly Python's, is the one with which the chosen routes of 50 cases are closest to the fastest; of 200 cases measured
+# after that, 60 % are within 5 % of the fastest (`benchmarks/gpu/fit.py`). The choice of a route depends mostly on the
+# ratio of the first two, and on a GPU with few tokens on the number of launches.
 _DEFAULTS = {
     "cpu": {torch.float32: 1.5e11, torch.bfloat16: 3e11, torch.float16: 5e10, torch.float64: 7e10},
     "cuda": {torch.float32: 5e13, torch.bfloat16: 6.9e14, torch.float16: 6.9e14, torch.float64: 3e13},
