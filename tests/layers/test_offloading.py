@@ -240,7 +240,7 @@ def test_a_head_that_is_offloaded_itself_computes_but_is_not_trained_or_saved(of
     if not any(p.is_meta for p in model.adapter_state("default").parameters()):
         pytest.skip("this device map leaves the head where it is")
     torch.testing.assert_close(model(IDS), expected(IDS), rtol=1e-4, atol=1e-5)
-    with pytest.raises(RuntimeError, match=r"what an adapter trains in full .modules_to_save. is offloaded"):
+    with pytest.raises(RuntimeError, match="a module of modules_to_save is offloaded by accelerate"):
         model(IDS).sum().backward()
     with pytest.raises(ValueError, match=r"cannot save adapter 'default': head.* is on the meta device"):
         model.save_pretrained(tmp_path / "after")

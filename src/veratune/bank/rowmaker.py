@@ -63,7 +63,10 @@ class RowMaker:
             f"adapter {own!r}",
             model.peft_config[own],
             {layer: (b.detach(), d.detach()) for layer, (b, d) in state.vectors.items()},
-            {module: public_state(head) for module, head in state.saved.items()},
+            {
+                module: {key: tensor.detach() for key, tensor in public_state(head).items()}
+                for module, head in state.saved.items()
+            },
             {bias: tensor.detach() for bias, tensor in state.biases.items()},
         )
         targets = targets_of(self._modules, loaded)

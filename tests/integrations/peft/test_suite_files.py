@@ -194,7 +194,8 @@ def test_another_rank_in_the_file_is_refused(peft_config: Make, tmp_path: Path) 
     path.write_text(
         json.dumps({**values, "r": 4, "save_projection": False} if "save_projection" in values else {**values, "r": 4})
     )
-    with pytest.raises(RuntimeError, match="size mismatch"):
+    # PEFT's own error for its own files; veratune's are checked before anything is changed.
+    with pytest.raises((RuntimeError, CheckpointError), match=r"size mismatch|has the shape \(5,\), but \(4,\)"):
         peft.PeftModel.from_pretrained(base("mlp"), tmp_path)
 
 
