@@ -82,10 +82,10 @@ class AdapterContents:
         format: the format's name.
         config: the settings, as the files have them.
         vectors: layer name to its tensors by name: `b` and `d`, or the matrices of a LoRA.
-        others: tensors of what is trained in full, by their names in the file.
+        others: tensors of the modules trained in full, by their names in the file.
         projections: tensors of A and B, where the file has them.
         fingerprint: of the projections, where a file says it.
-        base: what is known of the base model's class.
+        base: what the files state about the base model's class.
         format_version: of veratune's own format.
     """
 
@@ -141,7 +141,7 @@ class Format(ABC):
         )
 
     def base(self, files: AdapterFiles) -> dict[str, Any]:
-        """Return what is known of the base model: its `class`, `id2label` and `problem_type`, as far as files say."""
+        """Return the base model's `class`, `id2label` and `problem_type`, those that the files state."""
         return self.contents(files).base
 
     @property

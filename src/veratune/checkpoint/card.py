@@ -1,4 +1,4 @@
-"""The model card that stands beside a saved adapter."""
+"""The model card saved with an adapter."""
 
 import hashlib
 import json
@@ -38,7 +38,7 @@ def write_card(directory: Path, config: VeraConfig, layers: int, numbers: int, o
         config: its configuration.
         layers: how many layers it adapts.
         numbers: how many numbers their vectors have.
-        others: how many numbers are trained beside them, in heads and biases.
+        others: the number of other trained parameters, in heads and biases.
     """
     path = directory / CARD_NAME
     if path.exists() and not _is_untouched(path):

@@ -12,7 +12,7 @@ from veratune.utils.text import notify
 def name_classes(model: nn.Module, ready: ReadyAdapter) -> None:
     """Give a transformers model the names of classes that an adapter was trained with.
 
-    Only an adapter with a head of its own knows what the outputs mean, and only where the model has as many classes
+    Only an adapter with its own trained head knows what the outputs mean, and only where the model has as many classes
     without names ("LABEL_0", ...) are they set. Other names than the adapter's stay, and the user is told.
 
     Args:

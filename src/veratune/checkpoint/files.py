@@ -1,4 +1,4 @@
-"""Reading and writing files safely: writes are atomic, and what is read is checked before it is believed."""
+"""Reading and writing files safely: writes are atomic, and contents are checked before use."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -27,7 +27,7 @@ Check = Callable[[dict[str, Tensor]], object]
 
 
 class CheckpointError(ValueError):
-    """A file that cannot be used, with what is wrong in it. Whatever it was to be loaded into is unchanged.
+    """A file that cannot be used, and why. The model it was to be loaded into is unchanged.
 
     The message is cut where names or values from a file make it long.
     """

@@ -101,7 +101,7 @@ def save_native(host: AdaptedModel, adapter_name: str, directory: Path, *, write
         host: the model.
         adapter_name: which adapter.
         directory: where to.
-        write: False only takes part in gathering what is spread over processes, which all have to.
+        write: if False, only take part in gathering sharded parameters, which all processes must do.
     """
     config, scheme = host.peft_config[adapter_name], host.projection_scheme(adapter_name)
     tensors = {name: gathered(tensor) for name, tensor in _state_tensors(host, adapter_name).items()}
@@ -229,7 +229,7 @@ def _projection_tensors(host: AdaptedModel, adapter_name: str, scheme: Scheme) -
     for layer in host.vera_layers().values():
         entry = layer.entries.get(adapter_name)
         views = () if entry is None else entry.views
-        # An embedding draws single columns of A, and has none of its table's width.
+        # An embedding draws single columns of A, never the whole matrix.
         for view in views[1:] if layer.one_hot else views:
             key = (view.projection.side, view.projection.width)
             widths[key] = max(widths.get(key, 0), view.rank)

@@ -29,7 +29,7 @@ STEPS_FOR_A_FILE = 3_000_000
 
 _WRAPPER_PARTS = ("original_module.", "modules_to_save.")
 
-# modules_to_save is read for itself: what is not named there is not trained in full.
+# modules_to_save is read separately: modules not named there are not trained in full.
 _SAME_FIELDS = {*VeraConfig.names_with(peft="vera"), "base_model_name_or_path", "revision"} - {"modules_to_save"}
 
 

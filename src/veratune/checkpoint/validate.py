@@ -42,7 +42,7 @@ class LoadedAdapter:
         vectors: layer name to (b, d).
         saved: module name to that module's state dict.
         biases: parameter name to bias.
-        labels: number of a class to its name, as far as the file tells.
+        labels: class index to class name, for the classes that the file names.
     """
 
     origin: str
@@ -134,7 +134,7 @@ def _module_and_parameter(name: str, modules: Mapping[str, nn.Module]) -> tuple[
 
 
 def _geometry(origin: str, name: str, module: nn.Module, parameter: str | None) -> Geometry:
-    """Return the dimensions of what is to be adapted, or raise CheckpointError if it cannot be."""
+    """Return the dimensions of the weight to adapt, or raise CheckpointError if it cannot be adapted."""
     if isinstance(module, VeraLayer) and parameter is None:
         return module.geometry  # it was looked at when it was adapted first
     base = unwrapped(module)

@@ -53,7 +53,7 @@ def reader_of(modules: Mapping[str, nn.Module], parameter: str) -> Reader | None
 
 
 def _is(path: Path, read: Path) -> bool:
-    """Return whether what is read is the parameter at this path, or something computed from it."""
+    """Return whether the value read is the parameter at this path, or computed from it."""
     here, after = read[: len(path)], read[len(path) :]
     same = len(here) == len(path) and all(other in ("*", own) for own, other in zip(path, here, strict=True))
     return same and not _ABOUT.intersection(after[:1])

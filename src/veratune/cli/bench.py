@@ -56,7 +56,7 @@ def bench(
 
     All linear layers are adapted. The steps take turns, and each is compared with the frozen model's of the same round.
     """
-    # The profiler that counts memory tells of its beginnings and ends otherwise.
+    # Otherwise the memory profiler prints when it starts and stops.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     ranks = r or [256]
     if min(ranks) < 1:

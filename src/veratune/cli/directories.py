@@ -44,7 +44,7 @@ def check_new(directory: Path, otherwise: str = "choose another one") -> None:
 
 @contextmanager
 def writing(place: Path) -> Iterator[None]:
-    """Name the place in errors of a disk that cannot hold what is written within this context.
+    """Name the path in errors of a full disk that are raised in this context.
 
     Raises:
         CheckpointError: the disk is full, or would not write.

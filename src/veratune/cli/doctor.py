@@ -1,4 +1,4 @@
-"""`veratune doctor`: what is installed, and what is missing for which feature."""
+"""`veratune doctor`: installed packages, and the packages that features still need."""
 
 import platform
 from importlib.metadata import PackageNotFoundError, version
@@ -11,7 +11,7 @@ from veratune import __version__
 from veratune.cli.output import bytes_text, cpu_name, print_json, print_table, print_text
 from veratune.ops.calibration import calibration_path
 
-# What is installed with veratune itself, and what a feature needs beside it.
+# Packages installed with veratune itself, and those that a feature needs in addition.
 _CORE = ("torch", "numpy", "safetensors", "huggingface_hub")
 _FEATURES = {
     "transformers": ("transformers' models, VeraTrainer", "veratune[hf]"),

@@ -32,7 +32,7 @@ _USAGE_ERROR: Any = typer.BadParameter.__mro__[1]  # click's, or typer's own cop
 
 # What a user's files or words can cause: the message is enough. Anything else is named with its kind.
 _EXPECTED = (ValueError, TypeError, OSError, ImportError)
-# What packages say of their own missing parts when transformers imports them: nothing that a user could act on.
+# Messages of packages about their own missing parts when transformers imports them; a user cannot act on them.
 _CHATTY = ("torchao", "bitsandbytes", "torch.utils._pytree", "DeepSpeed")
 # What typer says of values in the words of the library that checks them.
 _PLAINLY = {
@@ -110,7 +110,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _drop_output() -> None:
-    """Leave out what is still in the buffer of the output, which must not be written at the exit."""
+    """Discard the output's buffer, which must not be written at exit."""
     sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: PTH123, SIM115
 
 
@@ -126,7 +126,7 @@ def _is_error(record: logging.LogRecord) -> bool:
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:
-    """Print what a user should know in a line; what is for developers, such as deprecations, not at all."""
+    """Print warnings for users on one line each, and drop those for developers, such as deprecations."""
     if issubclass(category, UserWarning):
         warning_line(" ".join(str(message).removeprefix("veratune: ").split()))
 

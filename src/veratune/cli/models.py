@@ -171,7 +171,7 @@ def loaded(place: str, make: Callable[[], nn.Module]) -> nn.Module:
 
 
 def _check_place(place: str, remedy: str = _CHECK_NAME) -> None:
-    """Raise FileNotFoundError for what is neither a model's directory here nor a hub's name."""
+    """Raise FileNotFoundError unless this is a local model directory or a name on the hub."""
     local = Path(place).expanduser()
     if not local.is_dir() and (place.count("/") != 1 or place.startswith((".", "/", "~"))) and "/" in place:
         what = (

@@ -14,12 +14,12 @@ from rich.table import Table
 
 # Wide enough that nothing is folded where a program or a file reads it.
 _UNBOUNDED = 10_000
-# An error says what is wrong in fewer characters, whatever a file holds that it quotes.
+# Longer errors are cut: they may quote a file.
 _LONGEST_LINE = 2_000
 
 
 def printable(text: str) -> str:
-    """Return text with what is no character to print, such as a terminal's escapes, as it would stand in Python."""
+    """Return text with unprintable characters, such as terminal escapes, written as in Python's repr."""
     if text.isprintable():
         return text
     kept = (x if x.isprintable() or x in "\n\t" or unicodedata.category(x) == "Zs" else _escaped(x) for x in text)
@@ -88,7 +88,7 @@ def bytes_text(count: float) -> str:
 
 
 def cpu_name() -> str:
-    """Return what the processor is called, as far as the system tells."""
+    """Return the processor's name, as the system reports it."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]

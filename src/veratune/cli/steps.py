@@ -14,14 +14,14 @@ FROZEN, FULL, PEFT_VERA, LORA = "frozen model", "full fine-tuning", "PEFT VeRA",
 OURS = {route: "veratune" if route == "auto" else f"veratune, route={route}" for route in ROUTE_NAMES}
 VARIANTS = (FROZEN, FULL, *OURS.values(), PEFT_VERA, LORA)
 
-# AdamW holds two moments of each number, beside the number and its gradient.
+# AdamW holds two moments for each parameter, in addition to the parameter and its gradient.
 _COPIES_IN_FULL = 4
 
 
 def make_variant(name: str, base: nn.Module, rank: int) -> nn.Module:
     """Return a model that shares the frozen base model's weights, made trainable in one of VARIANTS.
 
-    Full fine-tuning has weights of its own.
+    Full fine-tuning has its own copy of the weights.
 
     Raises:
         ImportError: peft is missing, and it is one of its ways.
@@ -50,7 +50,7 @@ def make_variant(name: str, base: nn.Module, rank: int) -> nn.Module:
 
 
 class Step:
-    """One training step: forward, backward to the input and to what is trainable, and AdamW.
+    """One training step: forward, backward to the input and the trainable parameters, and AdamW.
 
     The inputs are embeddings (or pixels) that want a gradient, in every variant: so all of them go all the way back,
     and the frozen model's step is the floor under every way to fine-tune all layers.

@@ -77,7 +77,7 @@ def check_words(where: str, words: object, labels: object, label_column: str) ->
 
 
 def class_name(where: str, label: object) -> str:
-    """Return the name of the class that a label stands for: a text, a whole number or a truth value, as it is written.
+    """Return the class name of a label: text, an integer or a boolean, as written.
 
     Raises:
         ValueError: it is anything else, such as a number with a fraction.

@@ -175,7 +175,7 @@ def _set_rates(optimizer: Any, groups: list[Any], others: set[int], rate: float,
 
 
 def _write(trainer: Any, model: VeraModel, output_dir: str | None) -> None:
-    """Write adapters, and the tokenizer beside them, once."""
+    """Write the adapters and the tokenizer, once."""
     directory = Path(output_dir or trainer.args.output_dir or ".")
     model.save_pretrained(directory, is_main_process=trainer.args.should_save)
     tokenizer: Any = trainer.processing_class or getattr(trainer.data_collator, "tokenizer", None)
@@ -196,7 +196,7 @@ def _leave_out_frozen(module: nn.Module, state: dict[str, Any], prefix: str, *_:
 
 @contextmanager
 def _frozen_may_be_missing(model: nn.Module) -> Iterator[None]:
-    """Let `load_state_dict` of a model take one without what is frozen, as DeepSpeed's part of a checkpoint is."""
+    """Make a model's `load_state_dict` accept one without frozen parameters, such as DeepSpeed's."""
 
     def forgive(module: nn.Module, incompatible: Any) -> None:
         frozen = _frozen(module)
@@ -231,7 +231,7 @@ def _digest(path: Path) -> str:
 
 
 def _check_files(trainer: Any, checkpoint: Path) -> None:
-    """Raise CheckpointError for a file beside the adapters that is missing or damaged."""
+    """Raise CheckpointError if another file of the checkpoint is missing or damaged."""
     if not checkpoint.is_dir():
         raise CheckpointError(f"{checkpoint} is not a directory, so there is no checkpoint to go on from")
     read_json(checkpoint / TRAINER_STATE_NAME, finite=False, largest=_LARGEST_STATE)

@@ -72,7 +72,7 @@ class VeraDPOTrainer(_VeraTrlTrainer, DPOTrainer):
 
 
 class _Reference(nn.Module):
-    """What DPO compares with: the model that is trained, with other adapters. It has no parameters of its own."""
+    """DPO's reference: the trained model with other adapters. It adds no parameters."""
 
     def __init__(self, model: VeraModel) -> None:
         super().__init__()
@@ -93,7 +93,7 @@ class _Reference(nn.Module):
         return self._model[0].get_output_embeddings()
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the model's, by which TRL tells whether it has computed this reference before."""
+        """Return the model's, from which TRL sees whether it has computed this reference before."""
         return self._model[0].state_dict(*args, **kwargs)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

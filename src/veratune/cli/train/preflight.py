@@ -92,7 +92,7 @@ def warnings_of(
             f"there are {len(labels)} different labels in {len(train)} rows: is {settings.label_column!r} the column of"
             " the labels, and the task not regression?"
         )
-    # A checkpoint holds what is trained and two moments of it; there are three at most, and the adapter.
+    # A checkpoint holds the trained parameters and two moments of each; at most three are kept, plus the adapter.
     needed = 4 * trainable * (3 * 3 + 1)
     place = Path(settings.output).absolute()
     free = shutil.disk_usage(next(path for path in (place, *place.parents) if path.exists())).free

@@ -29,7 +29,7 @@ CHECKPOINTS_NAME = "checkpoints"
 
 # Every step's loss is kept in runs of so many steps; in longer ones, means over several.
 _MOST_LOGGED = 2000
-# Settings that say where things are, not what is done with them: a run may be gone on with after a move.
+# Settings that are paths only: a run may be resumed after its files have moved.
 _PLACES = {"model", "data", "eval_data", "output"}
 
 
@@ -121,10 +121,10 @@ def run(settings: TrainSettings, *, resuming: bool) -> None:
 
 
 def last_checkpoint(output: Path) -> Path:
-    """Return the newest checkpoint that was written to its end; the trainer's state is what is written last.
+    """Return the newest complete checkpoint; the trainer's state is written last.
 
     Raises:
-        ValueError: there is none.
+        ValueError: no checkpoint is complete.
     """
     found = [
         path
@@ -156,7 +156,7 @@ def _within_positions(settings: TrainSettings, tokenizer: Any) -> TrainSettings:
     from transformers import AutoConfig
 
     positions = getattr(AutoConfig.from_pretrained(settings.model), "max_position_embeddings", None)
-    # Some models count their positions from 2 on: the tokenizer knows what is left.
+    # Some models count positions from 2: the tokenizer knows the usable length.
     known = [most for most in (positions, tokenizer.model_max_length) if isinstance(most, int) and most > 0]
     most = min(known, default=settings.max_length)
     if most >= settings.max_length:
@@ -286,7 +286,7 @@ def _trainer(
         callbacks=callbacks,
         optimizers=(optimizer, None),
     )
-    # Only language models' losses are shares of a sum over what is accumulated; transformers takes all for such.
+    # Only language models divide their loss by the accumulated batch's token count; transformers assumes that all do.
     trainer.model_accepts_loss_kwargs = settings.task == "causal-lm"
     trainer.remove_callback(PrinterCallback)  # its lines are the report's
     return trainer

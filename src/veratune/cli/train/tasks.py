@@ -101,7 +101,7 @@ def _token_classification(settings: TrainSettings, tokenizer: Any, labels: list[
         words = row[settings.text_column]
         encoded = tokenizer(words, is_split_into_words=True, truncation=True, max_length=settings.max_length)
         given, places = row[settings.label_column], encoded.word_ids()
-        # The first token of a word stands for it.
+        # The first token of a word carries its label.
         first = [place is not None and (i == 0 or places[i - 1] != place) for i, place in enumerate(places)]
         targets = [
             numbers[class_name("a label", given[place])] if is_first else IGNORED

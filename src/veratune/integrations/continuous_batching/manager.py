@@ -55,7 +55,7 @@ class BankManager(ContinuousBatchingManager):
             generation_config: how all requests are generated; the model's own by default.
             continuous_batching_config: sizes and the like. On a CPU, give at least `num_blocks` and
                 `max_batch_tokens`: by default most of the memory is taken.
-            workload_hints: what is to come, for sizes that were left open.
+            workload_hints: the expected workload, from which unset sizes are chosen.
 
         Raises:
             BankError: a model that has no continuous batching, or a setting that is not supported with a bank.

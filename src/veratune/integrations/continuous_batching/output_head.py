@@ -36,7 +36,7 @@ class OutputHead:
         for hook in self._hooks:
             hook.remove()
 
-    # Other threads may call the model at the same time, with calls of their own.
+    # Other threads may call the model at the same time, each with its own call.
 
     def _enter(self, *_: Any) -> None:
         if self._last is not None and active_call() is self._tokens:

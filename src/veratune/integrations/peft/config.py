@@ -28,7 +28,7 @@ class VeratuneConfig(VeraFields, peft.PeftConfig):
     """
 
     fingerprint: str | None = None
-    # What the JSON beside a native file has besides, and is of no use here.
+    # Further keys of the JSON next to a native file, unused here.
     save_projection: InitVar[bool] = False
     base: InitVar[dict[str, Any] | None] = None
 
@@ -81,7 +81,7 @@ class VeratuneConfig(VeraFields, peft.PeftConfig):
 
     def checked(self) -> VeraConfig:
         """Return the same as a `veratune.VeraConfig`, which refuses what cannot be."""
-        # An empty list says beside target_parameters that there is no layer to adapt.
+        # With target_parameters, an empty list means that no layer is adapted.
         wanted = None if self.target_parameters and not self.target_modules else self.target_modules
         return VeraConfig(
             **{name: getattr(self, name) for name in settings_of(VeraFields)} | {"target_modules": wanted}

@@ -134,7 +134,7 @@ class AdapterWeights(dict[str, Tensor]):
         """Return the tensors under the names that PEFT has for them, after a look at the adapter they are for.
 
         Raises:
-            CheckpointError: the adapter of this name has other projections or layers, or is none of veratune's.
+            CheckpointError: the adapter of this name has other projections or layers, or is not one of veratune's.
         """
         peft_model: Any = model
         config = peft_model.peft_config[adapter_name]
@@ -169,7 +169,7 @@ def _peft_tensors(native: LoadedAdapter, peft_model: Any, adapter_name: str) -> 
     wrappers: dict[str, Any] = {n: m for n, m in peft_model.named_modules() if isinstance(m, AuxiliaryTrainingWrapper)}
     for place, module in wrappers.items():
         if module.adapter_state_dict_load_map(adapter_name):
-            # What PEFT takes for a saved module as well goes on with the weights that it has.
+            # Modules that PEFT also treats as saved keep their present weights.
             own = saved.pop(names[place].public.removeprefix(PREFIX), None)
             if own is None:
                 own = {key: tensor.clone() for key, tensor in module.original_module.state_dict().items()}
@@ -217,7 +217,7 @@ def check_tensors(
 ) -> None:
     """Raise CheckpointError unless a file of PEFT's has the tensors that PEFT would write for an adapter.
 
-    PEFT itself goes on with the starting values of what is missing, and copies whatever else has a name in the model.
+    PEFT itself keeps the initial values of missing tensors, and copies any other tensor whose name is in the model.
 
     Args:
         place: the directory, for messages.

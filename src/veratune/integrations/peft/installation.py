@@ -25,7 +25,7 @@ def install(*, replace_vera: bool = False) -> None:
     is in use when an adapter is saved, its `load_best_model_at_end` then also loads adapters not called "default".
 
     Args:
-        replace_vera: let PEFT's own `VeraConfig` use veratune's layers as well, so that a script that knows nothing of
+        replace_vera: make PEFT's own `VeraConfig` use veratune's layers as well, so that a script that knows nothing of
             veratune runs on them. Files stay PEFT's, with the same outputs.
 
     Raises:

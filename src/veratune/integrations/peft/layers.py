@@ -100,7 +100,7 @@ class TunedLayer(BaseTunerLayer):
         if not names:
             return
         layer.check_mergeable(names, safe=safe_merge, called=str(layer.base_layer))
-        # All of them anew on the weight itself, which rounds once.
+        # Merge all of them again into the original weight, which rounds once.
         before = list(layer.merged_adapters)
         self._vera_class().unmerge(layer)
         self._vera_class().merge(layer, [*before, *names])

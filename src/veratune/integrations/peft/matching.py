@@ -12,7 +12,7 @@ def is_meant(config: Any, name: str) -> bool | None:
     """Return whether PEFT adapts the module of this name for a configuration; None where that excludes it.
 
     Raises:
-        PatternError: an expression of the configuration is none, or takes too long.
+        PatternError: a regular expression of the configuration is invalid, or takes too long.
     """
     ends = _ends(name)
     excluded, wanted = getattr(config, "exclude_modules", None), config.target_modules

@@ -52,7 +52,7 @@ class MergingTuner(BaseTuner):
                 for layer in adapted_layers(self.model).values():
                     if layer.merged_adapters:
                         layer.unmerge()
-            # First the wrappers that hold tuned layers themselves, which PEFT would take off with what is in them.
+            # First the wrappers that contain tuned layers, which PEFT would remove together with those layers.
             for wrapper in [module for module in self.model.modules() if isinstance(module, TunedModule)]:
                 if merge:
                     wrapper.merge(adapter_names)

@@ -1,4 +1,4 @@
-"""PEFT's `save_pretrained` for veratune's layers: whoever is killed leaves the old files or the new ones."""
+"""PEFT's `save_pretrained` for veratune's layers: a killed process leaves the old files or the new ones."""
 
 import shutil
 import tempfile

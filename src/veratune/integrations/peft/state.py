@@ -98,7 +98,7 @@ def tensors_to_load(model: nn.Module, adapter_name: str, tensors: dict[str, Tens
     """Return an adapter's tensors from a file under their keys in a model's state dict.
 
     Raises:
-        CheckpointError: none of the adapter's vectors is there. PEFT itself reports single ones, and what is left over.
+        CheckpointError: all vectors of the adapter are missing. PEFT itself reports single missing or unexpected ones.
     """
     names = module_names(model)
     prefixed = any(name.startswith(PREFIX) for name in names)

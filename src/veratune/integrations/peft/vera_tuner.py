@@ -24,7 +24,7 @@ _PROJECTION_KEYS = ("base_model.vera_A", "base_model.vera_B")
 class PeftVeraTuner(VeratuneTuner):
     """What PEFT makes of a model for its own `VeraConfig` after `install(replace_vera=True)`."""
 
-    # As PEFT says of its own: transformers' load_adapter and inject_adapter_in_model would pass over stored A and B.
+    # As in PEFT: transformers' load_adapter and inject_adapter_in_model would ignore stored A and B.
     uses_shared_state = True
 
     def _settings(self, peft_config: Any) -> VeraConfig:
