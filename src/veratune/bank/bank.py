@@ -212,7 +212,7 @@ class AdapterBank:
         Args:
             name: its name here: any text of printable characters, up to 256 bytes in UTF-8.
             model_id: directory of the adapter, in veratune's or PEFT's format, or its repository on the hub.
-            replace: whether the name is to get another meaning; calls that have begun go on with the former.
+            replace: whether to replace an adapter of that name; calls in flight keep using the old one.
             location: `subfolder`, `revision`, `token`, `cache_dir`, `local_files_only`.
 
         Raises:

@@ -22,7 +22,7 @@ REMEDY = "Put back a copy of it, or build it again from the adapters' directorie
 # A connection must not be used, nor closed, in a process that was forked from the one that made it.
 _of_other_processes: list[sqlite3.Connection] = []
 
-# What tells one file, and one content of it, from another: device, inode, size and time of the last change.
+# Identifies a file and its contents: device, inode, size and time of the last change.
 Signature = tuple[int, int, int, int]
 
 # Longer than any text of ours; tensors are allowed for when the layout says how long they are.
@@ -58,7 +58,7 @@ def connect(path: Path, shown: Path, *, write: bool) -> sqlite3.Connection:
         write: whether to change it.
 
     Raises:
-        BankError: it is none, or cannot be opened.
+        BankError: it is not a bank's file, or cannot be opened.
     """
     check_regular(path, shown)
     if os.path.lexists(f"{path}-wal"):
@@ -133,7 +133,7 @@ def publish_bank(temporary: Path, path: Path) -> None:
     """Give a finished file its name.
 
     Raises:
-        BankError: there is a file of that name, or the disk refuses.
+        BankError: a file of that name exists, or it cannot be written.
     """
     with explained(path, "made"):
         try:

@@ -20,7 +20,7 @@ class Installation:
     """A bank's layers, which are in the model from `install` until `undo`.
 
     Attributes:
-        owner: what the layers know calls of their own bank by.
+        owner: the object by which layers recognize calls of their own bank.
         layers: name to layer.
         device: where all of them compute.
     """

@@ -13,9 +13,9 @@ from veratune.bank.layout import BankError
 from veratune.bank.registry import AdapterNames
 from veratune.bank.slots import Lease
 
-# The inputs that tell how many rows a batch has, the first that there is.
+# Inputs from which the batch size is read: the first one that is present.
 _MAIN_INPUTS = ("input_ids", "inputs_embeds", "inputs", "pixel_values", "input_values", "input_features")
-# Inputs beside a text, of which a row may have any number.
+# Inputs that accompany text, of which a row may have any number.
 _BESIDE_TEXT = ("pixel_values", "image_", "video_", "input_features", "audio_")
 
 # transformers' own would give the model's layers no adapters.
@@ -42,7 +42,7 @@ class LendsAdapters(Protocol):
 
 
 class BankModel(ModelWrapper):
-    """A base model whose rows are computed with adapters of their own.
+    """A base model that computes each row with its own adapter.
 
     What this class does not have itself is looked up in the model, and set there.
 

@@ -53,7 +53,7 @@ class Registry:
     # Names
 
     def info(self, name: str) -> AdapterInfo:
-        """Return what is known of an adapter.
+        """Return an adapter's description.
 
         Raises:
             BankError: an unknown name.

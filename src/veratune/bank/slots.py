@@ -18,7 +18,7 @@ class Version:
     """One immutable set of values, under any number of names.
 
     Attributes:
-        digest: tells it apart.
+        digest: identifies it.
         scheme: the number of its projections within the bank.
         rank: its largest rank.
         slot: its row in the slab; None while it is not resident.
@@ -43,7 +43,7 @@ class Slots:
         heads: (capacity + 1, head numbers), or None; row 0 is the base model's.
         open_leases: how many requests run or hold adapters, those of the base model included.
         abandoned: leases that nobody refers to any more and nobody has released.
-        grows: whether the slab is made larger when it is full; otherwise what is not in use makes room.
+        grows: whether a full slab is enlarged; otherwise an unused adapter is evicted.
     """
 
     slab: Tensor

@@ -95,7 +95,7 @@ class BankStore:
         """Make a bank file without adapters.
 
         Raises:
-            BankError: there is a file of that name already, or none can be made there.
+            BankError: a file of that name exists already, or cannot be created there.
         """
         try:
             header = header_values(layout.describe(), dtype, head_dtype)
@@ -138,10 +138,10 @@ class BankStore:
             self.adapters, self.names, self._state = adapters, names, state
 
     def row(self, digest: str) -> AdapterRow:
-        """Read an adapter, and check what is read.
+        """Read an adapter and check it.
 
         Raises:
-            BankError: there is none of this digest, or it is damaged, or its projections are drawn otherwise here.
+            BankError: no adapter has this digest, it is damaged, or this version draws its projections differently.
         """
         with explained(self.path, "read"):
             with self._lock:
@@ -210,7 +210,7 @@ class BankStore:
     # Writing
 
     def add(self, name: str, row: AdapterRow, *, replacing: str | None) -> None:
-        """Store an adapter, unless the file has it already, and let a name mean it.
+        """Store an adapter, unless the file has it already, and point a name to it.
 
         Args:
             name: the name.

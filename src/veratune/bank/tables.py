@@ -57,7 +57,7 @@ def read_state(connection: sqlite3.Connection) -> State:
     """Return what differs after each change.
 
     Raises:
-        DamagedError: it is none.
+        DamagedError: it is not valid.
     """
     rows = connection.execute("SELECT changes, checksum FROM bank LIMIT 2").fetchall()
     if [tuple(map(type, row)) for row in rows] != [(int, bytes)] or len(rows[0][1]) != len(checksum_bytes(0)):

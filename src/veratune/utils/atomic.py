@@ -95,7 +95,7 @@ def publish(temporary: Path, path: Path) -> None:
     """Give a finished file its name, in one step and only if no file has it.
 
     Raises:
-        FileExistsError: there is a file of that name.
+        FileExistsError: a file of that name exists.
         OSError: the disk refuses.
     """
     os.link(temporary, path)  # fails where there is a file, unlike a renaming
