@@ -213,7 +213,13 @@ def reading(load: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def check_tensors(
-    place: str, tensors: dict[str, Tensor], peft_model: Any, adapter_name: str, *, sizes: bool = True
+    place: str,
+    tensors: dict[str, Tensor],
+    peft_model: Any,
+    adapter_name: str,
+    *,
+    sizes: bool = True,
+    complete: bool = True,
 ) -> None:
     """Raise CheckpointError unless a file of PEFT's has the tensors that PEFT would write for an adapter.
 
@@ -225,6 +231,8 @@ def check_tensors(
         peft_model: the model, on which the adapter is.
         adapter_name: which adapter.
         sizes: whether shapes have to fit.
+        complete: whether there have to be all of these tensors and no others; False for veratune's own files, which
+            are checked for that when they are read.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of models without embeddings
@@ -232,9 +240,13 @@ def check_tensors(
         extra = set(tensors) - set(expected)
         # PEFT adds a resized embedding, or the weight that an adapted one has.
         more = get_peft_model_state_dict(peft_model, adapter_name=adapter_name) if extra else {}
-    check_keys(f"{place}/{WEIGHTS_NAME}", expected, set(tensors) - set(more) | (set(expected) & set(tensors)))
+    if complete:
+        check_keys(f"{place}/{WEIGHTS_NAME}", expected, set(tensors) - set(more) | (set(expected) & set(tensors)))
+    known = more | expected
     for name, tensor in tensors.items():
-        own = expected[name] if name in expected else more[name]
+        if name not in known:
+            continue
+        own = known[name]
         if sizes and tensor.shape != own.shape:
             raise CheckpointError(
                 f"{place}/{WEIGHTS_NAME}: {name} has the shape {tuple(tensor.shape)}, but {tuple(own.shape)} in this"
@@ -285,9 +297,9 @@ def placing(put: Callable[..., Any], own_tuner: type) -> Callable[..., Any]:
         if isinstance(state, AdapterWeights):
             read = state
             state = read.for_model(model, adapter_name)
+            sizes = not (kwargs.get("ignore_mismatched_sizes") or (args and args[0]))
+            check_tensors(read.place, state, peft_model, adapter_name, sizes=sizes, complete=read.native is None)
             if read.native is None:
-                sizes = not (kwargs.get("ignore_mismatched_sizes") or (args and args[0]))
-                check_tensors(read.place, state, peft_model, adapter_name, sizes=sizes)
                 state = {name: tensor.to(read.device) for name, tensor in state.items()}
         if issubclass(PEFT_TYPE_TO_TUNER_MAPPING[peft_model.peft_config[adapter_name].peft_type], own_tuner):
             state = with_module_names(model, adapter_name, state)
