@@ -1,6 +1,6 @@
 """A target of an adapter, and the error for a configuration without valid targets."""
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -47,9 +47,10 @@ class TargetError(ValueError):
         super().__init__(clipped(message))
 
 
-def largest_rank(targets: Iterable[Target]) -> int:
-    """Return the largest rank allowed on any of these targets."""
-    return max(target.geometry.largest_rank for target in targets)
+def above_largest_rank(targets: Sequence[Target]) -> tuple[Target, int] | None:
+    """Return the first target whose rank is above the largest that any of them allows, and that largest; or None."""
+    most = max(target.geometry.largest_rank for target in targets)
+    return next(((target, most) for target in targets if target.r > most), None)
 
 
 def parts_of(name: str, size: Geometry, config: VeraConfig) -> tuple[int, ...]:

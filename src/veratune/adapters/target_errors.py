@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from veratune.adapters.matching import layer_index, layer_indices, matcher
 from veratune.adapters.names import base_modules, ends_in, joined, unwrapped
-from veratune.adapters.target import Target, TargetError, largest_rank
+from veratune.adapters.target import Target, TargetError, above_largest_rank
 from veratune.config import VeraConfig, ends_in_match
 from veratune.layers import SavedModule, VeraLayer, VeraModule
 from veratune.layers.registry import (
@@ -23,9 +23,8 @@ from veratune.utils.sharding import describe_sharding, is_emptied, is_engines
 
 def check_settings(config: VeraConfig, targets: list[Target]) -> None:
     """Raise TargetError for a setting that a target does not support."""
-    most = largest_rank(targets)
-    large = next((target for target in targets if target.r > most), None)
-    if large is not None:
+    if (found := above_largest_rank(targets)) is not None:
+        large, most = found
         raise TargetError(
             f"a rank of {large.r} is not allowed on {large.name}: {most} is the largest for layers of these sizes,"
             " and 256 to 1024 are usual"

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from veratune.adapters.adapted_model import AdaptedModel
 from veratune.adapters.names import load_public_state, public_state, unwrapped
 from veratune.adapters.plan import AdapterPlan, modules_with_biases
-from veratune.adapters.target import Target, TargetError, largest_rank, parts_of
+from veratune.adapters.target import Target, TargetError, above_largest_rank, parts_of
 from veratune.adapters.target_errors import check_conflicts
 from veratune.adapters.targets import find_targets
 from veratune.checkpoint.files import CheckpointError
@@ -114,9 +114,8 @@ def targets_of(modules: Mapping[str, nn.Module], loaded: LoadedAdapter) -> list[
 
 
 def _check_ranks(origin: str, targets: list[Target]) -> None:
-    most = largest_rank(targets)
-    large = next((target for target in targets if target.r > most), None)
-    if large is not None:
+    if (found := above_largest_rank(targets)) is not None:
+        large, most = found
         raise CheckpointError(
             f"{origin}: d of {large.name} has {large.r:,} numbers, and {most:,} is the most for layers of these"
             " sizes: the projections of such a rank would take many times the memory of the layers"
