@@ -72,7 +72,7 @@ def _without_head(model: VeraModel, base_directory: Path) -> VeraModel:
     copy = get_peft_model(load_base_model(base_directory, seed=0), config)
     trained = model.adapter_state(model.active_adapter).vectors
     with torch.no_grad():
-        for name, (b, d) in copy.adapter_state(copy.active_adapter).vectors.items():
-            b.copy_(trained[name][0])
-            d.copy_(trained[name][1])
+        for layer, vectors in copy.adapter_state(copy.active_adapter).vectors.items():
+            for name, vector in vectors.items():
+                vector.copy_(trained[layer][name])
     return copy

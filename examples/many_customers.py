@@ -171,9 +171,9 @@ def train(directory: Path, task: Task, steps: int) -> Vectors:
 def numbers_of(model: VeraModel) -> Iterator[tuple[str, Tensor]]:
     """Return all that an adapter consists of: vectors and the head."""
     state = model.adapter_state(model.active_adapter)
-    for layer, (b, d) in state.vectors.items():
-        yield f"{layer}.b", b
-        yield f"{layer}.d", d
+    for layer, vectors in state.vectors.items():
+        for name, vector in vectors.items():
+            yield f"{layer}.{name}", vector
     for module, saved in state.saved.items():
         for name, parameter in saved.named_parameters():
             yield f"{module}.{name}", parameter

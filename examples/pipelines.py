@@ -22,8 +22,8 @@ def adapted(model: Any) -> VeraModel:
     model = get_peft_model(model.eval(), VeraConfig(r=32, target_modules="all-linear", modules_to_save=[]))
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        for b, _ in model.adapter_state("default").vectors.values():
-            b.copy_(torch.randn(b.shape, generator=generator) * 0.1)
+        for vectors in model.adapter_state("default").vectors.values():
+            vectors["b"].copy_(torch.randn(vectors["b"].shape, generator=generator) * 0.1)
     return model
 
 

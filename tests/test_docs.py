@@ -64,7 +64,7 @@ def batch_of(kind: str, rows: int) -> dict[str, torch.Tensor]:
 
 
 def moved(model: VeraModel) -> bool:
-    return all(bool((b != 0).any()) for b, _ in model.adapter_state("default").vectors.values())
+    return all(bool((own["b"] != 0).any()) for own in model.adapter_state("default").vectors.values())
 
 
 def saved_adapters(kind: str, names: list[str]) -> dict[str, str]:

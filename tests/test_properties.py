@@ -71,7 +71,7 @@ def build(problem):
 
 def vectors_of(model):
     return {
-        (layer_name, name): tuple(vector.detach().double() for vector in layer.vectors(name))
+        (layer_name, name): tuple(vector.detach().double() for vector in layer.vectors(name).values())
         for layer_name, layer in model.vera_layers().items()
         for name in layer.entries
     }
@@ -143,7 +143,7 @@ def compare_gradients(problem, model, mask):
     x = input_of(problem).requires_grad_()
     keys = [(layer, name) for layer, name in vectors_of(model)]
     layers = model.vera_layers()
-    own = [vector for layer, name in keys for vector in layers[layer].vectors(name)]
+    own = [vector for layer, name in keys for vector in layers[layer].vectors(name).values()]
     twins = {key: tuple(v.clone().requires_grad_() for v in pair) for key, pair in vectors_of(model).items()}
     wide_x = x.detach().double().requires_grad_()
 

@@ -54,4 +54,4 @@ def test_the_examples_run_in_their_order(tmp_path: Path, monkeypatch: pytest.Mon
     exec(trainer, names)
     names["trainer"].train()
     vectors = names["model"].adapter_state("default").vectors.values()
-    assert all(bool((b != 0).any()) for b, _ in vectors)
+    assert all(bool((own["b"] != 0).any()) for own in vectors)

@@ -86,7 +86,7 @@ def with_random_adapter(model: Any, settings: dict[str, Any]) -> VeraModel:
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for layer in adapted.vera_layers().values():
-            b, d = layer.vectors("default")
+            b, d = layer.vectors("default").values()
             b.copy_(torch.randn(b.shape, generator=generator) * SIZE)
             d.mul_(1 + 0.5 * torch.randn(d.shape, generator=generator))
     return adapted

@@ -124,7 +124,9 @@ class Ways:
     def fill(self, count: int) -> Figures:
         """Add adapters, each with values of its own."""
         start, before = time.perf_counter(), self.held
-        vectors = [vector for layer in self.source.vera_layers().values() for vector in layer.vectors("default")]
+        vectors = [
+            vector for layer in self.source.vera_layers().values() for vector in layer.vectors("default").values()
+        ]
         while self.held < count:
             if self.stage.left <= 0:
                 raise TimeoutError(f"only {self.held} adapters could be added")

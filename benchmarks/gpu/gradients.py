@@ -231,7 +231,7 @@ def one_kind(stage: Stage, make: Callable[[], Kind], scheme: str, dtype: torch.d
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for layer in model.vera_layers().values():
-            for vector in layer.vectors("default"):
+            for vector in layer.vectors("default").values():
                 vector.copy_(0.4 * torch.randn(vector.shape, generator=generator))
     cpu = torch.device("cpu")
     weights, leaves = dense_model(model)
@@ -241,6 +241,6 @@ def one_kind(stage: Stage, make: Callable[[], Kind], scheme: str, dtype: torch.d
     exact = {"y": expected, **dict(zip(leaves, grads, strict=True))}
     model.to(stage.device)
     y = call(model, stage.device)
-    vectors = [vector for layer in model.vera_layers().values() for vector in layer.vectors("default")]
+    vectors = [vector for layer in model.vera_layers().values() for vector in layer.vectors("default").values()]
     own = torch.autograd.grad((y * weighting.to(y.device, y.dtype)).sum(), vectors)
     return verdict(errors_of({"y": y, **dict(zip(leaves, own, strict=True))}, exact), dtype)

@@ -50,7 +50,7 @@ def dense_model(model: VeraModel) -> tuple[dict[str, Tensor], dict[str, Tensor]]
     """Return (parameter name to W0 + delta W in float64, vector name to the leaf that it is computed from)."""
     weights, leaves = {}, {}
     for name, layer in model.vera_layers().items():
-        b, d = (vector.detach().cpu().double().requires_grad_() for vector in layer.vectors("default"))
+        b, d = (vector.detach().cpu().double().requires_grad_() for vector in layer.vectors("default").values())
         leaves[f"b.{name}"], leaves[f"d.{name}"] = b, d
         full = name if isinstance(layer, VeraParameter) else f"{name}.weight"
         base = dict(layer.base_layer.named_parameters())[full.rpartition(".")[2]].detach().cpu().double()

@@ -161,7 +161,7 @@ class VeraModel(AdaptedModel):
             if not is_main_process:
                 continue
             state = self.adapter_state(name)
-            numbers = sum(vector.numel() for pair in state.vectors.values() for vector in pair)
+            numbers = sum(vector.numel() for vectors in state.vectors.values() for vector in vectors.values())
             others = sum(parameter.numel() for parameter in state.parameters()) - numbers
             write_card(directory, self.peft_config[name], len(state.vectors), numbers, others)
 

@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import nn
 
+from veratune.layers.entries import VECTOR_PREFIX
+
 VECTOR_RATE, HEAD_RATE = 1e-2, 1e-3
 """Default learning rates: of the vectors, and of everything else."""
 
@@ -66,7 +68,7 @@ def trained_parts(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Paramet
         ValueError: the model has no trainable parameter.
     """
     named = dict(model.named_parameters())
-    vector_names = {name for name in named if any(part.startswith("vera_lambda_") for part in name.split("."))}
+    vector_names = {name for name in named if any(part.startswith(VECTOR_PREFIX) for part in name.split("."))}
     if not vector_names:
         raise TypeError(f"this {type(model).__name__} has no adapter to train: make one with get_peft_model first")
     vectors = [named[name] for name in named if name in vector_names and named[name].requires_grad]

@@ -44,7 +44,7 @@ def effective(layer, names, keys):
     for name in names:
         if name not in layer.entries:
             continue
-        b, d = layer.vectors(name)
+        b, d = layer.vectors(name).values()
         if name == "four":
             scheme = layer.entries[name].a.projection.scheme
             a_projection = scheme.draw("A", range(3), IN, torch.device("cpu"))
@@ -98,7 +98,10 @@ def test_gradients_of_several_active_adapters():
     model.set_adapter(["one", "two", "three"])
     x = x_of(model)
     vectors = [
-        v for layer in model.vera_layers().values() for name in layer.added_adapters for v in layer.vectors(name)
+        v
+        for layer in model.vera_layers().values()
+        for name in layer.added_adapters
+        for v in layer.vectors(name).values()
     ]
     assert len(vectors) == 2 * (2 + 1 + 3)
     assert torch.autograd.gradcheck(lambda *_: model(x), vectors)
@@ -130,12 +133,12 @@ def test_new_adapters_are_no_ops_and_init_weights_false_is_not():
     base = net(x)
     model = get_peft_model(net, config())
     assert torch.equal(model(x), base)
-    b, d = model.a.vectors("default")
+    b, d = model.a.vectors("default").values()
     assert (b == 0).all()
     assert (d == 0.1).all()
     model.add_adapter("random", config(init_weights=False))
     model.set_adapter("random")
-    assert (model.a.vectors("random")[0] == 1).all()
+    assert (model.a.vectors("random")["b"] == 1).all()
     assert not torch.equal(model(x), base)
 
 
@@ -426,7 +429,7 @@ def test_safe_merge_refuses_and_changes_nothing(bad, operation):
     model = several()
     model.set_adapter(["one", "three"])
     with torch.no_grad():
-        model.head.vectors("three")[0][0] = bad
+        model.head.vectors("three")["b"][0] = bad
     before = state_bits(model)
     with pytest.raises(ValueError, match=r"head.*not finite"):
         getattr(model, operation)(safe_merge=True)
@@ -620,7 +623,7 @@ def test_parameter_groups():
     assert (vectors["lr"], rest["lr"]) == (0.0625, 0.25)
     assert vectors["weight_decay"] == rest["weight_decay"] == 0.125
     assert {id(p) for p in vectors["params"]} == {
-        id(v) for layer in model.vera_layers().values() for v in layer.vectors("default")
+        id(v) for layer in model.vera_layers().values() for v in layer.vectors("default").values()
     }
     assert {id(p) for p in rest["params"]} == {id(p) for p in model.adapter_state("default").saved["head"].parameters()}
     assert len(parameter_groups(get_peft_model(Net(), config()))) == 1

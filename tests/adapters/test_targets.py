@@ -153,7 +153,7 @@ def test_torchs_fused_encoder_layer_does_not_skip_adapters(padding):
     mask[:, 4] = padding
     base = model(x, src_key_padding_mask=mask)
     for layer in model.vera_layers().values():
-        nn.init.normal_(layer.vectors("default")[0])
+        nn.init.normal_(layer.vectors("default")["b"])
     expected = model(x, src_key_padding_mask=mask)
     assert not torch.allclose(expected, base)
     with torch.no_grad():

@@ -71,7 +71,7 @@ def test_vectors_in_half_precision_round_and_nothing_else(dtype: torch.dtype) ->
     with torch.no_grad():
         for layer in model.vera_layers().values():
             for own in CUSTOMERS:
-                b, d = layer.vectors(own)
+                b, d = layer.vectors(own).values()
                 scale = layer.entries[own].scale
                 b.copy_(b.to(dtype))
                 d.copy_((d * scale).to(dtype).float() / scale)
@@ -711,7 +711,7 @@ def test_what_does_not_fit_is_refused_with_its_reason() -> None:
         with pytest.raises(BankError, match="1 to 256 bytes"):
             bank.add(name, model)  # type: ignore[arg-type]
     with torch.no_grad():
-        next(iter(model.vera_layers().values())).vectors("default")[0].fill_(float("nan"))
+        next(iter(model.vera_layers().values())).vectors("default")["b"].fill_(float("nan"))
     with pytest.raises(BankError, match="not finite"):
         bank.add("nan", model)
 

@@ -68,9 +68,8 @@ def test_a_lease_that_is_released_meanwhile_serves_its_call_to_the_end() -> None
             lease.release()
             bank.remove("anna")
             with torch.no_grad():
-                for b, d in model.adapter_state("bert").vectors.values():
-                    b.mul_(2.0)
-                    d.mul_(2.0)
+                for vector in model.adapter_state("bert").parameters():
+                    vector.mul_(2.0)
             bank.add("new", model, "bert")  # into the row that would be free
 
     bank.model.base_model.model.layers[1].register_forward_pre_hook(release)

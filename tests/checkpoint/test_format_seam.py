@@ -53,8 +53,7 @@ class Toy(Listed):
     def read(self, modules: Mapping[str, nn.Module], files: AdapterFiles) -> ReadyAdapter:
         contents = self.contents(files)
         config = VeraConfig.from_dict(contents.config)
-        vectors = {name: (pair["b"], pair["d"]) for name, pair in contents.vectors.items()}
-        loaded = LoadedAdapter(str(contents.path), config, vectors)
+        loaded = LoadedAdapter(str(contents.path), config, contents.vectors)
         targets = targets_of(modules, loaded)
         return make_ready(modules, loaded, targets, make_scheme(config, targets))
 
@@ -62,7 +61,7 @@ class Toy(Listed):
         state = host.adapter_state(adapter_name)
         if state.saved or state.biases:
             raise ValueError(f"a toy holds vectors alone, and adapter {adapter_name!r} trains more")
-        layers = {name: {"b": b.tolist(), "d": d.tolist()} for name, (b, d) in state.vectors.items()}
+        layers = {name: {which: v.tolist() for which, v in own.items()} for name, own in state.vectors.items()}
         directory.mkdir(parents=True, exist_ok=True)
         write_json(directory / VECTORS, {"config": host.peft_config[adapter_name].to_dict(), "layers": layers})
 

@@ -160,7 +160,7 @@ def test_numbers_that_float32_does_not_hold_are_refused(value: Any) -> None:
 def test_values_that_are_not_finite_are_told_of(bad: float, tmp_path: Path) -> None:
     model = randomised(get_peft_model(net(), VeraConfig(**SETTINGS)))
     with torch.no_grad():
-        model.adapter_state("default").vectors["layers.0.up"][0][0] = bad
+        model.adapter_state("default").vectors["layers.0.up"]["b"][0] = bad
     with pytest.warns(UserWarning, match="NaN or infinity and is saved"):
         model.save_pretrained(tmp_path)
     with pytest.warns(UserWarning, match=r"NaN or infinity \(layers\.0\.up\)"):

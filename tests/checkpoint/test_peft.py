@@ -133,7 +133,7 @@ def test_peft_checkpoint_gives_equal_outputs_and_gradients(kind, save_projection
     assert vectors.keys() == expected_vectors.keys()
     assert len({(layer.in_features, layer.out_features) for layer in ours.vera_layers().values()}) > 1
     for name, expected_pair in expected_vectors.items():
-        for which, actual, expected in zip("bd", vectors[name], expected_pair, strict=True):
+        for which, actual, expected in zip("bd", vectors[name].values(), expected_pair, strict=True):
             assert torch.equal(actual, expected), (name, which)
             assert expected.grad.abs().max() > 0, (name, which)
             assert relative(actual.grad, expected.grad) < 2 * TOLERANCE, (name, which)  # twice as deep as an output
@@ -279,9 +279,9 @@ def test_export_can_be_trained_on_in_peft(tmp_path):
     theirs = load_in_peft("llama", tmp_path, is_trainable=True)
     backward(theirs, "llama")
     backward(ours, "llama")
-    for name, (b, _) in ours.adapter_state("default").vectors.items():
+    for name, own in ours.adapter_state("default").vectors.items():
         # d is scaled in the file, b is not: its gradient is the same.
-        assert relative(peft_vectors(theirs)[name][0].grad, b.grad) < 2 * TOLERANCE
+        assert relative(peft_vectors(theirs)[name][0].grad, own["b"].grad) < 2 * TOLERANCE
 
 
 # 3. To LoRA
@@ -296,7 +296,7 @@ def dense_weights(model: VeraModel, key: int) -> dict[str, torch.Tensor]:
     """W0 + diag(b) B diag(d) A by dense algebra in float64, (out, in), with projections from plain Python integers."""
     weights = {}
     for name, layer in model.vera_layers().items():
-        b, d = (vector.detach() for vector in layer.vectors("default"))
+        b, d = (vector.detach() for vector in layer.vectors("default").values())
         pair = reference_projections(key, d.numel(), layer.in_features, layer.out_features)
         weight = layer.base_weight.detach().double()
         weights[name] = (weight.t() if isinstance(layer.base_layer, Conv1D) else weight) + dense_delta(b, d, *pair)
@@ -629,7 +629,7 @@ def test_training_takes_the_same_steps_as_peft(kind):
     vectors = ours.adapter_state("default").vectors
     moved_d = 0.0
     for name, (expected_b, expected_d) in peft_vectors(theirs).items():
-        b, d = vectors[name]
+        b, d = vectors[name].values()
         assert expected_b.abs().max() > 1e-3, name  # it started at zero
         moved_d = max(moved_d, (expected_d.detach() - 0.3).abs().max().item())
         assert relative(b, expected_b) < 5 * TOLERANCE, name  # three gradients added up
@@ -646,10 +646,10 @@ def test_new_adapters_start_alike():
             tiny_model("bert"),
             VeraConfig(r=RANK, target_modules=["query"], projection="peft", init_weights=init_weights),
         )
-        for name, (b, d) in ours.adapter_state("default").vectors.items():
+        for name, own in ours.adapter_state("default").vectors.items():
             expected_b, expected_d = peft_vectors(theirs)[name]
-            assert torch.equal(b, expected_b)
-            assert torch.equal(d, expected_d) == init_weights  # otherwise both are random
+            assert torch.equal(own["b"], expected_b)
+            assert torch.equal(own["d"], expected_d) == init_weights  # otherwise both are random
 
 
 def peft_model_as_made(kind: str, **settings) -> peft.PeftModel:
@@ -716,8 +716,8 @@ DAMAGES = {
     "no-projections": (lambda t, c: (t.pop("base_model.vera_A"), t.pop("base_model.vera_B")), "no projections"),
     "only-A": (lambda t, c: t.pop("base_model.vera_B"), "one of base_model.vera_A and base_model.vera_B"),
     "only-B": (lambda t, c: t.pop("base_model.vera_A"), "one of base_model.vera_A and base_model.vera_B"),
-    "no-d": (lambda t, c: t.pop(f"{LAYER}.vera_lambda_d"), "query has one of its two vectors"),
-    "no-b": (lambda t, c: t.pop(f"{LAYER}.vera_lambda_b"), "query has one of its two vectors"),
+    "no-d": (lambda t, c: t.pop(f"{LAYER}.vera_lambda_d"), "query has the vectors"),
+    "no-b": (lambda t, c: t.pop(f"{LAYER}.vera_lambda_b"), "query has the vectors"),
     "no-vectors": (lambda t, c: [t.pop(key) for key in list(t) if "vera_lambda" in key], "no layer"),
     "no-head": (lambda t, c: [t.pop(f"base_model.model.classifier.{key}") for key in ("weight", "bias")], "classifier"),
     "no-layer": (

@@ -70,7 +70,7 @@ def test_inspecting_an_adapter(adapter: Path, tmp_path: Path, capsys: pytest.Cap
     vectors = VeraModel.from_pretrained(tiny_model("bert"), adapter).adapter_state("default").vectors
     layers = {layer["layer"]: layer for layer in values["layers"]}
     assert layers.keys() == vectors.keys()
-    for name, (b, d) in vectors.items():
+    for name, (b, d) in ((name, own.values()) for name, own in vectors.items()):
         assert layers[name]["b_norm"] == pytest.approx(float(b.detach().norm()), rel=1e-5)
         assert layers[name]["d_mean"] == pytest.approx(float(d.detach().mean()), rel=1e-4)
     assert values["config"]["r"] == 4
@@ -129,7 +129,7 @@ def test_inspecting_and_converting_what_peft_wrote(
     expected = VeraModel.from_pretrained(loaded(base), tmp_path / "theirs")
     state = expected.adapter_state("default")
     assert layers.keys() == state.vectors.keys()
-    for name, (b, d) in state.vectors.items():
+    for name, (b, d) in ((name, own.values()) for name, own in state.vectors.items()):
         assert layers[name]["b_norm"] == pytest.approx(float(b.detach().norm()), rel=1e-5)
         assert layers[name]["d_mean"] == pytest.approx(float(d.detach().mean()), rel=1e-4)
     assert values["other_parameters"] == sum(p.numel() for p in state.saved["classifier"].parameters())
@@ -162,7 +162,7 @@ def test_inspecting_a_lora(adapter: Path, tmp_path: Path, capsys: pytest.Capture
     assert layers.keys() == vera.keys()
     assert values["matrix_parameters"] == sum(4 * (x.in_features + x.out_features) for x in vera.values())
     for name, layer in vera.items():
-        b, d = (vector.detach() for vector in layer.vectors("default"))
+        b, d = (vector.detach() for vector in layer.vectors("default").values())
         a_projection = layer.entries["default"].a.values(torch.device("cpu"), torch.float32)
         assert layers[name]["shapes"] == {"lora_A": [4, layer.in_features], "lora_B": [layer.out_features, 4]}
         assert layers[name]["a_norm"] == pytest.approx(float((d[:, None] * a_projection).norm()), rel=1e-4)
@@ -184,7 +184,7 @@ def language_adapter(tmp_path: Path) -> Path:
     model = randomise_trainable(get_peft_model(base, VeraConfig(r=24, target_modules=["q_proj", "down_proj"])), std=0.3)
     with torch.no_grad():
         for layer in model.vera_layers().values():
-            layer.vectors("default")[1][8:] = 0
+            layer.vectors("default")["d"][8:] = 0
     model.save_pretrained(tmp_path / "language-adapter")
     return tmp_path / "language-adapter"
 
@@ -225,7 +225,7 @@ def test_comparing(base: Path, adapter: Path, tmp_path: Path, capsys: pytest.Cap
     assert run(capsys, "diff", adapter, adapter)[:2] == (0, "the adapters are equal\n")
     model = VeraModel.from_pretrained(loaded(base), adapter)
     name = next(iter(model.vera_layers()))
-    b, _ = model.adapter_state("default").vectors[name]
+    b = model.adapter_state("default").vectors[name]["b"]
     with torch.no_grad():
         moved = float((b * 0.5).norm() / b.norm())
         b.mul_(0.5)

@@ -580,5 +580,5 @@ def test_threads_that_add_adapters_at_once(same: bool, tmp_path: Path) -> None:
         layers = saved.vera_layers().keys()
         assert all(model.adapter_state(name).vectors.keys() == layers for name in names)
         torch.testing.assert_close(
-            model.adapter_state(names[0]).vectors[next(iter(layers))][1].detach(), torch.full((2,), 0.1)
+            model.adapter_state(names[0]).vectors[next(iter(layers))]["d"].detach(), torch.full((2,), 0.1)
         )

@@ -39,14 +39,14 @@ def half_of_d(model: VeraModel) -> None:
     """Let half of the terms of all layers be zero, others of each."""
     with torch.no_grad():
         for i, layer in enumerate(model.vera_layers().values()):
-            _, d = layer.vectors("default")
+            _, d = layer.vectors("default").values()
             d[(torch.arange(len(d)) + i) % 2 == 0] = 0
 
 
 def most_of_b(model: VeraModel) -> None:
     with torch.no_grad():
         for layer in model.vera_layers().values():
-            b, _ = layer.vectors("default")
+            b, _ = layer.vectors("default").values()
             b[3:-2] = 0
 
 
@@ -92,7 +92,7 @@ def test_stacks_of_experts_have_one_rank_for_each_matrix(rank: int, tmp_path: Pa
     if rank == 9:
         with torch.no_grad():
             for layer in model.vera_layers().values():
-                _, d = layer.vectors("default")
+                _, d = layer.vectors("default").values()
                 d[..., 9:] = 0
     model.export_lora(tmp_path, rank=rank)
     theirs = peft.PeftModel.from_pretrained(mixtral(), tmp_path).eval()
@@ -116,7 +116,7 @@ def _zeros_beyond(count: int) -> Callable[[VeraModel], None]:
     def change(model: VeraModel) -> None:
         with torch.no_grad():
             for layer in model.vera_layers().values():
-                layer.vectors("default")[1][count:] = 0
+                layer.vectors("default")["d"][count:] = 0
 
     return change
 

@@ -26,7 +26,7 @@ def dense_parameters(model: VeraModel, adapter: str = "default") -> tuple[dict[s
     for name, layer in model.vera_layers().items():
         if adapter not in layer.entries:
             continue
-        b, d = (vector.detach().double().requires_grad_() for vector in layer.vectors(adapter))
+        b, d = (vector.detach().double().requires_grad_() for vector in layer.vectors(adapter).values())
         leaves[f"b.{name}"], leaves[f"d.{name}"] = b, d
         rank, n, m = d.shape[-1], layer.in_features, layer.out_features
         a, widest = drawn(rank, n, m)
@@ -84,7 +84,7 @@ def check_against_dense(
     output = _call_with(dense, weights, call)
     weighting = torch.randn(output.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     expected = torch.autograd.grad((output * weighting).sum(), list(leaves.values()))
-    vectors = [vector for layer in model.vera_layers().values() for vector in layer.vectors("default")]
+    vectors = [vector for layer in model.vera_layers().values() for vector in layer.vectors("default").values()]
     ours = call(model)
     got = torch.autograd.grad((ours * weighting.to(ours.dtype)).sum(), vectors)
     _close("output", ours, output, tolerance)

@@ -25,6 +25,6 @@ def small_inputs(*shape):
 
 
 def dense_weight(layer):
-    b, d = (vector.detach() for vector in layer.vectors("default"))
+    b, d = (vector.detach() for vector in layer.vectors("default").values())
     a_projection, b_projection = projections(0, d.numel(), layer.in_features, layer.out_features)
     return layer.base_weight.detach().double() + dense_delta(b, d, a_projection, b_projection)

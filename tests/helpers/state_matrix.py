@@ -103,7 +103,7 @@ class Adapter:
         state, config = state or model.adapter_state(name), model.peft_config[name]
         return cls(
             key=config.projection_prng_key,
-            vectors={layer: (number(b), number(d)) for layer, (b, d) in state.vectors.items()},
+            vectors={layer: (number(own["b"]), number(own["d"])) for layer, own in state.vectors.items()},
             saved={m: {key: number(t) for key, t in own.state_dict().items()} for m, own in state.saved.items()},
             biases={bias: number(own) for bias, own in state.biases.items()},
             scheme=config.projection,
@@ -345,7 +345,7 @@ class Env:
         for name in learning:
             expected = self.reference.gradients(self.truth, name)
             for layer, vectors in self.model.adapter_state(name).vectors.items():
-                for vector, gradient in zip(vectors, expected[layer], strict=True):
+                for vector, gradient in zip(vectors.values(), expected[layer], strict=True):
                     assert vector.grad is not None, f"{layer} of {name} got no gradient"
                     close(f"gradient of {layer}", vector.grad, gradient, 4 * self.tolerance)
         self.model.zero_grad()

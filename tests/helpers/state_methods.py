@@ -133,8 +133,9 @@ def equal(expected: Callable[[Truth], Any]) -> Callable[[Env, Any], None]:
 def state_as_told(env: Env, result: Any) -> None:
     adapter = env.truth.adapters["other"]
     assert result.vectors.keys() == adapter.vectors.keys()
-    for layer, (b, d) in result.vectors.items():
-        assert torch.equal(number(b), adapter.vectors[layer][0]) and torch.equal(number(d), adapter.vectors[layer][1])
+    for layer, vectors in result.vectors.items():
+        b, d = adapter.vectors[layer]
+        assert torch.equal(number(vectors["b"]), b) and torch.equal(number(vectors["d"]), d)
     assert result.biases.keys() == adapter.biases.keys() and result.saved.keys() == adapter.saved.keys()
 
 

@@ -50,7 +50,7 @@ def no_op_reference(architecture: Architecture) -> str:
 def check_training(architecture: Architecture, _: Path) -> None:
     """A step changes all vectors of all layers but those that are named as not reached, and these not at all."""
     model = adapted(architecture).train()
-    before = {name: [v.detach().clone() for v in layer.vectors("default")] for name, layer in _layers(model)}
+    before = {name: [v.detach().clone() for v in layer.vectors("default").values()] for name, layer in _layers(model)}
     optimizer = torch.optim.AdamW(
         [p for p in model.parameters() if p.requires_grad], lr=RATE, eps=NOISE, weight_decay=0.0
     )
@@ -62,7 +62,7 @@ def check_training(architecture: Architecture, _: Path) -> None:
     optimizer.step()
     moved: dict[str, list[bool]] = {}
     for name, layer in _layers(model):
-        for old, new in zip(before[name], layer.vectors("default"), strict=True):
+        for old, new in zip(before[name], layer.vectors("default").values(), strict=True):
             for key, change in _rows(name, new.detach() - old, stacked=new.ndim == 2):
                 # AdamW's first step is the rate times g / (g + eps): rounding errors in place of a gradient give less.
                 moved.setdefault(key, []).append(bool(change.abs().max() > RATE / 2))

@@ -80,7 +80,7 @@ def test_every_weight_of_a_vision_model(name: str, tmp_path: Path) -> None:
         assert torch.equal(model(x), before)
     randomise(model, scale=0.1)
     vectors = {
-        f"{layer}.{i}": v for layer, p in model.adapter_state("default").vectors.items() for i, v in enumerate(p)
+        f"{layer}.{i}": v for layer, own in model.adapter_state("default").vectors.items() for i, v in own.items()
     }
     output = model(x)
     weighting = torch.randn(output.shape, generator=torch.Generator().manual_seed(2))

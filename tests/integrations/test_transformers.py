@@ -23,7 +23,7 @@ def dense_copy(model):
     """A float64 copy of the base model, its weights with the deltas added by float64 dense algebra."""
     adapted = copy.deepcopy(model)
     for layer in adapted.vera_layers().values():
-        b, d = (vector.detach() for vector in layer.vectors("default"))
+        b, d = (vector.detach() for vector in layer.vectors("default").values())
         a_projection, b_projection = projections(0, d.numel(), layer.in_features, layer.out_features)
         delta = dense_delta(b, d, a_projection, b_projection)
         layer.base_layer.double()
@@ -87,7 +87,7 @@ def test_a_model_with_checkpointing_already_on():
     base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
     model = get_peft_model(base, VeraConfig(r=5)).train()
     model(**tiny_inputs("llama")).logits.sum().backward()
-    assert all(v.grad is not None for layer in model.vera_layers().values() for v in layer.vectors("default"))
+    assert all(v.grad is not None for layer in model.vera_layers().values() for v in layer.vectors("default").values())
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "t5", "mixtral"])
@@ -169,7 +169,7 @@ def test_gradients_equal_those_of_float64_dense_algebra(kind, route):
         base.set_experts_implementation("eager")
     inputs = {k: v.double() if v.is_floating_point() else v for k, v in tiny_inputs(kind).items()}
     twins = {
-        name: tuple(vector.detach().double().requires_grad_() for vector in layer.vectors("default"))
+        name: tuple(vector.detach().double().requires_grad_() for vector in layer.vectors("default").values())
         for name, layer in model.vera_layers().items()
     }
     weights = {}
@@ -183,7 +183,7 @@ def test_gradients_equal_those_of_float64_dense_algebra(kind, route):
     expected.square().mean().backward()
     model(**tiny_inputs(kind)).logits.square().mean().backward()
     for name, layer in model.vera_layers().items():
-        for ours, theirs in zip(layer.vectors("default"), twins[name], strict=True):
+        for ours, theirs in zip(layer.vectors("default").values(), twins[name], strict=True):
             assert theirs.grad.abs().max() > 0
             assert relative(ours.grad, theirs.grad) < 2e-4, name
 
@@ -231,7 +231,9 @@ def test_layers_that_a_real_model_runs_several_times():
     output = model(ids).logits
     assert relative(output, dense_copy(model)(ids).logits) < 1e-4
     output.square().mean().backward()
-    assert all(v.grad.abs().max() > 0 for layer in model.vera_layers().values() for v in layer.vectors("default"))
+    assert all(
+        v.grad.abs().max() > 0 for layer in model.vera_layers().values() for v in layer.vectors("default").values()
+    )
     merged = model.merge_and_unload(safe_merge=True)
     assert relative(merged(ids).logits, output) < 1e-4
 

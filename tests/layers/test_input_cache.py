@@ -56,7 +56,7 @@ def test_one_product_for_all_that_read_one_input(products):
 def test_the_result_is_that_of_products_of_their_own():
     model = adapted(route="factored")
     x = torch.randn(5, 6, dtype=torch.float64, requires_grad=True)
-    vectors = [vector for layer in model.vera_layers().values() for vector in layer.vectors("default")]
+    vectors = [vector for layer in model.vera_layers().values() for vector in layer.vectors("default").values()]
     shared = torch.autograd.grad(model(x).square().sum(), [x, *vectors])
     for layer in model.vera_layers().values():
         group = layer.entries["default"].group
@@ -115,7 +115,7 @@ def test_new_projections_get_a_new_product():
 def test_checkpointing(reentrant):
     model = adapted(route="factored")
     x = torch.randn(5, 6, dtype=torch.float64, requires_grad=True)
-    vectors = [vector for layer in model.vera_layers().values() for vector in layer.vectors("default")]
+    vectors = [vector for layer in model.vera_layers().values() for vector in layer.vectors("default").values()]
     expected = torch.autograd.grad(model(x).square().sum(), [x, *vectors])
     y = x
     for block in model.base_model:

@@ -103,7 +103,7 @@ def reference(model: VeraModel, x: Tensor) -> Tensor:
     """Float64 dense algebra, with a weight (out, in) that is read off the toy's outputs for unit vectors."""
     base = Net().double()
     for name, layer in model.vera_layers().items():
-        b, d = layer.vectors("default")
+        b, d = layer.vectors("default").values()
         plain = base.get_submodule(name)
         with torch.no_grad():
             bias = plain(torch.zeros(1, layer.in_features, dtype=torch.float64))

@@ -54,9 +54,9 @@ def test_each_expert_has_vectors_of_its_own_and_all_share_the_projections() -> N
     model = adapted(mixtral, target_modules=None, target_parameters=["experts.gate_up_proj", "experts.down_proj"])
     layers = {name.rpartition(".")[2]: layer for name, layer in model.vera_layers().items()}
     assert set(layers) == {"gate_up_proj", "down_proj"}
-    b, d = layers["gate_up_proj"].vectors("default")
+    b, d = layers["gate_up_proj"].vectors("default").values()
     assert b.shape == (4, 16) and d.shape == (4, 3)
-    b, d = layers["down_proj"].vectors("default")
+    b, d = layers["down_proj"].vectors("default").values()
     assert b.shape == (4, 12) and d.shape == (4, 3)
     assert model.get_nb_trainable_parameters()[0] == 4 * (16 + 3 + 12 + 3)
 
@@ -134,7 +134,7 @@ def test_packed_attention_computes_the_dense_result(wanted: Any, same: bool) -> 
     model = adapted(make, target_modules=wanted)
     layers = model.vera_layers()
     assert list(layers) == ["attn.in_proj_weight", "attn.out_proj"]
-    b, d = layers["attn.in_proj_weight"].vectors("default")
+    b, d = layers["attn.in_proj_weight"].vectors("default").values()
     assert b.shape == (3, 8) and d.shape == (3, 3)
     check_against_dense(make, model, attention_call(8, same))
 
@@ -297,7 +297,7 @@ def test_a_tied_embedding_is_adapted_knowingly() -> None:
 def test_a_fused_layer_in_parts_computes_the_dense_result(parts: Any, route: str) -> None:
     make = seeded(lambda: nn.Sequential(nn.Linear(7, 12)))
     model = adapted(make, target_modules=["0"], fused_parts={"0": parts}, route=route)
-    b, d = model.vera_layers()["0"].vectors("default")
+    b, d = model.vera_layers()["0"].vectors("default").values()
     assert b.shape == (12,) and d.shape == (3, 3)
     x = torch.randn(2, 5, 7)
     check_against_dense(make, model, lambda m: m(x if isinstance(m, VeraModel) else x.double()))
@@ -312,10 +312,10 @@ def test_parts_are_as_separate_layers_would_be() -> None:
     one = get_peft_model(fused, VeraConfig(r=3, target_modules=["0"], fused_parts={"0": [6, 4, 2]}))
     three = get_peft_model(separate, VeraConfig(r=3, target_modules=["0", "1", "2"]))
     randomise(one)
-    b, d = one.vera_layers()["0"].vectors("default")
+    b, d = one.vera_layers()["0"].vectors("default").values()
     with torch.no_grad():
         for part, (layer, rows) in enumerate(zip(three.vera_layers().values(), b.split([6, 4, 2]), strict=True)):
-            own_b, own_d = layer.vectors("default")
+            own_b, own_d = layer.vectors("default").values()
             own_b.copy_(rows)
             own_d.copy_(d[part])
     x = torch.randn(4, 7)
@@ -532,8 +532,8 @@ def test_experts_in_half_precision(implementation: str) -> None:
     single, half = adapted(wide_mixtral), adapted(wide_mixtral).to(torch.bfloat16)
     experts, exact = (m.base_model.model.layers[0].mlp.experts for m in (half, single))
     for name, layer in experts.parameter_layers().items():
-        for ours, theirs in zip(layer.vectors("default"), exact.adapted[name].vectors("default"), strict=True):
-            ours.data = theirs.detach().clone()  # as a new adapter on a half-precision layer has them
+        for which, theirs in exact.adapted[name].vectors("default").items():
+            layer.vectors("default")[which].data = theirs.detach().clone()  # as a new adapter on a half-precision layer has them
     half.config._experts_implementation = implementation
     x = torch.randn(6, 16)
     choice, share = torch.tensor([[0, 1], [3, 2], [1, 3], [0, 2], [2, 1], [3, 0]]), torch.full((6, 2), 0.5)
@@ -578,11 +578,11 @@ def test_generation_with_adapted_experts_is_that_of_the_merged_model() -> None:
 def test_moving_and_casting_carries_parameters_along() -> None:
     model = adapted(mixtral).double()
     layer = model.vera_layers()["model.layers.0.mlp.experts.gate_up_proj"]
-    assert layer.base_weight.dtype == torch.float64 and layer.vectors("default")[0].dtype == torch.float64
+    assert layer.base_weight.dtype == torch.float64 and layer.vectors("default")["b"].dtype == torch.float64
     with torch.no_grad():
         assert torch.isfinite(logits(model)).all()
     meta = get_peft_model(mixtral().to("meta"), VeraConfig(r=3, target_modules="all-linear"))
-    assert all(vector.is_meta for layer in meta.vera_layers().values() for vector in layer.vectors("default"))
+    assert all(vector.is_meta for layer in meta.vera_layers().values() for vector in layer.vectors("default").values())
 
 
 # What a review found
@@ -606,7 +606,7 @@ def test_what_experts_keep_for_the_backward_pass_is_the_product_with_a() -> None
         return sum(sizes.values())
 
     entry = layer.entries["default"]
-    constants = sum(t.nbytes for t in layer.vectors("default"))
+    constants = sum(t.nbytes for t in layer.vectors("default").values())
     constants += sum(c.values(x.device, x.dtype).nbytes for c in entry.views)
     assert saved(layer.weight.transpose(1, 2)) - saved(base) <= constants + 40 * (
         3 * 4 + 8 + 1

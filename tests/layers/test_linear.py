@@ -45,7 +45,7 @@ def weights(layer, adapters):
     w = layer.base_layer.weight.detach().double()
     w = w if isinstance(layer, VeraLinear) and not isinstance(layer, VeraConv1D) else w.t()
     for name, key in adapters.items():
-        b, d = layer.vectors(name)
+        b, d = layer.vectors(name).values()
         a_projection, b_projection = projections(key, d.numel(), layer.in_features, layer.out_features)
         w = w + dense_delta(b.detach(), d.detach(), a_projection, b_projection)
     bias = layer.base_layer.bias
@@ -82,7 +82,9 @@ def test_float64_equals_dense_algebra(route, bias, shape):
 def test_other_dtypes(route, dtype, tolerance):
     model = adapted(dtype=dtype, route=route)
     assert all(
-        vector.dtype == torch.float32 for layer in model.vera_layers().values() for vector in layer.vectors("default")
+        vector.dtype == torch.float32
+        for layer in model.vera_layers().values()
+        for vector in layer.vectors("default").values()
     )
     x = torch.randn(8, IN).to(dtype)
     y = model(x)
@@ -92,14 +94,14 @@ def test_other_dtypes(route, dtype, tolerance):
 
 def test_vectors_in_the_base_dtype_on_request():
     model = get_peft_model(Net().bfloat16(), VeraConfig(r=4, target_modules=["first"]), autocast_adapter_dtype=False)
-    assert model.first.vectors("default")[0].dtype == torch.bfloat16
+    assert model.first.vectors("default")["b"].dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("route", ROUTES)
 def test_gradcheck_through_the_model(route):
     model = adapted(route=route)
     x = torch.randn(3, IN, dtype=torch.float64, requires_grad=True)
-    vectors = [vector for layer in model.vera_layers().values() for vector in layer.vectors("default")]
+    vectors = [vector for layer in model.vera_layers().values() for vector in layer.vectors("default").values()]
 
     def run(x, *_):
         return model(x)
@@ -146,7 +148,7 @@ def test_autocast(route, weight_dtype):
     expected = reference(model, x)
     assert relative(y, expected) < 4e-2
     y.float().square().sum().backward()
-    b, d = model.first.vectors("default")
+    b, d = model.first.vectors("default").values()
     assert b.grad.dtype == d.grad.dtype == torch.float32
     grads = b.grad.clone(), d.grad.clone()
     model.zero_grad()
@@ -160,7 +162,7 @@ def test_autocast(route, weight_dtype):
 def test_gradient_checkpointing_gives_the_same_gradients(route, reentrant):
     model = adapted(route=route)
     x = torch.randn(4, IN, dtype=torch.float64, requires_grad=True)
-    vectors = [vector for layer in model.vera_layers().values() for vector in layer.vectors("default")]
+    vectors = [vector for layer in model.vera_layers().values() for vector in layer.vectors("default").values()]
     expected = torch.autograd.grad(model(x).square().sum(), [x, *vectors])
     model.zero_grad()
     checkpoint(model, x, use_reentrant=reentrant).square().sum().backward()
@@ -173,7 +175,7 @@ def test_compile_in_one_graph_without_recompiling(route):
     torch._dynamo.reset()
     model = adapted(dtype=torch.float32, route=route)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    vectors = [vector for layer in model.vera_layers().values() for vector in layer.vectors("default")]
+    vectors = [vector for layer in model.vera_layers().values() for vector in layer.vectors("default").values()]
     x = torch.randn(4, IN, requires_grad=True)
     with torch._dynamo.config.patch(error_on_recompile=True):
         for _ in range(3):  # projections do not exist before the first call
@@ -360,10 +362,10 @@ def test_dropout_gradients_equal_those_of_the_same_mask():
     layer = model.first
     x = torch.randn(5, IN, dtype=torch.float64, requires_grad=True)
     torch.manual_seed(3)
-    actual = torch.autograd.grad(layer(x).square().sum(), [x, *layer.vectors("default")])
+    actual = torch.autograd.grad(layer(x).square().sum(), [x, *layer.vectors("default").values()])
     torch.manual_seed(3)
     mask = nn.functional.dropout(torch.ones_like(x), 0.3)
-    b, d = layer.vectors("default")
+    b, d = layer.vectors("default").values()
     a_projection, b_projection = projections(0, RANK, IN, OUT)
     delta = torch.diag(b) @ b_projection @ torch.diag(d) @ a_projection
     expected = nn.functional.linear(x, layer.base_layer.weight, layer.base_layer.bias) + (x * mask) @ delta.t()
@@ -406,7 +408,7 @@ def test_training_on_the_meta_device_runs():
         net = Net()
     model = get_peft_model(net, VeraConfig(r=4, target_modules="all-linear"))
     model(torch.randn(2, IN, device="meta")).sum().backward()
-    assert model.first.vectors("default")[0].grad.is_meta
+    assert model.first.vectors("default")["b"].grad.is_meta
 
 
 def test_two_adapters_with_many_tokens_are_one_product(monkeypatch):
@@ -442,7 +444,7 @@ def test_layers_of_one_input_drop_each_for_itself():
     with torch.no_grad():
         model.k.base_layer.weight.copy_(model.q.base_layer.weight)
         for layer in (model.q, model.k):
-            b, d = layer.vectors("default")
+            b, d = layer.vectors("default").values()
             b.fill_(1.0)
             d.fill_(1.0)
     x = torch.randn(5, 64)
@@ -460,8 +462,8 @@ def test_gradients_of_half_precision_layers_are_summed_in_float32():
     layer = model.base_model[0]
     x = torch.ones(10_000, 4, dtype=torch.bfloat16)
     for rows in (x, x[:100]):
-        gradients = torch.autograd.grad(model(rows).float().sum(), layer.vectors("default"))
-        one = torch.autograd.grad(model(rows[:1]).float().sum(), layer.vectors("default"))
+        gradients = torch.autograd.grad(model(rows).float().sum(), list(layer.vectors("default").values()))
+        one = torch.autograd.grad(model(rows[:1]).float().sum(), list(layer.vectors("default").values()))
         for many, single in zip(gradients, one, strict=True):
             torch.testing.assert_close(
                 many, single * len(rows), rtol=2e-2, atol=2e-2 * len(rows) * float(single.abs().max())

@@ -129,7 +129,7 @@ def test_layers_of_each_kind_compute_and_learn_the_same(offload: Any, first: str
     if kind is Kinds:
         assert {VeraConv, VeraEmbedding, VeraParameter} <= {type(layer) for layer in layers}
     assert any(layer.base_weight.is_meta for layer in layers)
-    assert not any(vector.is_meta for layer in layers for vector in layer.vectors("default"))
+    assert not any(vector.is_meta for layer in layers for vector in layer.vectors("default").values())
     compare(model, expected, lambda model: model(IDS))
 
 
@@ -295,9 +295,9 @@ def test_vectors_that_a_hook_further_up_empties_are_refused() -> None:
     model = fill(get_peft_model(kinds(), ALL.replace(target_parameters=None, target_modules=["linear"])))
     accelerate.cpu_offload(model.base_model, execution_device=CPU, preload_module_classes=["VeraLinear"])
     layer = model.vera_layers()["linear"]
-    assert layer.vectors("default")[0].is_meta
+    assert layer.vectors("default")["b"].is_meta
     for write in (model.save_pretrained, model.export_lora, model.export_peft):
-        with pytest.raises(ValueError, match="adapter 'default': a vector of linear is on the meta device"):
+        with pytest.raises(ValueError, match="adapter 'default': vector b of linear is on the meta device"):
             write(tempfile.mkdtemp())
 
 

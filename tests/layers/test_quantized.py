@@ -107,7 +107,7 @@ def trained(make: Callable[[], nn.Module]) -> VeraModel:
 
 
 def delta_of(layer: Any) -> Tensor:
-    b, d = (vector.detach() for vector in layer.vectors("default"))
+    b, d = (vector.detach() for vector in layer.vectors("default").values())
     return dense_delta(b, d, *projections(0, 4, layer.in_features, layer.out_features))
 
 
@@ -130,7 +130,7 @@ def test_training_reaches_every_vector_through_quantized_layers(kind: str) -> No
     model(x).square().mean().backward()
     assert x.grad is not None and bool(x.grad.abs().sum() > 0)
     for layer in model.vera_layers().values():
-        for vector in layer.vectors("default"):
+        for vector in layer.vectors("default").values():
             assert vector.dtype == torch.float32 and vector.grad is not None and bool((vector.grad != 0).all())
 
 

@@ -59,7 +59,7 @@ def test_what_is_read_is_the_weight_with_the_delta(kind: str, plugin: bool) -> N
     expected = layer.base_layer.weight + layer.get_delta_weight("default")
     torch.testing.assert_close(layer.weight * 1, expected)
     torch.testing.assert_close(F.linear(ONES, layer.weight.flatten(1)), ONES @ expected.flatten(1).T)
-    b, _ = layer.vectors("default")
+    b, _ = layer.vectors("default").values()
     (gradient,) = torch.autograd.grad((layer.weight * 2).sum(), b)
     assert gradient.abs().sum() > 0
 
@@ -166,7 +166,7 @@ def test_a_weight_that_is_read_has_the_deltas_and_gives_gradients():
     called = layer(x)
     read = nn.functional.linear(x, layer.weight, layer.bias)
     torch.testing.assert_close(read, called)
-    vectors = layer.vectors("default")
+    vectors = list(layer.vectors("default").values())
     ours = torch.autograd.grad(read.square().sum(), vectors)
     theirs = torch.autograd.grad(called.square().sum(), vectors)
     for a, b in zip(ours, theirs, strict=True):
@@ -232,6 +232,6 @@ def test_real_models_that_read_weights(kind):
     output = model(**inputs)[0]
     assert relative(output, base) > 1e-3
     output.square().sum().backward()
-    assert all(v.grad is not None for layer in model.vera_layers().values() for v in layer.vectors("default"))
+    assert all(v.grad is not None for layer in model.vera_layers().values() for v in layer.vectors("default").values())
     model.merge_adapter()
     assert relative(model(**inputs)[0], output) < 1e-4

@@ -204,7 +204,7 @@ def test_of_two_pending_passes_the_right_one_is_refused(reentrant: bool) -> None
     model.set_adapter("b")
     second = loss_of(model)
     second.backward()
-    b = model.vera_layers()["linear"].vectors("b")[0]
+    b = model.vera_layers()["linear"].vectors("b")["b"]
     assert b.grad is not None and b.grad.any()
     with pytest.raises(RuntimeError, match="then 'a', now 'b'"):
         first.backward()

@@ -17,7 +17,7 @@ def test_second_derivatives_are_refused_not_zero(route):
     (grad,) = torch.autograd.grad(model(x).sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="differentiated twice"):
         (model(x).sum() + grad.square().sum()).backward()
-    b, _ = model.base_model[0].vectors("default")
+    b, _ = model.base_model[0].vectors("default").values()
     (grad,) = torch.autograd.grad(model(x).square().sum(), b, create_graph=True)
     with pytest.raises(RuntimeError, match="differentiated twice"):
         grad.sum().backward()
@@ -26,7 +26,7 @@ def test_second_derivatives_are_refused_not_zero(route):
 def test_torch_func_of_any_order():
     model, x = small_adapted(), small_inputs(3)
     layer = model.base_model[0]
-    b, d = (vector.detach() for vector in layer.vectors("default"))
+    b, d = (vector.detach() for vector in layer.vectors("default").values())
     a_projection, b_projection = projections(0, 4, 8, 8)
 
     def ours(b):

@@ -323,7 +323,7 @@ def test_every_route_and_memory_setting(route: str, memory: str, tokens: int) ->
 def test_autocast_and_bfloat16_are_close_to_float32() -> None:
     model = one_layer()
     x = torch.randn(300, 16)
-    vectors = [vector for layer in model.vera_layers().values() for vector in layer.vectors("default")]
+    vectors = [vector for layer in model.vera_layers().values() for vector in layer.vectors("default").values()]
     exact = model(x)
     exact_grads = torch.autograd.grad(exact.square().sum(), vectors)
     with torch.autocast("cpu", torch.bfloat16):
@@ -341,7 +341,7 @@ def test_autocast_and_bfloat16_are_close_to_float32() -> None:
 def test_gradient_checkpointing_gives_the_same_gradients(reentrant: bool) -> None:
     model = one_layer()
     x = torch.randn(40, 16, requires_grad=True)
-    vectors = [vector for layer in model.vera_layers().values() for vector in layer.vectors("default")]
+    vectors = [vector for layer in model.vera_layers().values() for vector in layer.vectors("default").values()]
     expected = torch.autograd.grad(model(x).square().sum(), vectors)
     again = torch.utils.checkpoint.checkpoint(model, x, use_reentrant=reentrant)
     again.square().sum().backward()
@@ -352,7 +352,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(reentrant: bool) -> Non
 def test_a_compiled_model_computes_the_same() -> None:
     model = one_layer()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    vectors = [vector for layer in model.vera_layers().values() for vector in layer.vectors("default")]
+    vectors = [vector for layer in model.vera_layers().values() for vector in layer.vectors("default").values()]
     for tokens in (3, 300):
         x = torch.randn(tokens, 16)
         expected, actual = model(x), compiled(x)

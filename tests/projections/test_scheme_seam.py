@@ -136,7 +136,7 @@ def reference(model: VeraModel, x: Tensor) -> Tensor:
 
     base = Net().double()
     for name, layer in model.vera_layers().items():
-        b, d = layer.vectors("default")
+        b, d = layer.vectors("default").values()
         plain = base.get_submodule(name)
         delta = torch.diag(b) @ matrix("B", len(b)).t() @ torch.diag(d) @ matrix("A", layer.in_features)
         weight = plain.weight.detach() + ToyHalves(0).scale(5) * delta

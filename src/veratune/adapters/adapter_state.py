@@ -19,12 +19,12 @@ class AdapterState:
     """The parameters of one adapter, by their names in the model without adapters.
 
     Attributes:
-        vectors: layer name to (b, d).
+        vectors: layer name to its vectors by name (`b`, `d`).
         saved: module name to the adapter's copy of that module.
         biases: parameter name to the adapter's copy of that bias.
     """
 
-    vectors: dict[str, tuple[Tensor, Tensor]]
+    vectors: dict[str, dict[str, Tensor]]
     saved: dict[str, nn.Module]
     biases: dict[str, nn.Parameter]
 
@@ -34,15 +34,16 @@ class AdapterState:
         Args:
             operation: the operation that needs the values, for the message.
         """
-        named = {f"a vector of {name}": vector for name, pair in self.vectors.items() for vector in pair}
+        named = {
+            f"vector {which} of {name}": v for name, vectors in self.vectors.items() for which, v in vectors.items()
+        }
         for name, module in self.saved.items():
             named.update({f"{name}.{key}": tensor for key, tensor in public_state(module).items()})
         check_at_hand({**named, **self.biases}, operation)
 
     def parameters(self) -> Iterator[Tensor]:
-        for b, d in self.vectors.values():
-            yield b
-            yield d
+        for vectors in self.vectors.values():
+            yield from vectors.values()
         for module in self.saved.values():
             yield from module.parameters()
         yield from self.biases.values()

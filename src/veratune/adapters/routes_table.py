@@ -100,7 +100,7 @@ def explain_routes(
         shape = replace(entry.shapes[0], tokens=tokens)
         weight_dtype = layer.base_weight.dtype
         plain = weight_dtype.is_floating_point and weight_dtype.itemsize > 1
-        layer_dtype = weight_dtype if plain else layer.vectors(adapter_name)[0].dtype
+        layer_dtype = weight_dtype if plain else layer.vectors(adapter_name)["b"].dtype
         profile = device_profile(device or layer.base_weight.device, dtype or layer_dtype)
         route, memory = entry.settings.route, entry.settings.memory
         readable = layer.weight_readable(adapter_name)

@@ -193,9 +193,9 @@ def make_row(layout: Layout, ready: ReadyAdapter, dtype: torch.dtype, base_heads
     rank = 0
     for target in ready.plan.targets:
         place = layout.layers[target.name]
-        b, d = loaded.vectors[target.name]
-        own_b = float32_of(b)
-        scaled = float32_of(d).reshape(-1, target.r) * scheme.scale(target.r)
+        own = loaded.vectors[target.name]
+        own_b = float32_of(own["b"])
+        scaled = float32_of(own["d"]).reshape(-1, target.r) * scheme.scale(target.r)
         rank = max(rank, target.r)
         for columns, own_d in zip(place.columns, scaled, strict=True):
             row[columns.d : columns.d + target.r] = own_d

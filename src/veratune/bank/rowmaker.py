@@ -62,7 +62,7 @@ class RowMaker:
         loaded = LoadedAdapter(
             f"adapter {own!r}",
             model.peft_config[own],
-            {layer: (b.detach(), d.detach()) for layer, (b, d) in state.vectors.items()},
+            {layer: {which: v.detach() for which, v in vectors.items()} for layer, vectors in state.vectors.items()},
             {
                 module: {key: tensor.detach() for key, tensor in public_state(head).items()}
                 for module, head in state.saved.items()

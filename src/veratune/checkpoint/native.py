@@ -42,11 +42,13 @@ from veratune.checkpoint.validate import (
     LoadedAdapter,
     ReadyAdapter,
     check_labels,
+    check_vectors,
     make_ready,
     other_projections,
     targets_of,
 )
 from veratune.config import PEFT_TYPE, VeraConfig
+from veratune.layers.entries import VECTOR_PREFIX, VECTORS
 from veratune.projections.pool import projection_pool
 from veratune.projections.schemes import Scheme, Side, Stored
 from veratune.utils.outside_files import parse_json
@@ -82,7 +84,7 @@ class NativeFormat(Format):
             path=files.weights.path,
             format=self.name,
             config=loaded.config.to_dict(),
-            vectors={name: {"b": b, "d": d} for name, (b, d) in loaded.vectors.items()},
+            vectors=loaded.vectors,
             others=saved | loaded.biases,
             projections=projections,
             fingerprint=header["fingerprint"],
@@ -192,12 +194,11 @@ def _checked(
         raise CheckpointError(f"{path}: its configuration cannot be used: {error}") from None
     _compare_with_json(directory / CONFIG_NAME, config)
     groups = _grouped(path, tensors)
-    if groups["vera_lambda_b"].keys() != groups["vera_lambda_d"].keys():
-        odd = sorted(groups["vera_lambda_b"].keys() ^ groups["vera_lambda_d"].keys())
-        raise CheckpointError(f"{path}: {odd[0]} has one of its two vectors only")
-    if not groups["vera_lambda_b"]:
-        raise CheckpointError(f"{path} adapts no layer")
-    vectors = {name: (b, groups["vera_lambda_d"][name]) for name, b in groups["vera_lambda_b"].items()}
+    vectors: dict[str, dict[str, Tensor]] = {}
+    for which in VECTORS:
+        for name, vector in groups[VECTOR_PREFIX + which].items():
+            vectors.setdefault(name, {})[which] = vector
+    check_vectors(str(path), vectors)
     saved: dict[str, dict[str, Tensor]] = {name: {} for name in config.modules_to_save or []}
     for name, tensor in groups["modules_to_save"].items():
         owner = next((name[:i] for i, letter in enumerate(name) if letter == "." and name[:i] in saved), None)
@@ -212,9 +213,8 @@ def _checked(
 def _state_tensors(host: AdaptedModel, adapter_name: str) -> dict[str, Tensor]:
     state = host.adapter_state(adapter_name)
     tensors: dict[str, Tensor] = {}
-    for name, (b, d) in state.vectors.items():
-        tensors[f"vera_lambda_b.{name}"] = b
-        tensors[f"vera_lambda_d.{name}"] = d
+    for name, vectors in state.vectors.items():
+        tensors |= {f"{VECTOR_PREFIX}{which}.{name}": vector for which, vector in vectors.items()}
     for name, module in state.saved.items():
         for key, tensor in public_state(module).items():  # parameters know whether they are spread
             tensors[f"modules_to_save.{name}.{key}"] = tensor
@@ -285,7 +285,7 @@ def _digest(header: dict[str, Any], tensors: dict[str, Tensor]) -> str:
 def _grouped(path: Path, tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     """Sort tensors by the kind that their names begin with. The rest of a name is data and is never searched in."""
     groups: dict[str, dict[str, Tensor]] = {
-        kind: {} for kind in ("vera_lambda_b", "vera_lambda_d", "modules_to_save", "bias", "projection")
+        kind: {} for kind in (*(VECTOR_PREFIX + which for which in VECTORS), "modules_to_save", "bias", "projection")
     }
     for key, tensor in tensors.items():
         kind, _, name = key.partition(".")

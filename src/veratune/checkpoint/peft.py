@@ -17,10 +17,11 @@ from veratune.checkpoint.base import AdapterContents, AdapterFiles, Format
 from veratune.checkpoint.files import CONFIG_NAME, WEIGHTS_NAME, CheckpointError
 from veratune.checkpoint.peft_rules import A_KEY, B_KEY, PEFT_VERA, PREFIX, TASK_MODELS, peft_saved
 from veratune.checkpoint.peft_writing import export_peft
-from veratune.checkpoint.validate import LoadedAdapter, ReadyAdapter, make_ready, targets_of
+from veratune.checkpoint.validate import LoadedAdapter, ReadyAdapter, check_vectors, make_ready, targets_of
 from veratune.config import VeraConfig
 from veratune.layers import SavedModule
 from veratune.layers.biases import bias_first_names
+from veratune.layers.entries import VECTOR_PREFIX
 from veratune.projections.schemes import PeftShared, Scheme, Side, Stored
 from veratune.utils.patterns import Budget, PatternError
 
@@ -107,15 +108,11 @@ def vera_contents(files: AdapterFiles, name: str, fingerprint: str | None = None
     others: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
         layer, _, last = key.removeprefix(PREFIX).rpartition(".")
-        if last in ("vera_lambda_b", "vera_lambda_d"):
-            vectors.setdefault(layer, {})[last[-1]] = tensor
+        if last.startswith(VECTOR_PREFIX):
+            vectors.setdefault(layer, {})[last.removeprefix(VECTOR_PREFIX)] = tensor
         else:
             others[key.removeprefix(PREFIX)] = tensor
-    odd = next((layer for layer, pair in vectors.items() if len(pair) != 2), None)
-    if odd is not None:
-        raise CheckpointError(f"{path}: {odd} has one of its two vectors only")
-    if not vectors:
-        raise CheckpointError(f"{path} adapts no layer")
+    check_vectors(str(path), vectors)
     return AdapterContents(path, name, config, vectors, others, projections, fingerprint, named_class(config))
 
 
@@ -210,7 +207,6 @@ def sort_tensors(
     biases = bias_first_names(
         (name, module if isinstance(module, SavedModule) else unwrapped(module)) for name, module in modules.items()
     )
-    vectors: dict[str, dict[str, Tensor]] = {}
     loaded = LoadedAdapter(origin, config, {})
     for key, tensor in tensors.items():
         if not key.startswith(PREFIX):
@@ -219,8 +215,8 @@ def sort_tensors(
         parent, _, last = name.rpartition(".")
         bias_name = name.removesuffix(".base_layer.bias") + ".bias" if name.endswith(".base_layer.bias") else name
         owner = next((module for module in saved_names if name.startswith(f"{module}.")), None)
-        if last in ("vera_lambda_b", "vera_lambda_d"):
-            vectors.setdefault(parent, {})[last] = tensor
+        if last.startswith(VECTOR_PREFIX):
+            loaded.vectors.setdefault(parent, {})[last.removeprefix(VECTOR_PREFIX)] = tensor
         elif owner is not None:
             inside = name.removeprefix(f"{owner}.")
             # With bias="all" PEFT writes the biases of its own wrapper around a saved module as well.
@@ -230,12 +226,7 @@ def sort_tensors(
             loaded.biases[biases[bias_name]] = tensor
         else:
             raise CheckpointError(f"{origin}: {key!r} belongs to nothing that this {type(modules['']).__name__} has")
-    for name, pair in vectors.items():
-        if len(pair) != 2:
-            raise CheckpointError(f"{origin}: {name} has one of its two vectors only")
-        loaded.vectors[name] = (pair["vera_lambda_b"], pair["vera_lambda_d"])
-    if not loaded.vectors:
-        raise CheckpointError(f"{origin} adapts no layer")
+    check_vectors(origin, loaded.vectors)
     return loaded
 
 

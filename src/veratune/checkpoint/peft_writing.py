@@ -22,6 +22,7 @@ from veratune.checkpoint.peft_rules import (
 )
 from veratune.config import VeraConfig
 from veratune.layers import SavedModule, VeraLayer
+from veratune.layers.entries import VECTOR_PREFIX
 from veratune.projections.schemes import Scheme
 
 
@@ -67,9 +68,9 @@ def export_peft(host: AdaptedModel, adapter_name: str, directory: Path, *, save_
     shared = _shared_projections(scheme, layers, adapter_name)
     tensors: dict[str, Tensor] = {}
     for name, layer in layers.items():
-        b, d = layer.vectors(adapter_name)
-        tensors[f"{PREFIX}{name}.vera_lambda_b"] = b.float()
-        tensors[f"{PREFIX}{name}.vera_lambda_d"] = _peft_d(d, scheme, layer, shared)
+        vectors = layer.vectors(adapter_name)
+        own = {"b": vectors["b"].float(), "d": _peft_d(vectors["d"], scheme, layer, shared)}
+        tensors |= {f"{PREFIX}{name}.{VECTOR_PREFIX}{which}": vector for which, vector in own.items()}
     if save_projection:
         tensors[A_KEY], tensors[B_KEY] = shared
     tensors |= other_tensors(host, adapter_name)

@@ -23,6 +23,7 @@ from veratune.checkpoint.files import CheckpointError
 from veratune.config import VeraConfig
 from veratune.layers import Geometry, VeraLayer
 from veratune.layers.biases import bias_owners
+from veratune.layers.entries import VECTORS
 from veratune.layers.registry import geometry, parameter_layout, weight_name, why_not_adaptable, why_not_parameter
 from veratune.projections.schemes import Scheme, Stored
 from veratune.utils.sharding import is_engines, shape_of
@@ -39,7 +40,7 @@ class LoadedAdapter:
     Attributes:
         origin: the file, for messages.
         config: its configuration.
-        vectors: layer name to (b, d).
+        vectors: layer name to its vectors by name (`b`, `d`).
         saved: module name to that module's state dict.
         biases: parameter name to bias.
         labels: class index to class name, for the classes that the file names.
@@ -47,10 +48,19 @@ class LoadedAdapter:
 
     origin: str
     config: VeraConfig
-    vectors: dict[str, tuple[Tensor, Tensor]]
+    vectors: dict[str, dict[str, Tensor]]
     saved: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     biases: dict[str, Tensor] = field(default_factory=dict)
     labels: dict[int, str] = field(default_factory=dict)
+
+
+def check_vectors(origin: str, vectors: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Raise CheckpointError unless there are layers, and each has all of its vectors and no others."""
+    if not vectors:
+        raise CheckpointError(f"{origin} adapts no layer")
+    for name, found in vectors.items():
+        if found.keys() != set(VECTORS):
+            raise CheckpointError(f"{origin}: {name} has the vectors {sorted(found)}, not {list(VECTORS)}")
 
 
 def targets_of(modules: Mapping[str, nn.Module], loaded: LoadedAdapter) -> list[Target]:
@@ -76,7 +86,7 @@ def targets_of(modules: Mapping[str, nn.Module], loaded: LoadedAdapter) -> list[
     for name, place in found.items():
         assert place is not None
         module, parameter = place
-        b, d = loaded.vectors[name]
+        b, d = (loaded.vectors[name][which] for which in VECTORS)
         size = _geometry(loaded.origin, name, module, parameter)
         twin = names.setdefault((id(module), parameter), name)
         if twin != name:
@@ -202,7 +212,7 @@ class ReadyAdapter:
     def _warn_of_values(self) -> None:
         loaded = self.loaded
         tensors = [
-            *((name, vector) for name, pair in loaded.vectors.items() for vector in pair),
+            *((name, vector) for name, vectors in loaded.vectors.items() for vector in vectors.values()),
             *((f"{name}.{key}", tensor) for name, state in loaded.saved.items() for key, tensor in state.items()),
             *loaded.biases.items(),
         ]
@@ -221,9 +231,9 @@ class ReadyAdapter:
         check_keys(f"{origin}, against adapter {name!r}:", state.vectors, self.loaded.vectors)
         check_keys(f"{origin}, against what adapter {name!r} trains in full:", state.saved, self.loaded.saved)
         check_keys(f"{origin}, against the biases of adapter {name!r}:", state.biases, self.loaded.biases)
-        for layer, (b, d) in self.loaded.vectors.items():
-            shapes = [tuple(vector.shape) for vector in state.vectors[layer]]
-            if [tuple(b.shape), tuple(d.shape)] != shapes:
+        for layer, vectors in self.loaded.vectors.items():
+            shapes = {which: tuple(vector.shape) for which, vector in state.vectors[layer].items()}
+            if {which: tuple(vector.shape) for which, vector in vectors.items()} != shapes:
                 raise CheckpointError(f"{origin}: {layer} has vectors of other shapes than the {shapes} here")
         if self.plan.scheme != host.projection_scheme(name):
             raise CheckpointError(f"{origin}: adapter {name!r} has other projections here")
@@ -233,8 +243,9 @@ class ReadyAdapter:
         self._warn_of_values()
         state = host.adapter_state(name)
         with torch.no_grad():
-            for layer_name, (b, d) in self.loaded.vectors.items():
-                for own, value in zip(state.vectors[layer_name], (b, d), strict=True):
+            for layer_name, vectors in self.loaded.vectors.items():
+                for which, value in vectors.items():
+                    own = state.vectors[layer_name][which]
                     own.copy_(_spread_like(value, own))
             for module_name, tensors in self.loaded.saved.items():
                 module = state.saved[module_name]

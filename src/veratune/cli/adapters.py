@@ -161,7 +161,7 @@ def diff(
         settings["fingerprint"] = [head_a["fingerprint"], head_b["fingerprint"]]
     only = {"first": sorted(a.vectors.keys() - b.vectors.keys()), "second": sorted(b.vectors.keys() - a.vectors.keys())}
     layers = {
-        name: {which: _distance(x, y) for which, x, y in zip("bd", a.vectors[name], b.vectors[name], strict=True)}
+        name: {which: _distance(x, b.vectors[name][which]) for which, x in a.vectors[name].items()}
         for name in a.vectors
         if name in b.vectors
     }

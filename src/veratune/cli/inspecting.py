@@ -62,7 +62,7 @@ def _inspect_model(place: str, rank: int, tokens: int, *, every: bool, as_json: 
     table = supported(model)
     adapted = get_peft_model(model, VeraConfig(r=rank, target_modules="all-linear", modules_to_save=[]))
     layers = adapted.vera_layers()
-    trained = sum(vector.numel() for layer in layers.values() for vector in layer.vectors("default"))
+    trained = sum(vector.numel() for layer in layers.values() for vector in layer.vectors("default").values())
     uses = Counter((c.projection.side, c.projection.width) for x in layers.values() for c in x.entries["default"].views)
     projections: list[dict[str, Any]] = [
         {"side": side, "width": width, "layers": count, "bytes_float32": 4 * rank * width}
@@ -107,7 +107,7 @@ def _inspect_model(place: str, rank: int, tokens: int, *, every: bool, as_json: 
                 name = layer if layer in layers else info.name
                 shape = "x".join(map(str, info.shape))
                 how = _how(info)
-                own = sum(vector.numel() for vector in layers[name].vectors("default")) if name in layers else 0
+                own = sum(v.numel() for v in layers[name].vectors("default").values()) if name in layers else 0
                 groups[info.module, shape, how, routes.get(name, "-")].append(own)
         rows = [
             (str(len(own)), module, shape, f"{sum(own):,}" if sum(own) else "-", route, how)

@@ -109,7 +109,8 @@ def _is_new(model: VeraModel) -> bool:
     """Return whether the active adapters compute nothing yet, and train nothing else."""
     states = [model.adapter_state(name) for name in model.active_adapters]
     return not any(
-        state.saved or state.biases or any(bool(b.any()) for b, _ in state.vectors.values()) for state in states
+        state.saved or state.biases or any(bool(vectors["b"].any()) for vectors in state.vectors.values())
+        for state in states
     )
 
 

@@ -78,7 +78,7 @@ class VeraLayer(MergeableLayer):
         """
         weight = self._outputs_first(base)
         for name in self.added_adapters:
-            dtype = torch.promote_types(self.vectors(name)[0].dtype, torch.float32)
+            dtype = torch.promote_types(self.vectors(name)["b"].dtype, torch.float32)
             blocks = self.blocks(name, weight.device, dtype)
             if len(blocks) == 1:
                 weight = add_delta(weight, blocks[0].factors.at(index))
@@ -151,9 +151,10 @@ class VeraLayer(MergeableLayer):
 
     def _drawn_factors(self, name: str) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
         """Return A (r, in), B (out, r) with its scale for each block, b and d of an adapter; all but A in float64."""
-        b, d = (vector.detach().double().cpu() for vector in self.vectors(name))
+        vectors = {which: vector.detach().double().cpu() for which, vector in self.vectors(name).items()}
         entry = self.entries[name]
-        return self._drawn_a(name), [view.drawn().double().t() * entry.scale for view in entry.b], b, d
+        b_blocks = [view.drawn().double().t() * entry.scale for view in entry.b]
+        return self._drawn_a(name), b_blocks, vectors["b"], vectors["d"]
 
     def lora_factors(self, name: str) -> tuple[Tensor, Tensor]:
         a, b_blocks, b, d = self._drawn_factors(name)

@@ -65,7 +65,8 @@ class VeraEmbedding(TransparentLayer):
 
     def _rows(self, name: str, tokens: Tensor) -> Tensor:
         """Return an adapter's deltas for these rows of the table, (n, out), in the table's dtype."""
-        b, d = self.vectors(name)
+        vectors = self.vectors(name)
+        b, d = vectors["b"], vectors["d"]
         dtype = torch.promote_types(b.dtype, torch.float32)
         entry = self.entries[name]
         columns = self._columns(name, tokens, dtype)
@@ -100,8 +101,8 @@ class VeraEmbedding(TransparentLayer):
 
     def _delta_matrices(self, name: str, dtype: torch.dtype) -> Tensor:
         entry, device = self.entries[name], self.device
-        b, d = (vector.to(dtype) for vector in self.vectors(name))
-        d = entry.b[0].structure.arrange(d)
+        vectors = self.vectors(name)
+        b, d = vectors["b"].to(dtype), entry.b[0].structure.arrange(vectors["d"].to(dtype))
         b_projection = entry.b[0].matrix(device, dtype)
         rows = torch.arange(self.in_features, device=device)
         return torch.cat(

@@ -11,6 +11,10 @@ from veratune.ops.factors import Factors
 from veratune.ops.planning import MemoryName, RouteName
 from veratune.projections.pool import ProjectionView
 
+# The names of an adapter's vectors on one weight. Parameters, and keys in files, are the prefix and a name.
+VECTORS = ("b", "d")
+VECTOR_PREFIX = "vera_lambda_"
+
 
 @dataclass(frozen=True)
 class VectorInit:

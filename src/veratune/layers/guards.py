@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from veratune.layers.base import VeraLayer
+from veratune.layers.entries import VECTOR_PREFIX, VECTORS
 from veratune.layers.modules_to_save import SavedModule
 from veratune.layers.parameter import VeraModule
 from veratune.utils.torch_private import in_state_dict, name_in_wrapper
@@ -107,8 +108,8 @@ def _merged_tensors(model: nn.Module) -> Iterator[_Written]:
             if "base_layer" in module._modules:
                 yield _Written(f"{start}base_layer.{module.weight_name}", module, None)
             for name in module.merged_adapters:
-                for vector in ("vera_lambda_b", "vera_lambda_d"):
-                    yield _Written(f"{start}{vector}.{name}", module, name)
+                for vector in VECTORS:
+                    yield _Written(f"{start}{VECTOR_PREFIX}{vector}.{name}", module, name)
 
 
 # Methods of transformers' models that replace layers, or write to them

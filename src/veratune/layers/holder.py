@@ -89,17 +89,18 @@ class AdapterHolder(LayerKind):
     def _outputs_first(self, matrix: Tensor) -> Tensor:
         return matrix if self.out_axis == 0 else matrix.mT
 
-    def vectors(self, name: str) -> tuple[Tensor, Tensor]:
-        """Return (b, d) of an adapter: its parameters, or the tensors that `torch.func.functional_call` replaces."""
-        b, d = self.vera_lambda_b[name], self.vera_lambda_d[name]
-        assert isinstance(b, Tensor) and isinstance(d, Tensor)
-        return b, d
+    def vectors(self, name: str) -> dict[str, Tensor]:
+        """Return an adapter's vectors by name (`VECTORS`).
+
+        They are its parameters, or the tensors that replace them within `torch.func.functional_call`.
+        """
+        return {"b": self.vera_lambda_b[name], "d": self.vera_lambda_d[name]}
 
     def blocks(self, name: str, device: torch.device, dtype: torch.dtype) -> list[Block]:
         """Return an adapter's factors for each block of outputs: one, unless the layer is fused."""
         entry = self.entries[name]
-        b, d = self.vectors(name)
-        d = entry.a.structure.arrange(d)
+        vectors = self.vectors(name)
+        b, d = vectors["b"], entry.a.structure.arrange(vectors["d"])
         A = entry.a.matrix(device, dtype)  # noqa: N806
         if not entry.parts:
             return [Block(slice(None), Factors(A, entry.b[0].matrix(device, dtype), b, d, entry.scale))]

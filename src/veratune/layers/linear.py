@@ -125,9 +125,8 @@ class VeraLinear(VeraLayer):
         return "forward" not in self.base_layer.__dict__ and not any(map(self._drops, self.added_adapters))
 
     def _checked_base_output(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if spoils_gradients(self.base_layer) and gradients_wanted(
-            x, *self.vera_lambda_b.values(), *self.vera_lambda_d.values()
-        ):
+        vectors = (vector for name in self.entries for vector in self.vectors(name).values())
+        if spoils_gradients(self.base_layer) and gradients_wanted(x, *vectors):
             keep_differentiable(self.base_layer)
         output: Tensor = self.base_layer(x, *args, **kwargs)
         if not isinstance(output, Tensor) or output.shape != (*x.shape[:-1], self.out_features):

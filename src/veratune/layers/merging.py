@@ -28,7 +28,7 @@ class MergeableLayer(AdapterHolder):
 
         The dtype is float32 at least, so that merging into a half-precision weight rounds once.
         """
-        dtype = torch.promote_types(self.vectors(name)[0].dtype, torch.float32)
+        dtype = torch.promote_types(self.vectors(name)["b"].dtype, torch.float32)
         if self.base_weight.is_floating_point() and self.base_weight.dtype.itemsize > 1:
             dtype = torch.promote_types(dtype, self.base_weight.dtype)
         with torch.no_grad(), without_autocast(self.device):
@@ -82,8 +82,8 @@ class MergeableLayer(AdapterHolder):
         names = [name for name in names if name in self.entries and name not in self.merged_adapters]
         if not names:
             return
-        tensors = [self.base_layer._parameters.get(self.weight_name)]
-        tensors += [vectors[name] for name in names for vectors in (self.vera_lambda_b, self.vera_lambda_d)]
+        vectors = [vector for name in names for vector in self.vectors(name).values()]
+        tensors = [self.base_layer._parameters.get(self.weight_name), *vectors]
         sharding = next((how for how in map(describe_sharding, tensors) if how is not None), None)
         if sharding is not None:
             raise ValueError(

@@ -1,7 +1,7 @@
 """Deciding how a layer computes an input: whether it reads the weight, in which dtype, and by which routes."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -25,18 +25,18 @@ def compute_dtype(x: Tensor, weight_dtype: torch.dtype) -> torch.dtype | None:
 
 
 def choose(
-    entry: AdapterEntry, vectors: Sequence[Tensor], x: Tensor, dtype: torch.dtype, *, weight_readable: bool
+    entry: AdapterEntry, vectors: Mapping[str, Tensor], x: Tensor, dtype: torch.dtype, *, weight_readable: bool
 ) -> tuple[RouteChoice, ...]:
     """Return the routes of one adapter for an input, one for each block of outputs.
 
     Args:
         entry: the adapter.
-        vectors: b and d, whose gradients may be required.
+        vectors: by name; their gradients may be required.
         x: (..., in).
         dtype: the compute dtype.
         weight_readable: whether the route may compute with W0 itself.
     """
-    training = gradients_wanted(*vectors)
+    training = gradients_wanted(*vectors.values())
     backward = training or gradients_wanted(x)
     tokens = math.prod(x.shape[:-1])
     if torch.compiler.is_compiling():
@@ -65,7 +65,7 @@ class LinearPlan(NamedTuple):
 
 
 def plan_linear(
-    adapters: Sequence[tuple[AdapterEntry, tuple[Tensor, Tensor]]],
+    adapters: Sequence[tuple[AdapterEntry, Mapping[str, Tensor]]],
     x: Tensor,
     *,
     weight_dtype: torch.dtype | None,

@@ -69,7 +69,7 @@ def through_peft(kind: str, settings: dict[str, Any], name: str = "default") -> 
 
 
 def vectors(model: VeraModel, name: str = "default") -> dict[str, list[torch.Tensor]]:
-    return {key: [v.detach() for v in pair] for key, pair in model.adapter_state(name).vectors.items()}
+    return {key: [v.detach() for v in own.values()] for key, own in model.adapter_state(name).vectors.items()}
 
 
 def assert_equal(first: dict[str, list[torch.Tensor]], second: dict[str, list[torch.Tensor]]) -> None:
@@ -221,8 +221,8 @@ def test_a_half_precision_base(low_cpu_mem_usage: bool, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     if low_cpu_mem_usage:  # PEFT rounds what it loads to the base layer's dtype then, LoRA's matrices as well
         with torch.no_grad():
-            for pair in model.adapter_state("default").vectors.values():
-                for vector in pair:
+            for own in model.adapter_state("default").vectors.values():
+                for vector in own.values():
                     vector.copy_(vector.bfloat16())
     expected = outputs(model, "llama")
     loaded = peft.PeftModel.from_pretrained(
@@ -361,7 +361,7 @@ def test_files_of_the_plug_in_are_checked(tmp_path: Path) -> None:
     refused("d of .* has 4 numbers, but its rank is 5", r=5)
     refused("r='four'", r="four")
     key = f"base_model.model.{layer}.vera_lambda_b"
-    refused("one of its two vectors only", {n: t for n, t in tensors.items() if n != key})
+    refused("has the vectors", {n: t for n, t in tensors.items() if n != key})
     refused(
         rf"has no vectors of {layer}",
         {n: t for n, t in tensors.items() if not n.startswith(f"base_model.model.{layer}.")},

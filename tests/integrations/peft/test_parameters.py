@@ -47,7 +47,7 @@ def test_experts_compute_the_dense_result() -> None:
     for name, layer in found.items():
         weight = dense.get_parameter(name.replace(".adapted", "") if ".adapted." in name else f"{name}.weight")
         pair = projections(0, 4, layer.in_features, layer.out_features)
-        b, d = (vector.detach() for vector in layer.vectors("default"))
+        b, d = (vector.detach() for vector in layer.vectors("default").values())
         with torch.no_grad():
             if b.ndim == 1:
                 weight.add_(dense_delta(b, d, *pair).float())
@@ -61,12 +61,12 @@ def test_experts_are_those_of_veratunes_own_model() -> None:
     ours = get_peft_model(tiny_model("mixtral"), VeraConfig(r=4, target_modules=["q_proj"], target_parameters=EXPERTS))
     model = experts()
     values = {
-        name.replace(".adapted", ""): layer.vectors("default")
+        name.replace(".adapted", ""): layer.vectors("default").values()
         for name, layer in tuned_layers(model.base_model.model).items()
     }
     with torch.no_grad():
         for name, layer in ours.vera_layers().items():
-            for own, value in zip(layer.vectors("default"), values[name], strict=True):
+            for own, value in zip(layer.vectors("default").values(), values[name], strict=True):
                 own.copy_(value)
     assert torch.equal(outputs(ours, "mixtral"), outputs(model, "mixtral"))
 
@@ -96,7 +96,7 @@ def test_experts_train_merge_and_come_off_again() -> None:
         }
     model = experts()
     with torch.no_grad():
-        list(tuned_layers(model).values())[-1].vectors("default")[0].fill_(float("nan"))
+        list(tuned_layers(model).values())[-1].vectors("default")["b"].fill_(float("nan"))
     with pytest.raises(ValueError, match="NaNs"):
         model.merge_and_unload(safe_merge=True)
     assert len(tuned_layers(model)) == 6 and not any(layer.merged for layer in tuned_layers(model).values())
@@ -156,7 +156,7 @@ def test_packed_attention(tmp_path: Path) -> None:
 def test_a_fused_layer_in_parts_has_a_d_for_each(tmp_path: Path) -> None:
     config = VeratuneConfig(r=4, target_modules=["c_attn"], fused_parts={"c_attn": 3})
     model = randomise_trainable(peft.get_peft_model(tiny_model("gpt2"), config), std=0.3)
-    assert all(layer.vectors("default")[1].shape == (3, 4) for layer in tuned_layers(model).values())
+    assert all(layer.vectors("default")["d"].shape == (3, 4) for layer in tuned_layers(model).values())
     model.save_pretrained(tmp_path)
     loaded = peft.PeftModel.from_pretrained(tiny_model("gpt2"), tmp_path)
     assert torch.equal(outputs(loaded, "gpt2"), outputs(model, "gpt2"))

@@ -47,7 +47,7 @@ def test_a_new_adapter_is_a_no_op_and_a_trained_one_the_dense_result(kind: str) 
     dense = tiny_model(kind)
     for name, layer in model.base_model.model.named_modules():
         if isinstance(layer, TunedLayer):
-            b, d = (vector.detach() for vector in layer.vectors("default"))
+            b, d = (vector.detach() for vector in layer.vectors("default").values())
             delta = dense_delta(b, d, *projections(0, 4, layer.in_features, layer.out_features))
             weight = dense.get_submodule(name).weight
             with torch.no_grad():
@@ -258,7 +258,7 @@ def test_a_safe_merge_that_fails_leaves_all_layers_as_they_were() -> None:
     model = model_for("bert")
     layers = [module for module in model.modules() if isinstance(module, TunedLayer)]
     with torch.no_grad():
-        layers[-1].vectors("default")[0].fill_(float("nan"))
+        layers[-1].vectors("default")["b"].fill_(float("nan"))
     for merge in (lambda: model.merge_adapter(safe_merge=True), lambda: model.merge_and_unload(safe_merge=True)):
         with pytest.raises(ValueError, match="not finite"):
             merge()
@@ -279,7 +279,7 @@ def test_merging_a_second_adapter_into_eight_bits_adds_each_once() -> None:
     x = torch.randn(3, 64)
     with torch.no_grad():
         for name in ("default", "other"):
-            for vector in tuned.vectors(name):
+            for vector in tuned.vectors(name).values():
                 vector.normal_(std=0.3)
         model(x)
         before = quantized.dequantized(tuned.base_layer)

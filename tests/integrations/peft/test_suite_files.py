@@ -175,7 +175,7 @@ def test_missing_and_unknown_tensors_are_reported(peft_config: Make, tmp_path: P
             save_file(tensors, tmp_path / WEIGHTS, metadata={"format": "pt"})
             model = tuned("mlp", peft_config())
             expected = outputs(model, "mlp")
-            with pytest.raises(CheckpointError, match=r"has one of its two vectors only|does not belong there"):
+            with pytest.raises(CheckpointError, match=r"has the vectors|does not belong there"):
                 model.load_adapter(tmp_path, "other")
             assert list(model.peft_config) == ["default"] and torch.equal(outputs(model, "mlp"), expected)
         return

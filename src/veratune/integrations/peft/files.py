@@ -30,11 +30,12 @@ from veratune.checkpoint.validate import LoadedAdapter, check_keys, other_projec
 from veratune.config import PEFT_TYPE
 from veratune.integrations.peft.state import with_module_names
 from veratune.layers import VeraLayer
+from veratune.layers.entries import VECTOR_PREFIX, VECTORS
 from veratune.projections.schemes import Stored
 
 _LOCATION = ("subfolder", "revision", "token", "cache_dir", "local_files_only")
 # What a tuned layer or a tuned module has inside.
-_PARTS = ("base_layer", "adapted", "vera_lambda_b", "vera_lambda_d", "vera_dropout")
+_PARTS = ("base_layer", "adapted", *(VECTOR_PREFIX + which for which in VECTORS), "vera_dropout")
 
 
 def read_for_peft(place: str, **location: Any) -> tuple[LoadedAdapter, str]:
@@ -160,11 +161,11 @@ def _peft_tensors(native: LoadedAdapter, peft_model: Any, adapter_name: str) -> 
     check_named(peft_model.peft_config[adapter_name], native, set(layers))
     tensors: dict[str, Tensor] = {}
     for name, layer in layers.items():
-        shapes = [tuple(vector.shape) for vector in layer.vectors(adapter_name)]
-        if [tuple(vector.shape) for vector in native.vectors[name]] != shapes:
+        shapes = {which: tuple(vector.shape) for which, vector in layer.vectors(adapter_name).items()}
+        if {which: tuple(vector.shape) for which, vector in native.vectors[name].items()} != shapes:
             raise CheckpointError(f"{native.origin}: {name} has vectors of other shapes than the {shapes} here")
-        for which, vector in zip("bd", native.vectors[name], strict=True):
-            tensors[f"{places[id(layer)]}.vera_lambda_{which}"] = vector
+        for which, vector in native.vectors[name].items():
+            tensors[f"{places[id(layer)]}.{VECTOR_PREFIX}{which}"] = vector
     saved = dict(native.saved)
     wrappers: dict[str, Any] = {n: m for n, m in peft_model.named_modules() if isinstance(m, AuxiliaryTrainingWrapper)}
     for place, module in wrappers.items():
@@ -198,9 +199,12 @@ def reading(load: Callable[..., Any]) -> Callable[..., Any]:
         place = str(Path(model_id) / (location.get("subfolder") or "."))
         if kind == PEFT_TYPE:
             loaded, fingerprint = read_for_peft(model_id, **location)
-            vectors = {f"{PREFIX}{name}.vera_lambda_b": b for name, (b, _) in loaded.vectors.items()}
-            vectors |= {f"{PREFIX}{name}.vera_lambda_d": d for name, (_, d) in loaded.vectors.items()}
-            return AdapterWeights(place, vectors, fingerprint, loaded, device)
+            tensors = {
+                f"{PREFIX}{name}.{VECTOR_PREFIX}{which}": vector
+                for name, vectors in loaded.vectors.items()
+                for which, vector in vectors.items()
+            }
+            return AdapterWeights(place, tensors, fingerprint, loaded, device)
         config: Any = PEFT_TYPE_TO_CONFIG_MAPPING[kind].from_pretrained(model_id, **location)
         directory = find_directory(model_id, **{name: location[name] for name in _LOCATION if name in location})
         with open_tensors(directory / WEIGHTS_NAME) as file:  # never a pickle, which PEFT would take in its place

@@ -8,6 +8,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from veratune.layers import VeraLayer, VeraModule, VeraParameter
+from veratune.layers.entries import VECTOR_PREFIX, VECTORS
 from veratune.layers.registry import LAYER_KINDS, geometry, layer_class, parameter_layout
 from veratune.utils.torch_private import follow_replacement
 
@@ -15,7 +16,7 @@ from veratune.utils.torch_private import follow_replacement
 class TunedLayer(BaseTunerLayer):
     """What PEFT wants of a layer, on top of a `VeraLayer`."""
 
-    adapter_layer_names = ("vera_lambda_b", "vera_lambda_d")
+    adapter_layer_names = tuple(VECTOR_PREFIX + which for which in VECTORS)
     other_param_names = ("vera_dropout", "entries")
     # What was merged when the adapters were disabled.
     _taken_out: Sequence[str] = ()
@@ -59,13 +60,13 @@ class TunedLayer(BaseTunerLayer):
         PEFT's own makes active adapters trainable here that were frozen, and forgets what was merged.
         """
         layer: Any = self
-        vectors = [(own, name) for own in (layer.vera_lambda_b, layer.vera_lambda_d) for name in own]
+        vectors = [(name, vector) for name in layer.entries for vector in layer.vectors(name).values()]
         if not enabled:
             self._take_out()
-            self._frozen = [*self._frozen, *(name for own, name in vectors if own[name].requires_grad)]
-        for own, name in vectors:
+            self._frozen = [*self._frozen, *(name for name, vector in vectors if vector.requires_grad)]
+        for name, vector in vectors:
             if not enabled or name in self._frozen:
-                own[name].requires_grad_(enabled)
+                vector.requires_grad_(enabled)
         self._disable_adapters = not enabled
         layer._choose_added()
         if enabled:

@@ -13,8 +13,9 @@ from veratune.adapters.names import ModuleName, joined, module_names, public_key
 from veratune.checkpoint.files import CheckpointError, gathered
 from veratune.checkpoint.peft_rules import PREFIX
 from veratune.integrations.peft.layers import TunedLayer
+from veratune.layers.entries import VECTOR_PREFIX, VECTORS
 
-_VECTORS = ("vera_lambda_b", "vera_lambda_d")
+_VECTORS = tuple(VECTOR_PREFIX + which for which in VECTORS)
 _NAMED = (*_VECTORS, "base_model.vera_A", "base_model.vera_B")
 
 
@@ -65,8 +66,8 @@ def tensors_to_save(
         public |= {joined(raw, own): joined(names[raw].public, name) for own, name in inside.items()}
     tensors = SavedTensors(public)
     for name, layer in adapter_layers(model, adapter_name):
-        for which, vector in zip(_VECTORS, layer.vectors(adapter_name), strict=True):
-            key = joined(name.state, f"{which}.{adapter_name}")
+        for which, vector in layer.vectors(adapter_name).items():
+            key = joined(name.state, f"{VECTOR_PREFIX}{which}.{adapter_name}")
             tensors.update({key: state.get(key, vector)})
     if not tensors:
         raise ValueError(f"adapter {adapter_name!r} is on no layer of this {type(model).__name__}: nothing to save")

@@ -28,6 +28,7 @@ from veratune.integrations.peft.merging import MergingTuner
 from veratune.integrations.peft.saved_states import saved_states_noted
 from veratune.integrations.peft.state import tensors_to_load, tensors_to_save, without_adapter_name
 from veratune.layers import ComputeSettings, InputGroup, VectorInit
+from veratune.layers.entries import VECTOR_PREFIX
 from veratune.layers.quantized import keep_differentiable
 from veratune.layers.registry import adaptable_parameters, geometry, why_not_adaptable
 from veratune.ops.calibration import load_calibration
@@ -57,7 +58,7 @@ class _Plan:
 class VeratuneTuner(MergingTuner):
     """What PEFT makes of a model for a `VeratuneConfig`."""
 
-    prefix = "vera_lambda_"
+    prefix = VECTOR_PREFIX
     tuner_layer_cls = TunedLayer
     target_module_mapping: Any = TRANSFORMERS_MODELS_TO_VERA_TARGET_MODULES_MAPPING
     _plan: _Plan | None = None
