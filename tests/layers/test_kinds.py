@@ -533,7 +533,9 @@ def test_experts_in_half_precision(implementation: str) -> None:
     experts, exact = (m.base_model.model.layers[0].mlp.experts for m in (half, single))
     for name, layer in experts.parameter_layers().items():
         for which, theirs in exact.adapted[name].vectors("default").items():
-            layer.vectors("default")[which].data = theirs.detach().clone()  # as a new adapter on a half-precision layer has them
+            layer.vectors("default")[
+                which
+            ].data = theirs.detach().clone()  # as a new adapter on a half-precision layer has them
     half.config._experts_implementation = implementation
     x = torch.randn(6, 16)
     choice, share = torch.tensor([[0, 1], [3, 2], [1, 3], [0, 2], [2, 1], [3, 0]]), torch.full((6, 2), 0.5)

@@ -292,3 +292,20 @@ def test_merging_a_second_adapter_into_eight_bits_adds_each_once() -> None:
         model.unmerge_adapter()
         model(x)
         assert torch.equal(quantized.dequantized(tuned.base_layer), before)
+
+
+def test_vera_a_and_b_are_pefts_and_for_reading() -> None:
+    settings = {"r": 4, "target_modules": TARGETS["bert"], "projection_prng_key": 7}
+    theirs = peft.get_peft_model(tiny_model("bert"), peft.VeraConfig(**settings))
+    model = model_for("bert", projection="peft", projection_prng_key=7)
+    model.add_adapter("narrow", VeratuneConfig(r=4, target_modules=TARGETS["bert"]))
+    layer = next(module for module in model.modules() if isinstance(module, TunedLayer))
+    for which in ("vera_A", "vera_B"):
+        expected = getattr(theirs.base_model, which)["default"]
+        read = getattr(model, which)
+        assert torch.equal(read["default"], expected) and getattr(layer, which)["default"] is read["default"]
+        assert list(read) == ["default"]
+        with pytest.raises(KeyError, match="'narrow' has projections of its own for each width"):
+            read["narrow"]
+        with pytest.raises(RuntimeError, match="Inplace update to inference tensor"):
+            read["default"] += 1.0

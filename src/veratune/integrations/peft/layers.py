@@ -7,6 +7,7 @@ from typing import Any
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
+from veratune.integrations.peft.shared_projections import SharedProjections
 from veratune.layers import VeraLayer, VeraModule, VeraParameter
 from veratune.layers.entries import VECTOR_PREFIX, VECTORS
 from veratune.layers.registry import LAYER_KINDS, geometry, layer_class, parameter_layout
@@ -32,6 +33,18 @@ class TunedLayer(BaseTunerLayer):
     @active_adapters.setter
     def active_adapters(self, names: Sequence[str]) -> None:
         self._active_adapter = list(names)
+
+    @property
+    def vera_A(self) -> SharedProjections:  # noqa: N802
+        """PEFT's A of each adapter that has one for all layers, (r, max_in). For reading."""
+        layer: Any = self
+        return SharedProjections("A", layer.entries)
+
+    @property
+    def vera_B(self) -> SharedProjections:  # noqa: N802
+        """PEFT's B of each adapter that has one for all layers, (max_out, r). For reading."""
+        layer: Any = self
+        return SharedProjections("B", layer.entries)
 
     def activate(self, names: Sequence[str]) -> None:
         self.active_adapters = list(names)

@@ -26,8 +26,9 @@ from veratune.integrations.peft.layers import TunedLayer, TunedModule, put_in_pl
 from veratune.integrations.peft.matching import is_meant
 from veratune.integrations.peft.merging import MergingTuner
 from veratune.integrations.peft.saved_states import saved_states_noted
+from veratune.integrations.peft.shared_projections import SharedProjections
 from veratune.integrations.peft.state import tensors_to_load, tensors_to_save, without_adapter_name
-from veratune.layers import ComputeSettings, InputGroup, VectorInit
+from veratune.layers import AdapterEntry, ComputeSettings, InputGroup, VectorInit
 from veratune.layers.entries import VECTOR_PREFIX
 from veratune.layers.quantized import keep_differentiable
 from veratune.layers.registry import adaptable_parameters, geometry, why_not_adaptable
@@ -66,6 +67,21 @@ class VeratuneTuner(MergingTuner):
     # Parameters of modules trained in full that were trainable when the adapters were disabled.
     _frozen: Sequence[nn.Parameter] = ()
     _names: Mapping[str, ModuleName] | None = None
+
+    @property
+    def vera_A(self) -> SharedProjections:  # noqa: N802
+        """PEFT's A of each adapter that has one for all layers, (r, max_in). For reading."""
+        return SharedProjections("A", self._entries())
+
+    @property
+    def vera_B(self) -> SharedProjections:  # noqa: N802
+        """PEFT's B of each adapter that has one for all layers, (max_out, r). For reading."""
+        return SharedProjections("B", self._entries())
+
+    def _entries(self) -> dict[str, AdapterEntry]:
+        """Return each adapter's entry on one of its layers."""
+        layers: list[Any] = [module for module in self.modules() if isinstance(module, TunedLayer)]
+        return {name: entry for layer in layers for name, entry in layer.entries.items()}
 
     def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         # A PeftModel gives all its configurations by name, inject_adapter_in_model gives one.

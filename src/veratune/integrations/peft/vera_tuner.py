@@ -3,13 +3,13 @@
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from veratune.adapters.names import unwrapped
 from veratune.adapters.target import Target
 from veratune.config import VeraConfig
 from veratune.integrations.peft.layers import TunedLayer
+from veratune.integrations.peft.shared_projections import shared_projection
 from veratune.integrations.peft.tuner import VeratuneTuner
 from veratune.layers import AdapterEntry, InputGroup
 from veratune.layers.input_cache import InputCache
@@ -57,10 +57,9 @@ class PeftVeraTuner(VeratuneTuner):
             model, config, adapter_name, state_dict, unwanted_adapter_names
         )
         if config.save_projection:
-            scheme = _entries(model, adapter_name)[0].a.projection.scheme
-            a, b = (scheme.draw(s, range(config.r), _width(scheme, s), torch.device("cpu")) for s in _SIDES)
-            found[f"base_model.vera_A.{adapter_name}"] = a
-            found[f"base_model.vera_B.{adapter_name}"] = b.t().contiguous()
+            entry = _entries(model, adapter_name)[0]
+            for side in _SIDES:
+                found[f"base_model.vera_{side}.{adapter_name}"] = shared_projection(side, entry).clone()
         return found
 
     @classmethod
@@ -82,21 +81,12 @@ def _entries(model: nn.Module, adapter_name: str) -> list[AdapterEntry]:
     return [layer.entries[adapter_name] for layer in layers if adapter_name in layer.entries]
 
 
-def _width(scheme: Any, side: Side) -> int:
-    """Return the width of one side of PEFT's projections, drawn or read from a file."""
-    if isinstance(scheme, Stored):
-        return int((scheme.a if side == "A" else scheme.b).shape[1])
-    return int(scheme.max_in if side == "A" else scheme.max_out)
-
-
 def _use_projections(model: nn.Module, adapter_name: str, a: Tensor, b: Tensor) -> None:
     """Let an adapter use projections from a file where they are not those that its key gives here."""
     entries = _entries(model, adapter_name)
-    scheme = entries[0].a.projection.scheme
     stored = Stored.from_tensors(a, b)
-    cpu = torch.device("cpu")
-    drawn = [scheme.draw(side, range(a.shape[0]), _width(scheme, side), cpu) for side in _SIDES]
-    if torch.equal(drawn[0], stored.a) and torch.equal(drawn[1], stored.b):
+    own = Stored.from_tensors(*(shared_projection(side, entries[0]) for side in _SIDES))
+    if own == stored:
         return
     groups: dict[int, InputGroup] = {}
     layers: list[Any] = [module for module in model.modules() if isinstance(module, TunedLayer)]
@@ -105,5 +95,5 @@ def _use_projections(model: nn.Module, adapter_name: str, a: Tensor, b: Tensor) 
         if entry is not None:
             view = projection_pool.view(stored, "A", entry.rank, layer.in_features)
             group = groups.setdefault(id(entry.group), InputGroup(view, InputCache(), entry.group.size))
-            own = projection_pool.view(stored, "B", entry.rank, layer.out_features)
-            layer.entries[adapter_name] = replace(entry, group=group, b=(own,), scale=stored.scale(entry.rank))
+            b_view = projection_pool.view(stored, "B", entry.rank, layer.out_features)
+            layer.entries[adapter_name] = replace(entry, group=group, b=(b_view,), scale=stored.scale(entry.rank))
