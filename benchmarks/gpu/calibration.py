@@ -156,7 +156,7 @@ def one_point(stage: Stage, shape: LayerShape, scheme: str, dtype: torch.dtype, 
     for kind in KINDS:
         training = kind == "training"
         choices = possible_choices(
-            "auto", "balanced", shape, training=training, weight_readable=True, device_type=stage.device.type
+            "auto", "balanced", shape, training=training, weight_readable=True, profile=profiles["calibrated"]
         )
         works = {FROZEN: layer.frozen(kind)} | {str(choice): layer.work(choice, kind) for choice in choices}
         timing = interleave(works, stage, 5, least_seconds=0.002, keep=near_the_best)

@@ -32,12 +32,13 @@ def run(stage: Stage) -> None:
                     key = f"{kind}, {scheme}, {short(dtype)}"
                     stage.case(key, partial(one_kind, stage, make, scheme, dtype))
     points = TOY_POINTS if stage.toy else POINTS
-    choices = [RouteChoice(route, keep) for route in routes_on(stage.device) for keep in (False, True)]
     for dtype in DTYPES:
         for point in points:
             for scheme in SCHEMES:
                 problem = cache(partial(Problem, *point, scheme, dtype, stage.device))  # made once for all routes
-                for choice in choices:
+                n, m, r, _ = point
+                routes = routes_on(stage.device, scheme, r, n, m)
+                for choice in (RouteChoice(route, keep) for route in routes for keep in (False, True)):
                     stage.case(f"{point} {scheme} {choice} {short(dtype)}", partial(one_route, problem, choice))
 
 

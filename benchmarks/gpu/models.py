@@ -3,7 +3,8 @@
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from typing import Any
 
 import peft
@@ -13,6 +14,8 @@ from transformers import LlamaConfig, LlamaModel
 
 import veratune
 from veratune.layers import plan
+from veratune.ops.calibration import device_profile
+from veratune.ops.costs import LayerShape
 from veratune.ops.planning import RouteChoice
 from veratune.ops.routes import ROUTES
 from veratune.projections.schemes import SCHEMES
@@ -92,19 +95,23 @@ class Variant:
     compiled: bool = False
 
 
+def density(scheme: str, r: int, n: int, m: int) -> float:
+    """Return the fraction of the elements of A and B that a scheme stores for a layer."""
+    drawn = SCHEMES[scheme].for_layers(0, r, n, m)
+    return min(drawn.structure("A", r, n).density, drawn.structure("B", r, m).density)
+
+
 def structured_schemes(r: int, n: int, m: int) -> list[str]:
     """Return the schemes drawn from a key whose projections are cheaper than dense ones."""
-    return [
-        name
-        for name, kind in SCHEMES.items()
-        if kind.for_layers(0, r, n, m).structure("A", r, n).density < 1.0
-        or kind.for_layers(0, r, n, m).structure("B", r, m).density < 1.0
-    ]
+    return [name for name in SCHEMES if density(name, r, n, m) < 1.0]
 
 
-def routes_on(device: torch.device) -> list[str]:
-    """Return the names of the routes that can run on a device."""
-    return [name for name, route in ROUTES.items() if route.available(device.type)]
+def routes_on(device: torch.device, scheme: str, r: int, n: int, m: int) -> list[str]:
+    """Return the names of the routes that can compute a layer on a device, calibrated or not."""
+    has_kernel = device.type == "cuda" and find_spec("triton") is not None
+    shape = LayerShape(n, m, r, 1, density=density(scheme, r, n, m))
+    profile = replace(device_profile(device, torch.bfloat16), triton_flops=float(has_kernel))
+    return [name for name, route in ROUTES.items() if route.available(profile, shape)]
 
 
 def variants(r: int, n: int, m: int, device: torch.device) -> dict[str, Variant]:
@@ -120,7 +127,7 @@ def variants(r: int, n: int, m: int, device: torch.device) -> dict[str, Variant]
     for scheme in (DENSE_SCHEME, *structured_schemes(r, n, m)):
         found[f"{scheme} auto"] = Variant(_ours(r, scheme), compiled=True)
         found[f"{scheme} auto, memory=low"] = Variant(_ours(r, scheme, memory="low"))
-        for route in routes_on(device):
+        for route in routes_on(device, scheme, r, n, m):
             found[f"{scheme} {route}"] = Variant(_ours(r, scheme), RouteChoice(route))
             if ROUTES[route].reads_weight:
                 found[f"{scheme} {route}, weight kept"] = Variant(_ours(r, scheme), RouteChoice(route, True))

@@ -30,7 +30,7 @@ def run(stage: Stage) -> None:
 
         stage.case(f"{point} {PEFT}", of_peft, seconds=2)
         for scheme in SCHEMES:
-            for route in ("auto", *routes_on(stage.device)):
+            for route in ("auto", *routes_on(stage.device, scheme, point[2], *point[:2])):
                 if problem:
                     stage.case(f"{point} {scheme} {route}", partial(of_ours, problem[0], scheme, route), seconds=0.5)
 

@@ -9,7 +9,7 @@ from veratune.ops.planning import RouteChoice
 from veratune.ops.routes import ROUTES
 from veratune.projections.structure import Matrix
 
-CHOICES = [RouteChoice(name, keep) for name in ROUTES for keep in (False, True)]
+CHOICES = [RouteChoice(name, keep) for name in ROUTES if name != "triton" for keep in (False, True)]
 ADDING = [choice for choice in CHOICES if not choice.reads_weight]
 TOKENS, IN, OUT, RANK, SCALE = 7, 5, 6, 4, 0.7
 

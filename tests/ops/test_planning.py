@@ -25,7 +25,7 @@ PROFILE = device_profile(torch.device("cpu"), torch.float32)
 
 
 def choices(training):
-    names = [name for name in ROUTES if training or name != "mixed"]
+    names = [name for name in ROUTES if name != "triton" and (training or name != "mixed")]
     return [RouteChoice(name) for name in names] + [
         RouteChoice(name, keep=True) for name in names if training and name != "folded"
     ]

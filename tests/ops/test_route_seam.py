@@ -8,7 +8,7 @@ from dense import check_against_dense
 from reference import randomise
 from veratune import VeraConfig, get_peft_model
 from veratune.ops import planning
-from veratune.ops.costs import Cost, LayerShape
+from veratune.ops.costs import Cost, DeviceProfile, LayerShape
 from veratune.ops.routes import ROUTES, Gradients, LinearInputs, Wanted
 from veratune.ops.routes.folded import Folded
 
@@ -38,8 +38,8 @@ class Elsewhere(Free):
 
     name = "elsewhere"
 
-    def available(self, device_type: str) -> bool:
-        return device_type == "cuda"
+    def available(self, profile: DeviceProfile, shape: LayerShape) -> bool:
+        return profile.device_type == "cuda"
 
 
 @pytest.fixture(autouse=True)

@@ -30,7 +30,7 @@ from veratune.projections.structure import Matrix
 CPU = torch.device("cpu")
 # g, rank, in, out: all divide; ranks that g or g^2 does not divide; widths that g does not divide; one block.
 SIZES = [(4, 16, 12, 8), (4, 32, 8, 20), (4, 12, 8, 12), (4, 21, 12, 6), (8, 24, 20, 12), (2, 5, 7, 9), (1, 3, 4, 5)]
-CHOICES = [RouteChoice(name, keep) for name in ROUTES for keep in (False, True)]
+CHOICES = [RouteChoice(name, keep) for name in ROUTES if name != "triton" for keep in (False, True)]
 BLOCKS = {"projection": "blocks", "projection_blocks": 3}
 
 

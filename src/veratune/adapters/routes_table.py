@@ -110,7 +110,7 @@ def explain_routes(
             shape,
             training=training,
             weight_readable=readable,
-            device_type=profile.device_type,
+            profile=profile,
         )
         estimates = sorted(
             (estimate(choice, shape, profile, training=training) for choice in choices), key=lambda e: e.seconds

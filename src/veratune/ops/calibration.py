@@ -6,6 +6,7 @@ import platform
 import time
 from collections.abc import Callable
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from veratune.ops.costs import DeviceProfile
 from veratune.utils.atomic import write_atomically
 from veratune.utils.outside_files import parse_json, read_text
+from veratune.utils.text import notify
 
 # Rates, bandwidth and launch times of ordinary devices: two cores of a server CPU, and an NVIDIA H200, as measured on
 # 2026-11-28 with torch 2.11 (its float64 rate was not measured and is an assumption). The GPU's launch time, which is
@@ -74,6 +76,7 @@ def calibrate(
             "flops": profile.flops,
             "bandwidth": profile.bandwidth,
             "launch": profile.launch,
+            "triton_flops": profile.triton_flops,
         }
     write_atomically(path, (json.dumps(values, indent=2) + "\n").encode())
     return measured
@@ -100,7 +103,7 @@ def _read(path: Path) -> dict[str, dict[str, float]]:
     try:
         values: Any = parse_json(read_text(path, _LARGEST_FILE))
         return {
-            str(key): {name: float(entry[name]) for name in ("flops", "bandwidth", "launch")}
+            str(key): {name: float(entry.get(name, 0.0)) for name in ("flops", "bandwidth", "launch", "triton_flops")}
             for key, entry in values.items()
             if all(float(entry[name]) > 0 for name in ("flops", "bandwidth", "launch"))
         }
@@ -124,7 +127,25 @@ def _measure(device: torch.device, dtype: torch.dtype) -> DeviceProfile:
     bandwidth = 3 * wide.nbytes / _seconds(lambda: torch.mul(wide, wide), device)
     small = torch.randn(4, device=device)
     launch = _seconds(lambda: small * small, device, repeats=200)
-    return DeviceProfile(flops, bandwidth, launch, dtype.itemsize, device.type)
+    return DeviceProfile(flops, bandwidth, launch, dtype.itemsize, device.type, _triton_flops(device, dtype))
+
+
+def _triton_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """Return the operations per second of the Triton kernel; 0 where it cannot run."""
+    if device.type != "cuda" or dtype.itemsize > 4 or find_spec("triton") is None:
+        return 0.0
+    from veratune.ops.triton_kernel import add_product_
+
+    tokens, size, rank = 4096, 4096, 256
+    x, out = (torch.zeros(tokens, size, device=device, dtype=dtype) for _ in range(2))
+    projection = torch.zeros(rank, size, device=device, dtype=dtype)
+    d, b = torch.zeros(rank, device=device), torch.zeros(size, device=device)
+    try:
+        seconds = _seconds(lambda: add_product_(out, x, projection, projection, d, output_scale=b), device)
+    except Exception as error:  # Triton has errors of many types, and the other routes need no kernel
+        notify(f"the Triton kernel does not run on {torch.cuda.get_device_name(device)} and is not used: {error}")
+        return 0.0
+    return 4 * tokens * rank * size / seconds
 
 
 def _seconds(work: Callable[[], Any], device: torch.device, repeats: int = 5) -> float:

@@ -13,6 +13,7 @@ class DeviceProfile:
         launch: minimum seconds of any operation.
         itemsize: bytes of one element.
         device_type: "cpu" or "cuda".
+        triton_flops: operations per second of the Triton kernel (`ops.triton_kernel`); 0 if it was not measured.
     """
 
     flops: float
@@ -20,6 +21,7 @@ class DeviceProfile:
     launch: float
     itemsize: int
     device_type: str = "cpu"
+    triton_flops: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,11 @@ class Cost:
         touched = (rows * inner + inner * columns + rows * columns) * profile.itemsize
         self.flops += int(flops) // share
         self.seconds += (flops / profile.flops + touched / profile.bandwidth + profile.launch) / share
+
+    def triton_kernel(self, flops: int) -> None:
+        """Add a launch of the Triton kernel, and one for the vector that it takes."""
+        self.flops += flops
+        self.seconds += flops / self.profile.triton_flops + 2 * self.profile.launch
 
     def pass_over(self, elements: float, width: int = 4) -> None:
         """Add a separate operation that reads or writes this many elements of `width` bytes."""

@@ -14,7 +14,7 @@ import torch
 
 from veratune.ops.calibration import device_profile
 from veratune.ops.costs import Cost, DeviceProfile, LayerShape
-from veratune.ops.routes import ROUTES, Route
+from veratune.ops.routes import ROUTES
 from veratune.utils.torch_private import constant_while_compiling
 
 RouteName = Literal["auto", "factored", "dense"]
@@ -28,8 +28,7 @@ class RouteChoice(NamedTuple):
 
     Attributes:
         route: its name in `ROUTES`.
-        keep: save an intermediate result for the backward pass instead of recomputing it: the adapted weight of a
-            dense output, (out, in); the product with B of a scaled one, (T, out).
+        keep: save an intermediate result for the backward pass instead of recomputing it (`Route.keeps`).
     """
 
     route: str
@@ -41,8 +40,7 @@ class RouteChoice(NamedTuple):
         return ROUTES[self.route].reads_weight
 
     def __str__(self) -> str:
-        kept = (", weight kept" if self.reads_weight else ", product kept") if self.keep else ""
-        return f"{self.route}{kept}"
+        return f"{self.route}, {ROUTES[self.route].keeps} kept" if self.keep else self.route
 
 
 RouteTable = tuple[tuple[int, RouteChoice], ...]
@@ -93,7 +91,7 @@ def possible_choices(
     training: bool,
     weight_readable: bool,
     backward: bool | None = None,
-    device_type: str = "cpu",
+    profile: DeviceProfile | None = None,
 ) -> list[RouteChoice]:
     """Return the choices that a configuration allows for a call.
 
@@ -106,10 +104,12 @@ def possible_choices(
         training: whether the vectors' gradients will be wanted.
         weight_readable: whether W0 can be read, which a dense output needs.
         backward: as for `estimate`.
-        device_type: the type of the layer's device.
+        profile: the device's; by default, that of the CPU in float32.
     """
     backward = training if backward is None else backward
-    possible = [each for each in ROUTES.values() if each.available(device_type) and (training or each.name != "mixed")]
+    profile = profile or device_profile(torch.device("cpu"), torch.float32)
+    possible = [each for each in ROUTES.values() if each.available(profile, shape)]
+    possible = [each for each in possible if training or each.name != "mixed"]
     if not weight_readable:
         possible = [each for each in possible if not each.reads_weight]
         if route == "dense":
@@ -125,13 +125,12 @@ def possible_choices(
         shape.in_features + shape.out_features
     )
     activations_are_small = 8 * shape.tokens <= shape.in_features
-    keep_weight = backward and (memory == "fast" or (memory == "balanced" and weight_is_small))
-    keep_product = training and (memory == "fast" or (memory == "balanced" and activations_are_small))
-
-    def keep(each: Route) -> bool:
-        return keep_weight if each.reads_weight else keep_product and each.name == "scaled"
-
-    return [RouteChoice(each.name, keep(each)) for each in possible]
+    kept = {
+        "weight": backward and (memory == "fast" or (memory == "balanced" and weight_is_small)),
+        "product": training and (memory == "fast" or (memory == "balanced" and activations_are_small)),
+        "xa": training,
+    }
+    return [RouteChoice(each.name, each.keeps is not None and kept[each.keeps]) for each in possible]
 
 
 def choose_route(
@@ -152,7 +151,7 @@ def choose_route(
         training=training,
         weight_readable=weight_readable,
         backward=backward,
-        device_type=profile.device_type,
+        profile=profile,
     )
 
     def seconds(choice: RouteChoice) -> float:

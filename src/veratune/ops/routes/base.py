@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from veratune.ops.costs import Cost, LayerShape
+from veratune.ops.costs import Cost, DeviceProfile, LayerShape
 from veratune.ops.factors import Factors
 from veratune.utils.tensors import wide_dtype
 
@@ -78,6 +78,9 @@ class Gradients(NamedTuple):
     d: Tensor | None = None
 
 
+Keeps = Literal["weight", "product", "xa"]
+
+
 class Route(Protocol):
     """One exact way to compute an adapted layer, forward and backward.
 
@@ -85,14 +88,17 @@ class Route(Protocol):
         name: its name in tables and its key in `ROUTES`.
         reads_weight: whether it computes with W0 itself, rather than adding to the base layer's output.
         gradients_from: the tensor saved for the gradients of b and d: x, or x A^T.
+        keeps: the intermediate result that `forward` can keep: the adapted weight, (out, in), the product with B,
+            (T, out), or x A^T, (T, r); None if there is none.
     """
 
     name: ClassVar[str]
     reads_weight: ClassVar[bool]
     gradients_from: ClassVar[Literal["x", "xa"]]
+    keeps: ClassVar[Keeps | None] = None
 
-    def available(self, device_type: str) -> bool:
-        """Return whether it can run on devices of this type ("cpu", "cuda")."""
+    def available(self, profile: DeviceProfile, shape: LayerShape) -> bool:
+        """Return whether it can compute a layer of this shape on a device."""
         return True
 
     def uses_xa(self, training: bool) -> bool:

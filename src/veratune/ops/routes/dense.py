@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from veratune.ops.costs import Cost, LayerShape
 from veratune.ops.delta import plus_delta, weighted_by_gradient
-from veratune.ops.routes.base import Gradients, LinearInputs, Route, Wanted, vectors_dtype
+from veratune.ops.routes.base import Gradients, Keeps, LinearInputs, Route, Wanted, vectors_dtype
 
 
 def adapted_weight(inputs: LinearInputs) -> Tensor:
@@ -23,6 +23,7 @@ class Dense(Route):
     name: ClassVar[str] = "dense"
     reads_weight: ClassVar[bool] = True
     gradients_from: ClassVar[Literal["x", "xa"]] = "x"
+    keeps: ClassVar[Keeps | None] = "weight"
 
     def uses_xa(self, training: bool) -> bool:
         return False

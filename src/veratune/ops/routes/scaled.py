@@ -6,7 +6,7 @@ from torch import Tensor
 
 from veratune.ops.costs import Cost, LayerShape
 from veratune.ops.factors import Factors
-from veratune.ops.routes.base import Gradients, LinearInputs, Route, Wanted, vectors_dtype
+from veratune.ops.routes.base import Gradients, Keeps, LinearInputs, Route, Wanted, vectors_dtype
 
 
 def up(xa: Tensor, factors: Factors) -> Tensor:
@@ -20,6 +20,7 @@ class Scaled(Route):
     name: ClassVar[str] = "scaled"
     reads_weight: ClassVar[bool] = False
     gradients_from: ClassVar[Literal["x", "xa"]] = "xa"
+    keeps: ClassVar[Keeps | None] = "product"
 
     def uses_xa(self, training: bool) -> bool:
         return True
