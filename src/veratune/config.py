@@ -121,6 +121,7 @@ class VeraFields:
     )
     route: RouteName = setting("auto", check.choice(ROUTE_NAMES))
     memory: MemoryName = setting("balanced", check.choice(MEMORY_NAMES))
+    save_projection: bool = setting(False, check.boolean, peft="vera")
 
 
 @explains_unknown_fields
@@ -171,7 +172,6 @@ class VeraConfig(VeraFields):
             the allowed values.
     """
 
-    save_projection: bool = setting(False, check.boolean, peft="vera")
     task_type: str | None = setting(None, check.task_type, peft="any", train=False)
     inference_mode: bool = setting(False, check.boolean, peft="any", train=False)
     base_model_name_or_path: str | None = setting(None, check.text, peft="any", train=False)

@@ -3,7 +3,6 @@
 import json
 import os
 import struct
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from small_net import small_adapted, small_net
 from veratune import AdapterBank, CheckpointError, VeraConfig, VeraModel, get_peft_model
 from veratune.adapters.target import TargetError
 from veratune.checkpoint.formats import read_contents
+from veratune.integrations.peft import install
 from veratune.utils.atomic import temporary_beside, write_atomically
 
 ENDLESS = r"(\w+\.?)+!"
@@ -43,7 +43,7 @@ def no_file(path: Path, how: str) -> None:
 @pytest.mark.skipif(os.name != "posix", reason="there are no such files elsewhere")
 @pytest.mark.parametrize("how", ["pipe", "device", "directory", "socket", "sparse"])
 @pytest.mark.parametrize("name", [WEIGHTS, CONFIG])
-@pytest.mark.parametrize("kind", ["native", "peft", "plug-in"])
+@pytest.mark.parametrize("kind", ["native", "peft"])
 def test_what_is_no_file_is_refused_at_once(kind: str, name: str, how: str, tmp_path: Path) -> None:
     make_files(kind, tmp_path)
     no_file(tmp_path / name, how)
@@ -99,16 +99,10 @@ class LongNames(torch.nn.Module):
 
 
 @pytest.mark.parametrize("how", HOSTILE)
-@pytest.mark.parametrize("kind", ["native", "peft", "plug-in"])
+@pytest.mark.parametrize("kind", ["native", "peft"])
 def test_patterns_in_files_are_not_run(kind: str, how: str, tmp_path: Path) -> None:
     settings = {**SETTINGS, "target_modules": ["up", "down"]}
-    if kind == "plug-in":
-        from veratune.integrations.peft import VeratuneConfig, install
-
-        install()
-        randomised(peft.get_peft_model(LongNames(), VeratuneConfig(**settings))).save_pretrained(tmp_path)
-        set_fields(tmp_path, HOSTILE[how])
-    elif kind == "peft":
+    if kind == "peft":
         model = randomised(get_peft_model(LongNames(), VeraConfig(**settings, projection="peft")))
         model.export_peft(tmp_path)
         set_fields(tmp_path, {k: v for k, v in HOSTILE[how].items() if k != "rank_pattern"})
@@ -125,12 +119,9 @@ def test_patterns_in_files_are_not_run(kind: str, how: str, tmp_path: Path) -> N
     with torch.no_grad():
         torch.testing.assert_close(bank.model(INPUT, adapters=["one"] * 4), loaded(INPUT))
     if kind == "native" and how != "ranks":
+        install()
         through = peft.PeftModel.from_pretrained(LongNames(), tmp_path)
         assert torch.equal(through(INPUT), loaded(INPUT))
-    elif kind == "plug-in" and how in ("target", "excluded", "stack"):
-        # PEFT takes the layers from the configuration, and finds all, none or some of them.
-        with suppress(ValueError):
-            peft.PeftModel.from_pretrained(LongNames(), tmp_path)
 
 
 def test_patterns_of_users_are_bounded() -> None:

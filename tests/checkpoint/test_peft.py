@@ -19,7 +19,6 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-import veratune
 from reference import dense_delta, projections, relative
 from tiny_models import KINDS, TARGETS, main_output, randomise_trainable, tiny_model
 from veratune import CheckpointError, VeraConfig, VeraModel, get_peft_model
@@ -659,14 +658,6 @@ def peft_model_as_made(kind: str, **settings) -> peft.PeftModel:
 # 7. Files of other kinds
 
 
-def test_peft_alone_refuses_a_native_directory(tmp_path, monkeypatch):
-    monkeypatch.delitem(peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING, veratune.config.PEFT_TYPE, raising=False)  # install()
-    vera_model("bert").save_pretrained(tmp_path)
-    assert read(tmp_path)[1]["peft_type"] == "VERATUNE"
-    with pytest.raises(KeyError, match="VERATUNE"):
-        load_in_peft("bert", tmp_path)
-
-
 def test_a_lora_directory_is_refused(tmp_path):
     lora = peft.LoraConfig(r=4, target_modules=["query"])
     peft.get_peft_model(tiny_model("bert"), lora).save_pretrained(tmp_path)
@@ -830,7 +821,3 @@ def test_a_refused_checkpoint_leaves_no_hook_behind(tmp_path):
     with pytest.raises(CheckpointError):
         VeraModel.from_pretrained(model, tmp_path)
     assert [len(module._forward_hooks) for module in model.modules()] == hooks
-
-
-def test_the_name_of_veratunes_own_files_is_not_one_of_pefts():
-    assert veratune.config.PEFT_TYPE not in peft.PeftType.__members__

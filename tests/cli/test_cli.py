@@ -124,7 +124,7 @@ def test_inspecting_and_converting_what_peft_wrote(
     randomise_trainable(model, std=0.3).save_pretrained(tmp_path / "theirs")
     code, out, _ = run(capsys, "inspect", tmp_path / "theirs", "--json", "--plot", tmp_path / "picture.png")
     values = json.loads(out)
-    assert code == 0 and values["kind"] == ("veratune in peft" if own else "peft")
+    assert code == 0 and values["kind"] == ("veratune" if own else "peft")
     layers = {layer["layer"]: layer for layer in values["layers"]}
     expected = VeraModel.from_pretrained(loaded(base), tmp_path / "theirs")
     state = expected.adapter_state("default")

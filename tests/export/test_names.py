@@ -162,7 +162,7 @@ def test_wrappers_inside_saved_modules_show_in_no_file(wrap: Callable[[nn.Module
     expected = plugin(X)
     plugin.save_pretrained(tmp_path / "plugin")
     keys = set(load_file(tmp_path / "plugin" / "adapter_model.safetensors"))
-    assert {key.removeprefix("base_model.model.") for key in keys if "head" in key} == heads
+    assert {key.removeprefix("modules_to_save.") for key in keys if "head" in key} == heads
     for other in (None, wrap):
         assert torch.equal(peft.PeftModel.from_pretrained(DeepHead(other), str(tmp_path / "plugin"))(X), expected)
         assert torch.equal(VeraModel.from_pretrained(DeepHead(other), tmp_path / "plugin")(X), expected)
@@ -239,10 +239,9 @@ def test_wrappers_show_in_no_file_of_the_plugin(
     expected = model(X)
     model.save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "adapter_model.safetensors")
-    layers = {f"base_model.model.{name}" for name in NAMES}
-    assert set(tensors) == {f"{name}.vera_lambda_{which}" for name in layers for which in "bd"} | {
-        f"{name}.base_layer.bias" for name in layers
-    } | {f"base_model.model.head.{own}" for own in ("weight", "bias")}
+    assert set(tensors) == {f"vera_lambda_{which}.{name}" for name in NAMES for which in "bd"} | {
+        f"bias.{name}.bias" for name in NAMES
+    } | {f"modules_to_save.head.{own}" for own in ("weight", "bias")}
     assert torch.equal(peft.PeftModel.from_pretrained(Net(), str(tmp_path))(X), expected)
     assert torch.equal(peft.PeftModel.from_pretrained(wrap(Net()), str(tmp_path))(X), expected)
     assert torch.equal(VeraModel.from_pretrained(wrap(Net()), tmp_path)(X), expected)
@@ -443,11 +442,6 @@ def test_transformers_own_loader_is_refused_what_it_would_pass_over(
         base.load_adapter(str(tmp_path))
     found, expected = call(base, architecture.inputs()), call(architecture.build(), architecture.inputs())
     assert all(torch.equal(found[key], expected[key]) for key in expected)
-
-
-def test_save_projection_is_refused_in_peft() -> None:
-    with pytest.raises(ValueError, match="save_projection=True cannot be had in PEFT"):
-        VeratuneConfig(**SETTINGS, save_projection=True)
 
 
 @pytest.mark.parametrize("kind", ["export_lora", "export_peft"])

@@ -59,7 +59,7 @@ def randomised(model: nn.Module) -> Any:
 
 
 def make_files(kind: str, directory: Path) -> None:
-    if kind == "plug-in":
+    if kind == "native from peft":
         install()
         randomised(peft.get_peft_model(net(), VeratuneConfig(**SETTINGS))).save_pretrained(directory)
         return
@@ -74,7 +74,7 @@ def make_files(kind: str, directory: Path) -> None:
         model.save_pretrained(directory)
 
 
-KINDS = ("native", "native with projections", "peft", "peft without projections", "plug-in")
+KINDS = ("native", "native with projections", "peft", "peft without projections")
 
 
 @functools.cache

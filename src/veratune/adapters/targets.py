@@ -107,16 +107,6 @@ def configured_names(modules: Mapping[str, nn.Module], config: VeraConfig, budge
     return [name for name in names if first_names.get(id(modules[name])) == name]
 
 
-def configured_parameters(modules: Mapping[str, nn.Module], config: VeraConfig, budget: Budget) -> list[str]:
-    """Return the names of the parameters that the configuration in a file matches.
-
-    Raises:
-        TargetError: a name matches no parameter, or only parameters that cannot be adapted.
-        PatternError: its expressions exceed the budget.
-    """
-    return narrowed(list(_matched_parameters(dict(modules), config)), config, budget)
-
-
 class _Candidate(NamedTuple):
     """Something that can be adapted: a module, or a parameter of a module."""
 

@@ -13,15 +13,12 @@ from veratune.checkpoint.files import CONFIG_NAME, WEIGHTS_NAME, CheckpointError
 from veratune.checkpoint.lora import LoraFormat
 from veratune.checkpoint.native import NativeFormat
 from veratune.checkpoint.peft import PeftFormat
-from veratune.checkpoint.peft_plugin import PluginFormat
 from veratune.checkpoint.peft_rules import PEFT_VERA
 from veratune.checkpoint.validate import ReadyAdapter
 from veratune.config import PEFT_TYPE
 
 # The first one that detects its files has them.
-FORMATS: dict[str, Format] = {
-    format.name: format for format in (NativeFormat(), PeftFormat(), PluginFormat(), LoraFormat())
-}
+FORMATS: dict[str, Format] = {format.name: format for format in (NativeFormat(), PeftFormat(), LoraFormat())}
 
 
 def format_of(directory: Path) -> Format:

@@ -11,14 +11,15 @@
 
 and, in its metadata, the JSON object "veratune": format version, configuration, fingerprint of the projections, and a
 SHA-256 over all of this and the tensors. As the file holds all that a load needs, replacing it is one atomic step;
-`adapter_config.json` is there for people and for programs that look for it.
+`adapter_config.json` is there for people and for programs that look for it, such as `peft`, which reads and writes the
+same files with veratune's plug-in.
 """
 
 import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +49,7 @@ from veratune.checkpoint.validate import (
     targets_of,
 )
 from veratune.config import PEFT_TYPE, VeraConfig
+from veratune.layers import VeraLayer
 from veratune.layers.entries import VECTOR_PREFIX, VECTORS
 from veratune.projections.pool import projection_pool
 from veratune.projections.schemes import Scheme, Side, Stored
@@ -60,6 +62,59 @@ METADATA_KEY = "veratune"
 
 # Fields that may differ between the two copies of the configuration without a word: they do not change the adapter.
 _INFORMATIVE = {"peft_type", *VeraConfig.names_with(peft="any")}
+
+
+class NativeFile(NamedTuple):
+    """What one file holds.
+
+    Attributes:
+        loaded: the adapter.
+        header: what the file says of itself.
+        projections: tensors of A and B, where the file has them.
+    """
+
+    loaded: LoadedAdapter
+    header: dict[str, Any]
+    projections: dict[str, Tensor]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the adapter's tensors by their names in the file, without projections."""
+        return file_tensors(self.loaded.vectors, self.loaded.saved, self.loaded.biases)
+
+    def targets(self, modules: Mapping[str, nn.Module]) -> list[Target]:
+        """Return the layers of a model that the adapter is for, having checked names and shapes.
+
+        Raises:
+            CheckpointError: the adapter is for another model.
+        """
+        loaded, inputs = self.loaded, self.header.get("inputs", {})
+        targets = targets_of(modules, loaded)
+        _check_ranks(loaded, targets)
+        _check_shapes(loaded.origin, targets, self.projections)
+        for target in targets:
+            if inputs.get(target.name, target.in_features) != target.in_features:
+                raise CheckpointError(
+                    f"{loaded.origin}: {target.name} had {inputs[target.name]} inputs where the adapter was trained,"
+                    f" but {target.in_features} here: the adapter is for a model of other dimensions"
+                )
+        return targets
+
+    def scheme(self, targets: list[Target]) -> Scheme:
+        """Return the adapter's projections, after making sure that they are the ones it was trained with.
+
+        Raises:
+            CheckpointError: they are others.
+        """
+        config, origin, fingerprint = self.loaded.config, self.loaded.origin, self.header["fingerprint"]
+        scheme = make_scheme(config, targets)
+        if scheme.fingerprint() == fingerprint:
+            _check_projections(origin, scheme, self.projections)
+            return scheme
+        if config.projection == "peft" and self.projections.keys() == {"A", "B"}:
+            stored = Stored.from_tensors(self.projections["A"], self.projections["B"])
+            if stored.fingerprint() == fingerprint:
+                return stored
+        raise other_projections(origin, config, fingerprint, scheme.fingerprint())
 
 
 class NativeFormat(Format):
@@ -105,31 +160,79 @@ def save_native(host: AdaptedModel, adapter_name: str, directory: Path, *, write
         directory: where to.
         write: if False, only take part in gathering sharded parameters, which all processes must do.
     """
-    config, scheme = host.peft_config[adapter_name], host.projection_scheme(adapter_name)
-    tensors = {name: gathered(tensor) for name, tensor in _state_tensors(host, adapter_name).items()}
-    if not write:
-        return
+    state = host.adapter_state(adapter_name)
+    saved = {name: public_state(module) for name, module in state.saved.items()}  # parameters know their sharding
+    tensors = {name: gathered(tensor) for name, tensor in file_tensors(state.vectors, saved, state.biases).items()}
+    if write:
+        layers = {name: layer for name, layer in host.vera_layers().items() if adapter_name in layer.entries}
+        config, scheme = host.peft_config[adapter_name], host.projection_scheme(adapter_name)
+        write_native(directory, adapter_name, host.base_model, config, scheme, layers, tensors)
+
+
+def write_native(
+    directory: Path,
+    adapter_name: str,
+    model: nn.Module,
+    config: VeraConfig,
+    scheme: Scheme,
+    layers: Mapping[str, VeraLayer],
+    tensors: Mapping[str, Tensor],
+) -> None:
+    """Write one adapter's tensors into a directory, in place of an adapter that is there.
+
+    Args:
+        directory: where to.
+        adapter_name: which adapter.
+        model: the model without a wrapper.
+        config: the adapter's configuration.
+        scheme: its projections.
+        layers: the layers it is on, by name.
+        tensors: what `file_tensors` returns.
+    """
+    tensors = dict(tensors)
     if not all(map(is_finite, tensors.values())):
         notify(f"adapter {adapter_name!r} holds NaN or infinity and is saved as it is: its training diverged")
     if config.save_projection or isinstance(scheme, Stored):
-        tensors |= _projection_tensors(host, adapter_name, scheme)
-    saved_config = config.replace(inference_mode=True)
+        tensors |= _projection_tensors(layers, adapter_name, scheme)
+    config = config.replace(inference_mode=True)
     header: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
-        "config": saved_config.to_dict(),
+        "config": config.to_dict(),
         "fingerprint": scheme.fingerprint(),
-        "base": describe_base(host.base_model),
-        "inputs": {
-            name: layer.in_features
-            for name, layer in host.vera_layers().items()
-            if adapter_name in layer.entries and not layer.one_hot
-        },
+        "base": describe_base(model),
+        "inputs": {name: layer.in_features for name, layer in layers.items() if not layer.one_hot},
     }
     header["sha256"] = _digest(header, tensors)
     metadata = {"format": "pt", METADATA_KEY: json.dumps(header)}
     write_tensors(directory / WEIGHTS_NAME, tensors, metadata)
-    shown = {"fingerprint": scheme.fingerprint(), "base": header["base"]}
-    write_json(directory / CONFIG_NAME, {**saved_config.to_dict(), **shown})
+    base = type(without_wrappers(model))
+    shown = {
+        "fingerprint": scheme.fingerprint(),
+        "base": header["base"],
+        # For PEFT's AutoPeftModel.
+        "auto_mapping": {"base_model_class": base.__name__, "parent_library": base.__module__},
+    }
+    write_json(directory / CONFIG_NAME, {**config.to_dict(), **shown})
+
+
+def file_tensors(
+    vectors: Mapping[str, Mapping[str, Tensor]],
+    saved: Mapping[str, Mapping[str, Tensor]],
+    biases: Mapping[str, Tensor],
+) -> dict[str, Tensor]:
+    """Return an adapter's tensors by their names in a file.
+
+    Args:
+        vectors: layer name to its vectors by name (`b`, `d`).
+        saved: module name to the state of a module trained in full.
+        biases: parameter name to bias.
+    """
+    tensors: dict[str, Tensor] = {}
+    for name, own in vectors.items():
+        tensors |= {f"{VECTOR_PREFIX}{which}.{name}": vector for which, vector in own.items()}
+    for name, state in saved.items():
+        tensors |= {f"modules_to_save.{name}.{key}": tensor for key, tensor in state.items()}
+    return tensors | {f"bias.{name}": bias for name, bias in biases.items()}
 
 
 def describe_base(model: nn.Module) -> dict[str, Any]:
@@ -153,24 +256,14 @@ def _ready(
     sizes_only: bool,
 ) -> ReadyAdapter:
     """Check an adapter against a model; with `sizes_only`, its names and shapes alone."""
-    loaded, header, projections = _checked(directory, tensors, metadata, sizes_only=sizes_only)
-    targets = targets_of(modules, loaded)
-    _check_ranks(loaded, targets)
-    _check_shapes(loaded.origin, targets, projections)
-    inputs = header.get("inputs", {})
-    for target in targets:
-        if inputs.get(target.name, target.in_features) != target.in_features:
-            raise CheckpointError(
-                f"{loaded.origin}: {target.name} had {inputs[target.name]} inputs where the adapter was trained, but"
-                f" {target.in_features} here: the adapter is for a model of other dimensions"
-            )
-    if sizes_only:
-        return make_ready(modules, loaded, targets, make_scheme(loaded.config, targets))
-    return make_ready(modules, loaded, targets, _source(loaded, targets, header, projections))
+    file = _checked(directory, tensors, metadata, sizes_only=sizes_only)
+    targets = file.targets(modules)
+    scheme = make_scheme(file.loaded.config, targets) if sizes_only else file.scheme(targets)
+    return make_ready(modules, file.loaded, targets, scheme)
 
 
-def read_native(directory: Path) -> tuple[LoadedAdapter, dict[str, Any], dict[str, Tensor]]:
-    """Read an adapter's files without a model: the adapter, the file's header, and projections it holds.
+def read_native(directory: Path) -> NativeFile:
+    """Read an adapter's files without a model.
 
     Raises:
         CheckpointError: the files cannot be used.
@@ -179,13 +272,13 @@ def read_native(directory: Path) -> tuple[LoadedAdapter, dict[str, Any], dict[st
         return _read(files)
 
 
-def _read(files: AdapterFiles) -> tuple[LoadedAdapter, dict[str, Any], dict[str, Tensor]]:
+def _read(files: AdapterFiles) -> NativeFile:
     return _checked(files.directory, files.weights.tensors(), files.weights.metadata)
 
 
 def _checked(
     directory: Path, tensors: dict[str, Tensor], metadata: dict[str, str], *, sizes_only: bool = False
-) -> tuple[LoadedAdapter, dict[str, Any], dict[str, Tensor]]:
+) -> NativeFile:
     path = directory / WEIGHTS_NAME
     header = _header(path, metadata, None if sizes_only else tensors)
     try:
@@ -207,28 +300,14 @@ def _checked(
         saved[owner][name.removeprefix(f"{owner}.")] = tensor
     labels = check_labels(str(path), header.get("base", {}).get("id2label", {}))
     loaded = LoadedAdapter(str(path), config, vectors, saved, groups["bias"], labels)
-    return loaded, header, groups["projection"]
+    return NativeFile(loaded, header, groups["projection"])
 
 
-def _state_tensors(host: AdaptedModel, adapter_name: str) -> dict[str, Tensor]:
-    state = host.adapter_state(adapter_name)
-    tensors: dict[str, Tensor] = {}
-    for name, vectors in state.vectors.items():
-        tensors |= {f"{VECTOR_PREFIX}{which}.{name}": vector for which, vector in vectors.items()}
-    for name, module in state.saved.items():
-        for key, tensor in public_state(module).items():  # parameters know whether they are spread
-            tensors[f"modules_to_save.{name}.{key}"] = tensor
-    for name, bias in state.biases.items():
-        tensors[f"bias.{name}"] = bias
-    return tensors
-
-
-def _projection_tensors(host: AdaptedModel, adapter_name: str, scheme: Scheme) -> dict[str, Tensor]:
+def _projection_tensors(layers: Mapping[str, VeraLayer], adapter_name: str, scheme: Scheme) -> dict[str, Tensor]:
     """Return the projections an adapter uses, float32 as drawn: A (r, width), B (width, r) without its scale."""
     widths: dict[tuple[Side, int], int] = {}
-    for layer in host.vera_layers().values():
-        entry = layer.entries.get(adapter_name)
-        views = () if entry is None else entry.views
+    for layer in layers.values():
+        views = layer.entries[adapter_name].views
         # An embedding draws single columns of A, never the whole matrix.
         for view in views[1:] if layer.one_hot else views:
             key = (view.projection.side, view.projection.width)
@@ -338,21 +417,6 @@ def _check_shapes(origin: str, targets: list[Target], projections: dict[str, Ten
                 f"{origin}: its projection {name} is {stored.dtype} of the shape {shape}, which is not what its layers"
                 " have"
             )
-
-
-def _source(
-    loaded: LoadedAdapter, targets: list[Target], header: dict[str, Any], projections: dict[str, Tensor]
-) -> Scheme:
-    """Return the adapter's projections, after making sure that they are the ones it was trained with."""
-    scheme = make_scheme(loaded.config, targets)
-    if scheme.fingerprint() == header["fingerprint"]:
-        _check_projections(loaded.origin, scheme, projections)
-        return scheme
-    if loaded.config.projection == "peft" and projections.keys() == {"A", "B"}:
-        stored = Stored.from_tensors(projections["A"], projections["B"])
-        if stored.fingerprint() == header["fingerprint"]:
-            return stored
-    raise other_projections(loaded.origin, loaded.config, header["fingerprint"], scheme.fingerprint())
 
 
 def _check_projections(origin: str, scheme: Scheme, projections: dict[str, Tensor]) -> None:

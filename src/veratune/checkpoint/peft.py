@@ -26,7 +26,7 @@ from veratune.projections.schemes import PeftShared, Scheme, Side, Stored
 from veratune.utils.patterns import Budget, PatternError
 
 # A file's expressions are only matched to find out that a layer is missing; this many steps take about a second.
-STEPS_FOR_A_FILE = 3_000_000
+_STEPS_FOR_A_FILE = 3_000_000
 
 _WRAPPER_PARTS = ("original_module.", "modules_to_save.")
 
@@ -78,7 +78,18 @@ class PeftFormat(PeftFiles):
         )
 
     def contents(self, files: AdapterFiles) -> AdapterContents:
-        return vera_contents(files, self.name)
+        path, config, tensors = files.weights.path, files.config or {}, files.weights.tensors()
+        projections = {key.rpartition("_")[2]: tensors.pop(key) for key in (A_KEY, B_KEY) if key in tensors}
+        vectors: dict[str, dict[str, Tensor]] = {}
+        others: dict[str, Tensor] = {}
+        for key, tensor in tensors.items():
+            layer, _, last = key.removeprefix(PREFIX).rpartition(".")
+            if last.startswith(VECTOR_PREFIX):
+                vectors.setdefault(layer, {})[last.removeprefix(VECTOR_PREFIX)] = tensor
+            else:
+                others[key.removeprefix(PREFIX)] = tensor
+        check_vectors(str(path), vectors)
+        return AdapterContents(path, self.name, config, vectors, others, projections, base=named_class(config))
 
     def write(self, host: AdaptedModel, adapter_name: str, directory: Path) -> None:
         export_peft(host, adapter_name, directory)
@@ -89,31 +100,6 @@ def named_class(config: Mapping[str, Any]) -> dict[str, Any]:
     mapping = config.get("auto_mapping")
     named = mapping.get("base_model_class") if isinstance(mapping, dict) else None
     return {"class": named} if isinstance(named, str) and named else {}
-
-
-def vera_contents(files: AdapterFiles, name: str, fingerprint: str | None = None) -> AdapterContents:
-    """Return what files hold that are laid out as PEFT's VeRA files are.
-
-    Args:
-        files: the files.
-        name: their format's.
-        fingerprint: of the projections, as far as the configuration says it.
-
-    Raises:
-        CheckpointError: the file is damaged, has one of a layer's vectors only, or none at all.
-    """
-    path, config, tensors = files.weights.path, files.config or {}, files.weights.tensors()
-    projections = {key.rpartition("_")[2]: tensors.pop(key) for key in (A_KEY, B_KEY) if key in tensors}
-    vectors: dict[str, dict[str, Tensor]] = {}
-    others: dict[str, Tensor] = {}
-    for key, tensor in tensors.items():
-        layer, _, last = key.removeprefix(PREFIX).rpartition(".")
-        if last.startswith(VECTOR_PREFIX):
-            vectors.setdefault(layer, {})[last.removeprefix(VECTOR_PREFIX)] = tensor
-        else:
-            others[key.removeprefix(PREFIX)] = tensor
-    check_vectors(str(path), vectors)
-    return AdapterContents(path, name, config, vectors, others, projections, fingerprint, named_class(config))
 
 
 def _ready(
@@ -132,9 +118,9 @@ def _ready(
         raise CheckpointError(f"{path} has one of {A_KEY} and {B_KEY} only")
     if config.save_projection and a is None:
         raise CheckpointError(f"{path}: save_projection is true in {CONFIG_NAME}, but the file has no projections")
-    loaded = sort_tensors(str(path), config, tensors, modules)
+    loaded = _sort_tensors(str(path), config, tensors, modules)
     targets = targets_of(modules, loaded)
-    check_complete(loaded, modules)
+    _check_complete(loaded, modules)
     for target in targets:
         if target.r != config.r:
             raise CheckpointError(f"{path}: d of {target.name} has {target.r} numbers, but r is {config.r}")
@@ -146,7 +132,7 @@ def _ready(
     return make_ready(modules, loaded, targets, scheme)
 
 
-def check_complete(loaded: LoadedAdapter, modules: Mapping[str, nn.Module]) -> None:
+def _check_complete(loaded: LoadedAdapter, modules: Mapping[str, nn.Module]) -> None:
     """Raise CheckpointError if layers or saved modules that the configuration names are not in the file.
 
     With projections drawn again, a missing layer would give all others projections of other shapes.
@@ -154,7 +140,7 @@ def check_complete(loaded: LoadedAdapter, modules: Mapping[str, nn.Module]) -> N
     config = loaded.config
     if config.target_modules not in (None, "all-linear"):
         try:
-            named = configured_names(modules, config, Budget(STEPS_FOR_A_FILE))
+            named = configured_names(modules, config, Budget(_STEPS_FOR_A_FILE))
         except PatternError as error:
             raise CheckpointError(
                 f"{loaded.origin}: target_modules={config.target_modules!r} cannot be checked against the file: {error}"
@@ -173,7 +159,7 @@ def check_complete(loaded: LoadedAdapter, modules: Mapping[str, nn.Module]) -> N
 
 def _config(path: Path, values: dict[str, Any]) -> VeraConfig:
     kept = {name: values[name] for name in _SAME_FIELDS if values.get(name) is not None}
-    check_numbers(path, values)
+    _check_numbers(path, values)
     for name, allowed in (("task_type", str), ("modules_to_save", list)):
         if not isinstance(values.get(name), allowed | None):
             raise CheckpointError(f"{path}: {name}={values[name]!r} is not {allowed.__name__} or null")
@@ -192,14 +178,14 @@ def _config(path: Path, values: dict[str, Any]) -> VeraConfig:
         raise CheckpointError(f"{path} cannot be used: {error}") from None
 
 
-def check_numbers(path: Path, values: dict[str, Any]) -> None:
+def _check_numbers(path: Path, values: dict[str, Any]) -> None:
     """Raise CheckpointError unless a configuration has what decides the projections: a default may be another."""
     for name in ("r", "projection_prng_key"):
         if type(values.get(name)) is not int:
             raise CheckpointError(f"{path}: {name}={values.get(name)!r} is not an integer")
 
 
-def sort_tensors(
+def _sort_tensors(
     origin: str, config: VeraConfig, tensors: dict[str, Tensor], modules: Mapping[str, nn.Module]
 ) -> LoadedAdapter:
     """Sort a file's tensors into vectors, saved modules and biases, by looking up each whole name in the model."""

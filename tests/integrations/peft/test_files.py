@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -17,11 +18,13 @@ peft = pytest.importorskip("peft")
 from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap  # noqa: E402
 
 from veratune import AdapterBank, CheckpointError, VeraConfig, VeraModel, get_peft_model  # noqa: E402
+from veratune.checkpoint import native  # noqa: E402
 from veratune.integrations.peft import VeratuneConfig, install  # noqa: E402
 from veratune.integrations.peft.layers import TunedLayer  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:peft.*")
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+SELECTING = ("target_modules", "target_parameters", "exclude_modules", "layers_to_transform", "layers_pattern")
 EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
 
 # A kind of model, and settings that both configurations take.
@@ -78,6 +81,20 @@ def assert_equal(first: dict[str, list[torch.Tensor]], second: dict[str, list[to
         assert all(torch.equal(a, b) for a, b in zip(pair, second[key], strict=True)), key
 
 
+def assert_same_file(directory: Path, other: Path) -> None:
+    """Both have the same tensors and the same header, but for what chose the layers."""
+    first, second = load_file(directory / WEIGHTS), load_file(other / WEIGHTS)
+    assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+    headers = []
+    for path in (directory, other):
+        with safe_open(path / WEIGHTS, "pt") as file:
+            header = json.loads(file.metadata()["veratune"])
+        assert header.pop("sha256") and {key: header["config"].pop(key) for key in SELECTING}
+        header["inputs"] = dict(sorted(header["inputs"].items()))
+        headers.append(header)
+    assert headers[0] == headers[1]
+
+
 @EVERY
 def test_peft_loads_native_files_and_veratune_what_peft_makes_of_them(
     kind: str, settings: dict[str, Any], tmp_path: Path
@@ -87,15 +104,16 @@ def test_peft_loads_native_files_and_veratune_what_peft_makes_of_them(
     assert not torch.allclose(expected, outputs(tiny_model(kind), kind))
     model.save_pretrained(tmp_path / "native")
     loaded = peft.PeftModel.from_pretrained(tiny_model(kind), tmp_path / "native")
-    assert loaded.peft_type.value == "VERATUNE_PEFT"
+    assert loaded.peft_type.value == "VERATUNE"
     # PEFT leaves trained biases trainable.
     assert not any(p.requires_grad for n, p in loaded.named_parameters() if not n.endswith(".bias"))
     assert torch.equal(outputs(loaded, kind), expected)
     assert loaded.peft_config["default"].fingerprint == model.projection_scheme("default").fingerprint()
-    loaded.save_pretrained(tmp_path / "plug-in")
-    again = peft.PeftModel.from_pretrained(tiny_model(kind), tmp_path / "plug-in")
+    loaded.save_pretrained(tmp_path / "peft")
+    assert_same_file(tmp_path / "peft", tmp_path / "native")
+    again = peft.PeftModel.from_pretrained(tiny_model(kind), tmp_path / "peft")
     assert torch.equal(outputs(again, kind), expected)
-    back = VeraModel.from_pretrained(tiny_model(kind), tmp_path / "plug-in")
+    back = VeraModel.from_pretrained(tiny_model(kind), tmp_path / "peft")
     assert torch.equal(outputs(back, kind), expected)
     assert_equal(vectors(back), vectors(model))
     assert back.projection_scheme("default") == model.projection_scheme("default")
@@ -113,6 +131,7 @@ def test_veratune_loads_what_the_plug_in_writes_and_peft_what_veratune_makes_of_
     assert torch.equal(outputs(loaded, kind), expected)
     assert sum(isinstance(module, TunedLayer) for module in model.modules()) == len(loaded.vera_layers())
     loaded.save_pretrained(tmp_path / "native")
+    assert_same_file(tmp_path / "native", tmp_path / "plug-in")
     again = peft.PeftModel.from_pretrained(tiny_model(kind), tmp_path / "native")
     assert torch.equal(outputs(again, kind), expected)
 
@@ -293,7 +312,12 @@ def test_what_cannot_be_loaded_is_refused_and_changes_nothing(tmp_path: Path) ->
         assert torch.equal(outputs(plain, kind), outputs(tiny_model(kind), kind))
 
     refused(tmp_path / "native", "layers that this GPT2LMHeadModel does not have", "gpt2")
-    refused(tmp_path / "native", "without config=", config=peft.PeftConfig.from_pretrained(tmp_path / "native"))
+    refused(
+        tmp_path / "native",
+        "against adapter 'default': has what does not belong",
+        config=VeratuneConfig(r=4, target_modules=["query"]),
+    )
+    refused(tmp_path / "native", r"key_mapping, whose '\^bert' would rename", key_mapping={"^bert": "roberta"})
     damaged = tmp_path / "damaged"
     model.save_pretrained(damaged)
     content = (damaged / WEIGHTS).read_bytes()
@@ -301,8 +325,11 @@ def test_what_cannot_be_loaded_is_refused_and_changes_nothing(tmp_path: Path) ->
     refused(damaged, "SHA-256")
     (damaged / WEIGHTS).unlink()
     refused(damaged, "does not exist")
-    with pytest.raises(ValueError, match="without config="):
-        tiny_model("bert").load_adapter(str(tmp_path / "native"))  # transformers' own way
+    for settings in ({}, {"peft_config": VeratuneConfig(r=4, target_modules=TARGETS["bert"])}):
+        plain = tiny_model("bert")
+        with pytest.raises(CheckpointError, match="transformers' load_adapter cannot read"):
+            plain.load_adapter(str(tmp_path / "native"), **settings)
+        assert not any(isinstance(module, TunedLayer) for module in plain.modules())
     # Projections that are in the file alone.
     theirs = peft.get_peft_model(tiny_model("bert"), peft.VeraConfig(r=4, target_modules=TARGETS["bert"]))
     with torch.no_grad():
@@ -315,66 +342,76 @@ def test_what_cannot_be_loaded_is_refused_and_changes_nothing(tmp_path: Path) ->
     torch.testing.assert_close(outputs(loaded, "bert"), outputs(theirs, "bert"), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("form", ["native", "plug-in"])
-def test_loading_over_an_adapter_swaps_its_values(form: str, tmp_path: Path) -> None:
+def test_loading_over_an_adapter_swaps_its_values(tmp_path: Path) -> None:
     settings = {"target_modules": TARGETS["bert"], "modules_to_save": ["classifier"]}
     models = {"one": own("bert", settings), "two": own("bert", settings, seed=8)}
     models["key"] = own("bert", {**settings, "projection_prng_key": 5})
     models["rank"] = own("bert", {**settings, "rank_pattern": {"query": 3}})
     models["fewer"] = own("bert", {**settings, "target_modules": ["query"]})
     for name, model in models.items():
-        model.save_pretrained(tmp_path / "native" / name)
-        peft.PeftModel.from_pretrained(tiny_model("bert"), tmp_path / "native" / name).save_pretrained(
-            tmp_path / "plug-in" / name
-        )
-    loaded = peft.PeftModel.from_pretrained(tiny_model("bert"), tmp_path / form / "one")
+        model.save_pretrained(tmp_path / name)
+    loaded = peft.PeftModel.from_pretrained(tiny_model("bert"), tmp_path / "one")
     parameters = {name: id(parameter) for name, parameter in loaded.named_parameters()}
-    loaded.load_adapter(tmp_path / form / "two", "default")
+    loaded.load_adapter(tmp_path / "two", "default")
     assert torch.equal(outputs(loaded, "bert"), outputs(models["two"], "bert"))
     assert {name: id(parameter) for name, parameter in loaded.named_parameters()} == parameters
     with pytest.raises(CheckpointError, match="trained with other projections"):
-        loaded.load_adapter(tmp_path / form / "key", "default")
-    if form == "native":  # PEFT leaves out, or half done, what does not fit of its own
-        with pytest.raises(CheckpointError, match="has vectors of other shapes"):
-            loaded.load_adapter(tmp_path / form / "rank", "default")
-        with pytest.raises(CheckpointError, match="cannot be loaded into PEFT here"):
-            loaded.load_adapter(tmp_path / form / "fewer", "default")
+        loaded.load_adapter(tmp_path / "key", "default")
+    with pytest.raises(CheckpointError, match=r"query has the shape \(3,\), but \(4,\)"):
+        loaded.load_adapter(tmp_path / "rank", "default")
+    with pytest.raises(CheckpointError, match="against adapter 'default': is without"):
+        loaded.load_adapter(tmp_path / "fewer", "default")
     assert torch.equal(outputs(loaded, "bert"), outputs(models["two"], "bert"))
     lora = peft.get_peft_model(tiny_model("bert"), peft.LoraConfig(r=2, target_modules=["query"]))
     with pytest.raises(CheckpointError, match="of the type LORA: load it under another name"):
-        lora.load_adapter(tmp_path / form / "one", "default")
+        lora.load_adapter(tmp_path / "one", "default")
 
 
-def test_files_of_the_plug_in_are_checked(tmp_path: Path) -> None:
+def edited(directory: Path, change: Any) -> None:
+    """Change a file's tensors and header, with a digest that fits again."""
+    tensors = load_file(directory / WEIGHTS)
+    with safe_open(directory / WEIGHTS, "pt") as file:
+        header = json.loads(file.metadata()["veratune"])
+    del header["sha256"]
+    change(tensors, header)
+    header["sha256"] = native._digest(header, tensors)
+    save_file(tensors, directory / WEIGHTS, {"format": "pt", "veratune": json.dumps(header)})
+
+
+LAYER = "bert.encoder.layer.0.attention.self.query"
+CHANGES = {
+    "one vector": (lambda tensors, _: tensors.pop(f"vera_lambda_b.{LAYER}"), "one of its two vectors only"),
+    "no head": (lambda tensors, _: tensors.pop("modules_to_save.classifier.weight"), r"without .*classifier\.weight"),
+    "a wider head": (
+        lambda tensors, _: tensors.update({"modules_to_save.classifier.bias": torch.ones(7)}),
+        r"classifier\.bias has the shape \(7,\)",
+    ),
+    "whole numbers": (
+        lambda tensors, _: tensors.update({"modules_to_save.classifier.bias": torch.ones(3, dtype=torch.int32)}),
+        r"classifier\.bias is torch\.int32",
+    ),
+    "a bias": (lambda tensors, _: tensors.update({f"bias.{LAYER}.bias": torch.ones(24)}), "does not belong there"),
+    "another width": (lambda _, header: header["inputs"].update({LAYER: 3}), "had 3 inputs where"),
+    "other projections": (lambda _, header: header.update(fingerprint="0" * 16), "trained with other projections"),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), CHANGES.values(), ids=CHANGES)
+def test_files_are_checked_before_a_peft_model_changes(change: Any, message: str, tmp_path: Path) -> None:
     settings = {"target_modules": ["query", "dense"], "modules_to_save": ["classifier"]}
     through_peft("bert", settings).save_pretrained(tmp_path)
-    tensors, config = load_file(tmp_path / WEIGHTS), json.loads((tmp_path / CONFIG).read_text())
-    layer = "bert.encoder.layer.0.attention.self.query"
-
-    def refused(match: str, changed: dict[str, torch.Tensor] | None = None, **values: Any) -> None:
-        save_file(tensors if changed is None else changed, tmp_path / WEIGHTS, {"format": "pt"})
-        (tmp_path / CONFIG).write_text(json.dumps({**config, **values}))
-        with pytest.raises(CheckpointError, match=match):
-            VeraModel.from_pretrained(tiny_model("bert"), tmp_path)
-
-    refused("trained with other projections", projection_prng_key=5)
-    refused("d of .* has 4 numbers, but its rank is 5", r=5)
-    refused("r='four'", r="four")
-    key = f"base_model.model.{layer}.vera_lambda_b"
-    refused("has the vectors", {n: t for n, t in tensors.items() if n != key})
-    refused(
-        rf"has no vectors of {layer}",
-        {n: t for n, t in tensors.items() if not n.startswith(f"base_model.model.{layer}.")},
-    )
-    refused("belongs to nothing", {**tensors, "base_model.model.bert.nothing": torch.ones(1)})
-    refused("does not begin with", {**tensors, "nothing": torch.ones(1)})
-    refused("no weights of classifier", {n: t for n, t in tensors.items() if "classifier" not in n})
-    refused("no parameter is called", target_parameters=["not_there"])
-    through_peft("mixtral", CASES["experts"][1]).save_pretrained(tmp_path)
-    tensors = {n: t for n, t in load_file(tmp_path / WEIGHTS).items() if ".1.mlp.experts.adapted.down_proj" not in n}
-    save_file(tensors, tmp_path / WEIGHTS, {"format": "pt"})
-    with pytest.raises(CheckpointError, match=r"no vectors of model\.layers\.1\.mlp\.experts\.down_proj"):
-        VeraModel.from_pretrained(tiny_model("mixtral"), tmp_path)
+    edited(tmp_path, change)
+    plain, model = tiny_model("bert"), through_peft("bert", settings)
+    expected = outputs(model, "bert")
+    for load in (
+        lambda: peft.PeftModel.from_pretrained(plain, tmp_path),
+        lambda: model.load_adapter(tmp_path, "other"),
+        lambda: model.load_adapter(tmp_path, "default"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            load()
+    assert not any(isinstance(module, TunedLayer) for module in plain.modules())
+    assert list(model.peft_config) == ["default"] and torch.equal(outputs(model, "bert"), expected)
 
 
 def test_pefts_own_auto_classes_load_native_files(tmp_path: Path) -> None:
@@ -385,6 +422,111 @@ def test_pefts_own_auto_classes_load_native_files(tmp_path: Path) -> None:
     randomise_trainable(model, std=0.3).save_pretrained(tmp_path / "native")
     loaded = peft.AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "native", num_labels=3)
     assert torch.equal(outputs(loaded, "bert"), outputs(model, "bert"))
+    model.peft_config["default"] = model.peft_config["default"].replace(task_type=None)
+    model.save_pretrained(tmp_path / "native")
+    loaded = peft.AutoPeftModel.from_pretrained(tmp_path / "native", num_labels=3)  # by the class in the JSON
+    assert type(loaded.get_base_model()) is type(plain) and torch.equal(outputs(loaded, "bert"), outputs(model, "bert"))
+
+
+def test_a_configuration_from_the_json_alone_goes_by_pefts_rules(tmp_path: Path) -> None:
+    model = own("bert", {"target_modules": ["query"], "modules_to_save": ["classifier"]})
+    model.save_pretrained(tmp_path)
+    config = peft.PeftConfig.from_pretrained(tmp_path)
+    assert isinstance(config, VeratuneConfig) and config.r == 4 and config.target_modules == {"query"}
+    loaded = peft.PeftModel.from_pretrained(tiny_model("bert"), tmp_path, config=config)
+    assert torch.equal(outputs(loaded, "bert"), outputs(model, "bert"))
+
+
+def test_weights_without_a_peft_model(tmp_path: Path) -> None:
+    """`load_peft_weights` and `set_peft_model_state_dict`, on layers that PEFT put into a model alone as well."""
+    model = own("mixtral", {"target_modules": ["q_proj"], "target_parameters": EXPERTS, "bias": "vera_only"})
+    model.save_pretrained(tmp_path)
+    config = VeratuneConfig.from_pretrained(tmp_path)
+    injected = peft.inject_adapter_in_model(config, tiny_model("mixtral"))
+    assert torch.equal(outputs(injected, "mixtral"), outputs(tiny_model("mixtral"), "mixtral"))
+    peft.set_peft_model_state_dict(injected, peft.load_peft_weights(tmp_path, device="cpu"))
+    assert torch.equal(outputs(injected, "mixtral"), outputs(model, "mixtral"))
+    # Their keys in the file are none of PEFT's.
+    with pytest.raises(CheckpointError, match="none of its vectors is among these tensors"):
+        peft.set_peft_model_state_dict(injected, load_file(tmp_path / WEIGHTS))
+    assert torch.equal(outputs(injected, "mixtral"), outputs(model, "mixtral"))
+
+
+def test_projections_in_the_file(tmp_path: Path) -> None:
+    settings = {"target_modules": TARGETS["llama"], "save_projection": True}
+    model = through_peft("llama", settings)
+    model.save_pretrained(tmp_path / "plug-in")
+    own("llama", settings).save_pretrained(tmp_path / "native")
+    assert_same_file(tmp_path / "plug-in", tmp_path / "native")
+    assert any(key.startswith("projection.A") for key in load_file(tmp_path / "plug-in" / WEIGHTS))
+    for load in (peft.PeftModel.from_pretrained, VeraModel.from_pretrained):
+        assert torch.equal(outputs(load(tiny_model("llama"), tmp_path / "plug-in"), "llama"), outputs(model, "llama"))
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning")  # PEFT's
+def test_what_a_file_cannot_hold_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    tiny_model("llama").save_pretrained(tmp_path / "base")
+    base = type(tiny_model("llama")).from_pretrained(tmp_path / "base")
+    base.resize_token_embeddings(base.config.vocab_size + 3)
+    model = peft.get_peft_model(base, VeratuneConfig(r=4, target_modules=["q_proj", "embed_tokens"]))
+    for settings, message in (
+        ({}, r"embed_tokens\.base_layer\.weight would be lost.*modules_to_save"),  # as it was resized
+        ({"save_embedding_layers": True}, r"embed_tokens\.base_layer\.weight would be lost"),
+        ({"safe_serialization": False}, "never pickles"),
+        ({"selected_adapters": ["unknown"]}, "invalid `selected_adapters`"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model.save_pretrained(tmp_path / "refused", **settings)
+        assert not (tmp_path / "refused").exists()
+    with pytest.raises(ValueError, match="saved with its adapter alone"):
+        model.peft_config["default"].save_pretrained(tmp_path / "refused")
+    assert not (tmp_path / "refused").exists()
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning")  # PEFT's
+def test_embeddings_that_an_adapter_trains_are_saved_and_adapted_ones_need_no_base(tmp_path: Path) -> None:
+    tiny_model("llama").save_pretrained(tmp_path / "base")
+
+    def base(more: int) -> Any:
+        torch.manual_seed(2)
+        model = type(tiny_model("llama")).from_pretrained(tmp_path / "base")
+        if more:
+            model.resize_token_embeddings(model.config.vocab_size + more)
+        return model
+
+    for more, settings in (
+        (3, {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]}),
+        (0, {"target_modules": ["q_proj", "embed_tokens"]}),
+    ):
+        model = randomise_trainable(peft.get_peft_model(base(more), VeratuneConfig(r=4, **settings)), 7, std=0.3).eval()
+        model.save_pretrained(tmp_path / str(more))
+        assert not any(key.startswith("base_model") for key in load_file(tmp_path / str(more) / WEIGHTS))
+        for load in (peft.PeftModel.from_pretrained, VeraModel.from_pretrained):
+            assert torch.equal(outputs(load(base(more), tmp_path / str(more)), "llama"), outputs(model, "llama"))
+
+
+def test_biases_of_an_adapter_next_to_one_that_trains_the_head(tmp_path: Path) -> None:
+    model = through_peft("bert", {"target_modules": ["query"], "modules_to_save": ["classifier"]}, "heads")
+    model.add_adapter("biases", VeratuneConfig(r=4, target_modules=["query"], bias="all"))
+    model.set_adapter("biases")
+    randomise_trainable(model, 9, std=0.3)
+    expected = outputs(model, "bert")
+    model.save_pretrained(tmp_path)
+    assert "bias.classifier.bias" in load_file(tmp_path / "biases" / WEIGHTS)
+    for load in (peft.PeftModel.from_pretrained, VeraModel.from_pretrained):
+        assert torch.equal(outputs(load(tiny_model("bert"), tmp_path / "biases"), "bert"), expected)
+
+
+def test_a_state_dict_that_is_given_is_what_is_saved(tmp_path: Path) -> None:
+    model = through_peft("bert", {"target_modules": ["query"], "modules_to_save": ["classifier"]})
+    expected = outputs(model, "bert")
+    state = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    randomise_trainable(model, 8, std=0.3)
+    model.save_pretrained(tmp_path / "given", state_dict=state)
+    model.save_pretrained(tmp_path / "other", state_dict=state, is_main_process=False)
+    assert not (tmp_path / "other").exists()
+    loaded = peft.PeftModel.from_pretrained(tiny_model("bert"), tmp_path / "given")
+    assert torch.equal(outputs(loaded, "bert"), expected)
 
 
 @pytest.mark.parametrize("replaced", [True, False])
@@ -409,7 +551,7 @@ def test_hotswapping_is_for_lora_alone_as_peft_says(tmp_path: Path) -> None:
     own("bert", {"target_modules": ["query"]}).save_pretrained(tmp_path / "native")
     expected = outputs(model, "bert")
     for form in ("plug-in", "native"):
-        with pytest.raises(ValueError, match="only supports LORA but VERATUNE_PEFT was passed"):
+        with pytest.raises(ValueError, match="only supports LORA but VERATUNE was passed"):
             hotswap_adapter(model, tmp_path / form, "default")
     with pytest.raises(ValueError, match="No adapter layers found"):
         prepare_model_for_compiled_hotswap(model, target_rank=8)

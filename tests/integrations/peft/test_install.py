@@ -32,6 +32,7 @@ def net():
     return nn.Sequential(nn.Linear(3, 4))
 
 before = snapshot()
+assert "VERA" in before["types"] and "VERATUNE" not in before["types"]
 from veratune.integrations.peft import VeratuneConfig, install
 message = r"call veratune\\.integrations\\.peft\\.install\\(\\) before making or reading a VeratuneConfig"
 for make in (VeratuneConfig, lambda: VeratuneConfig(r=2, target_modules=["0"])):

@@ -5,9 +5,9 @@
     install()  # once, before the first configuration is made or read
     model = peft.get_peft_model(model, VeratuneConfig(target_modules="all-linear"))
 
-`PeftModel.from_pretrained`, transformers' `Trainer`, and whatever else knows PEFT's models then work with it. PEFT
-writes the files: the vectors, and modules trained in full; no projections. `veratune.VeraModel` reads them, and PEFT
-what a `VeraModel` has written.
+`PeftModel.from_pretrained`, transformers' `Trainer`, and whatever else knows PEFT's models then work with it. Files are
+veratune's own: `save_pretrained` of a `peft.PeftModel` and of a `veratune.VeraModel` write the same, and each reads the
+other's.
 """
 
 try:

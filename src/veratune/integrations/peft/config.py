@@ -1,18 +1,15 @@
 """`VeratuneConfig`, the configuration that PEFT takes for veratune's layers."""
 
 from dataclasses import InitVar, dataclass
-from pathlib import Path
 from typing import Any, Self
 
 import peft
 from peft.utils import PeftType
 
-from veratune.checkpoint.files import CONFIG_NAME, CheckpointError
-from veratune.checkpoint.peft_plugin import PLUGIN_TYPE
-from veratune.checkpoint.validate import LoadedAdapter
+from veratune.checkpoint.native import NativeFile
 from veratune.config import PEFT_TYPE, VeraConfig, VeraFields, explains_unknown_fields
 from veratune.config_fields import settings_of
-from veratune.integrations.peft import files as peft_native
+from veratune.integrations.peft import files as peft_files
 from veratune.integrations.peft import method as peft_method
 
 
@@ -28,21 +25,14 @@ class VeratuneConfig(VeraFields, peft.PeftConfig):
     """
 
     fingerprint: str | None = None
-    # Further keys of the JSON next to a native file, unused here.
-    save_projection: InitVar[bool] = False
+    # A further key of the JSON next to an adapter, unused here.
     base: InitVar[dict[str, Any] | None] = None
 
-    def __post_init__(self, save_projection: bool, base: dict[str, Any] | None) -> None:
-        peft_method.check_installed(PLUGIN_TYPE)
+    def __post_init__(self, base: dict[str, Any] | None) -> None:
+        peft_method.check_installed(PEFT_TYPE)
         super().__post_init__()  # type: ignore[no-untyped-call]
-        self._native: LoadedAdapter | None = None
-        self._of_native_json = self.peft_type == PEFT_TYPE
-        self.peft_type = PeftType[PLUGIN_TYPE]
-        if save_projection and not self._of_native_json:
-            raise ValueError(
-                "save_projection=True cannot be had in PEFT: a VeratuneConfig's files have no projections, only their"
-                " fingerprint. Leave it out, or save with veratune.VeraModel, whose VeraConfig has save_projection"
-            )
+        self._file: NativeFile | None = None
+        self.peft_type = PeftType[PEFT_TYPE]
         self._expected = self.fingerprint  # what a file says, where this comes from one
         self.checked()
         for name in ("target_modules", "exclude_modules"):
@@ -51,33 +41,35 @@ class VeratuneConfig(VeraFields, peft.PeftConfig):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
-        """Read the configuration of an adapter that PEFT wrote, or of veratune's own."""
-        peft_method.check_installed(PLUGIN_TYPE)
-        read: Any = super().from_pretrained
-        try:
-            config: Any = read(pretrained_model_name_or_path, subfolder, **kwargs)
-        except (TypeError, ValueError) as error:
-            file = Path(pretrained_model_name_or_path) / (subfolder or ".") / CONFIG_NAME
-            if not file.exists():
-                raise
-            raise CheckpointError(f"{file} cannot be used: {error}") from error
-        if not getattr(config, "_of_native_json", False):
-            return config
-        return cls._of_native(*peft_native.read_for_peft(pretrained_model_name_or_path, subfolder=subfolder, **kwargs))
+        """Read the configuration of an adapter, together with the adapter."""
+        peft_method.check_installed(PEFT_TYPE)
+        return cls._of_file(peft_files.read_for_peft(pretrained_model_name_or_path, subfolder=subfolder, **kwargs))
 
     @classmethod
-    def _of_native(cls, loaded: LoadedAdapter, fingerprint: str) -> Self:
-        own = loaded.config
+    def _of_file(cls, file: NativeFile) -> Self:
+        own = file.loaded.config
         # PEFT names tasks otherwise, and an empty list is a choice there.
         kept = {*settings_of(VeraFields), *VeraConfig.names_with(peft="any")} - {"modules_to_save", "task_type"}
         config = cls(
             **{name: getattr(own, name) for name in kept},
-            task_type=peft_native.task_type_for_peft(loaded),
+            task_type=peft_files.task_type_for_peft(file.loaded),
             modules_to_save=own.modules_to_save or None,
-            fingerprint=fingerprint,
+            fingerprint=file.header["fingerprint"],
         )
-        config._native = loaded
+        config._file = file
         return config
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Refuse: PEFT would write a configuration whose adapter is in no file, or in none that can be read.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            "a VeratuneConfig is saved with its adapter alone, by save_pretrained of a peft.PeftModel: transformers'"
+            " save_pretrained of a model with adapters cannot write veratune's file. Make the model with"
+            " peft.get_peft_model; to_dict() returns the settings"
+        )
 
     def checked(self) -> VeraConfig:
         """Return the same as a `veratune.VeraConfig`, which refuses what cannot be."""
@@ -85,4 +77,17 @@ class VeratuneConfig(VeraFields, peft.PeftConfig):
         wanted = None if self.target_parameters and not self.target_modules else self.target_modules
         return VeraConfig(
             **{name: getattr(self, name) for name in settings_of(VeraFields)} | {"target_modules": wanted}
+        )
+
+    def for_file(self, modules_to_save: list[str]) -> VeraConfig:
+        """Return the same as an adapter's file has it.
+
+        Args:
+            modules_to_save: the names of the modules that PEFT trains in full.
+        """
+        return self.checked().replace(
+            modules_to_save=modules_to_save,
+            task_type=self.task_type,
+            base_model_name_or_path=self.base_model_name_or_path or None,
+            revision=self.revision,
         )

@@ -1,35 +1,25 @@
-"""veratune's own files in `peft.PeftModel.from_pretrained` and `load_adapter`, with the plug-in."""
+"""veratune's files in PEFT: `PeftModel.from_pretrained` and `load_adapter` read them, with the plug-in."""
 
 import os
+import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import wraps
 from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig, get_peft_model_state_dict
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
-from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from veratune.adapters.names import adapted_layers, base_modules, joined, module_names, unwrapped
-from veratune.checkpoint.files import (
-    CONFIG_NAME,
-    LARGEST_CONFIG,
-    WEIGHTS_NAME,
-    CheckpointError,
-    open_tensors,
-    read_json,
-)
-from veratune.checkpoint.formats import read_contents
+from veratune.adapters.names import base_modules, joined, public_state
+from veratune.checkpoint.files import CONFIG_NAME, LARGEST_CONFIG, CheckpointError, read_json
 from veratune.checkpoint.hub import find_directory
-from veratune.checkpoint.native import read_native
-from veratune.checkpoint.peft_plugin import PLUGIN_TYPE
-from veratune.checkpoint.peft_rules import PREFIX, TASK_HEADS, exact_targets, peft_saved
-from veratune.checkpoint.validate import LoadedAdapter, check_keys, other_projections, targets_of
+from veratune.checkpoint.native import NativeFile, read_native
+from veratune.checkpoint.peft_rules import TASK_HEADS, exact_targets, peft_saved
+from veratune.checkpoint.validate import LoadedAdapter, check_keys, other_projections
 from veratune.config import PEFT_TYPE
-from veratune.integrations.peft.state import with_module_names
-from veratune.layers import VeraLayer
+from veratune.integrations.peft.state import base_model_of, file_keys, saved_wrappers, with_module_names
 from veratune.layers.entries import VECTOR_PREFIX, VECTORS
 from veratune.projections.schemes import Stored
 
@@ -38,24 +28,13 @@ _LOCATION = ("subfolder", "revision", "token", "cache_dir", "local_files_only")
 _PARTS = ("base_layer", "adapted", *(VECTOR_PREFIX + which for which in VECTORS), "vera_dropout")
 
 
-def read_for_peft(place: str, **location: Any) -> tuple[LoadedAdapter, str]:
-    """Return the native adapter at a place, and the fingerprint of its projections.
+def read_for_peft(place: str, **location: Any) -> NativeFile:
+    """Return the adapter at a place that PEFT is given.
 
     Raises:
-        CheckpointError: its files cannot be used, or not with PEFT.
+        CheckpointError: its files cannot be used.
     """
-    directory = find_directory(place, **{name: location[name] for name in _LOCATION if name in location})
-    loaded, header, projections = read_native(directory)
-    fingerprint: str = header["fingerprint"]
-    if loaded.config.projection == "peft" and projections.keys() == {"A", "B"}:
-        a, b = (projections[side] for side in "AB")
-        if a.ndim == b.ndim == 2 and Stored.from_tensors(a, b).fingerprint() == fingerprint:
-            raise CheckpointError(
-                f"{loaded.origin} has projections that came from a PEFT file, and veratune's layers in PEFT draw theirs"
-                " from the key: load it with veratune.VeraModel.from_pretrained, write it with export_peft, and give"
-                " that directory to PEFT"
-            )
-    return loaded, fingerprint
+    return read_native(find_directory(place, **{name: location[name] for name in _LOCATION if name in location}))
 
 
 def task_type_for_peft(loaded: LoadedAdapter) -> str | None:
@@ -65,20 +44,26 @@ def task_type_for_peft(loaded: LoadedAdapter) -> str | None:
     return None if heads and not any(name.endswith(heads) for name in loaded.saved) else task
 
 
-def name_targets(peft_config: Any, loaded: LoadedAdapter, model: nn.Module) -> None:
-    """Let a configuration name exactly what a native adapter is on, under PEFT's rules.
+def name_targets(peft_config: Any, file: NativeFile, model: nn.Module) -> None:
+    """Make a configuration name exactly the layers that an adapter in a file is on, under PEFT's rules.
 
     Raises:
-        CheckpointError: the adapter is not for this model.
+        CheckpointError: the adapter is not for this model, or PEFT cannot hold it.
     """
-    modules = base_modules(model)
-    targets = targets_of(modules, loaded)
+    loaded, modules = file.loaded, base_modules(model)
+    targets = file.targets(modules)
     for target in targets:
         if target.r != loaded.config.rank_of(target.name):
             raise CheckpointError(
                 f"{loaded.origin}: d of {target.name} has {target.r} numbers, but its rank in the configuration is"
                 f" {loaded.config.rank_of(target.name)}"
             )
+    if isinstance(file.scheme(targets), Stored):
+        raise CheckpointError(
+            f"{loaded.origin} has projections that came from a PEFT file, and veratune's layers in PEFT draw theirs"
+            " from the key: load it with veratune.VeraModel.from_pretrained, write it with export_peft, and give"
+            " that directory to PEFT"
+        )
     for name in peft_saved(modules, peft_config.modules_to_save or ()):
         within = next((layer for layer in loaded.vectors if layer == name or layer.startswith(f"{name}.")), None)
         if within is not None:
@@ -96,7 +81,7 @@ def name_targets(peft_config: Any, loaded: LoadedAdapter, model: nn.Module) -> N
 
 
 def check_named(peft_config: Any, loaded: LoadedAdapter, names: set[str]) -> None:
-    """Raise CheckpointError unless what PEFT is about to adapt is what a native adapter is on."""
+    """Raise CheckpointError unless PEFT is about to adapt the layers that an adapter in a file is on."""
     apart = sorted(names ^ loaded.vectors.keys())
     if apart:
         raise _otherwise(loaded, peft_config, apart[0])
@@ -111,157 +96,114 @@ def _otherwise(loaded: LoadedAdapter, peft_config: Any, name: str) -> Checkpoint
 
 
 class AdapterWeights(dict[str, Tensor]):
-    """What PEFT reads of one of veratune's adapters, with what it would drop.
+    """What PEFT's `load_peft_weights` returns of one of veratune's files: the tensors by their keys there.
 
     Attributes:
-        place: the directory, for messages.
-        fingerprint: of the projections it was trained with; None if the file does not say.
-        native: the adapter, if the file is veratune's own.
+        file: the file.
         device: where PEFT wants the tensors.
     """
 
-    def __init__(
-        self,
-        place: str,
-        tensors: dict[str, Tensor],
-        fingerprint: str | None,
-        native: LoadedAdapter | None = None,
-        device: str | None = None,
-    ) -> None:
-        super().__init__(tensors)
-        self.place, self.fingerprint, self.native, self.device = place, fingerprint, native, device
+    def __init__(self, file: NativeFile, device: Any) -> None:
+        super().__init__(file.tensors())
+        self.file, self.device = file, device
 
     def for_model(self, model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
-        """Return the tensors under the names that PEFT has for them, after a look at the adapter they are for.
+        """Return the tensors under PEFT's keys for an adapter on a model.
+
+        PEFT itself keeps the initial values of missing tensors, and copies any other tensor whose name is in the model.
 
         Raises:
-            CheckpointError: the adapter of this name has other projections or layers, or is not one of veratune's.
+            CheckpointError: the adapter has other projections, layers or shapes, or is not one of veratune's.
         """
         peft_model: Any = model
-        config = peft_model.peft_config[adapter_name]
-        if config.peft_type != PLUGIN_TYPE:
+        loaded, config = self.file.loaded, peft_model.peft_config[adapter_name]
+        if config.peft_type != PEFT_TYPE:
             raise CheckpointError(
-                f"{self.place} is a veratune adapter, and adapter {adapter_name!r} here is of the type"
+                f"{loaded.origin} is a veratune adapter, and adapter {adapter_name!r} here is of the type"
                 f" {config.peft_type.value}: load it under another name"
             )
-        if self.fingerprint is not None and config.fingerprint != self.fingerprint:
-            raise other_projections(self.place, config.checked(), self.fingerprint, config.fingerprint)
-        if self.native is None:
-            return dict(self)
-        tensors = _peft_tensors(self.native, peft_model, adapter_name)
-        return {name: tensor.to(self.device) for name, tensor in tensors.items()}
+        if self.file.header["fingerprint"] != config.fingerprint:
+            found = config.fingerprint
+            raise other_projections(loaded.origin, config.checked(), self.file.header["fingerprint"], found)
+        modules = base_modules(base_model_of(model))
+        self.file.targets(modules)
+        tensors = dict(self)
+        # Modules that PEFT trains in full as well, because their names end alike, keep the base model's weights.
+        for name, wrapper in saved_wrappers(modules, adapter_name).items():
+            if name not in loaded.saved:
+                original = public_state(wrapper.original_module)
+                tensors |= {f"modules_to_save.{joined(name, key)}": t.detach().clone() for key, t in original.items()}
+        keys = file_keys(model, adapter_name)
+        expected = {key: tensor for key, tensor in _state(model, adapter_name).items() if key in keys}
+        check_keys(f"{loaded.origin}, against adapter {adapter_name!r}:", {keys[key] for key in expected}, tensors)
+        for key, own in expected.items():
+            tensor = tensors[keys[key]]
+            if tensor.shape != own.shape:
+                raise CheckpointError(
+                    f"{loaded.origin}: {keys[key]} has the shape {tuple(tensor.shape)}, but {tuple(own.shape)} in this"
+                    " model"
+                )
+            if tensor.is_floating_point() != own.is_floating_point() or tensor.is_complex():
+                raise CheckpointError(f"{loaded.origin}: {keys[key]} is {tensor.dtype}, but {own.dtype} in this model")
+        return {key: tensors[keys[key]].to(device=self.device) for key in expected}
 
 
-def _peft_tensors(native: LoadedAdapter, peft_model: Any, adapter_name: str) -> dict[str, Tensor]:
-    """Return a native adapter's tensors under PEFT's names, for an adapter that a PEFT model has."""
-    base: nn.Module = peft_model.get_base_model()
-    names = module_names(peft_model)
-    places = {id(module): name for name, module in peft_model.named_modules() if not names[name].wrapper}
-    layers = {name: layer for name, layer in adapted_layers(base).items() if adapter_name in layer.entries}
-    check_named(peft_model.peft_config[adapter_name], native, set(layers))
-    tensors: dict[str, Tensor] = {}
-    for name, layer in layers.items():
-        shapes = {which: tuple(vector.shape) for which, vector in layer.vectors(adapter_name).items()}
-        if {which: tuple(vector.shape) for which, vector in native.vectors[name].items()} != shapes:
-            raise CheckpointError(f"{native.origin}: {name} has vectors of other shapes than the {shapes} here")
-        for which, vector in native.vectors[name].items():
-            tensors[f"{places[id(layer)]}.{VECTOR_PREFIX}{which}"] = vector
-    saved = dict(native.saved)
-    wrappers: dict[str, Any] = {n: m for n, m in peft_model.named_modules() if isinstance(m, AuxiliaryTrainingWrapper)}
-    for place, module in wrappers.items():
-        if module.adapter_state_dict_load_map(adapter_name):
-            # Modules that PEFT also treats as saved keep their present weights.
-            own = saved.pop(names[place].public.removeprefix(PREFIX), None)
-            if own is None:
-                own = {key: tensor.clone() for key, tensor in module.original_module.state_dict().items()}
-            tensors |= {f"{place}.{key}": tensor for key, tensor in own.items()}
-    if saved:
-        raise CheckpointError(f"{native.origin} holds {', '.join(saved)} in full, which PEFT does not train here")
-    modules = base_modules(base)
-    for name, bias in native.biases.items():
-        owner = modules[name.rpartition(".")[0]]
-        place = places[id(owner.base_layer if isinstance(owner, VeraLayer) else unwrapped(owner))]
-        tensors[joined(place, "bias")] = bias
-    return tensors
+def _state(model: nn.Module, adapter_name: str) -> Mapping[str, Tensor]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of models without embeddings
+        state: dict[str, Tensor] = get_peft_model_state_dict(
+            model, adapter_name=adapter_name, save_embedding_layers=False
+        )
+    return state
 
 
 def reading(load: Callable[..., Any]) -> Callable[..., Any]:
     """Return PEFT's `load_peft_weights` that knows veratune's adapters."""
 
     @wraps(load)
-    def load_weights(model_id: Any, device: str | None = None, key_mapping: Any = None, **location: Any) -> Any:
-        try:
-            kind = PeftConfig._get_peft_type(model_id, **location)
-        except (ValueError, KeyError):
-            kind = None
-        if kind not in (PEFT_TYPE, PLUGIN_TYPE):
+    def load_weights(model_id: Any, device: Any = None, key_mapping: Any = None, **location: Any) -> Any:
+        if _type_of(model_id, **location) != PEFT_TYPE:
             return load(model_id, device=device, key_mapping=key_mapping, **location)
-        place = str(Path(model_id) / (location.get("subfolder") or "."))
-        if kind == PEFT_TYPE:
-            loaded, fingerprint = read_for_peft(model_id, **location)
-            tensors = {
-                f"{PREFIX}{name}.{VECTOR_PREFIX}{which}": vector
-                for name, vectors in loaded.vectors.items()
-                for which, vector in vectors.items()
-            }
-            return AdapterWeights(place, tensors, fingerprint, loaded, device)
-        config: Any = PEFT_TYPE_TO_CONFIG_MAPPING[kind].from_pretrained(model_id, **location)
-        directory = find_directory(model_id, **{name: location[name] for name in _LOCATION if name in location})
-        with open_tensors(directory / WEIGHTS_NAME) as file:  # never a pickle, which PEFT would take in its place
-            tensors = file.tensors()
-        if key_mapping:
-            tensors = load(model_id, device="cpu", key_mapping=key_mapping, **location)
-        return AdapterWeights(place, tensors, config.fingerprint, device=device)
+        file = read_for_peft(model_id, **location)
+        for name in (*file.loaded.vectors, *file.loaded.saved, *file.loaded.biases):
+            changed = next((old for old in key_mapping or () if re.search(old, name)), None)
+            if changed is not None:
+                raise CheckpointError(
+                    f"{file.loaded.origin} cannot be loaded with key_mapping, whose {changed!r} would rename {name}:"
+                    " veratune's files name the layers of the model that the adapter was trained on. Leave it out"
+                )
+        return AdapterWeights(file, device)
 
     return load_weights
 
 
-def check_tensors(
-    place: str,
-    tensors: dict[str, Tensor],
-    peft_model: Any,
-    adapter_name: str,
-    *,
-    sizes: bool = True,
-    complete: bool = True,
-) -> None:
-    """Raise CheckpointError unless a file of PEFT's has the tensors that PEFT would write for an adapter.
+def refusing(load: Callable[..., Any]) -> Callable[..., Any]:
+    """Return transformers' `load_adapter`, which reads files itself, that refuses veratune's."""
 
-    PEFT itself keeps the initial values of missing tensors, and copies any other tensor whose name is in the model.
-
-    Args:
-        place: the directory, for messages.
-        tensors: what the file has.
-        peft_model: the model, on which the adapter is.
-        adapter_name: which adapter.
-        sizes: whether shapes have to fit.
-        complete: whether there have to be all of these tensors and no others; False for veratune's own files, which
-            are checked for that when they are read.
-    """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of models without embeddings
-        expected = get_peft_model_state_dict(peft_model, adapter_name=adapter_name, save_embedding_layers=False)
-        extra = set(tensors) - set(expected)
-        # PEFT adds a resized embedding, or the weight that an adapted one has.
-        more = get_peft_model_state_dict(peft_model, adapter_name=adapter_name) if extra else {}
-    if complete:
-        check_keys(f"{place}/{WEIGHTS_NAME}", expected, set(tensors) - set(more) | (set(expected) & set(tensors)))
-    known = more | expected
-    for name, tensor in tensors.items():
-        if name not in known:
-            continue
-        own = known[name]
-        if sizes and tensor.shape != own.shape:
+    @wraps(load)
+    def load_adapter(self: Any, peft_model_id: Any = None, *args: Any, **kwargs: Any) -> Any:
+        given = kwargs.get("adapter_state_dict") is not None or len(args) > 2
+        place = peft_model_id or getattr(kwargs.get("load_config"), "pretrained_model_name_or_path", None)
+        if not given and place is not None and _type_of(place, **(kwargs.get("adapter_kwargs") or {})) == PEFT_TYPE:
             raise CheckpointError(
-                f"{place}/{WEIGHTS_NAME}: {name} has the shape {tuple(tensor.shape)}, but {tuple(own.shape)} in this"
-                " model"
+                f"{place} is a veratune adapter, which transformers' load_adapter cannot read: use"
+                " peft.PeftModel.from_pretrained or veratune.VeraModel.from_pretrained"
             )
-        if tensor.is_floating_point() != own.is_floating_point() or tensor.is_complex():
-            raise CheckpointError(f"{place}/{WEIGHTS_NAME}: {name} is {tensor.dtype}, but {own.dtype} in this model")
+        return load(self, peft_model_id, *args, **kwargs)
+
+    return load_adapter
+
+
+def _type_of(place: Any, **location: Any) -> Any:
+    """Return the type of the adapter at a place, or None where PEFT finds none."""
+    try:
+        return PeftConfig._get_peft_type(place, **{name: location[name] for name in _LOCATION if name in location})
+    except (ValueError, KeyError, TypeError):
+        return None
 
 
 def check_local(model_id: Any, **location: Any) -> None:
-    """Raise CheckpointError if PEFT is about to read files of a local directory that are not safe to open.
+    """Raise CheckpointError if PEFT is about to read a configuration in a local directory that it cannot use.
 
     Args:
         model_id: what PEFT is given; hub names are not looked at.
@@ -269,15 +211,15 @@ def check_local(model_id: Any, **location: Any) -> None:
     """
     if not isinstance(model_id, str | os.PathLike):
         return
-    directory = Path(model_id) / (location.get("subfolder") or ".")
-    if not os.path.lexists(directory / CONFIG_NAME):
+    path = Path(model_id) / (location.get("subfolder") or ".") / CONFIG_NAME
+    if not os.path.lexists(path):
         return  # PEFT says so
-    values = read_json(directory / CONFIG_NAME, finite=False, largest=LARGEST_CONFIG)
-    kind = values.get("peft_type")
-    if kind is not None and not isinstance(kind, str):
-        raise CheckpointError(f"{directory / CONFIG_NAME}: peft_type={kind!r} is not a string")
-    if kind == PLUGIN_TYPE:
-        read_contents(directory)
+    kind = read_json(path, finite=False, largest=LARGEST_CONFIG).get("peft_type")
+    if not isinstance(kind, str) or kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
+        raise CheckpointError(
+            f"{path}: peft_type={kind!r} is no type of adapter that PEFT knows; in a copy of a veratune adapter's"
+            f" configuration it is {PEFT_TYPE!r}"
+        )
 
 
 def placing(put: Callable[..., Any], own_tuner: type) -> Callable[..., Any]:
@@ -297,14 +239,9 @@ def placing(put: Callable[..., Any], own_tuner: type) -> Callable[..., Any]:
         **kwargs: Any,
     ) -> Any:
         state = peft_model_state_dict
-        peft_model: Any = model
         if isinstance(state, AdapterWeights):
-            read = state
-            state = read.for_model(model, adapter_name)
-            sizes = not (kwargs.get("ignore_mismatched_sizes") or (args and args[0]))
-            check_tensors(read.place, state, peft_model, adapter_name, sizes=sizes, complete=read.native is None)
-            if read.native is None:
-                state = {name: tensor.to(read.device) for name, tensor in state.items()}
+            state = state.for_model(model, adapter_name)
+        peft_model: Any = model
         if issubclass(PEFT_TYPE_TO_TUNER_MAPPING[peft_model.peft_config[adapter_name].peft_type], own_tuner):
             state = with_module_names(model, adapter_name, state)
         return put(model, state, adapter_name, *args, **kwargs)

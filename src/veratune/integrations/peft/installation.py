@@ -7,9 +7,8 @@ from functools import partial
 from torch import nn
 
 from veratune.adapters.surgery import StructureBefore
-from veratune.checkpoint.peft_plugin import PLUGIN_TYPE
 from veratune.config import PEFT_TYPE
-from veratune.integrations.peft import files as peft_native
+from veratune.integrations.peft import files as peft_files
 from veratune.integrations.peft import method as peft_method
 from veratune.integrations.peft.config import VeratuneConfig
 from veratune.integrations.peft.layers import TunedLayer, TunedModule
@@ -19,10 +18,11 @@ from veratune.integrations.peft.vera_tuner import PeftVeraTuner
 
 
 def install(*, replace_vera: bool = False) -> None:
-    """Make `VeratuneConfig` and veratune's own files known to PEFT. A second call does nothing more.
+    """Make `VeratuneConfig` and veratune's files known to PEFT. A second call does nothing more.
 
-    Nothing else changes PEFT: neither importing this package nor making a configuration. Where transformers' `Trainer`
-    is in use when an adapter is saved, its `load_best_model_at_end` then also loads adapters not called "default".
+    Nothing else changes PEFT: neither importing this package nor making a configuration. transformers' `load_adapter`,
+    which reads files itself, refuses veratune's. Where transformers' `Trainer` is in use when an adapter is saved, its
+    `load_best_model_at_end` then also loads adapters not called "default".
 
     Args:
         replace_vera: make PEFT's own `VeraConfig` use veratune's layers as well, so that a script that knows nothing of
@@ -32,12 +32,12 @@ def install(*, replace_vera: bool = False) -> None:
         ImportError: PEFT is of a version in which this does not work.
     """
     peft_method.check_version()
-    if not peft_method.has_method(PLUGIN_TYPE):
-        peft_method.add_method(PLUGIN_TYPE, VeratuneConfig, VeratuneTuner)
-        placing = partial(peft_native.placing, own_tuner=VeratuneTuner)
-        peft_method.add_reader(PEFT_TYPE, VeratuneConfig, peft_native.reading, placing)
-        peft_method.wrap_changes(_undone_if_adapted, peft_native.check_local)
-        peft_method.add_writer(partial(saving, own_tuner=VeratuneTuner))
+    if not peft_method.has_method(PEFT_TYPE):
+        peft_method.add_method(PEFT_TYPE, VeratuneConfig, VeratuneTuner)
+        placing = partial(peft_files.placing, own_tuner=VeratuneTuner)
+        peft_method.add_reader(peft_files.reading, placing, peft_files.refusing)
+        peft_method.wrap_changes(_undone_if_adapted, peft_files.check_local)
+        peft_method.add_writer(partial(saving, replaced_vera=PeftVeraTuner))
     if replace_vera:
         peft_method.replace_vera(PeftVeraTuner)
 

@@ -74,22 +74,25 @@ def add_method(name: str, config_class: type, tuner_class: Any) -> None:
     register_peft_method(name=name.lower(), config_cls=config_class, model_cls=tuner_class, prefix=tuner_class.prefix)
 
 
-def add_reader(name: str, config_class: Any, reading: Any, placing: Any) -> None:
-    """Let `PeftModel` load the files of another type than those it writes.
+def add_reader(reading: Any, placing: Any, refusing: Any) -> None:
+    """Make PEFT read veratune's files.
 
     Args:
-        name: the files' `peft_type`.
-        config_class: makes configurations of them.
-        reading, placing: make of PEFT's functions that read weights and put them on a model others that do so too.
+        reading, placing: return PEFT's functions that read weights and put them on a model, extended to such files.
+        refusing: returns transformers' `load_adapter`, which reads files itself, so that it refuses them.
     """
-    from peft import peft_model
-    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+    import peft
+    from peft import peft_model, utils
+    from peft.utils import save_and_load
+    from transformers.integrations.peft import PeftAdapterMixin
 
-    tables: Any = PEFT_TYPE_TO_CONFIG_MAPPING
-    tables[name] = config_class
-    functions: Any = peft_model
-    functions.load_peft_weights = reading(functions.load_peft_weights)
-    functions.set_peft_model_state_dict = placing(functions.set_peft_model_state_dict)
+    load, put = reading(save_and_load.load_peft_weights), placing(save_and_load.set_peft_model_state_dict)
+    for module in (peft, peft_model, utils, save_and_load):
+        for name, function in (("load_peft_weights", load), ("set_peft_model_state_dict", put)):
+            if hasattr(module, name):
+                setattr(module, name, function)
+    mixin: Any = PeftAdapterMixin
+    mixin.load_adapter = refusing(mixin.load_adapter)
 
 
 def wrap_changes(undone: Callable[[Any], AbstractContextManager[None]], check_local: Callable[..., None]) -> None:

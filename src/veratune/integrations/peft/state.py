@@ -6,13 +6,23 @@ Files have public names, without torch's wrappers. Adapter names are data: a key
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from peft import PeftModel
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from veratune.adapters.names import ModuleName, joined, module_names, public_key
+from veratune.adapters.names import (
+    ModuleName,
+    adapted_layers,
+    base_modules,
+    joined,
+    module_names,
+    public_key,
+    unwrapped,
+)
 from veratune.checkpoint.files import CheckpointError, gathered
 from veratune.checkpoint.peft_rules import PREFIX
 from veratune.integrations.peft.layers import TunedLayer
+from veratune.layers.biases import bias_first_names
 from veratune.layers.entries import VECTOR_PREFIX, VECTORS
 
 _VECTORS = tuple(VECTOR_PREFIX + which for which in VECTORS)
@@ -140,6 +150,74 @@ def with_module_names(model: nn.Module, adapter_name: str, tensors: dict[str, Te
                 for own in (joined(names[raw].public, public), joined(raw, public)):
                     if own in found:
                         found[joined(raw, key)] = found.pop(own)
+    return found
+
+
+def file_keys(model: nn.Module, adapter_name: str) -> dict[str, str]:
+    """Return the keys that an adapter's tensors have in veratune's files, by the keys that PEFT's state has for them.
+
+    PEFT's are without the adapter's name, as `get_peft_model_state_dict` returns them.
+
+    Args:
+        model: the model that PEFT has changed, with its prefix or without.
+        adapter_name: which adapter.
+    """
+    names = module_names(model)
+    raw_names = {id(module): raw for raw, module in model.named_modules() if not names[raw].wrapper}
+    base = base_model_of(model)
+    modules = base_modules(base)
+    keys: dict[str, str] = {}
+    for name, layer in adapted_layers(base).items():
+        if adapter_name in layer.entries:
+            place = names[raw_names[id(layer)]].public
+            keys |= {joined(place, which): f"{which}.{name}" for which in _VECTORS}
+    inside = dict(_inside_saved(model, adapter_name))
+    for name, wrapper in saved_wrappers(modules, adapter_name).items():
+        raw = raw_names[id(wrapper)]
+        for own in wrapper.adapter_state_dict_load_map(adapter_name):
+            key = public_key(own, inside.get(raw, {}))
+            keys[joined(names[raw].public, key)] = f"modules_to_save.{joined(name, key)}"
+    owners = {name: unwrapped(module) for name, module in _untouched(modules, adapter_name).items()}
+    for name, first in bias_first_names(owners.items()).items():
+        owner = owners[name.rpartition(".")[0]]
+        keys[joined(names[raw_names[id(owner)]].public, "bias")] = f"bias.{first}"
+    return keys
+
+
+def base_model_of(model: Any) -> nn.Module:
+    """Return the model that PEFT has changed, without its prefix."""
+    base: nn.Module = model.get_base_model() if isinstance(model, PeftModel) else model
+    return base
+
+
+def saved_wrappers(modules: Mapping[str, nn.Module], adapter_name: str) -> dict[str, Any]:
+    """Return PEFT's wrappers of the modules that an adapter trains in full, by the modules' names.
+
+    Args:
+        modules: what `base_modules` returns for the model.
+        adapter_name: which adapter.
+    """
+    found: dict[int, tuple[str, Any]] = {}
+    for name, module in modules.items():
+        wrapper: Any = module
+        if isinstance(module, AuxiliaryTrainingWrapper) and wrapper.adapter_state_dict_load_map(adapter_name):
+            found.setdefault(id(module), (name, module))
+    return dict(found.values())
+
+
+def _untouched(modules: Mapping[str, nn.Module], adapter_name: str) -> dict[str, nn.Module]:
+    """Return the modules that an adapter does not train in full, without PEFT's wrappers for other adapters."""
+    wrappers = {name: module for name, module in modules.items() if isinstance(module, AuxiliaryTrainingWrapper)}
+    own = saved_wrappers(modules, adapter_name).values()
+    found: dict[str, nn.Module] = {}
+    for name, module in modules.items():
+        top = next((top for top in wrappers if f"{name}.".startswith(f"{top}.")), None)
+        if top is None:
+            found[name] = module
+        elif not any(wrappers[top] is wrapper for wrapper in own):
+            original = joined(top, "original_module")
+            if f"{name}.".startswith(f"{original}."):
+                found[top + name.removeprefix(original)] = module
     return found
 
 

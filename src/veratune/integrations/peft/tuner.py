@@ -17,9 +17,10 @@ from veratune.adapters.surgery import prepare, undone_on_error
 from veratune.adapters.target import Target, parts_of
 from veratune.adapters.target_errors import check_not_sharded, check_settings
 from veratune.adapters.targets import parameter_targets
-from veratune.checkpoint.validate import LoadedAdapter, other_projections
+from veratune.checkpoint.native import NativeFile
+from veratune.checkpoint.validate import other_projections
 from veratune.config import VeraConfig
-from veratune.integrations.peft import files as peft_native
+from veratune.integrations.peft import files as peft_files
 from veratune.integrations.peft import method as peft_method
 from veratune.integrations.peft.config import VeratuneConfig
 from veratune.integrations.peft.layers import TunedLayer, TunedModule, put_in_place_of, tuned_layer, tuned_parameter
@@ -83,16 +84,6 @@ class VeratuneTuner(MergingTuner):
         layers: list[Any] = [module for module in self.modules() if isinstance(module, TunedLayer)]
         return {name: entry for layer in layers for name, entry in layer.entries.items()}
 
-    def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        # A PeftModel gives all its configurations by name, inject_adapter_in_model gives one.
-        if getattr(peft_config, "_native", None) is not None:
-            raise ValueError(
-                f"{peft_config._native.origin} is in veratune's own format, which transformers' load_adapter and"
-                " inject_adapter_in_model cannot read: use peft.PeftModel.from_pretrained or"
-                " veratune.VeraModel.from_pretrained"
-            )
-        super().__init__(model, peft_config, adapter_name, *args, **kwargs)
-
     @contextmanager
     def _enable_peft_forward_hooks(self, *_: Any, **kwargs: Any) -> Iterator[None]:
         """Refuse an adapter for each row, which PEFT would pass over in silence."""
@@ -119,7 +110,7 @@ class VeratuneTuner(MergingTuner):
             self._plan = self._named = self._names = None
         config: Any = self.peft_config[adapter_name]
         if isinstance(config, VeratuneConfig):
-            config._native = None  # what it is on has names in the configuration now
+            config._file = None  # what it is on has names in the configuration now
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Choose the active adapters; those that were loaded or configured for inference only stay frozen."""
@@ -167,14 +158,9 @@ class VeratuneTuner(MergingTuner):
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         # PEFT calls this for every adapter, after it has filled the configuration in and before it looks for layers.
-        if getattr(peft_config, "_of_native_json", False):
-            raise ValueError(
-                "this configuration was read from the JSON beside a veratune adapter, without the adapter: give the"
-                " directory to peft.PeftModel.from_pretrained or load_adapter of a PeftModel, without config="
-            )
-        native: LoadedAdapter | None = getattr(peft_config, "_native", None)
-        if native is not None:
-            peft_native.name_targets(peft_config, native, model)
+        file: NativeFile | None = getattr(peft_config, "_file", None)
+        if file is not None:
+            peft_files.name_targets(peft_config, file, model)
         if peft_config.target_modules == "all-linear":
             _maybe_include_all_linear_layers(peft_config, model)
             names = module_names(model)
@@ -185,8 +171,8 @@ class VeratuneTuner(MergingTuner):
         layers = self._matched_layers(peft_config, config, model)
         parameters = self._matched_parameters(config, model)
         targets = [*layers.values(), *parameters]
-        if native is not None:
-            peft_native.check_named(peft_config, native, {target.name for target in targets})
+        if file is not None:
+            peft_files.check_named(peft_config, file.loaded, {target.name for target in targets})
         if not targets:
             return  # PEFT says so
         check_settings(config, targets)
