@@ -48,6 +48,8 @@ from veratune.integrations.peft import VeratuneConfig, install
 EXAMPLES = int(os.environ.get("VERATUNE_FUZZ", "4"))
 SEED = os.environ.get("VERATUNE_FUZZ_SEED", "")
 LONGEST = 4000
+# Outputs that are larger may overflow in float32 on the way.
+LARGEST_OUTPUT = 1e36
 
 install()
 
@@ -264,6 +266,8 @@ def check(kind: str, way: str, directory: Path) -> str:
     if any("NaN or infinity" in str(warning.message) for warning in told):
         return "loaded"  # which of the outputs are NaN depends on how they are computed
     assert expected.isfinite().all() or way == "bank"
+    if expected.abs().max() > LARGEST_OUTPUT:
+        return "loaded"
     torch.testing.assert_close(ours.double(), expected.double(), rtol=2e-4, atol=2e-5, equal_nan=True)
     return "loaded"
 
@@ -332,7 +336,7 @@ def check_in_peft(way: str, directory: Path) -> None:
         found = host.eval()(INPUT)
     expected = by_the_file(directory)
     assert expected is not None
-    if expected.isfinite().all():
+    if expected.isfinite().all() and expected.abs().max() <= LARGEST_OUTPUT:
         torch.testing.assert_close(found.double(), expected.double(), rtol=2e-4, atol=2e-5)
 
 

@@ -111,20 +111,15 @@ def test_exporting_and_converting_back(
 
 @pytest.mark.filterwarnings("ignore::UserWarning:peft.*")
 @pytest.mark.parametrize("task", ["SEQ_CLS", None])
-@pytest.mark.parametrize("form", ["VeraConfig", "VeratuneConfig"])
 def test_inspecting_and_converting_what_peft_wrote(
-    form: str, task: str | None, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    task: str | None, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from veratune.integrations.peft import VeratuneConfig, install
-
-    install()
-    own = form == "VeratuneConfig"
     settings = {"r": 4, "target_modules": ["query", "dense"], "modules_to_save": ["classifier"], "task_type": task}
-    model = peft.get_peft_model(loaded(base), (VeratuneConfig if own else peft.VeraConfig)(**settings))
+    model = peft.get_peft_model(loaded(base), peft.VeraConfig(**settings))
     randomise_trainable(model, std=0.3).save_pretrained(tmp_path / "theirs")
     code, out, _ = run(capsys, "inspect", tmp_path / "theirs", "--json", "--plot", tmp_path / "picture.png")
     values = json.loads(out)
-    assert code == 0 and values["kind"] == ("veratune" if own else "peft")
+    assert code == 0 and values["kind"] == "peft"
     layers = {layer["layer"]: layer for layer in values["layers"]}
     expected = VeraModel.from_pretrained(loaded(base), tmp_path / "theirs")
     state = expected.adapter_state("default")
@@ -134,12 +129,11 @@ def test_inspecting_and_converting_what_peft_wrote(
         assert layers[name]["d_mean"] == pytest.approx(float(d.detach().mean()), rel=1e-4)
     assert values["other_parameters"] == sum(p.numel() for p in state.saved["classifier"].parameters())
     assert values["config"]["r"] == 4 and values["base_model"].endswith("base")
-    assert values["projections"] == ({} if own else {"A": [4, 24], "B": [24, 4]})
-    assert values["fingerprint"] == (expected.projection_scheme("default").fingerprint() if own else None)
+    assert values["projections"] == {"A": [4, 24], "B": [24, 4]} and values["fingerprint"] is None
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
     code, out, _ = run(capsys, "inspect", tmp_path / "theirs")
-    assert code == 0 and "attention.self.query (2)" in out and ("projections in the file" in out) is not own
-    assert "convert reads" not in out and ("install()" if own else "veratune convert writes it") in out
+    assert code == 0 and "attention.self.query (2)" in out and "projections in the file" in out
+    assert "convert reads" not in out and "veratune convert writes it" in out
     assert run(capsys, "convert", tmp_path / "theirs", tmp_path / "ours")[0] == 0  # the file names its base model
     code, out, _ = run(capsys, "inspect", tmp_path / "ours", "--json")
     assert json.loads(out)["kind"] == "veratune" and json.loads(out)["layers"] == values["layers"]

@@ -376,6 +376,8 @@ def edited(directory: Path, change: Any) -> None:
     change(tensors, header)
     header["sha256"] = native._digest(header, tensors)
     save_file(tensors, directory / WEIGHTS, {"format": "pt", "veratune": json.dumps(header)})
+    copy = json.loads((directory / CONFIG).read_text())
+    (directory / CONFIG).write_text(json.dumps(copy | header["config"]))
 
 
 LAYER = "bert.encoder.layer.0.attention.self.query"
@@ -412,6 +414,35 @@ def test_files_are_checked_before_a_peft_model_changes(change: Any, message: str
             load()
     assert not any(isinstance(module, TunedLayer) for module in plain.modules())
     assert list(model.peft_config) == ["default"] and torch.equal(outputs(model, "bert"), expected)
+
+
+def test_a_configuration_of_another_adapter_or_of_none_is_refused(tmp_path: Path) -> None:
+    peft.get_peft_model(tiny_model("bert"), peft.VeraConfig(r=4, target_modules=["query"])).save_pretrained(tmp_path)
+    theirs = json.loads((tmp_path / CONFIG).read_text())
+    own("bert", {"target_modules": ["query"]}).save_pretrained(tmp_path)
+    for values, message in (
+        (theirs, "of the type 'VERA', and adapter_model.safetensors next to it is a veratune adapter"),
+        ({**theirs, "peft_type": "FOO"}, "peft_type='FOO' is no type of adapter that PEFT knows"),
+        ({"r": 4}, "peft_type=None is no type of adapter"),
+    ):
+        (tmp_path / CONFIG).write_text(json.dumps(values))
+        plain, model = tiny_model("bert"), through_peft("bert", {"target_modules": ["query"]})
+        for load in (
+            lambda plain=plain: peft.PeftModel.from_pretrained(plain, tmp_path),
+            lambda model=model: model.load_adapter(tmp_path, "other"),
+        ):
+            with pytest.raises(CheckpointError, match=message):
+                load()
+        assert not any(isinstance(module, TunedLayer) for module in plain.modules())
+        assert list(model.peft_config) == ["default"]
+
+
+def test_the_vectors_say_which_layers_a_file_is_for(tmp_path: Path) -> None:
+    model = own("bert", {"target_modules": ["query"]})
+    model.save_pretrained(tmp_path)
+    edited(tmp_path, lambda _, header: header["config"].update(target_modules=None))
+    loaded = peft.PeftModel.from_pretrained(tiny_model("bert"), tmp_path)
+    assert torch.equal(outputs(loaded, "bert"), outputs(model, "bert"))
 
 
 def test_pefts_own_auto_classes_load_native_files(tmp_path: Path) -> None:

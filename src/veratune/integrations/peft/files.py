@@ -13,9 +13,16 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from torch import Tensor, nn
 
 from veratune.adapters.names import base_modules, joined, public_state
-from veratune.checkpoint.files import CONFIG_NAME, LARGEST_CONFIG, CheckpointError, read_json
+from veratune.checkpoint.files import (
+    CONFIG_NAME,
+    LARGEST_CONFIG,
+    WEIGHTS_NAME,
+    CheckpointError,
+    open_tensors,
+    read_json,
+)
 from veratune.checkpoint.hub import find_directory
-from veratune.checkpoint.native import NativeFile, read_native
+from veratune.checkpoint.native import METADATA_KEY, NativeFile, read_native
 from veratune.checkpoint.peft_rules import TASK_HEADS, exact_targets, peft_saved
 from veratune.checkpoint.validate import LoadedAdapter, check_keys, other_projections
 from veratune.config import PEFT_TYPE
@@ -203,7 +210,7 @@ def _type_of(place: Any, **location: Any) -> Any:
 
 
 def check_local(model_id: Any, **location: Any) -> None:
-    """Raise CheckpointError if PEFT is about to read a configuration in a local directory that it cannot use.
+    """Raise CheckpointError if a configuration in a local directory is none of PEFT's, or another adapter's.
 
     Args:
         model_id: what PEFT is given; hub names are not looked at.
@@ -211,15 +218,29 @@ def check_local(model_id: Any, **location: Any) -> None:
     """
     if not isinstance(model_id, str | os.PathLike):
         return
-    path = Path(model_id) / (location.get("subfolder") or ".") / CONFIG_NAME
+    directory = Path(model_id) / (location.get("subfolder") or ".")
+    path = directory / CONFIG_NAME
     if not os.path.lexists(path):
         return  # PEFT says so
     kind = read_json(path, finite=False, largest=LARGEST_CONFIG).get("peft_type")
     if not isinstance(kind, str) or kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
         raise CheckpointError(
-            f"{path}: peft_type={kind!r} is no type of adapter that PEFT knows; in a copy of a veratune adapter's"
-            f" configuration it is {PEFT_TYPE!r}"
+            f"{path}: peft_type={kind!r} is no type of adapter that PEFT knows; that of a veratune adapter is"
+            f" {PEFT_TYPE!r}"
         )
+    if kind != PEFT_TYPE and _is_native(directory / WEIGHTS_NAME):
+        raise CheckpointError(
+            f"{path} is of an adapter of the type {kind!r}, and {WEIGHTS_NAME} next to it is a veratune adapter: an"
+            " interrupted save leaves this. Load it with veratune.VeraModel.from_pretrained, and save it again"
+        )
+
+
+def _is_native(path: Path) -> bool:
+    try:
+        with open_tensors(path) as file:
+            return METADATA_KEY in file.metadata
+    except CheckpointError:
+        return False  # PEFT reads it, or says why not
 
 
 def placing(put: Callable[..., Any], own_tuner: type) -> Callable[..., Any]:

@@ -152,7 +152,9 @@ class VeratuneTuner(MergingTuner):
             setattr(parent, child_name, new_module)
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: Any) -> Any:
-        if peft_config.target_modules is None and getattr(peft_config, "target_parameters", None):
+        # Of a file, the vectors say which layers it is on, whatever its configuration names.
+        named = getattr(peft_config, "target_parameters", None) or getattr(peft_config, "_file", None) is not None
+        if peft_config.target_modules is None and named:
             peft_config.target_modules = set()
         return super()._prepare_adapter_config(peft_config, model_config)
 
