@@ -382,7 +382,7 @@ def edited(directory: Path, change: Any) -> None:
 
 LAYER = "bert.encoder.layer.0.attention.self.query"
 CHANGES = {
-    "one vector": (lambda tensors, _: tensors.pop(f"vera_lambda_b.{LAYER}"), "one of its two vectors only"),
+    "one vector": (lambda tensors, _: tensors.pop(f"vera_lambda_b.{LAYER}"), "has the vectors"),
     "no head": (lambda tensors, _: tensors.pop("modules_to_save.classifier.weight"), r"without .*classifier\.weight"),
     "a wider head": (
         lambda tensors, _: tensors.update({"modules_to_save.classifier.bias": torch.ones(7)}),
