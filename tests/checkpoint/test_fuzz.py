@@ -4,7 +4,6 @@
 """
 
 import functools
-import hashlib
 import json
 import os
 import random
@@ -29,7 +28,6 @@ from mutations import (
     SETTINGS,
     WEIGHTS,
     NoLargeTensors,
-    bits,
     join_file,
     make_files,
     mutated,
@@ -37,6 +35,7 @@ from mutations import (
     originals,
     randomised,
     rank,
+    resigned,
     split_file,
     state_of,
 )
@@ -61,24 +60,6 @@ HOSTILE: tuple[Any, ...] = (
     "x" * 20000, "\u001b[31m", "(\\w+\\.?)+!", "((a|a)*)*b", "(", [], [[]], {}, [None], ["head"], {"head": 4},
     {"(\\w+\\.?)+!": 4}, ["up", "up"], [1e400], {"a": {"b": []}}, "all-linear", "none", [0], 1e-50,
 )  # fmt: skip
-
-
-def resigned(header: dict[str, Any], data: bytes) -> bytes:
-    """Return a file whose digest fits again, as someone who means it would write it."""
-    try:
-        own = json.loads(header["__metadata__"]["veratune"])
-        own.pop("sha256", None)
-        sha = hashlib.sha256(json.dumps(own, sort_keys=True).encode())
-        tensors = load_bytes(join_file(header, data))
-        for name in sorted(tensors):
-            tensor = tensors[name]
-            sha.update(f'[{json.dumps(name)}, "{tensor.dtype}", {list(tensor.shape)}]'.encode())
-            sha.update(bits(tensor))
-        own["sha256"] = sha.hexdigest()
-        header["__metadata__"]["veratune"] = json.dumps(own)
-    except Exception:
-        pass
-    return join_file(header, data)
 
 
 def flip(files: dict[str, bytes], rng: random.Random) -> None:

@@ -1,6 +1,7 @@
 """Checks of an adapter's targets, with messages that list the names in the model."""
 
 import difflib
+import itertools
 import re
 from collections.abc import Callable, Iterable, Mapping
 
@@ -19,6 +20,9 @@ from veratune.layers.registry import (
 )
 from veratune.projections.schemes import SCHEMES
 from veratune.utils.sharding import describe_sharding, is_emptied, is_engines
+
+# Names for which similar ones are looked for, which takes milliseconds each in a large model.
+_MOST_COMPARED = 8
 
 
 def check_settings(config: VeraConfig, targets: list[Target]) -> None:
@@ -243,7 +247,7 @@ def closest(wanted: Iterable[str], types: dict[str, str]) -> str:
     last_parts = {name: module_type for name, module_type in last_parts.items() if not name.isdigit()}
     all_names = {**types, **last_parts}
     close: dict[str, str] = {}
-    for name in wanted:
+    for name in itertools.islice(wanted, _MOST_COMPARED):
         close |= {match: all_names[match] for match in difflib.get_close_matches(name, all_names, n=5, cutoff=0.5)}
     if close:
         return " The closest names in the model: " + ", ".join(f"{name} ({found})" for name, found in close.items())

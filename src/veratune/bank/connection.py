@@ -26,7 +26,7 @@ _of_other_processes: list[sqlite3.Connection] = []
 Signature = tuple[int, int, int, int]
 
 # Longer than any text of ours; tensors are allowed for when the layout says how long they are.
-_LONGEST_TEXT = 1 << 26
+_LONGEST_TEXT = 1 << 24
 
 
 @dataclass

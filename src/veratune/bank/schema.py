@@ -18,6 +18,7 @@ import torch
 
 from veratune.bank.layout import AdapterRow, BankError, scheme_to_json
 from veratune.projections.blocks import MOST_BLOCKS
+from veratune.utils.outside_files import parse_json
 
 APPLICATION_ID = 0x56455242
 VERSION = 2  # 1 was a format of veratune's own, which began with "VERABANK"
@@ -264,8 +265,8 @@ def checksum_bytes(checksum: int) -> bytes:
 
 def _json(text: object, what: str) -> Values:
     try:
-        values = json.loads(text) if isinstance(text, str) else None
-    except (ValueError, RecursionError):
+        values = parse_json(text) if isinstance(text, str) else None
+    except ValueError:
         values = None
     if not isinstance(values, dict):
         raise DamagedError(f"{what} cannot be read")

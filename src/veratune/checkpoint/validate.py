@@ -297,9 +297,10 @@ def tell_apart(model: nn.Module, ready: ReadyAdapter, named: Sequence[str]) -> N
 def layers_named(model: nn.Module, config: VeraConfig) -> list[str]:
     """Return the layers that a file's configuration names in a model; none where it is not for this model at all.
 
-    None either where it has expressions, which are not run for a hint.
+    None either where it has expressions, or more names than the model: they are not compared for a hint.
     """
-    if not config.names_only():
+    wanted = config.target_modules
+    if not config.names_only() or (isinstance(wanted, list) and len(wanted) > sum(1 for _ in model.modules())):
         return []
     try:
         return [target.name for target in find_targets(model, config, lambda _: None)]

@@ -19,6 +19,9 @@ from veratune.utils.text import clipped
 LARGEST_TEXT = 64 << 20
 _DEEPEST = 32
 _LONGEST_NUMBER = 40
+# Two bytes of JSON can become an object of 64 bytes. Long files of ours have fewer values than one in 16 bytes.
+_MOST_VALUES = 1 << 22
+_BYTES_OF_A_VALUE = 16
 
 
 class OutsideFileError(ValueError):
@@ -89,8 +92,10 @@ def parse_json(text: str | bytes, *, finite: bool = True) -> Any:
         finite: reject NaN and infinity, which are not JSON but accepted by Python's parser.
 
     Raises:
-        ValueError: the text is not JSON, repeats a key, nests too deeply, or has a number that is too large.
+        ValueError: the text is not JSON, repeats a key, nests too deeply, has a number that is too large, or has more
+            values than are read.
     """
+    check_count(text)
     constant = _refuse_constant if finite else float
     number = _finite if finite else float
     try:
@@ -101,8 +106,19 @@ def parse_json(text: str | bytes, *, finite: bool = True) -> Any:
         raise ValueError(f"it nests more than {_DEEPEST} levels deep") from None
     except json.JSONDecodeError as error:
         raise ValueError(str(error)) from None
+    except MemoryError:
+        raise ValueError("it does not fit into memory") from None
     _check_depth(value)
     return value
+
+
+def check_count(text: str | bytes) -> None:
+    """Raise ValueError for JSON that may have too many values; commas and brackets inside strings count as well."""
+    marks = (",", "[", "{")
+    count = sum(map(text.count, marks)) if isinstance(text, str) else sum(text.count(m.encode()) for m in marks)
+    most = max(_MOST_VALUES, len(text) // _BYTES_OF_A_VALUE)
+    if count > most:
+        raise ValueError(f"it has about {count:,} values, and at most {most:,} are read")
 
 
 def _refuse_constant(name: str) -> float:

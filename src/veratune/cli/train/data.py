@@ -27,11 +27,17 @@ from veratune.cli.values import (
     is_empty,
     plain,
 )
-from veratune.utils.outside_files import opened
+from veratune.utils.outside_files import check_count, opened
 
 Row = dict[str, Any]
 _SHOWN = 40
 _MOST_COLUMNS = 20
+# pandas takes kilobytes for a column, and ends the process where it has no memory for that.
+_MOST_COLUMNS_READ = 10_000
+_LONGEST_HEADER = 1 << 20
+# Python's texts may take four times the memory of Arrow's.
+_COPIES_OF_ROWS = 4
+_ROWS_AT_ONCE = 1024
 
 
 def read_rows(path: str, subset: str | None = None, split: str = "train") -> list[Row]:
@@ -55,7 +61,7 @@ def read_rows(path: str, subset: str | None = None, split: str = "train") -> lis
         ".csv": _read_table(","),
         ".tsv": _read_table("\t"),
         ".jsonl": _read_lines,
-        ".parquet": pd.read_parquet,
+        ".parquet": _read_parquet,
     }
     known = file.suffix.lower() in readers
     if not known and may_be_hub_name(path) and not file.exists():
@@ -75,6 +81,8 @@ def read_rows(path: str, subset: str | None = None, split: str = "train") -> lis
             records = found if isinstance(found, list) else found.to_dict("records")
     except RecursionError:
         raise ValueError(f"{path} cannot be read: it is nested too deeply") from None
+    except MemoryError:
+        raise ValueError(f"{path} cannot be read: its rows do not fit into memory") from None
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror or error}") from None
     except (ValueError, pd.errors.ParserWarning) as error:
@@ -89,6 +97,10 @@ def _read_table(separator: str) -> Callable[[BinaryIO], Any]:
     as_written: dict[str, Any] = {"sep": separator, "dtype": str, "keep_default_na": False, "index_col": False}
 
     def read(file: BinaryIO) -> Any:
+        names = file.read(_LONGEST_HEADER).replace(b"\r", b"\n").partition(b"\n")[0]
+        if names.count(separator.encode()) >= _MOST_COLUMNS_READ:
+            raise ValueError(f"it has more than {_MOST_COLUMNS_READ:,} columns")
+        file.seek(0)
         # pandas gives a second column of the same name another one.
         header = pd.read_csv(file, **as_written, header=None, nrows=1).iloc[0].tolist()
         twice = sorted(name for name, count in Counter(header).items() if name and count > 1)
@@ -98,6 +110,21 @@ def _read_table(separator: str) -> Callable[[BinaryIO], Any]:
         return pd.read_csv(file, **as_written)
 
     return read
+
+
+def _read_parquet(file: BinaryIO) -> list[Row]:
+    """Read a Parquet file, in which a few bytes may be the same long text in millions of rows."""
+    from pyarrow.parquet import ParquetFile  # type: ignore[import-untyped]
+
+    rows: list[Row] = []
+    size, most = 0, memory_of_machine() // _COPIES_OF_ROWS
+    # In other threads, Arrow would end the process where memory runs out.
+    for batch in ParquetFile(file).iter_batches(batch_size=_ROWS_AT_ONCE, use_threads=False):
+        size += batch.nbytes
+        if size > most:
+            raise ValueError(f"its rows have more than {most:,} bytes, which is too much for this machine's memory")
+        rows += batch.to_pylist()
+    return rows
 
 
 def _some(path: str, rows: list[Row]) -> list[Row]:
@@ -112,6 +139,7 @@ def _read_lines(file: BinaryIO) -> list[Row]:
     for number, line in enumerate(file.read().decode("utf-8-sig").split("\n"), start=1):
         if line.strip():
             try:
+                check_count(line)
                 row = json.loads(line, object_pairs_hook=_object)
             except json.JSONDecodeError as error:
                 raise ValueError(f"line {number} is not JSON: {error.msg}") from None
