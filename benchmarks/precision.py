@@ -90,8 +90,6 @@ def measure(point: tuple[int, int, int, int], dtype_name: str, setting: str) -> 
     exact = problem.reference(*projections)
     errors = {PEFT: relative_errors(found, exact)}
     for name in ROUTES:
-        if name == "triton":  # which needs a GPU
-            continue
         errors[name] = relative_errors(problem.gradients(name, setting)[0], exact)
     key = f"{dtype_name}, {n}->{m} r={r} T={tokens}, {setting}"
     return new_case(key, point=point, dtype=dtype_name, setting=setting, errors=errors)

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import veratune
 
-_FIELD = '    toy: int = setting(3, check.integer(range(1, 10), "an integer from 1 to 9"), card=True)\n'
+_FIELD = '    toy: int = setting(3, check.integer(range(1, 10), "an integer from 1 to 9"), peft="vera", card=True)\n'
 _BEFORE = "    memory: MemoryName = setting("
 
 _SCRIPT = """
+import json
 import sys
 from pathlib import Path
 
@@ -63,6 +64,11 @@ except SettingsError as raised:
     assert "toy=0" in str(raised)
 else:
     raise AssertionError("not checked")
+
+shared = veratune.VeraConfig(r=2, target_modules=["0"], toy=7, projection="peft")
+veratune.get_peft_model(model(), shared).export_peft(there / "exported")
+assert json.loads((there / "exported" / "adapter_config.json").read_text())["toy"] == 7
+assert veratune.VeraModel.from_pretrained(model(), there / "exported").peft_config["default"].toy == 7
 
 inspect(str(there / "native"), as_json=True)
 """

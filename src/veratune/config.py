@@ -1,7 +1,6 @@
 """The configuration of one adapter, validated on construction, with the field names of PEFT where they exist."""
 
 import dataclasses
-import difflib
 import functools
 import inspect
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from veratune.ops.planning import MEMORY_NAMES, ROUTE_NAMES, MemoryName, RouteNa
 from veratune.projections.blocks import MOST_BLOCKS
 from veratune.projections.schemes import SCHEMES
 from veratune.utils.patterns import pattern
-from veratune.utils.text import clipped
+from veratune.utils.text import clipped, closest
 
 PEFT_TYPE = "VERATUNE"
 
@@ -68,7 +67,7 @@ def explains_unknown_fields(config: type[_Config]) -> type[_Config]:
 
 
 def _remedy(name: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=1)
+    near = closest(name, known)
     return foreign_field(name) or (f"did you mean {near[0]}?" if near else f"the fields are {', '.join(known)}")
 
 

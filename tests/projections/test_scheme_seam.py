@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from reference import randomise
-from veratune import AdapterBank, VeraConfig, VeraModel, get_peft_model, supported
+from veratune import AdapterBank, TargetError, VeraConfig, VeraModel, get_peft_model, supported
 from veratune.projections.philox import symmetric_uniform
 from veratune.projections.schemes import SCHEMES, Scheme, Side, scheme_from_json
 from veratune.projections.structure import Matrix, Structure
@@ -189,6 +189,13 @@ def test_it_is_exported_as_a_lora_and_refused_where_it_does_not_fit(tmp_path: An
     with pytest.raises(ValueError, match=r"PEFT's VeRA cannot hold projections of the scheme 'halves'.*export_lora"):
         model.export_peft(tmp_path / "peft")
     assert not (tmp_path / "peft").exists()
+
+
+def test_it_is_refused_where_it_has_no_columns(tmp_path: Any) -> None:
+    """A toy cannot draw single columns of A, which an embedding needs: said before anything changes."""
+    config = VeraConfig(r=5, target_modules=["embed"], projection="halves")
+    with pytest.raises(TargetError, match=r"projection='halves' cannot adapt embed \(embedding\)"):
+        get_peft_model(nn.ModuleDict({"embed": nn.Embedding(10, 6)}), config)
 
 
 def test_it_is_listed_and_described() -> None:

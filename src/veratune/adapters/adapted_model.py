@@ -79,8 +79,8 @@ class AdaptedModel(MergingModel):
 
         Print the result for a table. Times are estimated from the device's profile (see `calibrate`).
 
-        Layers without a choice (convolutions, embeddings, packed attention) are not listed, nor are those whose module
-        determines the route (experts, fused layers in parts). A compiled model uses the choice for 8, 256 or 4,096
+        Not listed are layers without a choice (convolutions, embeddings, packed attention, experts) and fused layers in
+        parts, of which each part has a route of its own. A compiled model uses the choice for 8, 256 or 4,096
         tokens, so that it is not recompiled for each number of tokens.
 
         Args:

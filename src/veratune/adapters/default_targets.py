@@ -7,7 +7,7 @@ from torch import nn
 
 from veratune.adapters.names import base_modules, ends_in, unwrapped, without_wrappers
 from veratune.adapters.target import TargetError
-from veratune.adapters.target_errors import closest
+from veratune.adapters.target_errors import closest_in_model
 from veratune.config import VeraConfig
 from veratune.layers import VeraLayer
 
@@ -79,7 +79,7 @@ def _modules_to_save(model: nn.Module, config: VeraConfig) -> list[str]:
         if not names:
             raise TargetError(
                 f"modules_to_save={config.modules_to_save!r}: no module is called {suffix!r}."
-                + closest([suffix], {name: type(module).__name__ for name, module in modules.items() if name})
+                + closest_in_model([suffix], {name: type(module).__name__ for name, module in modules.items() if name})
             )
         found += names
     # A module inside another saved one is not saved again, and a module with two names is saved once.

@@ -96,7 +96,7 @@ def explain_routes(
     for name, layer in layers:
         entry = layer.entries.get(adapter_name)
         if entry is None or entry.parts or not layer.chooses_route:
-            continue  # it has only one route, or its module determines the route
+            continue  # it has only one route, or one for each part
         shape = replace(entry.shapes[0], tokens=tokens)
         weight_dtype = layer.base_weight.dtype
         plain = weight_dtype.is_floating_point and weight_dtype.itemsize > 1

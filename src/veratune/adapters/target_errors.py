@@ -1,6 +1,5 @@
 """Checks of an adapter's targets, with messages that list the names in the model."""
 
-import difflib
 import itertools
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -20,6 +19,7 @@ from veratune.layers.registry import (
 )
 from veratune.projections.schemes import SCHEMES
 from veratune.utils.sharding import describe_sharding, is_emptied, is_engines
+from veratune.utils.text import closest
 
 # Names for which similar ones are looked for, which takes milliseconds each in a large model.
 _MOST_COMPARED = 8
@@ -37,22 +37,32 @@ def check_settings(config: VeraConfig, targets: list[Target]) -> None:
         if not any(ends_in(target.name, key) for target in targets):
             raise TargetError(
                 f"fused_parts={config.fused_parts!r}: no adapted layer's name ends in {key!r}."
-                + closest([key], dict.fromkeys([target.name for target in targets], "adapted"))
+                + closest_in_model([key], dict.fromkeys([target.name for target in targets], "adapted"))
             )
     for target in targets:
         module = unwrapped(target.module)
         kind = layer_class(module, target.parameter)
         if target.parts and not kind.supports_parts:
-            raise TargetError(f"fused_parts: {target.name} is not a linear layer and has no parts")
+            raise TargetError(f"fused_parts: {target.name} ({kind.kind}) has no parts")
         if config.vera_dropout > 0.0 and not kind.supports_dropout(module):
             raise TargetError(
                 f"vera_dropout={config.vera_dropout!r} is not supported on {target.name}: its adapter has no separate"
                 " input to apply dropout to. Use vera_dropout=0.0, or name it in exclude_modules"
             )
-        if SCHEMES[config.projection].one_rank_linear_only and not kind.supports_one_rank_schemes:
+    check_scheme(config.projection, targets)
+
+
+def check_scheme(name: str, targets: list[Target]) -> None:
+    """Raise TargetError if projections of a scheme cannot adapt one of the targets."""
+    scheme = SCHEMES[name]
+    for target in targets:
+        kind = layer_class(unwrapped(target.module), target.parameter)
+        if (scheme.one_rank_linear_only and not kind.supports_one_rank_schemes) or (
+            kind.one_hot and not scheme.has_columns
+        ):
             raise TargetError(
-                f"projection={config.projection!r} cannot adapt {target.name}, which is not a linear layer: use"
-                " projection='per_dimension', or name it in exclude_modules"
+                f"projection={name!r} cannot adapt {target.name} ({kind.kind}): use projection='per_dimension', or name"
+                " it in exclude_modules"
             )
 
 
@@ -134,7 +144,8 @@ def check_narrowing(
         types = {name: type(unwrapped(module)).__name__ for name, module in modules.items() if name}
         wanted_out = [config.exclude_modules] if isinstance(config.exclude_modules, str) else config.exclude_modules
         notify(
-            f"exclude_modules={config.exclude_modules!r} matches no module of this model." + closest(wanted_out, types)
+            f"exclude_modules={config.exclude_modules!r} matches no module of this model."
+            + closest_in_model(wanted_out, types)
         )
     if config.layers_to_transform is not None and matched:
         indices = {layer_index(name, config) for name in matched}
@@ -153,7 +164,7 @@ def check_rank_pattern(config: VeraConfig, names: list[str]) -> None:
         if not any(ends_in_match(name, key) for name in names):
             raise TargetError(
                 f"rank_pattern={config.rank_pattern!r}: no adapted layer's name ends in a match of {key!r}."
-                + closest([key], dict.fromkeys(names, "adapted"))
+                + closest_in_model([key], dict.fromkeys(names, "adapted"))
             )
 
 
@@ -167,14 +178,14 @@ def check_each_pattern(
             raise TargetError(
                 f"target_modules={wanted!r}: this regular expression matches no module's full name."
                 + _meant_otherwise(wanted, modules)
-                + closest([re.split(r"[.*\\()|$^?+]+", wanted.rstrip("$"))[-1]], types)
+                + closest_in_model([re.split(r"[.*\\()|$^?+]+", wanted.rstrip("$"))[-1]], types)
             )
         return
     missing = [name for name in wanted if not any(ends_in(match, name) for match in matched)]
     if missing:
         raise TargetError(
             f"target_modules={wanted!r}: no module is called {' or '.join(map(repr, missing))}."
-            + closest(missing, types)
+            + closest_in_model(missing, types)
         )
     for suffix in wanted:
         matching = [name for name in matched if ends_in(name, suffix)]
@@ -241,14 +252,14 @@ def nothing_to_adapt(
     return f"{start} finds no linear layer in this {type(modules['']).__name__}" + _adaptable_names(modules)
 
 
-def closest(wanted: Iterable[str], types: dict[str, str]) -> str:
+def closest_in_model(wanted: Iterable[str], types: dict[str, str]) -> str:
     """Return a sentence with the closest names in the model, and their classes."""
     last_parts = {name.rsplit(".", 1)[-1]: module_type for name, module_type in types.items()}
     last_parts = {name: module_type for name, module_type in last_parts.items() if not name.isdigit()}
     all_names = {**types, **last_parts}
     close: dict[str, str] = {}
     for name in itertools.islice(wanted, _MOST_COMPARED):
-        close |= {match: all_names[match] for match in difflib.get_close_matches(name, all_names, n=5, cutoff=0.5)}
+        close |= {match: all_names[match] for match in closest(name, all_names, 5)}
     if close:
         return " The closest names in the model: " + ", ".join(f"{name} ({found})" for name, found in close.items())
     listed = list(last_parts.items())[:20]

@@ -14,7 +14,7 @@ from veratune.adapters.target_errors import (
     check_narrowing,
     check_rank_pattern,
     check_settings,
-    closest,
+    closest_in_model,
     nothing_to_adapt,
     reason_against,
     warn_of_ties,
@@ -172,7 +172,7 @@ def _matched_parameters(modules: dict[str, nn.Module], config: VeraConfig) -> di
             types = {name: type(unwrapped(candidate.module)).__name__ for name, candidate in candidates.items()}
             raise TargetError(
                 f"target_parameters={config.target_parameters!r}: no parameter is called {wanted!r}."
-                + closest([wanted], types)
+                + closest_in_model([wanted], types)
             )
         if not usable:
             name = next(iter(matching))

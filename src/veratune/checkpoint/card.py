@@ -15,7 +15,7 @@ _TEXT = """---
 # VeRA adapter
 
 A VeRA adapter (Vector-based Random Matrix Adaptation, Kopiczko, Blankevoort & Asano, ICLR 2024) for
-{base}, made with veratune. It adapts {layers} linear layers by {numbers:,} trained numbers{others}; the random
+{base}, made with veratune. It adapts {layers} layers by {numbers:,} trained numbers{others}; the random
 projections are drawn again from a key when it is loaded.
 
 ```python
@@ -36,7 +36,7 @@ def write_card(directory: Path, config: VeraConfig, layers: int, numbers: int, o
     Args:
         directory: where the adapter is.
         config: its configuration.
-        layers: how many layers it adapts.
+        layers: how many layers and parameters it adapts.
         numbers: how many numbers their vectors have.
         others: the number of other trained parameters, in heads and biases.
     """

@@ -6,7 +6,7 @@ from torch import nn
 
 from veratune.adapters.names import without_wrappers
 from veratune.checkpoint.validate import ReadyAdapter
-from veratune.utils.text import notify
+from veratune.utils.text import notify, some
 
 
 def name_classes(model: nn.Module, ready: ReadyAdapter) -> None:
@@ -40,5 +40,4 @@ def _are_named(labels: dict[int, str]) -> bool:
 
 
 def _some(labels: dict[int, str]) -> str:
-    names = [str(labels[number]) for number in sorted(labels)]
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    return some([str(labels[number]) for number in sorted(labels)])

@@ -80,8 +80,8 @@ def check_called(model: nn.Module, layers: Mapping[str, VeraLayer], whose: str) 
     """Raise ValueError for a layer whose weight the model computes with without calling the layer.
 
     Such a layer is right here, but PEFT's layers act only when they are called. Known are layers whose weight was read
-    while the model ran, those where the scheme of the model's classes shows it, and those of torch's own attention and
-    encoder. Where only a branch of the scheme reads the weight (a kernel for one device), a warning says so.
+    while the model ran, those where the code of the model's classes shows it, and those of torch's own attention and
+    encoder. Where only a branch of the code reads the weight (a kernel for one device), a warning says so.
 
     Args:
         model: the model without a wrapper, with its adapters.

@@ -74,16 +74,9 @@ def export_peft(host: AdaptedModel, adapter_name: str, directory: Path, *, save_
     if save_projection:
         tensors[A_KEY], tensors[B_KEY] = shared
     tensors |= other_tensors(host, adapter_name)
-    values = common_values(host, adapter_name) | {
-        "peft_type": PEFT_VERA,
-        "r": shared[0].shape[0],
-        "d_initial": config.d_initial,
-        "vera_dropout": config.vera_dropout,
-        "bias": config.bias,
-        "projection_prng_key": config.projection_prng_key,
-        "save_projection": save_projection,
-        "init_weights": True,
-    }
+    same = {name: getattr(config, name) for name in VeraConfig.names_with(peft="vera", selects=False)}
+    written = {"r": shared[0].shape[0], "save_projection": save_projection, "init_weights": True}
+    values = common_values(host, adapter_name) | {"peft_type": PEFT_VERA, **same, **written}
     write_pair(directory, tensors, values)
 
 

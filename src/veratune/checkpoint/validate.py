@@ -4,7 +4,6 @@ A format's reader makes a `LoadedAdapter`; `targets_of` and `make_ready` check e
 Only what is ready is put on a model.
 """
 
-import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,7 +16,7 @@ from veratune.adapters.adapted_model import AdaptedModel
 from veratune.adapters.names import load_public_state, public_state, unwrapped
 from veratune.adapters.plan import AdapterPlan, modules_with_biases
 from veratune.adapters.target import Target, TargetError, above_largest_rank, parts_of
-from veratune.adapters.target_errors import check_conflicts
+from veratune.adapters.target_errors import check_conflicts, check_scheme
 from veratune.adapters.targets import find_targets
 from veratune.checkpoint.files import CheckpointError
 from veratune.config import VeraConfig
@@ -28,7 +27,7 @@ from veratune.layers.registry import geometry, parameter_layout, weight_name, wh
 from veratune.projections.schemes import Scheme, Stored
 from veratune.utils.sharding import is_engines, shape_of
 from veratune.utils.tensors import is_finite
-from veratune.utils.text import notify
+from veratune.utils.text import closest, notify, some
 
 _MOST_DIGITS = 9
 
@@ -78,7 +77,7 @@ def targets_of(modules: Mapping[str, nn.Module], loaded: LoadedAdapter) -> list[
     if missing:
         raise CheckpointError(
             f"{loaded.origin} adapts {len(missing)} layers that this {type(modules['']).__name__} does not have: "
-            + _some(missing)
+            + some(missing)
             + _closest(missing[0], modules)
         )
     targets: list[Target] = []
@@ -167,6 +166,10 @@ def make_ready(
     Raises:
         CheckpointError: saved modules or biases that do not fit the model.
     """
+    try:
+        check_scheme(loaded.config.projection, targets)
+    except TargetError as error:
+        raise CheckpointError(f"{loaded.origin}: {error}") from None
     try:
         check_conflicts(
             modules, [name for name in loaded.saved if name in modules], [target.name for target in targets]
@@ -290,7 +293,7 @@ def tell_apart(model: nn.Module, ready: ReadyAdapter, named: Sequence[str]) -> N
     if left_out:
         notify(
             f"{origin} adapts {len(ready.loaded.vectors)} of the {len(named)} layers that its target_modules names in"
-            f" this model, and not {_some(left_out)}: is it the model that the adapter was trained on?"
+            f" this model, and not {some(left_out)}: is it the model that the adapter was trained on?"
         )
 
 
@@ -343,9 +346,9 @@ def check_keys(what: str, expected: Iterable[str], found: Iterable[str]) -> None
     expected, found = set(expected), set(found)
     problems = []
     if expected - found:
-        problems.append("is without " + _some(sorted(expected - found)))
+        problems.append("is without " + some(sorted(expected - found)))
     if found - expected:
-        problems.append("has what does not belong there: " + _some(sorted(found - expected)))
+        problems.append("has what does not belong there: " + some(sorted(found - expected)))
     if problems:
         raise CheckpointError(f"{what} {' and '.join(problems)}")
 
@@ -361,10 +364,6 @@ def _spread_like(value: Tensor, own: Tensor) -> Tensor:
     return distribute_tensor(value.to(own.device, own.dtype), mesh, own.placements)
 
 
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-
-
 def _closest(name: str, modules: Mapping[str, nn.Module]) -> str:
-    close = difflib.get_close_matches(name, modules, n=3, cutoff=0.5)
+    close = closest(name, modules)
     return f"; the closest here: {', '.join(close)}" if close else ""

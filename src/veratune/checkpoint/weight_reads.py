@@ -1,4 +1,4 @@
-"""Which layers' weights a model computes with itself, found in the scheme of its classes, without running it."""
+"""Which layers' weights a model computes with itself, found in the source code of its classes, without running it."""
 
 import ast
 import inspect
@@ -32,7 +32,7 @@ class Reader(NamedTuple):
 
 
 def reader_of(modules: Mapping[str, nn.Module], parameter: str) -> Reader | None:
-    """Return the class that computes with a parameter of a module inside it, or None if no scheme shows that.
+    """Return the class that computes with a parameter of a module inside it, or None if no source code shows that.
 
     Seen are reads such as `self.attention.dense.weight` in `forward` and in the methods it uses. Not seen are weights
     that are read through other variables or by functions that are given the module.
@@ -101,7 +101,7 @@ def _source(owner: type, name: str) -> ast.FunctionDef | None:
 
 
 def _uses(node: ast.AST, own: str, always: bool) -> Iterator[tuple[Path, bool]]:
-    """Yield the paths from `own` to what is used somewhere in a piece of scheme, and whether each always is."""
+    """Yield the paths from `own` to what is used somewhere in a piece of source code, and whether each always is."""
     if isinstance(node, ast.Attribute):
         path = _path(node, own)
         if path is not None:

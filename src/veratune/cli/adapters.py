@@ -174,7 +174,7 @@ def diff(
         }
         | {name for name in a.biases.keys() | b.biases.keys() if not _same(a.biases.get(name), b.biases.get(name))}
     )
-    moved = {name: pair for name, pair in layers.items() if pair["b"] != 0.0 or pair["d"] != 0.0}
+    moved = {name: distances for name, distances in layers.items() if any(distances.values())}
     different = bool(settings or only["first"] or only["second"] or moved or saved)
     if as_json:
         print_json(

@@ -1,7 +1,9 @@
 """Text of messages: untrusted parts are bounded in length and have their control characters escaped."""
 
+import difflib
 import reprlib
 import warnings
+from collections.abc import Iterable, Sequence
 
 LONGEST_MESSAGE = 2000
 
@@ -26,6 +28,16 @@ def clipped(text: str, longest: int = LONGEST_MESSAGE) -> str:
 def shown(value: object) -> str:
     """Return a value for a message, of bounded length: a file may hold anything."""
     return _SHORT.repr(value)
+
+
+def some(names: Sequence[str], most: int = 5) -> str:
+    """Return the first names, separated by commas, and how many there are besides."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def closest(name: str, known: Iterable[str], most: int = 3) -> list[str]:
+    """Return the known names that a mistyped one may mean, the closest first."""
+    return difflib.get_close_matches(name, list(known), n=most, cutoff=0.5)
 
 
 def notify(sentence: str) -> None:

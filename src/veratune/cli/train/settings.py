@@ -1,7 +1,6 @@
 """The settings of `veratune train`: defaults, a YAML file, options; checked, and written back in full."""
 
 import dataclasses
-import difflib
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +24,7 @@ from veratune.cli.train.fields import (
 )
 from veratune.config import VeraConfig, foreign_field
 from veratune.utils.outside_files import OutsideFileError, read_text
-from veratune.utils.text import shown
+from veratune.utils.text import closest, shown
 
 # PEFT's names of the tasks.
 TASKS = {
@@ -228,5 +227,5 @@ def read_settings(path: Path) -> dict[str, Any]:
 
 
 def _meant(unknown: list[str], known: Collection[str]) -> str:
-    near = difflib.get_close_matches(unknown[0], known, n=1)
+    near = closest(unknown[0], known)
     return f" (do you mean {near[0]!r}?)" if near else ""
