@@ -32,10 +32,10 @@ class Halves(NamedTuple):
         _calls.append("matmul")
         return torch.cat([z[..., 0::2] @ values[..., 0::2, :], z[..., 1::2] @ values[..., 1::2, :]], dim=-1)
 
-    def rmatmul(self, values: Tensor, x: Tensor) -> Tensor:
+    def rmatmul(self, values: Tensor, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         _calls.append("rmatmul")
         first, second = x.chunk(2, dim=-1)
-        result = x.new_empty(*x.shape[:-1], values.shape[-2])
+        result = x.new_empty(*x.shape[:-1], values.shape[-2], dtype=dtype)
         result[..., 0::2] = first @ values[..., 0::2, :].mT
         result[..., 1::2] = second @ values[..., 1::2, :].mT
         return result

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from veratune.layers import VeraLayer
+from veratune.layers.plan import are_wide
 from veratune.ops.calibration import device_profile
 from veratune.ops.costs import LayerShape
 from veratune.ops.planning import Estimate, choose_route, estimate, possible_choices
@@ -115,6 +116,9 @@ def explain_routes(
         estimates = sorted(
             (estimate(choice, shape, profile, training=training) for choice in choices), key=lambda e: e.seconds
         )
-        chosen = choose_route(route, memory, shape, profile, training=training, weight_readable=readable)
-        table.append(LayerRoutes(name, shape, next(e for e in estimates if e.choice == chosen), estimates))
+        wide = are_wide(layer.vectors(adapter_name).values(), dtype or layer_dtype)
+        chosen = choose_route(
+            route, memory, shape, profile, training=training, weight_readable=readable, wide_vectors=wide
+        )
+        table.append(LayerRoutes(name, shape, estimate(chosen, shape, profile, training=training), estimates))
     return table

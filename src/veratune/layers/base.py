@@ -10,7 +10,7 @@ from veratune.layers.base_call import plain_tensor
 from veratune.layers.lazy_weight import View
 from veratune.layers.merging import MergeableLayer
 from veratune.layers.offloading import is_offloaded, loaded
-from veratune.layers.plan import choose, compute_dtype
+from veratune.layers.plan import choose, compute_dtype, exact_rows
 from veratune.layers.products import add, multiply
 from veratune.layers.read_only_weight import read_only
 from veratune.ops.delta import add_delta
@@ -137,7 +137,8 @@ class VeraLayer(MergeableLayer):
         """
         for name in self.added_adapters:
             (block,) = self.blocks(name, x.device, x.dtype)
-            start = stack_residual(start, x, block.factors, groups)
+            exactly = exact_rows(self.entries[name], block.factors, x)
+            start = stack_residual(start, x, block.factors, groups, exactly=exactly)
         return start
 
     def weight_readable(self, name: str) -> bool:

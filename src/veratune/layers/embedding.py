@@ -64,7 +64,7 @@ class VeraEmbedding(TransparentLayer):
             return entry.b[0].structure.arrange(columns)
 
     def _rows(self, name: str, tokens: Tensor) -> Tensor:
-        """Return an adapter's deltas for these rows of the table, (n, out), in the table's dtype."""
+        """Return an adapter's deltas for these rows of the table, (n, out), in float32 or wider."""
         vectors = self.vectors(name)
         b, d = vectors["b"], vectors["d"]
         dtype = torch.promote_types(b.dtype, torch.float32)
@@ -73,7 +73,7 @@ class VeraEmbedding(TransparentLayer):
         check_values(columns, b, d)
         d = entry.b[0].structure.arrange(d)
         up = entry.b[0].matrix(self.device, dtype).matmul(columns * (d * entry.scale))
-        return (up * b).to(self.base_weight.dtype)
+        return up * b
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         self.check_recomputation()
@@ -90,13 +90,15 @@ class VeraEmbedding(TransparentLayer):
             rows = self._rows(name, tokens)
             if padding is not None:  # its row gets no gradients, as in the table
                 rows = torch.where((tokens == padding)[:, None], rows.detach(), rows)
-            output = output + torch.nn.functional.embedding(inverse, rows) * scale
+            # Rounded after the rows are looked up: the gradients of a token that occurs often are summed in float32.
+            looked_up = torch.nn.functional.embedding(inverse, rows).to(self.base_weight.dtype)
+            output = output + looked_up * scale
         return output
 
     def added_up(self, base: Tensor) -> Tensor:
         tokens = torch.arange(self.in_features, device=base.device)
         for name in self.added_adapters:
-            base = base + self._rows(name, tokens)
+            base = base + self._rows(name, tokens).to(self.base_weight.dtype)
         return base
 
     def _delta_matrices(self, name: str, dtype: torch.dtype) -> Tensor:

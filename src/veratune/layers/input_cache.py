@@ -26,6 +26,7 @@ class _Entry(NamedTuple):
     version: int
     a_projection: Tensor
     xa: Tensor
+    exactly: bool
     served: set[str]
 
 
@@ -40,7 +41,9 @@ class InputCache:
     def __init__(self) -> None:
         self._entry: _Entry | None = None
 
-    def get(self, layer: str, x: Tensor, a_projection: Tensor, compute: Callable[[], Tensor]) -> Tensor:
+    def get(
+        self, layer: str, x: Tensor, a_projection: Tensor, compute: Callable[[], Tensor], *, exactly: bool = False
+    ) -> Tensor:
         """Return the product for x, cached or from `compute`.
 
         Args:
@@ -48,6 +51,7 @@ class InputCache:
             x: its input, unchanged.
             a_projection: A.
             compute: computes the product.
+            exactly: whether it is wanted in float32, when x and A are of half precision.
         """
         if not _can_be_remembered(x):
             return compute()
@@ -57,6 +61,7 @@ class InputCache:
             and entry.x() is x
             and entry.version == x._version
             and entry.a_projection is a_projection
+            and entry.exactly == exactly
             and layer not in entry.served
         ):
             entry.served.add(layer)
@@ -69,7 +74,7 @@ class InputCache:
             if memo is not None and memo._entry is not None and memo._entry.x is reference:
                 memo._entry = None
 
-        self._entry = _Entry(weakref.ref(x, forget), x._version, a_projection, xa, {layer})
+        self._entry = _Entry(weakref.ref(x, forget), x._version, a_projection, xa, exactly, {layer})
         return xa
 
     def __getstate__(self) -> dict[str, Any]:

@@ -166,10 +166,13 @@ class VeraLinear(VeraLayer):
             xa = self._shared_xa(name, x, flat, blocks[0].factors.A)
         return add(output.reshape(tokens, self.out_features), flat, blocks, choices, xa=xa).view(output.shape)
 
-    def _shared_xa(self, name: str, x: Tensor, flat: Tensor, A: Matrix) -> Callable[[], Tensor]:  # noqa: N803
+    def _shared_xa(self, name: str, x: Tensor, flat: Tensor, A: Matrix) -> Callable[[bool], Tensor]:  # noqa: N803
         """Return a function that returns x A^T, from the cache if a layer with the same input has computed it."""
         entry = self.entries[name]
-        return lambda: entry.group.cache.get(entry.name, x, A.values, lambda: project(flat, A))
+        cache = entry.group.cache
+        return lambda exactly: cache.get(
+            entry.name, x, A.values, lambda: project(flat, A, exactly=exactly), exactly=exactly
+        )
 
     def weight_readable(self, name: str) -> bool:
         return not self._drops(name) and self._is_plain()

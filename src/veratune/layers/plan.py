@@ -1,14 +1,17 @@
 """Deciding how a layer computes an input: whether it reads the weight, in which dtype, and by which routes."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from veratune.layers.entries import AdapterEntry
-from veratune.ops.planning import RouteChoice, look_up, representative_tokens, table_for
+from veratune.ops.calibration import device_profile
+from veratune.ops.factors import Factors
+from veratune.ops.planning import RouteChoice, exact_rows_pay, look_up, representative_tokens, table_for
 from veratune.utils.tensors import gradients_wanted
 
 
@@ -22,6 +25,11 @@ def compute_dtype(x: Tensor, weight_dtype: torch.dtype) -> torch.dtype | None:
     ):
         return torch.get_autocast_dtype(device)
     return x.dtype if x.dtype == weight_dtype else None
+
+
+def are_wide(vectors: Iterable[Tensor], dtype: torch.dtype) -> bool:
+    """Return whether vectors are in float32 or wider, and products in this half-precision dtype."""
+    return dtype.itemsize == 2 and all(vector.dtype.itemsize > 2 for vector in vectors)
 
 
 def choose(
@@ -41,12 +49,21 @@ def choose(
     tokens = math.prod(x.shape[:-1])
     if torch.compiler.is_compiling():
         tokens = representative_tokens(tokens)
+    wide_vectors = training and are_wide(vectors.values(), dtype)
     route, memory, device = entry.settings.route, entry.settings.memory, x.device
     choices = []
     for shape in entry.shapes:
-        table = table_for(route, memory, shape.key, device, dtype, training, weight_readable, backward)
+        table = table_for(route, memory, shape.key, device, dtype, training, weight_readable, backward, wide_vectors)
         choices.append(look_up(table, tokens))
     return tuple(choices)
+
+
+def exact_rows(entry: AdapterEntry, factors: Factors, x: Tensor) -> bool:
+    """Return whether the gradients of a stack's vectors are computed exactly for rows x (T, in)."""
+    vectors = factors.b, factors.d
+    if not (are_wide(vectors, x.dtype) and gradients_wanted(*vectors)) or torch.compiler.is_compiling():
+        return False
+    return exact_rows_pay(replace(entry.shapes[0], tokens=x.shape[0]), device_profile(x.device, x.dtype))
 
 
 class LinearPlan(NamedTuple):

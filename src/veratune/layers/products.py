@@ -22,7 +22,7 @@ def multiply(
     choice: RouteChoice,
     *,
     transposed: bool,
-    xa: Callable[[], Tensor] | None = None,
+    xa: Callable[[bool], Tensor] | None = None,
 ) -> Tensor:
     """Return x (W0 + delta W)^T + bias, (T, out), for one adapter on a layer that is not fused.
 
@@ -33,10 +33,11 @@ def multiply(
         factors: the adapter.
         choice: the route.
         transposed: whether the weight is (in, out).
-        xa: returns x A^T, if layers share it.
+        xa: returns x A^T, if layers share it; in float32 if called with True.
     """
     training = gradients_wanted(factors.b, factors.d)
-    shared = xa() if xa is not None and ROUTES[choice.route].uses_xa(training) else None
+    uses_xa = xa is not None and ROUTES[choice.route].uses_xa(training)
+    shared = xa(choice.exact and training) if xa is not None and uses_xa else None
     return adapted_linear(x, weight, bias, factors, choice, transposed=transposed, xa=shared)
 
 
@@ -47,7 +48,7 @@ def add(
     choices: Sequence[RouteChoice],
     *,
     index: Any = None,
-    xa: Callable[[], Tensor] | None = None,
+    xa: Callable[[bool], Tensor] | None = None,
 ) -> Tensor:
     """Return output + x delta W^T, (T, out), for one adapter, through the rank.
 
@@ -57,13 +58,15 @@ def add(
         blocks: the adapter's factors for each block of outputs.
         choices: the route for each block.
         index: which matrix of a stack is meant.
-        xa: returns x A^T, if layers share it.
+        xa: returns x A^T, if layers share it; in float32 if called with True.
     """
-    projected = None if xa is None else xa()
+    factors = blocks[0].factors
+    exactly = any(choice.exact for choice in choices) and gradients_wanted(factors.b, factors.d)
+    projected = None if xa is None else xa(exactly)
     if len(blocks) == 1:
         return residual(output, x, blocks[0].factors.at(index), choices[0], xa=projected)
     if projected is None:
-        projected = project(x, blocks[0].factors.A)
+        projected = project(x, factors.A, exactly=exactly)
     outputs = [
         residual(output[:, block.outputs], x, block.factors, choice, xa=projected)
         for block, choice in zip(blocks, choices, strict=True)

@@ -5,6 +5,7 @@ import os
 import platform
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,6 +17,7 @@ from veratune.ops.costs import DeviceProfile
 from veratune.utils.atomic import write_atomically
 from veratune.utils.outside_files import parse_json, read_text
 from veratune.utils.text import notify
+from veratune.utils.torch_private import returns_sums
 
 # Rates, bandwidth and launch times of ordinary devices: two cores of a server CPU, and an NVIDIA H200, as measured on
 # 2026-11-28 with torch 2.11 (its float64 rate was not measured and is an assumption). The GPU's launch time, which is
@@ -48,7 +50,13 @@ def _default(device_type: str, dtype: torch.dtype) -> DeviceProfile:
         launch=_LAUNCH[kind],
         itemsize=dtype.itemsize,
         device_type=kind,
+        wide_flops=_DEFAULTS[kind][torch.float32],
+        returns_sums=_returns_sums(kind, dtype),
     )
+
+
+def _returns_sums(device_type: str, dtype: torch.dtype) -> bool:
+    return returns_sums and device_type == "cuda" and dtype.itemsize == 2
 
 
 def calibrate(
@@ -68,6 +76,8 @@ def calibrate(
     """
     device = torch.device(device)
     measured = {dtype: _measure(device, dtype) for dtype in dtypes}
+    in_float32 = measured.get(torch.float32) or device_profile(device, torch.float32)
+    measured = {dtype: replace(profile, wide_flops=in_float32.flops) for dtype, profile in measured.items()}
     path = calibration_path()
     values = _read(path)
     for dtype, profile in measured.items():
@@ -85,10 +95,17 @@ def calibrate(
 def load_calibration(device: torch.device) -> None:
     """Use the stored result of an earlier `calibrate` for this device, if there is one."""
     values = _read(calibration_path())
-    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+    for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
         entry = values.get(_key(device, dtype))
         if entry is not None:
-            _profiles[(device.type, dtype)] = DeviceProfile(itemsize=dtype.itemsize, device_type=device.type, **entry)
+            wide = entry["flops"] if dtype == torch.float32 else device_profile(device, torch.float32).flops
+            _profiles[(device.type, dtype)] = DeviceProfile(
+                **entry,
+                itemsize=dtype.itemsize,
+                device_type=device.type,
+                wide_flops=wide,
+                returns_sums=_returns_sums(device.type, dtype),
+            )
 
 
 def calibration_path() -> Path:
@@ -127,7 +144,9 @@ def _measure(device: torch.device, dtype: torch.dtype) -> DeviceProfile:
     bandwidth = 3 * wide.nbytes / _seconds(lambda: torch.mul(wide, wide), device)
     small = torch.randn(4, device=device)
     launch = _seconds(lambda: small * small, device, repeats=200)
-    return DeviceProfile(flops, bandwidth, launch, dtype.itemsize, device.type, _triton_flops(device, dtype))
+    own = _returns_sums(device.type, dtype)
+    kernel = _triton_flops(device, dtype)
+    return DeviceProfile(flops, bandwidth, launch, dtype.itemsize, device.type, returns_sums=own, triton_flops=kernel)
 
 
 def _triton_flops(device: torch.device, dtype: torch.dtype) -> float:

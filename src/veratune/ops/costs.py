@@ -14,6 +14,8 @@ class DeviceProfile:
         itemsize: bytes of one element.
         device_type: "cpu" or "cuda".
         triton_flops: operations per second of the Triton kernel (`ops.triton_kernel`); 0 if it was not measured.
+        wide_flops: operations per second of products in float32.
+        returns_sums: whether products of half-precision operands can return their float32 sums at the same rate.
     """
 
     flops: float
@@ -22,6 +24,8 @@ class DeviceProfile:
     itemsize: int
     device_type: str = "cpu"
     triton_flops: float = 0.0
+    wide_flops: float = 5e10
+    returns_sums: bool = False
 
 
 @dataclass(frozen=True)
@@ -84,6 +88,18 @@ class Cost:
         """Add a launch of the Triton kernel, and one for the vector that it takes."""
         self.flops += flops
         self.seconds += flops / self.profile.triton_flops + 2 * self.profile.launch
+
+    def widen_product(self, rows: int, columns: int, inner: int, *, share: int = 1, density: float = 1.0) -> None:
+        """Add what a product with a float32 result takes longer than one in the compute dtype (which may be less)."""
+        profile = self.profile
+        wider = 4 - profile.itemsize
+        if profile.returns_sums:
+            seconds = rows * columns * wider / profile.bandwidth
+        else:
+            flops = 2 * rows * columns * inner * density
+            touched = (rows * inner + inner * columns + rows * columns) * wider
+            seconds = flops * (1 / profile.wide_flops - 1 / profile.flops) + touched / profile.bandwidth
+        self.seconds += seconds / share
 
     def pass_over(self, elements: float, width: int = 4) -> None:
         """Add a separate operation that reads or writes this many elements of `width` bytes."""

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from veratune.ops import exact
 from veratune.ops.factors import Factors, check_values
 from veratune.projections.structure import DENSE, Matrix
 from veratune.utils.tensors import wide_dtype, without_autocast
@@ -74,8 +75,13 @@ class _AddDelta(torch.autograd.Function):
 
 
 def weighted_by_gradient(factors: Factors, weight_gradient: Tensor, dtype: torch.dtype) -> Matrix:
-    """Return P = B * (A G^T), (..., r, out), in `dtype`, from the weight's gradient G, (..., out, in)."""
+    """Return P = B * (A G^T), (..., r, out), in `dtype`, from the weight's gradient G, (..., out, in).
+
+    With G in a wider dtype than A, nothing is rounded to A's.
+    """
     A, B = factors.A, factors.B  # noqa: N806
+    if weight_gradient.dtype != A.dtype:
+        return Matrix(exact.pull_back(B, A, weight_gradient, dtype), B.structure)
     return Matrix(B.structure.pull_back(B.values, A, weight_gradient, dtype), B.structure)
 
 

@@ -17,7 +17,9 @@ both vectors also come from one matrix,
 where A G^T (r, out) may be computed as u^T g, u = x A^T (T, r), or as written, whichever is cheaper. RunLoRA (ACL 2025)
 chooses the computation graph of a LoRA in the same spirit. The routes are in `ops.routes`.
 
-Products run in the compute dtype (that of x); the vectors alone are handled in their own dtype, float32 at least.
+Products run in the compute dtype (that of x); the vectors alone are handled in their own dtype, float32 at least. Where
+it costs little, the gradients of float32 vectors come from products that round nothing to a narrower compute dtype
+(`ops.exact`).
 """
 
 from typing import Any, NamedTuple
@@ -26,11 +28,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from veratune.ops import exact
 from veratune.ops.factors import Factors, check_values
 from veratune.ops.planning import RouteChoice
 from veratune.ops.routes import ROUTES, LinearInputs, Wanted
 from veratune.projections.structure import Matrix, Structure
-from veratune.utils.tensors import gradients_wanted, without_autocast
+from veratune.utils.tensors import cast, gradients_wanted, without_autocast
 from veratune.utils.torch_private import transformations_active
 
 
@@ -151,12 +154,13 @@ def _backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
     wanted = Wanted(need_x, need_b, need_d)
     weight_gradient = None
     if need_weight or (wanted.vectors and route.gradients_from == "x"):
-        weight_gradient = g.t() @ x
+        exactly = constants.choice.exact and wanted.vectors
+        weight_gradient = exact.weight_gradient(g, x) if exactly else g.t() @ x
     inputs = constants.inputs(x, None, weight, None, (a_values, b_values, b, d), xa)
     grads = route.backward(g, inputs, kept, wanted, weight_gradient)
     grad_weight = None
     if need_weight and weight_gradient is not None:
-        grad_weight = weight_gradient.t() if constants.transposed else weight_gradient
+        grad_weight = cast(weight_gradient.t() if constants.transposed else weight_gradient, g.dtype)
     return (
         grads.x,
         g if need_start else None,
@@ -193,7 +197,7 @@ def adapted_linear(
         factors: the adapter, A and B in the compute dtype.
         choice: the route.
         transposed: whether the weight is stored as (in, out).
-        xa: x A^T (T, r), without a graph, if already computed.
+        xa: x A^T (T, r), as `project` returns it, if already computed.
     """
     return _apply(x, None, weight, bias, factors, choice, transposed, xa)
 
@@ -206,7 +210,7 @@ def residual(start: Tensor, x: Tensor, factors: Factors, choice: RouteChoice, *,
         x: (T, in), in the compute dtype.
         factors: the adapter, A and B in the compute dtype.
         choice: the route, one that does not read the weight.
-        xa: x A^T (T, r), without a graph, if already computed.
+        xa: x A^T (T, r), as `project` returns it, if already computed.
     """
     return _apply(start=start, x=x, weight=None, bias=None, factors=factors, choice=choice, transposed=False, xa=xa)
 
@@ -226,8 +230,11 @@ def _apply(
     if transformations_active():
         return _composed(x, start, weight, bias, factors, transposed)
     training = gradients_wanted(b, d)
-    if xa is None and ROUTES[choice.route].uses_xa(training):
-        xa = project(x, A)
+    exactly = choice.exact and training
+    if xa is None or (exactly and xa.dtype == x.dtype):
+        xa = project(x, A, exactly=exactly) if ROUTES[choice.route].uses_xa(training) else None
+    elif not exactly:
+        xa = cast(xa, x.dtype)
     constants = _Constants(choice, scale, transposed, A.structure, B.structure)
     arguments = (x, start, weight, bias, A.values, B.values, b, d, xa, constants)
     # Autograd's bookkeeping can take longer than a small layer: skip it if nothing is differentiated, and use the
@@ -257,6 +264,10 @@ def _composed(
     return start + (factors.B.matmul(scaled.to(x.dtype)) * factors.b).to(start.dtype)
 
 
-def project(x: Tensor, A: Matrix) -> Tensor:  # noqa: N803
-    """Return u = x A^T, (T, r), without a graph: the functions above compute the gradient of x."""
-    return A.rmatmul(x.detach())  # A and B never require gradients
+def project(x: Tensor, A: Matrix, *, exactly: bool = False) -> Tensor:  # noqa: N803
+    """Return u = x A^T, (T, r), without a graph: the functions above compute the gradient of x.
+
+    In the dtype of x; `exactly` in float32 or wider.
+    """
+    x = x.detach()  # A and B never require gradients
+    return exact.project(x, A) if exactly else A.rmatmul(x)

@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
+from veratune.ops import exact
 from veratune.ops.calibration import device_profile
 from veratune.ops.costs import Cost, DeviceProfile, LayerShape
 from veratune.ops.routes import ROUTES
@@ -29,10 +30,12 @@ class RouteChoice(NamedTuple):
     Attributes:
         route: its name in `ROUTES`.
         keep: save an intermediate result for the backward pass instead of recomputing it (`Route.keeps`).
+        exact: compute the gradients of float32 vectors without rounding anything to the compute dtype (`ops.exact`).
     """
 
     route: str
     keep: bool = False
+    exact: bool = False
 
     @property
     def reads_weight(self) -> bool:
@@ -40,7 +43,8 @@ class RouteChoice(NamedTuple):
         return ROUTES[self.route].reads_weight
 
     def __str__(self) -> str:
-        return f"{self.route}, {ROUTES[self.route].keeps} kept" if self.keep else self.route
+        kept = f", {ROUTES[self.route].keeps} kept" if self.keep else ""
+        return f"{self.route}{kept}{', exact gradients' if self.exact else ''}"
 
 
 RouteTable = tuple[tuple[int, RouteChoice], ...]
@@ -79,7 +83,10 @@ def estimate(
     """
     cost = Cost(profile)
     backward = training if backward is None else backward
-    ROUTES[choice.route].cost(cost, shape, training=training, backward=backward, keep=choice.keep)
+    route = ROUTES[choice.route]
+    route.cost(cost, shape, training=training, backward=backward, keep=choice.keep)
+    if choice.exact:
+        exact.add_cost(cost, shape, route.name, route.gradients_from)
     return Estimate(choice, cost.flops, cost.saved_bytes, cost.seconds)
 
 
@@ -133,6 +140,19 @@ def possible_choices(
     return [RouteChoice(each.name, each.keeps is not None and kept[each.keeps]) for each in possible]
 
 
+# The part of a layer's step (frozen layer and adapter, forward and backward) that exact gradients may add.
+EXACT_SHARE = 0.03
+
+
+def exactly(choice: RouteChoice, memory: MemoryName) -> RouteChoice | None:
+    """Return a choice with exact gradients; None if `memory` excludes what they save, or the route has none."""
+    route = ROUTES[choice.route]
+    if route.keeps == "xa" or (memory == "low" and route.gradients_from == "xa"):
+        return None
+    # From u^T g, a scaled output's vectors need no product with B.
+    return RouteChoice(choice.route, choice.keep and choice.reads_weight, exact=True)
+
+
 def choose_route(
     route: RouteName,
     memory: MemoryName,
@@ -142,8 +162,16 @@ def choose_route(
     training: bool,
     weight_readable: bool = True,
     backward: bool | None = None,
+    wide_vectors: bool = False,
 ) -> RouteChoice:
-    """Return the allowed choice with the smallest estimate. Arguments as for `possible_choices`."""
+    """Return the allowed choice with the smallest estimate.
+
+    With exact gradients if they add at most `EXACT_SHARE`.
+
+    Args:
+        route, memory, shape, profile, training, weight_readable, backward: as for `possible_choices`.
+        wide_vectors: whether the vectors are of a wider dtype than the products.
+    """
     choices = possible_choices(
         route,
         memory,
@@ -157,7 +185,27 @@ def choose_route(
     def seconds(choice: RouteChoice) -> float:
         return estimate(choice, shape, profile, training=training, backward=backward).seconds
 
-    return min(choices, key=seconds)
+    best = min(choices, key=seconds)
+    if not (training and wide_vectors):
+        return best
+    exact_choices = [found for choice in choices if (found := exactly(choice, memory)) is not None]
+    exact_best = min(exact_choices, key=seconds, default=best)
+    frozen = Cost(profile)
+    for _ in range(2):  # forward, and backward to the input
+        frozen.product(shape.tokens, shape.out_features, shape.in_features)
+    limit = seconds(best) + EXACT_SHARE * (frozen.seconds + seconds(best))
+    return exact_best if seconds(exact_best) <= limit else best
+
+
+@lru_cache(maxsize=4096)
+def exact_rows_pay(shape: LayerShape, profile: DeviceProfile) -> bool:
+    """Return whether exact gradients of `ops.rows.stack_residual` add at most `EXACT_SHARE` of a step."""
+    profile = replace(profile, returns_sums=False)  # it casts on every device
+    frozen, added = Cost(profile), Cost(profile)
+    for _ in range(2):
+        frozen.product(shape.tokens, shape.out_features, shape.in_features)
+    exact.add_cost_of_rows(added, shape)
+    return added.seconds <= EXACT_SHARE * frozen.seconds
 
 
 # How much longer computing W0 + delta W takes in a complete model than in isolation (measured): neither its operands
@@ -197,6 +245,7 @@ def route_table(
     training: bool,
     weight_readable: bool,
     backward: bool | None = None,
+    wide_vectors: bool = False,
 ) -> RouteTable:
     """Return the choices for every number of tokens.
 
@@ -205,13 +254,20 @@ def route_table(
 
     Args:
         shape: the layer's dimensions; `tokens` is ignored.
-        route, memory, profile, training, weight_readable, backward: as for `choose_route`.
+        route, memory, profile, training, weight_readable, backward, wide_vectors: as for `choose_route`.
     """
 
     def choice(tokens: int) -> RouteChoice:
         here = replace(shape, tokens=tokens)
         return choose_route(
-            route, memory, here, profile, training=training, weight_readable=weight_readable, backward=backward
+            route,
+            memory,
+            here,
+            profile,
+            training=training,
+            weight_readable=weight_readable,
+            backward=backward,
+            wide_vectors=wide_vectors,
         )
 
     table: list[tuple[int, RouteChoice]] = []
@@ -238,14 +294,16 @@ def table_for(
     training: bool,
     weight_readable: bool,
     backward: bool,
+    wide_vectors: bool,
 ) -> RouteTable:
     """Return the `route_table` of a device, dtype and `LayerShape.key`; a compiler does not trace the search."""
     profile = device_profile(device, dtype)
-    arguments = (route, memory, shape_key, device.type, dtype, training, weight_readable, backward)
+    arguments = (route, memory, shape_key, device.type, dtype, training, weight_readable, backward, wide_vectors)
     found = _tables.get(arguments)
     if found is None or found[0] is not profile:  # new, or calibrated since
         shape = LayerShape.of_key(shape_key)
-        found = profile, route_table(route, memory, shape, profile, training, weight_readable, backward)
+        flags = (training, weight_readable, backward, wide_vectors)
+        found = profile, route_table(route, memory, shape, profile, *flags)
         _tables[arguments] = found
     return found[1]
 

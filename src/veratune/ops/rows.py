@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from veratune.ops import exact
 from veratune.ops.factors import Factors, check_values
 from veratune.ops.routes.scaled import up
 from veratune.projections.structure import Matrix
@@ -33,13 +34,14 @@ class _StackResidual(torch.autograd.Function):
         groups: Tensor,
         scale: float,
         structures: tuple[Any, Any],
+        exactly: bool,
     ) -> Tensor:
-        ctx.scale, ctx.structures = scale, structures
+        ctx.scale, ctx.structures, ctx.exactly = scale, structures, exactly
         factors = Factors(Matrix(a_values, structures[0]), Matrix(b_values, structures[1]), b, d, scale)
         with without_autocast(x.device):  # x has been cast already
-            xa = factors.A.rmatmul(x)
+            xa = exact.project(x, factors.A) if exactly else factors.A.rmatmul(x)
             ctx.save_for_backward(a_values, b_values, b, d, groups, xa)
-            return _residual(start, xa, factors.at(groups))
+            return _residual(start, cast(xa, x.dtype), factors.at(groups))
 
     @staticmethod
     @once_differentiable
@@ -50,20 +52,23 @@ class _StackResidual(torch.autograd.Function):
         rows = Factors(A, B, b, d, ctx.scale).at(groups)
         grad_x = grad_b = grad_d = None
         wide = wide_dtype(b.dtype, g.dtype)
+        # The dtype of the products from which the vectors' gradients are summed.
+        dtype = wide if ctx.exactly else g.dtype
         with without_autocast(g.device):
-            through = B.rmatmul((g * rows.b).to(g.dtype))
+            summed = rows._replace(B=Matrix(cast(b_values, dtype), B.structure)) if need_b or need_d else rows
+            through = summed.B.rmatmul((g * rows.b).to(summed.B.dtype))
             if need_b:
-                products = g.to(wide) * up(xa, rows)
+                products = g.to(wide) * up(cast(xa, dtype), summed)
                 grad_b = torch.zeros_like(b, dtype=wide).index_add_(0, groups, products).to(b.dtype)
             if need_d:
                 products = xa.to(wide) * through * ctx.scale
                 grad_d = torch.zeros_like(d, dtype=wide).index_add_(0, groups, products).to(d.dtype)
             if need_x:
                 grad_x = A.matmul((through * (rows.d.to(wide) * ctx.scale)).to(g.dtype))
-        return g if need_start else None, grad_x, None, None, grad_b, grad_d, None, None, None
+        return g if need_start else None, grad_x, None, None, grad_b, grad_d, None, None, None, None
 
 
-def stack_residual(start: Tensor, x: Tensor, factors: Factors, groups: Tensor) -> Tensor:
+def stack_residual(start: Tensor, x: Tensor, factors: Factors, groups: Tensor, *, exactly: bool = False) -> Tensor:
     """Return start + x delta W^T, (T, out), where each row of x has the vectors of one matrix of a stack.
 
     All rows share A and B, so this takes two products for any number of matrices. x A^T, (T, r), is saved for the
@@ -74,12 +79,14 @@ def stack_residual(start: Tensor, x: Tensor, factors: Factors, groups: Tensor) -
         x: (T, in).
         factors: the adapter, with vectors b (count, out) and d (count, r) of the whole stack.
         groups: int64 (T,), the index of each row's matrix in the stack.
+        exactly: whether the vectors' gradients come from products in float32, if the compute dtype is narrower. Under
+            a compiler or torch.func they do not.
     """
     A, B, b, d, scale = factors  # noqa: N806
     if transformations_active() or torch.compiler.is_compiling():
         return _residual(start, A.rmatmul(x), factors.at(groups))
     check_values(start, x, b, d)
-    arguments = (start, x, A.values, B.values, b, d, groups, scale, (A.structure, B.structure))
+    arguments = (start, x, A.values, B.values, b, d, groups, scale, (A.structure, B.structure), exactly)
     added: Tensor = _StackResidual.apply(*arguments)  # type: ignore[no-untyped-call]
     return added
 

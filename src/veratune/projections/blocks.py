@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from veratune.projections.base import Scheme, Side, digest
 from veratune.projections.philox import symmetric_uniform, symmetric_uniform_columns
 from veratune.projections.structure import Matrix, Structure
-from veratune.utils.tensors import gradients_wanted
+from veratune.utils.tensors import gradients_wanted, product
 from veratune.utils.torch_private import (
     constant_while_compiling,
     modes_active,
@@ -139,9 +139,9 @@ class Blocks(NamedTuple):
             target = z.new_empty(z.shape[0], self.pieces * values.shape[-1])
             return self._accumulate(target, values, z, beta=0)
         # (..., J, pieces, T, M) (..., J, pieces, M, w), summed over J
-        product = self._by_block(z.mT).mT @ self._by_block(values)
-        product = product.squeeze(-4) if product.shape[-4] == 1 else product.sum(-4)
-        return product.transpose(-2, -3).flatten(-2)
+        sums = self._by_block(z.mT).mT @ self._by_block(values)
+        sums = sums.squeeze(-4) if sums.shape[-4] == 1 else sums.sum(-4)
+        return sums.transpose(-2, -3).flatten(-2)
 
     def _accumulate(self, target: Tensor, values: Tensor, z: Tensor, beta: int) -> Tensor:
         """Write beta * target + z M into `target`."""
@@ -150,10 +150,12 @@ class Blocks(NamedTuple):
             out.baddbmm_(rows.mT, block, beta=beta if i == 0 else 1)
         return target
 
-    def rmatmul(self, values: Tensor, x: Tensor) -> Tensor:
+    def rmatmul(self, values: Tensor, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         if x.ndim == 1:
             return self.rmatmul(values, x.unsqueeze(0)).squeeze(0)
         by_block, columns = self._by_block(values), self._split(x).mT
+        if dtype is not None:
+            return self._from_blocks(product(by_block, columns.unsqueeze(-4), dtype)).mT
         if _in_place(values, x):
             # Tokens are the inner dimension of u: then each block's rows of u are a matrix, whatever their order.
             result = x.new_empty(values.shape[0], x.shape[0])
@@ -172,12 +174,12 @@ class Blocks(NamedTuple):
         return self._accumulate(target if in_place else target.clone(), values, z, beta=1)
 
     def scaled(self, values: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-        product = self._by_block(rows.unsqueeze(-1)) * columns.view(*columns.shape[:-1], 1, self.pieces, 1, -1)
-        return self._from_blocks(product * self._by_block(values)).to(values.dtype)
+        scales = self._by_block(rows.unsqueeze(-1)) * columns.view(*columns.shape[:-1], 1, self.pieces, 1, -1)
+        return self._from_blocks(scales * self._by_block(values)).to(values.dtype)
 
     def outer(self, values: Tensor, z: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
-        product = self._by_block(z.mT) @ self._split(x).unsqueeze(-4)
-        return self._from_blocks(product.to(dtype) * self._by_block(values))
+        sums = product(self._by_block(z.mT), self._split(x).unsqueeze(-4), dtype)
+        return self._from_blocks(sums * self._by_block(values))
 
     # Products with another matrix of the same ranks. Of B and A, only ranks of both blocks count: row (p, t, q) is
     # seen as (J, p, t, K, q), with p one of B's blocks of columns and q one of A's.
@@ -214,8 +216,8 @@ class Blocks(NamedTuple):
             left, right = (self._joint(each, partner)[0, :, 0, 0] for each in (values, other.values))
             torch.addcmul(target.view(shape), left.mT.unsqueeze(-1), right.unsqueeze(1), out=result.view(shape))
         else:
-            product = self._blockwise_gram(values, other.values, partner)
-            torch.add(target.view(shape), product, out=result.view(shape))
+            gram = self._blockwise_gram(values, other.values, partner)
+            torch.add(target.view(shape), gram, out=result.view(shape))
         return result
 
     def pull_back(self, values: Tensor, other: Matrix, gradient: Tensor, dtype: torch.dtype) -> Tensor:
@@ -223,8 +225,8 @@ class Blocks(NamedTuple):
         if partner is None:
             return self.outer(values, other.dense().mT, gradient.mT, dtype)
         blocks = gradient.view(*gradient.shape[:-2], self.pieces, values.shape[-1], partner.pieces, -1)
-        product = torch.einsum("...pmqn,jptkqn->...jptkqm", blocks, self._joint(other.values, partner))
-        return (product.to(dtype) * self._joint(values, partner)).flatten(-6, -2)
+        sums = torch.einsum("...pmqn,jptkqn->...jptkqm", blocks, self._joint(other.values, partner))
+        return (sums.to(dtype) * self._joint(values, partner)).flatten(-6, -2)
 
     def dense(self, values: Tensor) -> Tensor:
         blocks = self._by_block(values)

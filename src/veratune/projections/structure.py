@@ -10,6 +10,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from veratune.utils.tensors import product
+
 
 class Structure(Protocol):
     """The layout of a matrix M (r, n), and its products. Implementations are immutable and hashable.
@@ -39,8 +41,8 @@ class Structure(Protocol):
         """Return z M, (T, n)."""
         ...
 
-    def rmatmul(self, values: Tensor, x: Tensor) -> Tensor:
-        """Return x M^T, (T, r)."""
+    def rmatmul(self, values: Tensor, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Return x M^T, (T, r), in the operands' dtype, or in a wider one."""
         ...
 
     def plus_matmul(self, target: Tensor, values: Tensor, z: Tensor, *, in_place: bool) -> Tensor:
@@ -97,7 +99,9 @@ class Dense(NamedTuple):
     def matmul(self, values: Tensor, z: Tensor) -> Tensor:
         return values.mT @ z if z.ndim == 1 else z @ values
 
-    def rmatmul(self, values: Tensor, x: Tensor) -> Tensor:
+    def rmatmul(self, values: Tensor, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        if dtype is not None:
+            return product(x, values.mT, dtype)
         return values @ x if x.ndim == 1 else x @ values.mT
 
     def plus_matmul(self, target: Tensor, values: Tensor, z: Tensor, *, in_place: bool) -> Tensor:
@@ -105,11 +109,11 @@ class Dense(NamedTuple):
 
     def scaled(self, values: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
         # Each operation on a small tensor costs a launch: of one pair, the product is a single operation.
-        product = torch.outer(rows, columns) if rows.ndim == 1 else rows.unsqueeze(-1) * columns.unsqueeze(-2)
-        return product.mul_(values).to(values.dtype)
+        scales = torch.outer(rows, columns) if rows.ndim == 1 else rows.unsqueeze(-1) * columns.unsqueeze(-2)
+        return scales.mul_(values).to(values.dtype)
 
     def outer(self, values: Tensor, z: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
-        return (z.mT @ x).to(dtype).mul_(values)
+        return product(z.mT, x, dtype).mul_(values)
 
     def gram(self, values: Tensor, other: "Matrix") -> Tensor:
         return values.mT @ other.dense()

@@ -8,7 +8,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from veratune.utils.torch_private import constant_while_compiling
+from veratune.utils.torch_private import constant_while_compiling, returns_sums
 
 _NARROW = (torch.float32, torch.bfloat16, torch.float16)
 _KNOWN_TO_NUMPY = {torch.float32, torch.float64, torch.float16, torch.int64, torch.int32, torch.uint8, torch.bool}
@@ -66,6 +66,30 @@ def wide_dtype(*dtypes: torch.dtype) -> torch.dtype:
 def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """Return a tensor in a dtype; without calling torch, which takes a microsecond, if it has that already."""
     return tensor if tensor.dtype == dtype else tensor.to(dtype)
+
+
+def sums_unrounded(tensor: Tensor, dtype: torch.dtype) -> bool:
+    """Return whether `product` of operands like this one returns its sums in this dtype without rounding them."""
+    if tensor.dtype == dtype:
+        return True
+    return returns_sums and tensor.is_cuda and dtype == torch.float32 and tensor.dtype.itemsize == 2
+
+
+def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a @ b in a dtype at least as wide as that of the operands, unrounded if the device can.
+
+    Args:
+        a: (..., n, k).
+        b: (..., k, m), of the same dtype.
+        dtype: the dtype of the result.
+    """
+    if a.dtype == dtype or not sums_unrounded(a, dtype):
+        return cast(a @ b, dtype)
+    if a.ndim == b.ndim == 2:
+        return torch.mm(a, b, out_dtype=dtype)
+    leading = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])  # type: ignore[no-untyped-call]
+    first, second = (each.expand(*leading, -1, -1).reshape(-1, *each.shape[-2:]) for each in (a, b))
+    return torch.bmm(first, second, out_dtype=dtype).view(*leading, a.shape[-2], b.shape[-1])
 
 
 def gradients_wanted(*values: object) -> bool:

@@ -14,6 +14,9 @@ transformations_active: Callable[[], bool] = getattr(torch._C, "_are_functorch_t
 # The leaves (tensors and other values) of nested dicts, lists and the like.
 tree_leaves: Callable[[Any], list[Any]] = torch.utils._pytree.tree_leaves
 
+# Whether products on a GPU can return the float32 sums of half-precision operands, unrounded (`out_dtype=`).
+returns_sums: bool = torch.version.hip is None and hasattr(torch.ops.aten.mm, "dtype")
+
 _length_of_mode_stack: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
 
 

@@ -4,19 +4,24 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
+from veratune.ops import exact
 from veratune.ops.costs import Cost, LayerShape
 from veratune.ops.factors import Factors
 from veratune.ops.routes.base import Gradients, LinearInputs, Route, Wanted, vectors_dtype
 from veratune.projections.structure import Matrix
+from veratune.utils.tensors import cast
 
 
 def vector_gradients_through_rank(
     g: Tensor, xa: Tensor, factors: Factors, wanted: Wanted
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Return (db, dd) from P = B * (u^T g), with u = x A^T, (T, r), and the output's gradient g, (T, out)."""
-    B = factors.B  # noqa: N806
-    products = Matrix(B.structure.outer(B.values, xa, g, vectors_dtype(g, factors)), B.structure)
-    return factors.vector_gradients(products, wanted.b, wanted.d)
+    """Return (db, dd) from P = B * (u^T g), with u = x A^T, (T, r), and the output's gradient g, (T, out).
+
+    With u in a wider dtype than g, nothing is rounded to the dtype of g.
+    """
+    B, wide = factors.B, vectors_dtype(g, factors)  # noqa: N806
+    values = B.structure.outer(B.values, xa, g, wide) if xa.dtype == g.dtype else exact.outer(B, xa, g, wide)
+    return factors.vector_gradients(Matrix(values, B.structure), wanted.b, wanted.d)
 
 
 class Folded(Route):
@@ -33,7 +38,8 @@ class Folded(Route):
         assert inputs.xa is not None
         start, writable = inputs.base_output()
         folded = inputs.factors.folded()
-        return folded.structure.plus_matmul(start, folded.values, inputs.xa, in_place=writable), None
+        xa = cast(inputs.xa, folded.dtype)
+        return folded.structure.plus_matmul(start, folded.values, xa, in_place=writable), None
 
     def backward(
         self, g: Tensor, inputs: LinearInputs, kept: Tensor | None, wanted: Wanted, weight_gradient: Tensor | None

@@ -7,6 +7,8 @@ from torch import Tensor
 from veratune.ops.costs import Cost, LayerShape
 from veratune.ops.factors import Factors
 from veratune.ops.routes.base import Gradients, Keeps, LinearInputs, Route, Wanted, vectors_dtype
+from veratune.ops.routes.folded import vector_gradients_through_rank
+from veratune.utils.tensors import cast
 
 
 def up(xa: Tensor, factors: Factors) -> Tensor:
@@ -29,7 +31,7 @@ class Scaled(Route):
         factors, xa = inputs.factors, inputs.xa
         assert xa is not None
         start, writable = inputs.base_output()
-        z = up(xa, factors)
+        z = up(cast(xa, factors.B.dtype), factors)
         added = (z * factors.b).to(start.dtype)
         return start.add_(added) if writable else start + added, z if keep else None
 
@@ -39,12 +41,16 @@ class Scaled(Route):
         factors, xa = inputs.factors, inputs.xa
         wide = vectors_dtype(g, factors)
         grad_x = grad_b = grad_d = None
-        through = factors.B.rmatmul((g * factors.b).to(g.dtype)) if wanted.x or wanted.d else None
-        if wanted.b:
+        exact = xa is not None and xa.dtype != g.dtype
+        through = factors.B.rmatmul((g * factors.b).to(g.dtype)) if wanted.x or (wanted.d and not exact) else None
+        if exact:
+            assert xa is not None
+            grad_b, grad_d = vector_gradients_through_rank(g, xa, factors, wanted)
+        elif wanted.b:
             assert xa is not None
             z = up(xa, factors) if kept is None else kept
             grad_b = (g.to(wide) * z).sum(0).to(factors.b.dtype)
-        if wanted.d:
+        if wanted.d and not exact:
             assert xa is not None and through is not None
             grad_d = ((xa.to(wide) * through).sum(0) * factors.scale).to(factors.d.dtype)
         if wanted.x:
