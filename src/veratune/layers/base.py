@@ -15,6 +15,7 @@ from veratune.layers.products import add, multiply
 from veratune.layers.read_only_weight import read_only
 from veratune.ops.delta import add_delta
 from veratune.ops.rows import stack_residual
+from veratune.utils.torch_private import parameter_of
 
 
 class VeraLayer(MergeableLayer):
@@ -28,7 +29,7 @@ class VeraLayer(MergeableLayer):
 
     @property
     def bias(self) -> Tensor | None:
-        bias = getattr(self.base_layer, "bias", None)
+        bias = parameter_of(self.base_layer, "bias")
         assert bias is None or isinstance(bias, Tensor)
         return bias
 
@@ -118,7 +119,7 @@ class VeraLayer(MergeableLayer):
         output = None
         for name in self.added_adapters:
             blocks = self.blocks(name, x.device, x.dtype)
-            choices = choose(self.entries[name], self.vectors(name), x, x.dtype, weight_readable=output is None)
+            choices = choose(self.entries[name], self._pair(name), x, x.dtype, weight_readable=output is None)
             if output is None:
                 factors = blocks[0].factors.at(index)
                 output = multiply(flat, weight, bias, factors, choices[0], transposed=self.out_axis == 1)

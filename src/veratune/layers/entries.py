@@ -1,6 +1,6 @@
 """The data of one adapter on one layer: projections, settings, and how its vectors start."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -8,7 +8,7 @@ import torch
 from veratune.layers.input_cache import InputCache
 from veratune.ops.costs import LayerShape
 from veratune.ops.factors import Factors
-from veratune.ops.planning import MemoryName, RouteName
+from veratune.ops.planning import MemoryName, RouteName, TableCache
 from veratune.projections.pool import ProjectionView
 
 # The names of an adapter's vectors on one weight. Parameters, and keys in files, are the prefix and a name.
@@ -84,6 +84,7 @@ class AdapterEntry:
         settings: how it is computed.
         shapes: the dimensions and the rank of each block, without a number of tokens.
         parts: the number of outputs of each block; empty if the layer is not fused.
+        tables: the tables of routes that were looked up.
     """
 
     name: str
@@ -93,6 +94,7 @@ class AdapterEntry:
     settings: ComputeSettings
     shapes: tuple[LayerShape, ...]
     parts: tuple[int, ...]
+    tables: TableCache = field(default_factory=TableCache, repr=False, compare=False)
 
     @property
     def a(self) -> ProjectionView:

@@ -17,6 +17,7 @@ from veratune.ops.costs import LayerShape
 from veratune.ops.factors import Factors
 from veratune.projections.pool import projection_pool
 from veratune.projections.schemes import Scheme
+from veratune.utils.torch_private import parameter_of
 
 
 def vector_device(base_layer: nn.Module, weight: Tensor) -> torch.device:
@@ -67,7 +68,7 @@ class AdapterHolder(LayerKind):
     @property
     def base_weight(self) -> Tensor:
         """The base layer's weight at the moment: W0 or, while adapters are merged, the merged weight."""
-        weight = getattr(self.base_layer, self.weight_name, None)
+        weight = parameter_of(self.base_layer, self.weight_name)
         if not isinstance(weight, Tensor):  # kept in another form, of which this is a part
             weight = next(itertools.chain(self.base_layer.parameters(), self.base_layer.buffers()), None)
         if weight is None:
@@ -94,16 +95,34 @@ class AdapterHolder(LayerKind):
 
         They are its parameters, or the tensors that replace them within `torch.func.functional_call`.
         """
-        return {"b": self.vera_lambda_b[name], "d": self.vera_lambda_d[name]}
+        b, d = self._pair(name)
+        return {"b": b, "d": d}
+
+    def _pair(self, name: str) -> tuple[Tensor, Tensor]:
+        """Return (b, d) as `vectors` does: each call of a layer asks, and ParameterDict takes microseconds."""
+        modules = self._modules
+        b_vectors, d_vectors = modules["vera_lambda_b"], modules["vera_lambda_d"]
+        assert b_vectors is not None and d_vectors is not None
+        b, d = parameter_of(b_vectors, name), parameter_of(d_vectors, name)
+        assert b is not None and d is not None
+        return b, d
+
+    def factors(self, name: str, device: torch.device, dtype: torch.dtype) -> Factors:
+        """Return an adapter's factors on a layer that is not fused."""
+        entry = self.entries[name]
+        (b_view,), a_view = entry.b, entry.group.a
+        b, d = self._pair(name)
+        d = a_view.structure.arrange(d)
+        return Factors(a_view.matrix(device, dtype), b_view.matrix(device, dtype), b, d, entry.scale)
 
     def blocks(self, name: str, device: torch.device, dtype: torch.dtype) -> list[Block]:
         """Return an adapter's factors for each block of outputs: one, unless the layer is fused."""
         entry = self.entries[name]
-        vectors = self.vectors(name)
-        b, d = vectors["b"], entry.a.structure.arrange(vectors["d"])
-        A = entry.a.matrix(device, dtype)  # noqa: N806
         if not entry.parts:
-            return [Block(slice(None), Factors(A, entry.b[0].matrix(device, dtype), b, d, entry.scale))]
+            return [Block(slice(None), self.factors(name, device, dtype))]
+        b, d = self._pair(name)
+        d = entry.a.structure.arrange(d)
+        A = entry.a.matrix(device, dtype)  # noqa: N806
         return [
             Block(outputs, Factors(A, view.matrix(device, dtype), b[outputs], d[part], entry.scale))
             for part, (outputs, view) in enumerate(zip(slices(entry.parts), entry.b, strict=True))

@@ -88,28 +88,33 @@ class VeraLinear(VeraLayer):
         x = input  # torch.nn.Linear's name, by which it may be passed
         self.check_recomputation()
         output: Tensor
-        if not self.added_adapters:
-            output = self.base_layer(x, *args, **kwargs)
+        names, base = self.added_adapters, self._modules["base_layer"]
+        assert base is not None
+        if not names:
+            output = base(x, *args, **kwargs)
             return output
-        names = self.added_adapters
         several = len(names) > 1 or bool(self.entries[names[0]].parts)
         replaceable = (several or not self._plain_class) and self._weight_can_be_replaced()
         if replaceable and not self._plain_class:
-            weight = self.weight_over(self.base_weight)
-            output = call_with(self.base_layer, lambda: {"weight": weight}, (x, *args), kwargs)
+            replacing = self.weight_over(self.base_weight)
+            output = call_with(base, lambda: {"weight": replacing}, (x, *args), kwargs)
             return output
+        weight = self._plain_weight(base)
         plan = plan_linear(
-            [(self.entries[name], self.vectors(name)) for name in names],
+            [(self.entries[name], self._pair(name)) for name in names],
             x,
-            weight_dtype=self.base_weight.dtype if self._is_plain() else None,
+            weight_dtype=None if weight is None else weight.dtype,
             replaceable=replaceable,
             together=not (args or kwargs or self._drops(names[0])) and x.shape[-1:] == (self.in_features,),
         )
         if plan.how == "weight":
-            output = call_with(self.base_layer, lambda: {"weight": self.adapted_weight()}, (x, *args), kwargs)
+            output = call_with(base, lambda: {"weight": self.adapted_weight()}, (x, *args), kwargs)
             return output
         if plan.how == "together":
-            output = self._together(x, names[0], plan.choices[0][0], plan.dtype)
+            assert weight is not None
+            output = self._together(x, weight, names[0], plan.choices[0][0], plan.dtype)
+            if len(names) == 1:
+                return output
             names, choices = names[1:], plan.choices[1:]
         else:
             output, choices = self._checked_base_output(x, *args, **kwargs), plan.choices
@@ -138,21 +143,23 @@ class VeraLinear(VeraLayer):
             )
         return output
 
-    def _together(self, x: Tensor, name: str, choice: RouteChoice, dtype: torch.dtype) -> Tensor:
-        """Return the outputs of the base layer and one adapter, computed in one product."""
+    def _together(self, x: Tensor, weight: Tensor, name: str, choice: RouteChoice, dtype: torch.dtype) -> Tensor:
+        """Return the outputs of the base layer, whose weight is given, and one adapter, computed in one product."""
         bias = self.bias
-        flat = cast(x, dtype).reshape(math.prod(x.shape[:-1]), self.in_features)
-        (block,) = self.blocks(name, flat.device, dtype)
+        flat = cast(x, dtype)
+        if x.ndim != 2:
+            flat = flat.reshape(math.prod(x.shape[:-1]), self.in_features)
+        factors = self.factors(name, flat.device, dtype)
         output = multiply(
             flat,
-            cast(self.base_weight, dtype),
+            cast(weight, dtype),
             None if bias is None else cast(bias, dtype),
-            block.factors,
+            factors,
             choice,
             transposed=self.out_axis == 1,
-            xa=self._shared_xa(name, x, flat, block.factors.A),
+            xa=self._shared_xa(name, x, flat, factors.A),
         )
-        return output.view(*x.shape[:-1], self.out_features)
+        return output if x.ndim == 2 else output.view(*x.shape[:-1], self.out_features)
 
     def _plus_adapter(self, output: Tensor, x: Tensor, name: str, choices: Sequence[RouteChoice]) -> Tensor:
         """Return the output plus that of one adapter."""
@@ -169,6 +176,8 @@ class VeraLinear(VeraLayer):
     def _shared_xa(self, name: str, x: Tensor, flat: Tensor, A: Matrix) -> Callable[[bool], Tensor]:  # noqa: N803
         """Return a function that returns x A^T, from the cache if a layer with the same input has computed it."""
         entry = self.entries[name]
+        if entry.group.size == 1:
+            return lambda exactly: project(flat, A, exactly=exactly)
         cache = entry.group.cache
         return lambda exactly: cache.get(
             entry.name, x, A.values, lambda: project(flat, A, exactly=exactly), exactly=exactly
@@ -179,10 +188,14 @@ class VeraLinear(VeraLayer):
 
     def _is_plain(self) -> bool:
         """Return whether the output depends on nothing but the weight and the bias."""
-        if not self._plain_class or not only_computes(self.base_layer):
-            return False
+        return self._plain_weight(self.base_layer) is not None
+
+    def _plain_weight(self, base: nn.Module) -> Tensor | None:
+        """Return the base layer's weight if the output depends on nothing but the weight and the bias."""
+        if not self._plain_class or not only_computes(base):
+            return None
         weight = self.base_weight
-        return plain_tensor(weight) and weight.is_floating_point()
+        return weight if plain_tensor(weight) and weight.is_floating_point() else None
 
     def _drops(self, name: str) -> bool:
         return self.training and name in self.vera_dropout

@@ -1,7 +1,7 @@
 """Deciding how a layer computes an input: whether it reads the weight, in which dtype, and by which routes."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Literal, NamedTuple
 
@@ -33,29 +33,30 @@ def are_wide(vectors: Iterable[Tensor], dtype: torch.dtype) -> bool:
 
 
 def choose(
-    entry: AdapterEntry, vectors: Mapping[str, Tensor], x: Tensor, dtype: torch.dtype, *, weight_readable: bool
+    entry: AdapterEntry, vectors: Sequence[Tensor], x: Tensor, dtype: torch.dtype, *, weight_readable: bool
 ) -> tuple[RouteChoice, ...]:
     """Return the routes of one adapter for an input, one for each block of outputs.
 
     Args:
         entry: the adapter.
-        vectors: by name; their gradients may be required.
+        vectors: b and d, whose gradients may be required.
         x: (..., in).
         dtype: the compute dtype.
         weight_readable: whether the route may compute with W0 itself.
     """
-    training = gradients_wanted(*vectors.values())
+    training = gradients_wanted(*vectors)
     backward = training or gradients_wanted(x)
-    tokens = math.prod(x.shape[:-1])
+    wide_vectors = training and are_wide(vectors, dtype)
+    settings = entry.settings
+    flags = (training, weight_readable, backward, wide_vectors)
     if torch.compiler.is_compiling():
-        tokens = representative_tokens(tokens)
-    wide_vectors = training and are_wide(vectors.values(), dtype)
-    route, memory, device = entry.settings.route, entry.settings.memory, x.device
-    choices = []
-    for shape in entry.shapes:
-        table = table_for(route, memory, shape.key, device, dtype, training, weight_readable, backward, wide_vectors)
-        choices.append(look_up(table, tokens))
-    return tuple(choices)
+        few_or_many = representative_tokens(math.prod(x.shape[:-1]))
+        keys = [shape.key for shape in entry.shapes]
+        tables = [table_for(settings.route, settings.memory, key, x.device, dtype, *flags) for key in keys]
+        return tuple([look_up(table, few_or_many) for table in tables])
+    found = entry.tables.get(settings.route, settings.memory, entry.shapes, x.device, dtype, *flags)
+    tokens = x.shape[0] if x.ndim == 2 else math.prod(x.shape[:-1])
+    return (look_up(found[0], tokens),) if len(found) == 1 else tuple([look_up(table, tokens) for table in found])
 
 
 def exact_rows(entry: AdapterEntry, factors: Factors, x: Tensor) -> bool:
@@ -82,7 +83,7 @@ class LinearPlan(NamedTuple):
 
 
 def plan_linear(
-    adapters: Sequence[tuple[AdapterEntry, Mapping[str, Tensor]]],
+    adapters: Sequence[tuple[AdapterEntry, tuple[Tensor, Tensor]]],
     x: Tensor,
     *,
     weight_dtype: torch.dtype | None,

@@ -10,7 +10,6 @@ from veratune.layers.entries import Block
 from veratune.ops.factors import Factors
 from veratune.ops.linear import adapted_linear, project, residual
 from veratune.ops.planning import RouteChoice
-from veratune.ops.routes import ROUTES
 from veratune.utils.tensors import gradients_wanted
 
 
@@ -35,10 +34,7 @@ def multiply(
         transposed: whether the weight is (in, out).
         xa: returns x A^T, if layers share it; in float32 if called with True.
     """
-    training = gradients_wanted(factors.b, factors.d)
-    uses_xa = xa is not None and ROUTES[choice.route].uses_xa(training)
-    shared = xa(choice.exact and training) if xa is not None and uses_xa else None
-    return adapted_linear(x, weight, bias, factors, choice, transposed=transposed, xa=shared)
+    return adapted_linear(x, weight, bias, factors, choice, transposed=transposed, xa=xa)
 
 
 def add(

@@ -22,6 +22,7 @@ it costs little, the gradients of float32 vectors come from products that round 
 (`ops.exact`).
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -34,7 +35,7 @@ from veratune.ops.planning import RouteChoice
 from veratune.ops.routes import ROUTES, LinearInputs, Wanted
 from veratune.projections.structure import Matrix, Structure
 from veratune.utils.tensors import cast, gradients_wanted, without_autocast
-from veratune.utils.torch_private import transformations_active
+from veratune.utils.torch_private import apply_function, transformations_active
 
 
 class _Constants(NamedTuple):
@@ -102,11 +103,14 @@ class _AdaptedLinear(torch.autograd.Function):
         if g is None:
             return (None,) * 10
         # The caller's autocast must not narrow the float32 part.
-        with torch.no_grad(), without_autocast(g.device):
-            grads = _backward(ctx, g)
+        with without_autocast(g.device):
+            if not torch.is_grad_enabled():
+                return _backward(ctx, g)
+            with torch.no_grad():
+                grads = _backward(ctx, g)
         # Under create_graph=True, the gradients appear differentiable and raise when differentiated. A compiler raises
         # by itself.
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling():
             grads = tuple(None if grad is None else _refuse_second_derivative(grad) for grad in grads)
         return grads
 
@@ -183,7 +187,7 @@ def adapted_linear(
     choice: RouteChoice,
     *,
     transposed: bool = False,
-    xa: Tensor | None = None,
+    xa: Tensor | Callable[[bool], Tensor] | None = None,
 ) -> Tensor:
     """Return y = x (W0 + delta W)^T + bias, (T, out), by the chosen route.
 
@@ -197,7 +201,7 @@ def adapted_linear(
         factors: the adapter, A and B in the compute dtype.
         choice: the route.
         transposed: whether the weight is stored as (in, out).
-        xa: x A^T (T, r), as `project` returns it, if already computed.
+        xa: x A^T (T, r), as `project` returns it, if already computed; or what returns it, given `exactly`.
     """
     return _apply(x, None, weight, bias, factors, choice, transposed, xa)
 
@@ -223,7 +227,7 @@ def _apply(
     factors: Factors,
     choice: RouteChoice,
     transposed: bool,
-    xa: Tensor | None,
+    xa: Tensor | Callable[[bool], Tensor] | None,
 ) -> Tensor:
     A, B, b, d, scale = factors  # noqa: N806
     check_values(x, start, weight, bias, b, d)
@@ -231,8 +235,12 @@ def _apply(
         return _composed(x, start, weight, bias, factors, transposed)
     training = gradients_wanted(b, d)
     exactly = choice.exact and training
-    if xa is None or (exactly and xa.dtype == x.dtype):
-        xa = project(x, A, exactly=exactly) if ROUTES[choice.route].uses_xa(training) else None
+    if not ROUTES[choice.route].uses_xa(training):
+        xa = None
+    elif callable(xa):
+        xa = xa(exactly)
+    elif xa is None or (exactly and xa.dtype == x.dtype):
+        xa = project(x, A, exactly=exactly)
     elif not exactly:
         xa = cast(xa, x.dtype)
     constants = _Constants(choice, scale, transposed, A.structure, B.structure)
@@ -244,7 +252,7 @@ def _apply(
     elif torch.compiler.is_compiling():
         output = _AdaptedLinear.apply(*arguments)[0]  # type: ignore[no-untyped-call]
     else:
-        output = _EagerAdaptedLinear.apply(*arguments)[0]  # type: ignore[no-untyped-call]
+        output = apply_function(_EagerAdaptedLinear, *arguments)[0]
     return output
 
 

@@ -312,6 +312,36 @@ def table_for(
 _tables: dict[tuple[Any, ...], tuple[DeviceProfile, RouteTable]] = {}
 
 
+class TableCache:
+    """The route tables of one adapter on one layer, by the arguments that vary between calls. It is not copied."""
+
+    def __init__(self) -> None:
+        self._found: dict[tuple[Any, ...], tuple[DeviceProfile, tuple[RouteTable, ...]]] = {}
+
+    def get(
+        self,
+        route: RouteName,
+        memory: MemoryName,
+        shapes: tuple[LayerShape, ...],
+        device: torch.device,
+        dtype: torch.dtype,
+        training: bool,
+        weight_readable: bool,
+        backward: bool,
+        wide_vectors: bool,
+    ) -> tuple[RouteTable, ...]:
+        """Return the table of each shape. The first three arguments are the same in every call."""
+        key = (device, dtype, training, weight_readable, backward, wide_vectors)
+        found = self._found.get(key)
+        if found is None or found[0] is not device_profile(device, dtype):
+            tables = tuple(table_for(route, memory, shape.key, *key) for shape in shapes)
+            found = self._found[key] = device_profile(device, dtype), tables
+        return found[1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_found": {}}
+
+
 def representative_tokens(tokens: int) -> int:
     """Return the number of tokens for which a compiled model chooses: few, some, or many.
 

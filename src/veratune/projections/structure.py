@@ -10,7 +10,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from veratune.utils.tensors import product
+from veratune.utils.tensors import cast, product
 
 
 class Structure(Protocol):
@@ -110,7 +110,7 @@ class Dense(NamedTuple):
     def scaled(self, values: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
         # Each operation on a small tensor costs a launch: of one pair, the product is a single operation.
         scales = torch.outer(rows, columns) if rows.ndim == 1 else rows.unsqueeze(-1) * columns.unsqueeze(-2)
-        return scales.mul_(values).to(values.dtype)
+        return cast(scales.mul_(values), values.dtype)
 
     def outer(self, values: Tensor, z: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
         return product(z.mT, x, dtype).mul_(values)

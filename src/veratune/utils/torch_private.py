@@ -36,6 +36,19 @@ def constant_while_compiling(function: _Function) -> _Function:
     return function
 
 
+def apply_function(function: type[torch.autograd.Function], *arguments: Any) -> Any:
+    """Call a `Function` as its `apply` does while no torch.func transformation is active, without asking for one."""
+    return super(torch.autograd.Function, function).apply(*arguments)  # type: ignore[misc]
+
+
+def parameter_of(module: nn.Module, name: str) -> Any:
+    """Return getattr(module, name, None); without the microsecond that torch takes if it is a parameter."""
+    parameters = module._parameters
+    if name in parameters and name not in module.__dict__:
+        return parameters[name]
+    return getattr(module, name, None)
+
+
 def modes_active() -> bool:
     """Return whether a dispatch mode is active (fake tensors, tracing). True if unknown."""
     return _length_of_mode_stack() > 0
