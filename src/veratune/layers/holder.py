@@ -68,7 +68,7 @@ class AdapterHolder(LayerKind):
     @property
     def base_weight(self) -> Tensor:
         """The base layer's weight at the moment: W0 or, while adapters are merged, the merged weight."""
-        weight = parameter_of(self.base_layer, self.weight_name)
+        weight: Tensor | None = parameter_of(self.base_layer, self.weight_name)
         if not isinstance(weight, Tensor):  # kept in another form, of which this is a part
             weight = next(itertools.chain(self.base_layer.parameters(), self.base_layer.buffers()), None)
         if weight is None:
@@ -107,11 +107,13 @@ class AdapterHolder(LayerKind):
         assert b is not None and d is not None
         return b, d
 
-    def factors(self, name: str, device: torch.device, dtype: torch.dtype) -> Factors:
-        """Return an adapter's factors on a layer that is not fused."""
+    def factors(
+        self, name: str, device: torch.device, dtype: torch.dtype, pair: tuple[Tensor, Tensor] | None = None
+    ) -> Factors:
+        """Return an adapter's factors on a layer that is not fused; with these vectors, if any."""
         entry = self.entries[name]
         (b_view,), a_view = entry.b, entry.group.a
-        b, d = self._pair(name)
+        b, d = self._pair(name) if pair is None else pair
         d = a_view.structure.arrange(d)
         return Factors(a_view.matrix(device, dtype), b_view.matrix(device, dtype), b, d, entry.scale)
 

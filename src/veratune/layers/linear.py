@@ -31,6 +31,7 @@ from veratune.ops.planning import RouteChoice
 from veratune.projections.structure import Matrix
 from veratune.utils.sharding import shape_of
 from veratune.utils.tensors import cast, gradients_wanted
+from veratune.utils.torch_private import parameter_of
 
 
 def is_out_proj(module: nn.Module) -> bool:
@@ -100,8 +101,9 @@ class VeraLinear(VeraLayer):
             output = call_with(base, lambda: {"weight": replacing}, (x, *args), kwargs)
             return output
         weight = self._plain_weight(base)
+        adapters = [(self.entries[name], self._pair(name)) for name in names]
         plan = plan_linear(
-            [(self.entries[name], self._pair(name)) for name in names],
+            adapters,
             x,
             weight_dtype=None if weight is None else weight.dtype,
             replaceable=replaceable,
@@ -112,7 +114,7 @@ class VeraLinear(VeraLayer):
             return output
         if plan.how == "together":
             assert weight is not None
-            output = self._together(x, weight, names[0], plan.choices[0][0], plan.dtype)
+            output = self._together(x, weight, names[0], adapters[0][1], plan.choices[0][0], plan.dtype)
             if len(names) == 1:
                 return output
             names, choices = names[1:], plan.choices[1:]
@@ -143,13 +145,30 @@ class VeraLinear(VeraLayer):
             )
         return output
 
-    def _together(self, x: Tensor, weight: Tensor, name: str, choice: RouteChoice, dtype: torch.dtype) -> Tensor:
-        """Return the outputs of the base layer, whose weight is given, and one adapter, computed in one product."""
+    def _together(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        name: str,
+        pair: tuple[Tensor, Tensor],
+        choice: RouteChoice,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        """Return the outputs of the base layer and one adapter, computed in one product.
+
+        Args:
+            x: (..., in).
+            weight: W0.
+            name: the adapter.
+            pair: its vectors b and d.
+            choice: the route.
+            dtype: the compute dtype.
+        """
         bias = self.bias
         flat = cast(x, dtype)
         if x.ndim != 2:
             flat = flat.reshape(math.prod(x.shape[:-1]), self.in_features)
-        factors = self.factors(name, flat.device, dtype)
+        factors = self.factors(name, flat.device, dtype, pair)
         output = multiply(
             flat,
             cast(weight, dtype),
@@ -194,11 +213,17 @@ class VeraLinear(VeraLayer):
         """Return the base layer's weight if the output depends on nothing but the weight and the bias."""
         if not self._plain_class or not only_computes(base):
             return None
-        weight = self.base_weight
+        weight = parameter_of(base, "weight")
+        if not isinstance(weight, Tensor):
+            weight = self.base_weight
         return weight if plain_tensor(weight) and weight.is_floating_point() else None
 
     def _drops(self, name: str) -> bool:
-        return self.training and name in self.vera_dropout
+        if not self.training:
+            return False
+        dropouts = self._modules["vera_dropout"]
+        assert dropouts is not None
+        return name in dropouts._modules
 
     # Merging into quantized weights
 

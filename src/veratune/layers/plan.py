@@ -17,14 +17,14 @@ from veratune.utils.tensors import gradients_wanted
 
 def compute_dtype(x: Tensor, weight_dtype: torch.dtype) -> torch.dtype | None:
     """Return the dtype in which torch computes a linear layer here, or None where it refuses to."""
-    device = x.device.type
+    device, dtype = x.device.type, x.dtype
     if (
         device != "meta"
         and torch.is_autocast_enabled(device)
-        and all(dtype.is_floating_point and dtype != torch.float64 for dtype in (x.dtype, weight_dtype))
+        and all(each.is_floating_point and each != torch.float64 for each in (dtype, weight_dtype))
     ):
         return torch.get_autocast_dtype(device)
-    return x.dtype if x.dtype == weight_dtype else None
+    return dtype if dtype == weight_dtype else None
 
 
 def are_wide(vectors: Iterable[Tensor], dtype: torch.dtype) -> bool:
@@ -44,8 +44,10 @@ def choose(
         dtype: the compute dtype.
         weight_readable: whether the route may compute with W0 itself.
     """
-    training = gradients_wanted(*vectors)
-    backward = training or gradients_wanted(x)
+    graded = torch.is_grad_enabled()
+    b, d = vectors
+    training = graded and (b.requires_grad or d.requires_grad)
+    backward = training or (graded and x.requires_grad)
     wide_vectors = training and are_wide(vectors, dtype)
     settings = entry.settings
     flags = (training, weight_readable, backward, wide_vectors)
@@ -113,7 +115,7 @@ def plan_linear(
     if first is None:
         first = choose(*adapters[0], x, dtype, weight_readable=together)
     choices = [first]
-    for entry, vectors in adapters[1:]:
+    for entry, vectors in adapters[1:] if len(adapters) > 1 else ():
         choices.append(choose(entry, vectors, x, dtype, weight_readable=False))
     return LinearPlan("together" if together else "residual", dtype, choices)
 

@@ -54,6 +54,10 @@ class Factors(NamedTuple):
         With leading dimensions of b and d, (..., out) and (..., r), one C for each pair.
         """
         wide = wide_dtype(self.b.dtype, self.B.dtype)
+        if self.b.ndim == 1 and self.B.structure is DENSE:  # with few operations: each takes microseconds
+            b = cast(self.b, wide)
+            scales = torch.addr(b, cast(self.d, wide), b, beta=0, alpha=self.scale)
+            return Matrix(cast(scales.mul_(self.B.values), self.B.dtype))
         values = self.B.structure.scaled(self.B.values, cast(self.d, wide) * self.scale, cast(self.b, wide))
         return Matrix(values, self.B.structure)
 
@@ -67,7 +71,7 @@ class Factors(NamedTuple):
         """
         wide = products.dtype
         one = self.b.ndim == 1
-        if one and products.structure is DENSE:  # with few operations: each takes microseconds
+        if one and products.structure is DENSE:  # with few operations, as in `folded`
             P, b, d = products.values, cast(self.b, wide), cast(self.d, wide)  # noqa: N806
             grad_b = torch.addmv(b, P.t(), d, beta=0, alpha=self.scale) if need_b else None
             grad_d = torch.addmv(d, P, b, beta=0, alpha=self.scale) if need_d else None

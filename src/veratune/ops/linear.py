@@ -92,9 +92,10 @@ class _AdaptedLinear(torch.autograd.Function):
             ctx.mark_non_differentiable(kept)
         ctx.set_materialize_grads(False)
         ctx.constants = constants
-        wants_vectors = ctx.needs_input_grad[6] or ctx.needs_input_grad[7]
+        needed = ctx.needs_input_grad
+        wants_vectors = needed[6] or needed[7]
         from_x = ROUTES[constants.choice.route].gradients_from == "x"
-        saves_x = ctx.needs_input_grad[2] or (wants_vectors and from_x)
+        saves_x = needed[2] or (wants_vectors and from_x)
         saves_xa = wants_vectors and not from_x
         ctx.save_for_backward(x if saves_x else None, weight, a_values, b_values, b, d, xa if saves_xa else None, kept)
 
@@ -233,7 +234,8 @@ def _apply(
     check_values(x, start, weight, bias, b, d)
     if transformations_active():
         return _composed(x, start, weight, bias, factors, transposed)
-    training = gradients_wanted(b, d)
+    graded = torch.is_grad_enabled()
+    training = graded and (b.requires_grad or d.requires_grad)
     exactly = choice.exact and training
     if not ROUTES[choice.route].uses_xa(training):
         xa = None
@@ -247,7 +249,7 @@ def _apply(
     arguments = (x, start, weight, bias, A.values, B.values, b, d, xa, constants)
     # Autograd's bookkeeping can take longer than a small layer: skip it if nothing is differentiated, and use the
     # newer, slower style only for a compiler, which needs it.
-    if not (training or gradients_wanted(x, start, weight, bias)):
+    if not (training or (graded and gradients_wanted(x, start, weight, bias))):
         output = _AdaptedLinear.forward(*arguments)[0]
     elif torch.compiler.is_compiling():
         output = _AdaptedLinear.apply(*arguments)[0]  # type: ignore[no-untyped-call]

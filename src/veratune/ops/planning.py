@@ -90,6 +90,10 @@ def estimate(
     return Estimate(choice, cost.flops, cost.saved_bytes, cost.seconds)
 
 
+# An adapted weight of so many elements takes longer to launch than to compute, and little to keep.
+_FEW = 1 << 14
+
+
 def possible_choices(
     route: RouteName,
     memory: MemoryName,
@@ -105,8 +109,8 @@ def possible_choices(
     Args:
         route: which routes are allowed: "factored" excludes those that read the weight, "dense" all but "dense".
         memory: "low" saves only the smaller of x and x A^T for the gradients; "fast" saves everything that avoids
-            recomputation; "balanced" saves an adapted weight that is small compared with the layer's activations, and
-            activations that are small compared with the layer's weight.
+            recomputation; "balanced" saves an adapted weight that is small compared with the layer's activations or
+            has at most `_FEW` elements, and activations that are small compared with the layer's weight.
         shape: the call's dimensions.
         training: whether the vectors' gradients will be wanted.
         weight_readable: whether W0 can be read, which a dense output needs.
@@ -128,9 +132,8 @@ def possible_choices(
     if training and memory == "low" and route == "auto":
         smaller = "x" if shape.in_features < shape.rank else "xa"
         possible = [each for each in possible if each.gradients_from == smaller] or possible
-    weight_is_small = 8 * shape.in_features * shape.out_features <= shape.tokens * (
-        shape.in_features + shape.out_features
-    )
+    elements = shape.in_features * shape.out_features
+    weight_is_small = elements <= _FEW or 8 * elements <= shape.tokens * (shape.in_features + shape.out_features)
     activations_are_small = 8 * shape.tokens <= shape.in_features
     kept = {
         "weight": backward and (memory == "fast" or (memory == "balanced" and weight_is_small)),

@@ -9,6 +9,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from veratune.utils.tensors import cast, product
 
@@ -102,7 +103,7 @@ class Dense(NamedTuple):
     def rmatmul(self, values: Tensor, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         if dtype is not None:
             return product(x, values.mT, dtype)
-        return values @ x if x.ndim == 1 else x @ values.mT
+        return values @ x if x.ndim == 1 else F.linear(x, values) if values.ndim == 2 else x @ values.mT
 
     def plus_matmul(self, target: Tensor, values: Tensor, z: Tensor, *, in_place: bool) -> Tensor:
         return target.addmm_(z, values) if in_place else torch.addmm(target, z, values)

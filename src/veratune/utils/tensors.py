@@ -10,6 +10,7 @@ from torch import Tensor
 
 from veratune.utils.torch_private import constant_while_compiling, returns_sums
 
+_NOTHING = nullcontext()
 _NARROW = (torch.float32, torch.bfloat16, torch.float16)
 _KNOWN_TO_NUMPY = {torch.float32, torch.float64, torch.float16, torch.int64, torch.int32, torch.uint8, torch.bool}
 
@@ -103,8 +104,10 @@ def gradients_wanted(*values: object) -> bool:
 
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     """Return a context in which autocast narrows no product on this device."""
-    narrowing = _supports_autocast(device.type) and torch.is_autocast_enabled(device.type)
-    return torch.autocast(device.type, enabled=False) if narrowing else nullcontext()
+    device_type = device.type
+    known = device_type in ("cpu", "cuda") or _supports_autocast(device_type)
+    narrowing = known and torch.is_autocast_enabled(device_type)
+    return torch.autocast(device_type, enabled=False) if narrowing else _NOTHING
 
 
 # torch before 2.13 cannot trace this question.
