@@ -529,17 +529,22 @@ def _model(key: int) -> VeraModel:
 
 
 def _plugin(key: int) -> peft.PeftModel:
+    install()
     model = peft.get_peft_model(Net(), VeratuneConfig(**{**SETTINGS, "r": 2 + key}, projection_prng_key=key))
     randomise(model, scale=0.5)
     return model
 
 
+@pytest.mark.filterwarnings("ignore:.*differs from the configuration inside:UserWarning")  # new weights, old JSON
 @pytest.mark.parametrize("kind", ["export_lora", "export_peft", "plugin"])
 @pytest.mark.parametrize("exchanged", [True, False])
 def test_a_kill_at_any_step_leaves_the_old_files_or_the_new_ones(
     kind: str, exchanged: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without an exchange of directories there may be no configuration, which is refused, but never a mixed pair."""
+    """Without an exchange of directories there may be no configuration, which is refused, but never a mixed pair.
+
+    The plug-in's file has its configuration inside, and so is old or new by itself.
+    """
     models = [(_plugin if kind == "plugin" else _model)(key) for key in (0, 1)]
     save = "save_pretrained" if kind == "plugin" else kind
     outputs = [model(X).detach() for model in models]
@@ -565,7 +570,7 @@ def test_a_kill_at_any_step_leaves_the_old_files_or_the_new_ones(
             break
     else:
         pytest.fail("it has not come to an end")
-    assert seen == ({0, 1} if exchanged else {0, 1, None})
+    assert seen == ({0, 1} if exchanged or kind == "plugin" else {0, 1, None})
 
 
 def test_the_first_export_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
