@@ -279,7 +279,7 @@ def test_a_mutated_file_loads_as_it_says_or_changes_nothing(
 PEFT_WAYS = ("from_pretrained", "load_adapter")
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore:The following rank_pattern keys:RuntimeWarning")
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda way: way.__name__)
 @pytest.mark.parametrize("kind", ["native", "native from peft"])
 @examples
