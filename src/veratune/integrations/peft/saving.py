@@ -69,22 +69,23 @@ def _save(
     unknown = [name for name in names if name not in peft_model.peft_config]
     if unknown:
         raise ValueError(f"invalid `selected_adapters`: {unknown} are none of {list(peft_model.peft_config)}")
-    # All processes take part in gathering; all adapters are checked before the first is written.
-    tensors = {name: _tensors(peft_model, name, kwargs.get("state_dict"), save_embedding_layers) for name in names}
-    if not is_main_process:
-        return
-    _write_card(peft_model, directory)
     base = base_model_of(peft_model)
     modules = base_modules(base)
     for name in names:
         config = peft_model.peft_config[name]
         if config.base_model_name_or_path is None:
             config.base_model_name_or_path = base.__dict__.get("name_or_path")
+    # All processes take part in gathering; all adapters are checked before the first is written.
+    tensors = {name: _tensors(peft_model, name, kwargs.get("state_dict"), save_embedding_layers) for name in names}
+    settings = {name: peft_model.peft_config[name].for_file(list(saved_wrappers(modules, name))) for name in names}
+    if not is_main_process:
+        return
+    _write_card(peft_model, directory)
+    for name in names:
         layers = {key: layer for key, layer in adapted_layers(base).items() if name in layer.entries}
         scheme = next(iter(layers.values())).entries[name].a.projection.scheme
-        settings = config.for_file(list(saved_wrappers(modules, name)))
         folder = directory if name == "default" else directory / name
-        write_native(folder, name, base, settings, scheme, layers, tensors[name])
+        write_native(folder, name, base, settings[name], scheme, layers, tensors[name])
 
 
 def _tensors(
