@@ -514,6 +514,19 @@ def test_what_a_file_cannot_hold_is_refused_before_anything_is_written(tmp_path:
     assert not (tmp_path / "refused").exists()
 
 
+def test_transformers_own_ways_to_files_are_refused(tmp_path: Path) -> None:
+    plain = base("bert")
+    plain.save_pretrained(tmp_path / "base")
+    plain.add_adapter(VeratuneConfig(r=4, target_modules=["query"]))
+    with pytest.raises(ValueError, match="saved with its adapter alone"):
+        plain.save_pretrained(tmp_path / "refused")
+    assert not list((tmp_path / "refused").iterdir())
+    model = type(plain).from_pretrained(tmp_path / "base")
+    get_peft_model(model, VeraConfig(r=4, target_modules=["query"])).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(CheckpointError, match="transformers' load_adapter cannot read"):
+        type(plain).from_pretrained(tmp_path / "adapter")
+
+
 @pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning")  # PEFT's
 def test_embeddings_that_an_adapter_trains_are_saved_and_adapted_ones_need_no_base(tmp_path: Path) -> None:
     tiny_model("llama").save_pretrained(tmp_path / "base")
