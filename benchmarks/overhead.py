@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import veratune
 from common import Benchmark, Case, Table, Target, new_case, progress
 
-WIDTH, TOKENS, RANK = 16, 4, 8
+WIDTH, TOKENS, RANK = 16, 4, 16
 CALLS = 300
 FROZEN, LORA, PEFT_VERA, OURS, OURS_BLOCKS = "frozen", "PEFT LoRA", "PEFT VeRA", "veratune", "veratune, 4 blocks"
 

@@ -86,10 +86,14 @@ class _AdaptedLinear(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor | None]) -> None:
-        x, _, weight, _, a_values, b_values, b, d, xa, constants = inputs
         kept = output[1]
         if kept is not None:
             ctx.mark_non_differentiable(kept)
+        _AdaptedLinear.save(ctx, inputs, kept)
+
+    @staticmethod
+    def save(ctx: Any, inputs: tuple[Any, ...], kept: Tensor | None) -> None:
+        x, _, weight, _, a_values, b_values, b, d, xa, constants = inputs
         ctx.set_materialize_grads(False)
         ctx.constants = constants
         needed = ctx.needs_input_grad
@@ -100,7 +104,7 @@ class _AdaptedLinear(torch.autograd.Function):
         ctx.save_for_backward(x if saves_x else None, weight, a_values, b_values, b, d, xa if saves_xa else None, kept)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, g: Tensor | None, _: None = None) -> tuple[Tensor | None, ...]:
         if g is None:
             return (None,) * 10
         # The caller's autocast must not narrow the float32 part.
@@ -139,12 +143,12 @@ def _refuse_second_derivative(grad: Tensor) -> Tensor:
 
 
 class _EagerAdaptedLinear(_AdaptedLinear):
-    """The same in the older style, which spares autograd inspecting a signature in each call."""
+    """The same in the older style, which spares autograd inspecting a signature in each call, and a second output."""
 
     @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor | None]:
-        output = _AdaptedLinear.forward(*arguments)
-        _AdaptedLinear.setup_context(ctx, arguments, output)
+    def forward(ctx: Any, *arguments: Any) -> Tensor:  # type: ignore[override]
+        output, kept = _AdaptedLinear.forward(*arguments)
+        _AdaptedLinear.save(ctx, arguments, kept)
         return output
 
     # The default, as for a function that defines none.
@@ -254,7 +258,7 @@ def _apply(
     elif torch.compiler.is_compiling():
         output = _AdaptedLinear.apply(*arguments)[0]  # type: ignore[no-untyped-call]
     else:
-        output = apply_function(_EagerAdaptedLinear, *arguments)[0]
+        output = apply_function(_EagerAdaptedLinear, *arguments)
     return output
 
 
