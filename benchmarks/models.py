@@ -50,6 +50,7 @@ LORA_8, LORA_64 = "PEFT LoRA r=8", "PEFT LoRA r=64"
 OURS_FACTORED, OURS_DENSE = "veratune, route=factored", "veratune, route=dense"
 OURS_LOW, OURS_FAST = "veratune, memory=low", "veratune, memory=fast"
 OURS_BLOCKS_8, OURS_BLOCKS_16 = "veratune, 8 blocks", "veratune, 16 blocks"
+OURS_BLOCKS_LOW = "veratune, 16 blocks, memory=low"
 VARIANTS = (
     FROZEN,
     FULL,
@@ -63,6 +64,7 @@ VARIANTS = (
     OURS_FAST,
     OURS_BLOCKS_8,
     OURS_BLOCKS_16,
+    OURS_BLOCKS_LOW,
 )
 _OUR_SETTINGS: dict[str, dict[str, Any]] = {
     OURS: {},
@@ -72,6 +74,7 @@ _OUR_SETTINGS: dict[str, dict[str, Any]] = {
     OURS_FAST: {"memory": "fast"},
     OURS_BLOCKS_8: {"projection": "blocks", "projection_blocks": 8},
     OURS_BLOCKS_16: {"projection": "blocks", "projection_blocks": 16},
+    OURS_BLOCKS_LOW: {"projection": "blocks", "projection_blocks": 16, "memory": "low"},
 }
 
 

@@ -31,6 +31,7 @@ from torch.nn import functional as F
 
 from veratune.ops import exact
 from veratune.ops.factors import Factors, check_values
+from veratune.ops.graph_inputs import source_of
 from veratune.ops.planning import RouteChoice
 from veratune.ops.routes import ROUTES, LinearInputs, Wanted
 from veratune.projections.structure import Matrix, Structure
@@ -46,6 +47,7 @@ class _Constants(NamedTuple):
     transposed: bool
     a_structure: Structure
     b_structure: Structure
+    input_again: Callable[[], Tensor] | None = None
 
     def inputs(
         self,
@@ -99,8 +101,9 @@ class _AdaptedLinear(torch.autograd.Function):
         needed = ctx.needs_input_grad
         wants_vectors = needed[6] or needed[7]
         from_x = ROUTES[constants.choice.route].gradients_from == "x"
-        saves_x = needed[2] or (wants_vectors and from_x)
-        saves_xa = wants_vectors and not from_x
+        saves_input = wants_vectors and constants.input_again is None
+        saves_x = needed[2] or (saves_input and from_x)
+        saves_xa = saves_input and not from_x
         ctx.save_for_backward(x if saves_x else None, weight, a_values, b_values, b, d, xa if saves_xa else None, kept)
 
     @staticmethod
@@ -161,6 +164,11 @@ def _backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
     constants: _Constants = ctx.constants
     route = ROUTES[constants.choice.route]
     wanted = Wanted(need_x, need_b, need_d)
+    if wanted.vectors and constants.input_again is not None:
+        if x is None:
+            x = constants.input_again()
+        if route.gradients_from == "xa":
+            xa = project(x, Matrix(a_values, constants.a_structure), exactly=constants.choice.exact)
     weight_gradient = None
     if need_weight or (wanted.vectors and route.gradients_from == "x"):
         exactly = constants.choice.exact and wanted.vectors
@@ -249,7 +257,8 @@ def _apply(
         xa = project(x, A, exactly=exactly)
     elif not exactly:
         xa = cast(xa, x.dtype)
-    constants = _Constants(choice, scale, transposed, A.structure, B.structure)
+    input_again = source_of(x) if choice.input_again and training else None
+    constants = _Constants(choice, scale, transposed, A.structure, B.structure, input_again)
     arguments = (x, start, weight, bias, A.values, B.values, b, d, xa, constants)
     # Autograd's bookkeeping can take longer than a small layer: skip it if nothing is differentiated, and use the
     # newer, slower style only for a compiler, which needs it.

@@ -31,11 +31,14 @@ class RouteChoice(NamedTuple):
         route: its name in `ROUTES`.
         keep: save an intermediate result for the backward pass instead of recomputing it (`Route.keeps`).
         exact: compute the gradients of float32 vectors without rounding anything to the compute dtype (`ops.exact`).
+        input_again: save nothing of the input for the vectors' gradients if autograd holds what it was computed from
+            (`ops.graph_inputs`).
     """
 
     route: str
     keep: bool = False
     exact: bool = False
+    input_again: bool = False
 
     @property
     def reads_weight(self) -> bool:
@@ -108,7 +111,8 @@ def possible_choices(
 
     Args:
         route: which routes are allowed: "factored" excludes those that read the weight, "dense" all but "dense".
-        memory: "low" saves only the smaller of x and x A^T for the gradients; "fast" saves everything that avoids
+        memory: "low" saves only the smaller of x and x A^T for the gradients, and neither if autograd holds what x was
+            computed from; "fast" saves everything that avoids
             recomputation; "balanced" saves an adapted weight that is small compared with the layer's activations or
             has at most `_FEW` elements, and activations that are small compared with the layer's weight.
         shape: the call's dimensions.
@@ -140,7 +144,11 @@ def possible_choices(
         "product": training and (memory == "fast" or (memory == "balanced" and activations_are_small)),
         "xa": training,
     }
-    return [RouteChoice(each.name, each.keeps is not None and kept[each.keeps]) for each in possible]
+    input_again = training and memory == "low"
+    return [
+        RouteChoice(each.name, each.keeps is not None and kept[each.keeps], input_again=input_again)
+        for each in possible
+    ]
 
 
 # The part of a layer's step (frozen layer and adapter, forward and backward) that exact gradients may add.
@@ -153,7 +161,7 @@ def exactly(choice: RouteChoice, memory: MemoryName) -> RouteChoice | None:
     if route.keeps == "xa" or (memory == "low" and route.gradients_from == "xa"):
         return None
     # From u^T g, a scaled output's vectors need no product with B.
-    return RouteChoice(choice.route, choice.keep and choice.reads_weight, exact=True)
+    return choice._replace(keep=choice.keep and choice.reads_weight, exact=True)
 
 
 def choose_route(

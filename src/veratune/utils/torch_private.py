@@ -66,6 +66,17 @@ def outside_transformations() -> AbstractContextManager[Any]:
     return context
 
 
+# The hooks that change what autograd saves (checkpointing, offloading), or None; some value if that is unknown.
+_hooks_on_saved_tensors: Callable[[bool], Any] = getattr(
+    torch._C._autograd, "_top_saved_tensors_default_hooks", lambda ignore_is_tracing: True
+)
+
+
+def saved_tensors_are_hooked() -> bool:
+    """Return whether something changes the tensors that autograd saves now. True if unknown."""
+    return _hooks_on_saved_tensors(False) is not None
+
+
 _current_graph_task: Callable[[], int] = getattr(torch._C, "_current_graph_task_id", lambda: -1)
 _current_node: Callable[[], Any] = getattr(torch._C, "_current_autograd_node", lambda: None)
 _next_number: Callable[[], int] = getattr(torch.autograd, "_get_sequence_nr", lambda: 0)

@@ -1,0 +1,97 @@
+"""A layer's input, taken again in the backward pass from what autograd holds anyway, for `memory="low"`.
+
+The gradients of b and d need the layer's input x. In a frozen model autograd often holds what x was computed from: a
+normalization keeps its input, an activation function its input or output, a product both factors, attention its output.
+Computing x from these once more takes an elementwise operation, and no memory between the passes.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from veratune.utils.torch_private import saved_tensors_are_hooked
+
+# They keep the order of the elements.
+_RESHAPING = {"ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0", "CloneBackward0", "AliasBackward0"}
+_KEEPS_RESULT = {"ReluBackward0", "TanhBackward0", "SigmoidBackward0"}
+
+
+def source_of(x: Tensor) -> Callable[[], Tensor] | None:
+    """Return a function that computes x again, or None if autograd does not hold what that takes.
+
+    It has to be called before the backward pass reaches the operation that computed x. It returns an equal tensor up to
+    the rounding of a normalization, without a graph.
+
+    Args:
+        x: a tensor as its operation returned it, or a reshaped one. If it was written to since, None is returned.
+    """
+    node: Any = x.grad_fn
+    if node is None or x._version or torch.compiler.is_compiling() or saved_tensors_are_hooked():
+        return None
+    found = _value(node, _described, shaped=False)
+    if found is None or found.numel() != x.numel() or found.dtype != x.dtype:
+        return None
+    shape = x.shape
+
+    def again() -> Tensor:
+        value = _value(node, torch.detach, shaped=False)
+        assert value is not None
+        return value.reshape(shape)
+
+    return again
+
+
+def _described(tensor: Tensor) -> Tensor:
+    return torch.empty_like(tensor, device="meta")
+
+
+def _value(node: Any, read: Callable[[Tensor], Tensor], *, shaped: bool) -> Tensor | None:
+    """Return the result of the operation of an autograd node, computed from what it or the nodes before it hold.
+
+    Args:
+        node: the node, or None.
+        read: returns a tensor to compute with for one that autograd holds: itself, or one on the meta device.
+        shaped: whether the result's shape matters, or only the order of its elements.
+    """
+    name = "" if node is None else node.name()
+    if name in _RESHAPING:
+        return None if shaped and name != "CloneBackward0" else _value(node.next_functions[0][0], read, shaped=shaped)
+    if name == "TransposeBackward0":
+        value = _value(node.next_functions[0][0], read, shaped=True)
+        return None if value is None else value.transpose(_dim(node._saved_dim0), _dim(node._saved_dim1))
+    if name in _KEEPS_RESULT:
+        return read(node._saved_result)
+    if name == "GeluBackward0":
+        return F.gelu(read(node._saved_self), approximate=node._saved_approximate)
+    if name == "SiluBackward0":
+        return F.silu(read(node._saved_self))
+    if name == "NativeLayerNormBackward0":
+        return _layer_norm(node, read)
+    if name == "MulBackward0":
+        factors = [
+            _value(before, read, shaped=True) if held is None else read(held)
+            for held, (before, _) in zip((node._saved_self, node._saved_other), node.next_functions, strict=True)
+        ]
+        first, second = factors
+        return None if first is None or second is None else first * second
+    if name.startswith("ScaledDotProduct") and hasattr(node, "_saved_output"):
+        return read(node._saved_output)
+    return None
+
+
+def _layer_norm(node: Any, read: Callable[[Tensor], Tensor]) -> Tensor:
+    x, mean, reciprocal = (read(held) for held in (node._saved_input, node._saved_result1, node._saved_result2))
+    value = (x.to(mean.dtype) - mean) * reciprocal
+    if node._saved_weight is not None:
+        value = value * read(node._saved_weight).to(mean.dtype)
+    if node._saved_bias is not None:
+        value = value + read(node._saved_bias).to(mean.dtype)
+    return value.to(x.dtype)
+
+
+def _dim(saved: int) -> int:
+    """Return a dimension that autograd holds, where a negative one is an unsigned number of 64 bits."""
+    return saved - (1 << 64) if saved >= 1 << 63 else saved
