@@ -3,9 +3,10 @@
 import copy
 import pickle
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from state_matrix import IDS, Adapter, Env, Truth, bits, check_native, close, flags, number
-from state_setups import FAMILIES, config_of, fill
+from state_matrix import Env, Method, Need, bits, check_native, flags, never
+from state_setups import FAMILIES, adapted, config_of, fill
+from state_truth import IDS, Adapter, Truth, close, number
 from veratune import VeraModel, get_peft_model
 from veratune.adapters.plan import plan_adapter
-
-Need = Callable[[Env], bool]
 
 
 def unmerged(env: Env) -> bool:
@@ -54,10 +54,6 @@ def fits_lora(env: Env) -> bool:
     return "lora" in env.traits
 
 
-def never(env: Env) -> bool:
-    return False
-
-
 def together(*names: str, beside: bool = False) -> Need:
     """Return whether these adapters may compute together (and beside those that do): one trains something in full."""
 
@@ -71,33 +67,6 @@ def together(*names: str, beside: bool = False) -> Need:
 def unwrapped(env: Env) -> bool:
     """Whether nothing stands between the names of modules."""
     return not any(name in env.mode for name in ("wrapped", "compiled", "parallel"))
-
-
-@dataclass(frozen=True)
-class Method:
-    """One way of calling a public method.
-
-    Attributes:
-        name: the method.
-        call: calls it.
-        needs: without all of these it may be refused, by an error of veratune's that leaves everything as it was.
-        after: the state that it leads to.
-        check: looks at what it returned or wrote.
-        ends: whether the model is no adapted one any more.
-        variant: which way of calling it.
-    """
-
-    name: str
-    call: Callable[[Env], Any]
-    needs: tuple[Need, ...] = ()
-    after: Callable[[Truth], Truth] = lambda truth: truth
-    check: Callable[[Env, Any], None] = lambda env, result: None
-    ends: bool = False
-    variant: str = ""
-
-    @property
-    def id(self) -> str:
-        return f"{self.name}[{self.variant}]" if self.variant else self.name
 
 
 def chosen(*names: str) -> Callable[[Truth], Truth]:
@@ -408,4 +377,40 @@ def methods() -> list[Method]:
 
 
 METHODS = methods()
-COVERED: Sequence[str] = sorted({method.name for method in METHODS})
+
+
+def expected(env: Env, method: Method) -> Truth:
+    """Return the state that a method promises."""
+    after = method.after(env.truth)
+    adapters = dict(after.adapters)
+    if method.name in ("add_adapter", "install_adapter"):
+        adapters["new"] = fresh(env.truth, env.reference.weights())
+    elif method.name == "load_adapter":
+        adapters["new"] = replace(other_values(env.family)["default"], frozen=method.variant == "frozen")
+    elif method.name == "restore":
+        others = other_values(env.family)
+        adapters = {name: replace(others[name], frozen=own.frozen) for name, own in adapters.items()}
+    elif after is env.truth:
+        return after
+    return after.changed(adapters=adapters)
+
+
+@cache
+def other_values(family: str) -> dict[str, Adapter]:
+    return adapted(FAMILIES[family], seed=1)[2].adapters
+
+
+def live_on(env: Env) -> None:
+    """Take a model through the rest of its life: out of its context, unmerged, with each adapter, and without any."""
+    env.leave()
+    env.check()
+    if env.truth.merged:
+        env.model.unmerge_adapter()
+        env.truth = env.truth.changed(merged=())
+        env.check()
+    for name, adapter in env.truth.adapters.items():
+        env.model.set_adapter(name)
+        trainable = frozenset() if adapter.frozen else frozenset({name})
+        env.truth = env.truth.changed(active=(name,), trainable=trainable)
+        env.check()
+    base_back(env, env.model.unload())

@@ -11,7 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from state_matrix import Adapter, Env, Reference, Tiny, Truth, flags
+from state_matrix import Env, flags
+from state_truth import Adapter, Reference, Tiny, Truth
 from veratune import VeraConfig, VeraModel, get_peft_model
 
 LINEAR = {"r": 3, "target_modules": ["up", "down"], "modules_to_save": []}
@@ -136,7 +137,7 @@ def adapted(family: Family, seed: int = 0) -> tuple[VeraModel, Reference, Truth]
     model.add_adapter("other", config_of(family, "other"))
     for number_, name in enumerate(model.peft_config):
         fill(model, name, 100 * seed + number_)
-    adapters = {name: Adapter.of(model, name) for name in model.peft_config}
+    adapters = {name: Adapter.of(config, model.adapter_state(name)) for name, config in model.peft_config.items()}
     return model, reference, Truth(adapters, active=("default",), trainable=frozenset({"default"}))
 
 
@@ -186,7 +187,7 @@ def for_inference(env: Env) -> None:
     env.model = VeraModel.from_pretrained(base, directory)
     env.model.load_adapter(directory / "other", "other")
     env.model.train(env.original["training"])
-    adapters = {name: Adapter.of(env.model, name) for name in ("default", "other")}
+    adapters = {name: env.adapter(name, env.state_of(name)) for name in ("default", "other")}
     assert all(adapters[name].same_values(own) for name, own in env.truth.adapters.items())
     env.truth = Truth(adapters, active=("default",))
 
