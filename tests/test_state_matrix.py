@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from state_matrix import Kept, Method, never, public_names, run
 from state_methods import METHODS, expected, live_on
-from state_setups import FAMILIES, STATES, adapted, make_env
+from state_setups import STATES, make_env, saved_adapters
 from veratune import VeraModel
 
 KEPT = Kept()
@@ -35,16 +35,7 @@ def pairs() -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path]:
-    """Adapters in files: of the same values as those in the states, and of others."""
-    made: dict[tuple[str, str], Path] = {}
-
-    def directory(family: str, which: str) -> Path:
-        if (family, which) not in made:
-            made[family, which] = tmp_path_factory.mktemp(f"{family}-{which}")
-            adapted(FAMILIES[family], seed=0 if which == "same" else 1)[0].save_pretrained(made[family, which])
-        return made[family, which]
-
-    return directory
+    return saved_adapters(tmp_path_factory.mktemp("saved"))
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""The state matrices: every public method in every state is right by float64 algebra, or refused and changes nothing."""
+"""The state matrices: every public method in every state is right by float64 algebra, or refused without a change."""
 
 import traceback
 from collections.abc import Callable, Iterator
@@ -233,14 +233,14 @@ class Kept:
 
 
 def public_names(*classes: type, of: tuple[str, ...] = ("veratune.",)) -> set[str]:
-    """Return the public names that classes and their bases define in these packages."""
+    """Return the names of the public methods and properties that classes and their bases define in these packages."""
     return {
         name
         for cls in classes
         for base in cls.__mro__
         if base.__module__.startswith(of)
-        for name in vars(base)
-        if not name.startswith("_")
+        for name, value in vars(base).items()
+        if not name.startswith("_") and not isinstance(value, bool | int | str | tuple | frozenset)
     }
 
 

@@ -300,3 +300,15 @@ def make_env(family: str, mode: str, library: Callable[[str, str], Path]) -> Env
     env.original = original
     change(env)
     return env
+
+
+def saved_adapters(root: Path) -> Callable[[str, str], Path]:
+    """Return where a family's adapters are saved: "same" has the values of those in the states, "else" others."""
+
+    @cache
+    def directory(family: str, which: str) -> Path:
+        place = root / family / which
+        adapted(FAMILIES[family], seed=0 if which == "same" else 1)[0].save_pretrained(place)
+        return place
+
+    return directory

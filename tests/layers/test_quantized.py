@@ -123,6 +123,23 @@ def test_the_adapter_is_added_to_what_the_layer_computes(kind: str) -> None:
         torch.testing.assert_close(layer(x).double(), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("kind", [kind for kind in MAKERS if kind != "opaque"])
+def test_a_weight_that_is_read_is_the_adapted_one(kind: str) -> None:
+    model = trained(MAKERS[kind])
+    layer = model.vera_layers()["0"]
+    expected = quantized.dequantized(layer.base_layer).double() + delta_of(layer)
+    weight = layer.weight
+    torch.testing.assert_close((weight * 1).double(), expected, rtol=1e-4, atol=1e-4)
+    (weight * torch.ones_like(weight)).sum().backward()
+    assert all(bool((vector.grad != 0).all()) for vector in layer.vectors("default").values())
+
+
+def test_a_weight_that_cannot_be_read_says_so() -> None:
+    layer = trained(opaque).vera_layers()["0"]
+    with pytest.raises(RuntimeError, match="the weight of 0 cannot be read while adapters are active: Opaque stores"):
+        _ = layer.weight
+
+
 @pytest.mark.parametrize("kind", MAKERS)
 def test_training_reaches_every_vector_through_quantized_layers(kind: str) -> None:
     model = trained(MAKERS[kind])

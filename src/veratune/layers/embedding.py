@@ -95,6 +95,16 @@ class VeraEmbedding(TransparentLayer):
             output = output + looked_up * scale
         return output
 
+    def factors(
+        self, name: str, device: torch.device, dtype: torch.dtype, pair: tuple[Tensor, Tensor] | None = None
+    ) -> Factors:
+        """Return an adapter's factors, with all columns of A, which `forward` and merging do not draw at once."""
+        b, d = self._pair(name) if pair is None else pair
+        entry = self.entries[name]
+        columns = self._columns(name, torch.arange(self.in_features, device=device), dtype)
+        d = entry.b[0].structure.arrange(d)
+        return Factors(Matrix(columns.t()), entry.b[0].matrix(device, dtype), b, d, entry.scale)
+
     def added_up(self, base: Tensor) -> Tensor:
         tokens = torch.arange(self.in_features, device=base.device)
         for name in self.added_adapters:

@@ -94,12 +94,17 @@ class AdapterHolder(LayerKind):
         """Return an adapter's vectors by name (`VECTORS`).
 
         They are its parameters, or the tensors that replace them within `torch.func.functional_call`.
+
+        Raises:
+            ValueError: the layer does not have the adapter.
         """
         b, d = self._pair(name)
         return {"b": b, "d": d}
 
     def _pair(self, name: str) -> tuple[Tensor, Tensor]:
         """Return (b, d) as `vectors` does: each call of a layer asks, and ParameterDict takes microseconds."""
+        if name not in self.entries:
+            raise ValueError(f"adapter {name!r} is not on {self._called()}, which has {list(self.entries)}")
         modules = self._modules
         b_vectors, d_vectors = modules["vera_lambda_b"], modules["vera_lambda_d"]
         assert b_vectors is not None and d_vectors is not None
@@ -111,18 +116,18 @@ class AdapterHolder(LayerKind):
         self, name: str, device: torch.device, dtype: torch.dtype, pair: tuple[Tensor, Tensor] | None = None
     ) -> Factors:
         """Return an adapter's factors on a layer that is not fused; with these vectors, if any."""
+        b, d = self._pair(name) if pair is None else pair
         entry = self.entries[name]
         (b_view,), a_view = entry.b, entry.group.a
-        b, d = self._pair(name) if pair is None else pair
         d = a_view.structure.arrange(d)
         return Factors(a_view.matrix(device, dtype), b_view.matrix(device, dtype), b, d, entry.scale)
 
     def blocks(self, name: str, device: torch.device, dtype: torch.dtype) -> list[Block]:
         """Return an adapter's factors for each block of outputs: one, unless the layer is fused."""
+        b, d = self._pair(name)
         entry = self.entries[name]
         if not entry.parts:
-            return [Block(slice(None), self.factors(name, device, dtype))]
-        b, d = self._pair(name)
+            return [Block(slice(None), self.factors(name, device, dtype, (b, d)))]
         d = entry.a.structure.arrange(d)
         A = entry.a.matrix(device, dtype)  # noqa: N806
         return [
@@ -152,7 +157,12 @@ class AdapterHolder(LayerKind):
             settings: how the adapter is computed.
             group: what it shares with layers that may read the same input.
             parts: the number of outputs of each block of a fused layer.
+
+        Raises:
+            ValueError: the layer has the adapter already, or a value is out of range; nothing is changed.
         """
+        if name in self.entries:
+            raise ValueError(f"adapter {name!r} is on {self._called()} already: delete it there first")
         init.check(layer_name)
         device, r = vector_device(self.base_layer, self.base_weight), init.r
         b = torch.zeros(self.geometry.b_shape, dtype=init.dtype, device=device)
@@ -178,6 +188,14 @@ class AdapterHolder(LayerKind):
         )
 
     def delete_adapter(self, name: str) -> None:
+        """Remove an adapter.
+
+        Raises:
+            ValueError: the layer does not have it, or it is merged; nothing is changed.
+        """
+        self.vectors(name)
+        if name in self.merged_adapters:
+            raise ValueError(f"cannot delete adapter {name!r} of {self._called()} while it is merged: unmerge it first")
         del self.vera_lambda_b[name], self.vera_lambda_d[name], self.entries[name]
         if name in self.vera_dropout:
             del self.vera_dropout[name]
@@ -201,8 +219,12 @@ class AdapterHolder(LayerKind):
     def check_recomputation(self) -> None:
         """Raise RuntimeError if this recomputes a forward pass that other adapters took part in."""
         if recomputing():
-            self._log.check(next((entry.name for entry in self.entries.values()), type(self.base_layer).__name__))
+            self._log.check(self._called())
             check_biases(self.base_layer)
+
+    def _called(self) -> str:
+        """Return the layer's name in the model, for messages."""
+        return next((entry.name for entry in self.entries.values()), "") or type(self.base_layer).__name__
 
     # Memory
 
@@ -235,6 +257,6 @@ class AdapterHolder(LayerKind):
                     f"the weight cannot be set while the adapters {self.merged_adapters} are merged into it, as"
                     " unmerging would put the old one back: call unmerge_adapter first"
                 )
-            setattr(self.base_layer, name, value)
+            setattr(self.base_layer, self.weight_name if name == "weight" else name, value)
         else:
             super().__setattr__(name, value)

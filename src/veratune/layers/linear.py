@@ -26,10 +26,11 @@ from veratune.layers.quantized import (
     spoils_gradients,
     why_not_readable,
 )
+from veratune.layers.read_only_weight import read_only
 from veratune.ops.linear import project
 from veratune.ops.planning import RouteChoice
 from veratune.projections.structure import Matrix
-from veratune.utils.sharding import shape_of
+from veratune.utils.sharding import describe_sharding, shape_of
 from veratune.utils.tensors import cast, gradients_wanted
 from veratune.utils.torch_private import parameter_of
 
@@ -225,7 +226,16 @@ class VeraLinear(VeraLayer):
         assert dropouts is not None
         return name in dropouts._modules
 
-    # Merging into quantized weights
+    # Quantized weights: reading and merging
+
+    def weight_over(self, base: Tensor, *, outside: bool = False) -> Tensor:
+        if not self.added_adapters or not is_quantized(self.base_layer) or describe_sharding(base) is not None:
+            return super().weight_over(base, outside=outside)
+        self.check_recomputation()
+        reason = why_not_readable(self.base_layer)
+        if reason is not None:
+            raise RuntimeError(f"the weight of {self._called()} cannot be read while adapters are active: {reason}")
+        return read_only(self.adapted_weight(), self, outside=outside)
 
     def full_weight(self) -> Tensor:
         return dequantized(self.base_layer) if is_quantized(self.base_layer) else super().full_weight()

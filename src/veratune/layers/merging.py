@@ -46,13 +46,22 @@ class MergeableLayer(AdapterHolder):
         return torch.cat(deltas) if self.geometry.count is None else torch.stack(deltas)
 
     def full_weight(self) -> Tensor:
-        """Return W0 as a floating-point tensor of the shape that the layer computes with, loaded if it is offloaded."""
+        """Return `base_weight` as a floating-point tensor of the shape that the layer computes with.
+
+        It is loaded if it is offloaded.
+        """
         if is_offloaded(self.base_layer, self.weight_name):
             return loaded(self.base_layer, self.weight_name)
         return self.base_weight
 
     def merged_weight(self, names: Sequence[str]) -> Tensor:
-        """Return the weight with these adapters' deltas added, computed at least in float32 and rounded once."""
+        """Return `full_weight` with these adapters' deltas added, computed at least in float32 and rounded once.
+
+        Raises:
+            ValueError: an adapter is not on this layer, or is merged already.
+        """
+        if merged := [name for name in names if name in self.merged_adapters]:
+            raise ValueError(f"the weight of {self._called()} has the deltas of {merged} already, which are merged")
         with torch.no_grad():
             total = self.get_delta_weight(names[0])
             for name in names[1:]:
@@ -107,7 +116,16 @@ class MergeableLayer(AdapterHolder):
         """Replace the weight by a new parameter with these adapters' deltas added.
 
         The original parameter is kept: modules that share it are not changed, and `unmerge` restores the same bits.
+
+        Raises:
+            ValueError: there are no names, other adapters are merged, or as for `check_mergeable`; nothing is changed.
         """
+        if self.merged_adapters or not names:
+            remedy = f"unmerge {self.merged_adapters} first" if self.merged_adapters else "give the adapters' names"
+            raise ValueError(f"cannot merge {list(names)} into {self._called()}: {remedy}")
+        for name in names:
+            self.vectors(name)
+        self.check_mergeable(names, safe=False, called=self._called())
         original = self.base_weight
         assert isinstance(original, nn.Parameter)
         merged = self._as_parameter(self.merged_weight(names), original)

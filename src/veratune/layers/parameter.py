@@ -113,6 +113,14 @@ class VeraModule(nn.Module):
             if layer.added_adapters
         }
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Setting an adapted parameter is meant for the module inside.
+        modules = self.__dict__.get("_modules", {})
+        if name in modules.get("adapted", ()):
+            modules["adapted"][name].weight = value
+        else:
+            super().__setattr__(name, value)
+
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
