@@ -271,7 +271,7 @@ def is_a_copy(env: Env, result: VeraModel) -> None:
     own = replace(env, model=result)
     own.check()
     with suppress(ValueError):
-        fill(result, "default", 99)
+        fill(result.adapter_state("default"), 99)
     env.check()  # the copy shares nothing with it
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from state_matrix import Env, flags
 from state_truth import Adapter, Reference, Tiny, Truth
-from veratune import VeraConfig, VeraModel, get_peft_model
+from veratune import AdapterState, VeraConfig, VeraModel, get_peft_model
 
 LINEAR = {"r": 3, "target_modules": ["up", "down"], "modules_to_save": []}
 KINDS = {
@@ -121,11 +121,11 @@ def config_of(family: Family, name: str, **settings: Any) -> VeraConfig:
     return VeraConfig(**{**LINEAR, **family.settings, "r": rank, "projection_prng_key": key, **settings})
 
 
-def fill(model: VeraModel, name: str, seed: int) -> None:
+def fill(state: AdapterState, seed: int) -> None:
     """Give an adapter values as if it had learned something."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for parameter in model.adapter_state(name).parameters():
+        for parameter in state.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.5)
 
 
@@ -136,7 +136,7 @@ def adapted(family: Family, seed: int = 0) -> tuple[VeraModel, Reference, Truth]
     model = get_peft_model(base, config_of(family, "default"))
     model.add_adapter("other", config_of(family, "other"))
     for number_, name in enumerate(model.peft_config):
-        fill(model, name, 100 * seed + number_)
+        fill(model.adapter_state(name), 100 * seed + number_)
     adapters = {name: Adapter.of(config, model.adapter_state(name)) for name, config in model.peft_config.items()}
     return model, reference, Truth(adapters, active=("default",), trainable=frozenset({"default"}))
 

@@ -61,6 +61,10 @@ class Tiny(nn.Module):
         if tied:
             self.head.weight = self.embed.weight
 
+    def generate(self, ids: Tensor) -> Tensor:
+        """Return the numbers with a further one, the largest output's, behind each row."""
+        return torch.cat([ids, self(ids)[:, -1].argmax(-1, keepdim=True)], dim=1)
+
     def gradient_checkpointing_enable(self) -> None:
         self.is_gradient_checkpointing = True
 
@@ -93,13 +97,13 @@ class Adapter:
     frozen: bool = False
 
     @classmethod
-    def of(cls, config: Any, state: AdapterState) -> "Adapter":
+    def of(cls, config: Any, state: AdapterState, scheme: str | None = None) -> "Adapter":
         return cls(
             key=config.projection_prng_key,
             vectors={layer: (number(own["b"]), number(own["d"])) for layer, own in state.vectors.items()},
             saved={m: {key: number(t) for key, t in own.state_dict().items()} for m, own in state.saved.items()},
             biases={bias: number(own) for bias, own in state.biases.items()},
-            scheme=config.projection,
+            scheme=scheme or config.projection,
             frozen=config.inference_mode,
         )
 
@@ -172,6 +176,7 @@ class Truth:
         trainable: the adapters whose parameters require gradients.
         context: within `only` or `disable_adapter`, the adapters that compute; otherwise None.
         waiting: what was merged before that context.
+        resting: what is trainable again after it, in PEFT, which freezes what it disables.
     """
 
     adapters: dict[str, Adapter]
@@ -180,6 +185,7 @@ class Truth:
     trainable: frozenset[str] = frozenset()
     context: tuple[str, ...] | None = None
     waiting: tuple[str, ...] = ()
+    resting: frozenset[str] = frozenset()
 
     @property
     def now(self) -> tuple[str, ...]:
@@ -204,13 +210,15 @@ class Truth:
             trainable=self.trainable - {name},
             context=None if self.context is None else left(self.context),
             waiting=left(self.waiting),
+            resting=self.resting - {name},
         )
 
     def left(self) -> "Truth":
         """Return the state after its context has been left."""
         if self.context is None:
             return self
-        return replace(self, context=None, merged=self.waiting, waiting=())
+        trainable = self.trainable | self.resting
+        return replace(self, context=None, merged=self.waiting, waiting=(), trainable=trainable, resting=frozenset())
 
 
 @dataclass(frozen=True)

@@ -114,6 +114,9 @@ class TunedLayer(BaseTunerLayer):
         if not names:
             return
         layer.check_mergeable(names, safe=safe_merge, called=str(layer.base_layer))
+        if self.disable_adapters:  # until they are enabled
+            self._taken_out = list(dict.fromkeys([*self._taken_out, *names]))
+            return
         # Merge all of them again into the original weight, which rounds once.
         before = list(layer.merged_adapters)
         self._vera_class().unmerge(layer)

@@ -1,5 +1,6 @@
 """Merging for PEFT's tuner: all layers are checked before any is changed."""
 
+from collections.abc import Iterable
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTuner
@@ -52,6 +53,8 @@ class MergingTuner(BaseTuner):
                 for layer in adapted_layers(self.model).values():
                     if layer.merged_adapters:
                         layer.unmerge()
+            else:
+                self._enable_adapter_layers(True)  # disabled ones would merge later
             # First the wrappers that contain tuned layers, which PEFT would remove together with those layers.
             for wrapper in [module for module in self.model.modules() if isinstance(module, TunedModule)]:
                 if merge:
@@ -64,8 +67,19 @@ class MergingTuner(BaseTuner):
             leave_to_library(model)
             return model
 
+    def _check_known(self, adapter_names: Iterable[str]) -> None:
+        """Raise ValueError for a name that is no adapter's, which PEFT would take for one that is on no layer."""
+        for name in adapter_names:
+            if name not in self.peft_config:
+                raise ValueError(
+                    f"adapter {name!r} does not exist: this model has the adapters {list(self.peft_config)}"
+                )
+
     def _check_mergeable(self, adapter_names: list[str] | None, safe: bool, *, for_good: bool = False) -> None:
         """Raise ValueError if adapters cannot be merged into some layer; nothing has been changed then."""
+        if isinstance(adapter_names, str):
+            raise TypeError(f"adapter_names={adapter_names!r} is not allowed: give a list of names")
+        self._check_known(adapter_names or ())
         names = self.active_adapters if adapter_names is None else adapter_names
         for called, wrapper in self.model.named_modules():
             if isinstance(wrapper, AuxiliaryTrainingWrapper):

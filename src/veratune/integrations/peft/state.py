@@ -24,6 +24,7 @@ from veratune.checkpoint.peft_rules import PREFIX
 from veratune.integrations.peft.layers import TunedLayer
 from veratune.layers.biases import bias_first_names
 from veratune.layers.entries import VECTOR_PREFIX, VECTORS
+from veratune.layers.offloading import check_at_hand, is_hooked
 
 _VECTORS = tuple(VECTOR_PREFIX + which for which in VECTORS)
 _NAMED = (*_VECTORS, "base_model.vera_A", "base_model.vera_B")
@@ -95,7 +96,8 @@ def tensors_to_save(
         wrapper = model.get_submodule(raw)
         for key, tensor in wrapper.state_dict().items():
             if key.startswith(f"modules_to_save.{adapter_name}."):
-                state.setdefault(f"{raw}.{key}", state.get(joined(names[raw].state, key), tensor))
+                own = state.setdefault(f"{raw}.{key}", state.get(joined(names[raw].state, key), tensor))
+                check_at_hand({joined(names[raw].public, key): own}, f"save adapter {adapter_name!r}")
     return tensors
 
 
@@ -110,8 +112,15 @@ def tensors_to_load(model: nn.Module, adapter_name: str, tensors: dict[str, Tens
 
     Raises:
         CheckpointError: all vectors of the adapter are missing. PEFT itself reports single missing or unexpected ones.
+        ValueError: a module trained in full is offloaded, into which torch would load nothing.
     """
     names = module_names(model)
+    for raw, module in model.named_modules():
+        copies: Any = getattr(module, "modules_to_save", {}) if isinstance(module, AuxiliaryTrainingWrapper) else {}
+        if adapter_name in copies:
+            inside = {f"{names[raw].public}.{key}": part for key, part in copies[adapter_name].named_parameters()}
+            hooked = any(is_hooked(part) for part in copies[adapter_name].modules())
+            check_at_hand(inside if hooked else {}, f"load adapter {adapter_name!r}")
     prefixed = any(name.startswith(PREFIX) for name in names)
     states = {name.public: name.state for name in names.values() if not name.wrapper}
     states |= {raw: name.state for raw, name in names.items() if raw not in states}

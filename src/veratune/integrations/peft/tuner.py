@@ -31,6 +31,7 @@ from veratune.integrations.peft.shared_projections import SharedProjections
 from veratune.integrations.peft.state import tensors_to_load, tensors_to_save, without_adapter_name
 from veratune.layers import AdapterEntry, ComputeSettings, InputGroup, VectorInit
 from veratune.layers.entries import VECTOR_PREFIX
+from veratune.layers.offloading import is_hooked, resident_copy
 from veratune.layers.quantized import keep_differentiable
 from veratune.layers.registry import adaptable_parameters, geometry, why_not_adaptable
 from veratune.ops.calibration import load_calibration
@@ -64,6 +65,8 @@ class VeratuneTuner(MergingTuner):
     tuner_layer_cls = TunedLayer
     target_module_mapping: Any = TRANSFORMERS_MODELS_TO_VERA_TARGET_MODULES_MAPPING
     _plan: _Plan | None = None
+    # The adapter that is being added.
+    _adding: str | None = None
     _named: set[str] | None = None
     # Parameters of modules trained in full that were trainable when the adapters were disabled.
     _frozen: Sequence[nn.Parameter] = ()
@@ -81,8 +84,7 @@ class VeratuneTuner(MergingTuner):
 
     def _entries(self) -> dict[str, AdapterEntry]:
         """Return each adapter's entry on one of its layers."""
-        layers: list[Any] = [module for module in self.modules() if isinstance(module, TunedLayer)]
-        return {name: entry for layer in layers for name, entry in layer.entries.items()}
+        return {name: entry for layer in self._tuned_layers() for name, entry in layer.entries.items()}
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *_: Any, **kwargs: Any) -> Iterator[None]:
@@ -102,12 +104,20 @@ class VeratuneTuner(MergingTuner):
         # What a file holds says which layers it is for, where PEFT is given it.
         state = kwargs.get("state_dict")
         self._named = None if state is None else {key.rsplit(f".{self.prefix}", 1)[0] for key in state}
+        before = _switched(model)
+        disabled = any(module.disable_adapters for module in before)
+        self._adding = adapter_name
         try:
             with undone_on_error(self), saved_states_noted(model):
                 super().inject_adapter(model, adapter_name, *args, **kwargs)
+                for wrapper in self._wrappers():
+                    _keep_resident(wrapper, adapter_name)
+                for module in _switched(model):
+                    if disabled and all(module is not other for other in before):
+                        module.enable_adapters(False)
                 prepare(model)
         finally:
-            self._plan = self._named = self._names = None
+            self._plan = self._named = self._names = self._adding = None
         config: Any = self.peft_config[adapter_name]
         if isinstance(config, VeratuneConfig):
             config._file = None  # what it is on has names in the configuration now
@@ -115,28 +125,55 @@ class VeratuneTuner(MergingTuner):
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Choose the active adapters; those that were loaded or configured for inference only stay frozen."""
         names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+        if self._adding is not None and self._adding not in names:
+            return  # nothing else is chosen, and PEFT would unmerge, and forget what was trainable or merged before
+        self._check_known(names)
         with undone_on_error(self), saved_states_noted(self):
             self._frozen = []
             super().set_adapter(adapter_name, inference_mode=inference_mode)
+            for wrapper in self._wrappers():  # PEFT leaves those of adapters that were not active before
+                wrapper.set_requires_grad([name for name in wrapper._adapters if name not in names], False)
             for name in names:
                 if name in self.peft_config and self.peft_config[name].inference_mode:
                     self.set_requires_grad(name, False)
             if not inference_mode:
                 keep_differentiable(self.model)
 
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Make adapters trainable, or freeze them."""
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        self._check_known(names)
+        super().set_requires_grad(names, requires_grad)
+        copies = [copy for wrapper in self._wrappers() for name, copy in _copies(wrapper).items() if name in names]
+        chosen = {id(parameter) for copy in copies for parameter in copy.parameters()}
+        self._frozen = [parameter for parameter in self._frozen if id(parameter) not in chosen]
+
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter, or leave all as it is if that fails."""
         with undone_on_error(self), saved_states_noted(self, removed=adapter_name):
             super().delete_adapter(adapter_name)
+            for name in self.active_adapters:  # which PEFT has made trainable
+                if self.peft_config[name].inference_mode:
+                    self.set_requires_grad(name, False)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """Widen an adapter's half-precision vectors; PEFT's own also makes frozen ones trainable."""
+        layers = [layer for layer in self._tuned_layers() if adapter_name in layer.entries]
+        flags = [vector.requires_grad for layer in layers for vector in layer.vectors(adapter_name).values()]
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        vectors = [vector for layer in layers for vector in layer.vectors(adapter_name).values()]
+        for vector, flag in zip(vectors, flags, strict=True):
+            vector.requires_grad_(flag)
+
+    def _tuned_layers(self) -> list[Any]:
+        return [module for module in self.modules() if isinstance(module, TunedLayer)]
+
+    def _wrappers(self) -> list[Any]:
+        return [module for module in self.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
 
     def _enable_adapter_layers(self, enabled: bool = True) -> None:
         # PEFT makes copies of modules trainable again that were frozen before.
-        copies = [
-            parameter
-            for wrapper in self.model.modules()
-            if isinstance(wrapper, AuxiliaryTrainingWrapper)
-            for parameter in wrapper.parameters()
-        ]
+        copies = [parameter for wrapper in self._wrappers() for parameter in wrapper.parameters()]
         trainable = [*self._frozen, *(parameter for parameter in copies if parameter.requires_grad)]
         with undone_on_error(self), saved_states_noted(self):
             super()._enable_adapter_layers(enabled)
@@ -318,6 +355,24 @@ class VeratuneTuner(MergingTuner):
         if peft_config._expected not in (None, peft_config.fingerprint):
             found = peft_config.fingerprint
             raise other_projections("this adapter", peft_config.checked(), peft_config._expected, found)
+
+
+def _copies(wrapper: Any) -> dict[str, nn.Module]:
+    """Return the copies that PEFT's wrapper of a module trained in full has, by adapter."""
+    return dict(getattr(wrapper, "modules_to_save", {}))
+
+
+def _keep_resident(wrapper: Any, adapter_name: str) -> None:
+    """Give an adapter a copy of an offloaded module that is not offloaded, into which files can be loaded."""
+    copied = _copies(wrapper).get(adapter_name)
+    if copied is not None and any(is_hooked(module) for module in copied.modules()):
+        trainable = any(parameter.requires_grad for parameter in copied.parameters())
+        wrapper.modules_to_save[adapter_name] = resident_copy(wrapper.original_module).requires_grad_(trainable)
+
+
+def _switched(model: nn.Module) -> list[Any]:
+    """Return the modules of a model that PEFT enables and disables."""
+    return [module for module in model.modules() if isinstance(module, TunedLayer | AuxiliaryTrainingWrapper)]
 
 
 def _means(peft_config: Any, name: str) -> Any:
