@@ -20,10 +20,12 @@ LLAMA_CPP := llama_cpp_python-0.3.36
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
-# Mutated files in numbers, of other seeds at every call: some minutes.
+# Mutated files in numbers, of other seeds at every call, and all states of the matrices: some minutes.
 fuzz: $(VENV)/dev.done
 	VERATUNE_FUZZ=250 VERATUNE_FUZZ_SEED=random $(BIN)/python -m pytest tests/checkpoint/test_fuzz.py tests/adapters/test_undo.py \
 		tests/adapters/test_undo_allocations.py
+	VERATUNE_FUZZ=1 $(BIN)/python -m pytest tests/test_state_matrix.py tests/layers/test_state_matrix.py \
+		tests/bank/test_state_matrix.py tests/integrations/peft/test_state_matrix.py
 
 lint: $(VENV)/dev.done
 	$(BIN)/ruff check .

@@ -61,7 +61,7 @@ def test_layers_in_a_state(family: str, mode: str, library: Callable[[str, str],
 
 
 @pytest.mark.parametrize("context", CONTEXTS)
-@pytest.mark.parametrize(("family", "mode"), [("kinds", "plain"), ("kinds", "merged"), ("quantized", "plain")])
+@pytest.mark.parametrize(("family", "mode"), [("kinds", "plain"), ("quantized", "merged")])
 def test_layers_in_a_context(family: str, mode: str, context: str, library: Callable[[str, str], Path]) -> None:
     env = make_env(family, mode, library)
     with env.context:
