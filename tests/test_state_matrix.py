@@ -3,10 +3,12 @@
 import gc
 import itertools
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from state_matrix import Kept, Method, never, public_names, run
@@ -54,11 +56,17 @@ def _process_group() -> Iterator[None]:
         dist.destroy_process_group()
 
 
-@pytest.mark.filterwarnings(
+pytestmark = pytest.mark.filterwarnings(
     "ignore:veratune. merging into:UserWarning",
     "ignore:veratune. head shares its weight:UserWarning",
     "ignore:FSDP2-wrapped module:UserWarning",
 )
+# What makes tensors, or moves them, that are trained or computed with later.
+_NAMES = {"add_adapter", "load_adapter", "restore", "load_state_dict", "delete_adapter", "disable_adapter"}
+_NAMES |= {"merge_adapter", "unmerge_adapter", "merge_and_unload"}
+MAKING = [method for method in METHODS if method.name in _NAMES]
+
+
 @pytest.mark.parametrize(("family", "mode", "method"), list(pairs()))
 def test_a_method_in_a_state(
     family: str, mode: str, method: Method, library: Callable[[str, str], Path], places: Iterator[Path]
@@ -74,6 +82,15 @@ def test_a_method_in_a_state(
         KEPT.keep((family, mode), env)
     else:
         env.context.close()
+
+
+@pytest.mark.parametrize(
+    "method", [method for method in METHODS if method.name in _MAKING], ids=lambda method: method.id
+)
+@pytest.mark.parametrize("family", ["heads", "kinds"])
+def test_a_method_in_inference_mode(family: str, method: Method, library: Callable[[str, str], Path]) -> None:
+    env = make_env(family, "plain", library)
+    run(env, replace(method, call=torch.inference_mode()(method.call)), expected, live_on)
 
 
 def test_every_public_method_is_in_the_matrix() -> None:

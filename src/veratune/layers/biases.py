@@ -75,7 +75,7 @@ class AdapterBiases:
         for name, modules in owners.items():
             current = modules[0].bias
             assert isinstance(current, nn.Parameter)
-            with whole([current]):
+            with whole([current]), torch.inference_mode(False):
                 biases.waiting[name] = nn.Parameter(current.detach().clone(), requires_grad=False)
         for name, modules in owners.items():
             check = BiasCheck(biases.log, name)

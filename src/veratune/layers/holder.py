@@ -165,13 +165,14 @@ class AdapterHolder(LayerKind):
             raise ValueError(f"adapter {name!r} is on {self._called()} already: delete it there first")
         init.check(layer_name)
         device, r = vector_device(self.base_layer, self.base_weight), init.r
-        b = torch.zeros(self.geometry.b_shape, dtype=init.dtype, device=device)
-        d = torch.full(self.geometry.d_shape(r, parts), init.d_initial, dtype=init.dtype, device=device)
-        if not init.init_weights:
-            b.fill_(1.0)
-            d.normal_()
-        self.vera_lambda_b[name] = nn.Parameter(b, requires_grad=False)
-        self.vera_lambda_d[name] = nn.Parameter(d, requires_grad=False)
+        with torch.inference_mode(False):  # whatever the caller is in, they may be trained later
+            b = torch.zeros(self.geometry.b_shape, dtype=init.dtype, device=device)
+            d = torch.full(self.geometry.d_shape(r, parts), init.d_initial, dtype=init.dtype, device=device)
+            if not init.init_weights:
+                b.fill_(1.0)
+                d.normal_()
+            self.vera_lambda_b[name] = nn.Parameter(b, requires_grad=False)
+            self.vera_lambda_d[name] = nn.Parameter(d, requires_grad=False)
         if settings.vera_dropout > 0.0:
             self.vera_dropout[name] = nn.Dropout(settings.vera_dropout).train(self.training)
         views = tuple(projection_pool.view(scheme, "B", r, width) for width in parts or (self.out_features,))

@@ -128,7 +128,8 @@ class MergeableLayer(AdapterHolder):
         self.check_mergeable(names, safe=False, called=self._called())
         original = self.base_weight
         assert isinstance(original, nn.Parameter)
-        merged = self._as_parameter(self.merged_weight(names), original)
+        with torch.inference_mode(False):  # whatever the caller is in, gradients may pass it later
+            merged = self._as_parameter(self.merged_weight(names), original)
         setattr(self.base_layer, self.weight_name, merged)
         self._unmerged["weight"] = original
         self.merged_adapters = list(names)

@@ -30,7 +30,7 @@ class SavedModule(nn.Module):
         self.training = original_module.training
 
     def add_adapter(self, name: str) -> None:
-        with whole(self.original_module.parameters()):
+        with whole(self.original_module.parameters()), torch.inference_mode(False):
             self.modules_to_save[name] = resident_copy(self.original_module).requires_grad_(False)
 
     def delete_adapter(self, name: str) -> None:
