@@ -84,9 +84,7 @@ def test_a_method_in_a_state(
         env.context.close()
 
 
-@pytest.mark.parametrize(
-    "method", [method for method in METHODS if method.name in _MAKING], ids=lambda method: method.id
-)
+@pytest.mark.parametrize("method", MAKING, ids=[method.id for method in MAKING])
 @pytest.mark.parametrize("family", ["heads", "kinds"])
 def test_a_method_in_inference_mode(family: str, method: Method, library: Callable[[str, str], Path]) -> None:
     env = make_env(family, "plain", library)
