@@ -94,7 +94,7 @@ def run(directory: Path, tasks: list[Task], customers: int, steps: int, file: Pa
     started = time.perf_counter()
     bank = AdapterBank.open(load_base_model(directory, seed=0), file, capacity=CAPACITY)
     print(f"  opened in {time.perf_counter() - started:.2f} s: {len(bank):,} names")
-    in_memory = bank.layout.numbers * bank.dtype.itemsize + bank.layout.head_numbers * 4
+    in_memory = bank.layout.numbers * bank.dtype.itemsize + bank.layout.saved_numbers * 4
     in_file = file.stat().st_size / customers
     print(f"  a customer takes {in_memory / 1000:.1f} KB in memory and {in_file / 1000:.1f} KB in the file;")
     print(f"  the model is {sum(p.numel() * p.element_size() for p in plain.parameters()) / 1e6:.1f} MB, once")

@@ -252,9 +252,9 @@ def test_packed_sequences_have_an_adapter_for_each_token() -> None:
         start += length
 
 
-@pytest.mark.parametrize("heads", [[], ["lm_head"]])
-def test_packed_sequences_of_a_language_model(heads: list[str]) -> None:
-    bank, model = tiny("llama", modules_to_save=heads)
+@pytest.mark.parametrize("modules_to_save", [[], ["lm_head"]])
+def test_packed_sequences_of_a_language_model(modules_to_save: list[str]) -> None:
+    bank, model = tiny("llama", modules_to_save=modules_to_save)
     lengths = [4, 3, 5, 1, 6]
     ids = torch.randint(3, 50, (1, sum(lengths)))
     positions = torch.cat([torch.arange(length) for length in lengths])[None]
@@ -280,7 +280,7 @@ def test_packed_lengths_must_fit() -> None:
     )
     with pytest.raises(RuntimeError, match="7 tokens, while adapter_lengths add up to 6"):
         bank.model(torch.randn(1, 7, 12), adapters=["a", None], adapter_lengths=[3, 3])
-    with pytest.raises(BankError, match="a length for each of 2 adapters"):
+    with pytest.raises(BankError, match="one non-negative integer for each of 2 adapters"):
         bank.model(torch.randn(1, 7, 12), adapters=["a", None], adapter_lengths=[7])
 
 
@@ -332,7 +332,7 @@ def test_the_operations_do_not_depend_on_how_many_adapters_there_are() -> None:
 # Few adapters in a batch
 
 
-def folding_layer(**settings: Any) -> tuple[AdapterBank, VeraModel, BankedLinear]:
+def dense_layer(**settings: Any) -> tuple[AdapterBank, VeraModel, BankedLinear]:
     torch.manual_seed(1)
     base = nn.Sequential(nn.Linear(64, 48))
     config = VeraConfig(r=256, target_modules="all-linear")
@@ -346,21 +346,21 @@ def folding_layer(**settings: Any) -> tuple[AdapterBank, VeraModel, BankedLinear
 @pytest.mark.parametrize(
     "names", [["anna"] * 4, ["anna", "bert", "anna", "bert"], ["anna", "anna", "anna", "bert"], ["anna", None] * 2]
 )
-def test_few_adapters_in_a_batch_are_folded(names: list[str | None]) -> None:
-    bank, model, layer = folding_layer()
+def test_few_adapters_in_a_batch_are_dense(names: list[str | None]) -> None:
+    bank, model, layer = dense_layer()
     x = torch.randn(4, 600, 64)
     with bank.lease(names) as lease:
-        folded = layer._worth_folding(x, bank.call_of(lease))
-    assert {group.rows.numel() for group in folded} <= {1, 2, 3, 4} and folded
+        dense = layer._dense_groups(x, bank.call_of(lease))
+    assert {group.sequences.numel() for group in dense} <= {1, 2, 3, 4} and dense
     with torch.no_grad():
         mixed = bank.model(x, adapters=names)
     assert_alone(mixed, names, model, lambda m: m(x))
 
 
-def test_few_tokens_are_not_folded() -> None:
-    bank, _, layer = folding_layer()
+def test_few_tokens_are_not_dense() -> None:
+    bank, _, layer = dense_layer()
     with bank.lease(["anna"] * 4) as lease:
-        assert layer._worth_folding(torch.randn(4, 1, 64), bank.call_of(lease)) == []
+        assert layer._dense_groups(torch.randn(4, 1, 64), bank.call_of(lease)) == []
 
 
 # Generation
@@ -472,13 +472,13 @@ def test_a_generation_sees_one_version_to_its_end(kind: str) -> None:
 
 def test_equal_adapters_share_a_row_and_the_last_name_frees_it() -> None:
     bank, model = tiny("bert")
-    free = len(bank._slots.free)
+    free = len(bank._resident.free)
     bank.add("anna's twin", model, "anna")
-    assert len(bank._slots.free) == free
+    assert len(bank._resident.free) == free
     bank.remove("anna")
-    assert len(bank._slots.free) == free and "anna" not in bank
+    assert len(bank._resident.free) == free and "anna" not in bank
     bank.remove("anna's twin")
-    assert len(bank._slots.free) == free + 1
+    assert len(bank._resident.free) == free + 1
 
 
 def test_a_full_bank_in_memory_grows() -> None:
@@ -664,8 +664,8 @@ def test_the_model_itself_refuses_to_be_called() -> None:
     ("names", "message"),
     [
         (["anna", "nobody"], "there is no adapter 'nobody'"),
-        (["anna", "Anna"], "close to it: 'anna'"),
-        ("anna", "give a list"),
+        (["anna", "Anna"], "did you mean 'anna'"),
+        ("anna", "pass a list"),
         ([], "adapters is empty"),
     ],
 )
@@ -680,7 +680,7 @@ def test_unknown_adapters_are_errors(names: Any, message: str) -> None:
 def test_a_number_of_names_that_does_not_fit_is_an_error() -> None:
     bank, _ = tiny("bert")
     for rows in (5, 6):  # also where some rows would fall to each name
-        with pytest.raises(BankError, match=f"adapters has 3 names, and the batch {rows} rows"):
+        with pytest.raises(BankError, match=f"adapters has 3 names, but the batch has {rows} sequences"):
             bank.model(**inputs_of("bert", rows), adapters=["anna", None, "bert"])
         with pytest.raises(BankError, match="adapters has 3 names"):
             tiny("llama")[0].model.generate(**inputs_of("llama", rows), adapters=["anna", None, "bert"])
@@ -746,12 +746,12 @@ class TimeFirst(nn.Module):
         return self.layer(x.transpose(0, 1)).transpose(0, 1)
 
 
-def test_check_rows_tells_models_that_do_not_keep_rows_apart() -> None:
+def test_check_isolation_tells_models_that_do_not_keep_rows_apart() -> None:
     bank = AdapterBank(TimeFirst(), VeraConfig(r=8, target_modules=["layer"]))
     with pytest.raises(BankError, match="changed the wrong rows"):
-        bank.check_rows(x=torch.randn(3, 3, 12))
+        bank.check_isolation(x=torch.randn(3, 3, 12))
     for kind in ("bert", "llama", "t5", "gpt2", "vit"):
-        tiny(kind)[0].check_rows(**inputs_of(kind))
+        tiny(kind)[0].check_isolation(**inputs_of(kind))
 
 
 def test_a_model_that_reads_the_weight_is_refused() -> None:
@@ -915,7 +915,7 @@ def test_a_lease_that_was_dropped_lets_go(tmp_path: Any) -> None:
 
 
 def test_few_adapters_under_autocast() -> None:
-    bank, model, _ = folding_layer()
+    bank, model, _ = dense_layer()
     x = torch.randn(4, 600, 64)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         mixed = bank.model(x, adapters=["anna", "anna", "bert", None])
@@ -965,7 +965,7 @@ def test_images_are_not_divided_among_rows(shape: tuple[int, ...]) -> None:
     config = VeraConfig(r=8, target_modules="all-linear")
     bank = AdapterBank(TextAndImages(), config)
     bank.add("a", get_peft_model(TextAndImages(), config))
-    with pytest.raises(RuntimeError, match=r"vision was given an input of shape .*cannot be told"):
+    with pytest.raises(RuntimeError, match=r"vision was given an input of shape .*cannot be matched"):
         bank.model(input_ids=torch.randn(2, 3, 12), pixel_values=torch.randn(shape), adapters=["a", None])
 
 
@@ -973,7 +973,7 @@ def test_a_banks_model_is_neither_saved_nor_copied() -> None:
     bank, _ = tiny("bert")
     with pytest.raises(BankError, match="cannot be saved"):
         bank.model.save_pretrained("anywhere")
-    with pytest.raises(BankError, match="neither be copied nor pickled"):
+    with pytest.raises(BankError, match="be copied or pickled"):
         copy.deepcopy(bank.model)
 
 

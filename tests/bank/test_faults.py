@@ -1,4 +1,4 @@
-"""What a bank would serve wrongly if nobody looked: leases of others, inputs by other names, heads, models inside."""
+"""Faults that a bank could serve silently: leases of other banks, unusual inputs, modules_to_save, nested models."""
 
 import copy
 import pickle
@@ -12,7 +12,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
-import veratune.bank.slots
+import veratune.bank.resident
 from banks import CUSTOMERS, alone, assert_alone, bank_of, inputs_of, tiny, with_adapters
 from reference import relative
 from tiny_models import tiny_model
@@ -50,11 +50,11 @@ def test_a_lease_of_another_bank_is_refused() -> None:
     model = with_adapters(tiny_model("llama"), config)
     bank = bank_of(tiny_model("llama"), model, config)
     other = AdapterBank(tiny_model("llama"), config)
-    for name in reversed(CUSTOMERS):  # equal slots there are other adapters, and equal numbers other projections
+    for name in reversed(CUSTOMERS):  # equal rows there are other adapters, and equal numbers other projections
         other.add(name, model, name)
     with other.lease(["anna", None]) as lease:
         for call in (bank.model, bank.model.generate):
-            with pytest.raises(BankError, match="this lease is another bank's"):
+            with pytest.raises(BankError, match="this lease belongs to another bank"):
                 call(**inputs_of("llama", 2), adapters=lease)
 
 
@@ -84,7 +84,7 @@ def test_a_lease_that_is_released_meanwhile_serves_its_call_to_the_end() -> None
 
 def test_rows_are_counted_in_inputs_of_any_name() -> None:
     bank, _ = served(WithHead(nn.Linear(8, 3), lambda head, x: head(x)))
-    with pytest.raises(BankError, match="adapters has 2 names, and the batch 4 rows"):
+    with pytest.raises(BankError, match="adapters has 2 names, but the batch has 4 sequences"):
         bank.model(features=torch.randn(4, 8), adapters=["anna", "bert"])  # not two rows for each
 
 
@@ -92,14 +92,14 @@ def test_rows_are_counted_in_inputs_of_any_name() -> None:
 def test_adapters_that_are_no_list_are_refused(adapters: Any) -> None:
     bank, _ = tiny("llama")
     for call in (bank.model, bank.model.generate):
-        with pytest.raises(BankError, match="give a list with a name, or None, for each row"):
+        with pytest.raises(BankError, match="pass a list with a name, or None, for each sequence"):
             call(**inputs_of("llama", 2), adapters=adapters)
 
 
 @pytest.mark.parametrize("lengths", [[6.0, 6.0], ["6", "6"], 12, torch.tensor([6.0, 6.0]), [6, -6]])
 def test_lengths_that_are_no_whole_numbers_are_refused(lengths: Any) -> None:
     bank, _ = tiny("llama")
-    with pytest.raises(BankError, match="must have a length for each of 2 adapters, a whole number"):
+    with pytest.raises(BankError, match="must have one non-negative integer for each of 2 adapters"):
         bank.model(torch.ones(1, 12, dtype=torch.int64), adapters=["anna", None], adapter_lengths=lengths)
 
 
@@ -233,7 +233,7 @@ def test_layers_on_several_devices_are_refused(tmp_path: Path) -> None:
 
 def test_heads_without_values_are_refused() -> None:
     model = WithHead(nn.Linear(8, 3, device="meta"), lambda head, x: head(x))
-    with pytest.raises(BankError, match=r"\['head'\] have no values"):
+    with pytest.raises(BankError, match=r"\['head'\] are on the meta device"):
         AdapterBank(model, CONFIG)
 
 
@@ -252,7 +252,7 @@ def test_rows_under_vmap(route: Any) -> None:
 
 def test_a_file_of_a_name_that_the_system_does_not_take(tmp_path: Path) -> None:
     base = WithHead(nn.Linear(8, 3), lambda head, x: head(x))
-    with pytest.raises(BankError, match=r"cannot be made: File name too long"):
+    with pytest.raises(BankError, match=r"cannot be created: File name too long"):
         AdapterBank(base, CONFIG, file=tmp_path / ("n" * 300))
     assert type(base.linear) is nn.Linear
 
@@ -263,15 +263,15 @@ def test_without_memory_to_grow_a_bank_stays_as_it_is(monkeypatch: pytest.Monkey
     model = with_adapters(copy.deepcopy(base), CONFIG)
     bank = AdapterBank(copy.deepcopy(base), CONFIG, capacity=1)
     bank.add("anna", model, "anna")
-    make, calls = veratune.bank.slots._zeros, []
+    make, calls = veratune.bank.resident._zeros, []
 
-    def refuse(*args: Any) -> Tensor:  # first the slab, then the heads
+    def refuse(*args: Any) -> Tensor:  # first the slab, then modules_to_save
         calls.append(args)
         if len(calls) == failing:
             raise torch.OutOfMemoryError("none left")
         return make(*args)
 
-    monkeypatch.setattr(veratune.bank.slots, "_zeros", refuse)
+    monkeypatch.setattr(veratune.bank.resident, "_zeros", refuse)
     with pytest.raises(torch.OutOfMemoryError):
         bank.add("bert", model, "bert")
     assert bank.names() == ["anna"]
@@ -296,7 +296,7 @@ def test_a_bank_that_was_unloaded_takes_nothing(tmp_path: Path) -> None:
 def test_a_bank_is_neither_copied_nor_pickled() -> None:
     bank, _ = tiny("bert")
     for attempt in (copy.copy, copy.deepcopy, pickle.dumps):
-        with pytest.raises(BankError, match="a bank can neither be copied nor pickled"):
+        with pytest.raises(BankError, match="a bank cannot be copied or pickled"):
             attempt(bank)
 
 
@@ -336,5 +336,5 @@ def test_what_a_bank_says_of_itself(tmp_path: Path) -> None:
         bank.add(name, model)
     assert bank.capacity == 66
     assert f"{bank!r}".startswith(
-        "AdapterBank(3 adapters of 66 at a time, r <= 4, 2 layers, heads: classifier, torch.bf"
+        "AdapterBank(3 adapters of 66 at a time, r <= 4, 2 layers, modules_to_save: classifier, torch.bf"
     )

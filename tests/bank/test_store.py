@@ -51,10 +51,10 @@ def fast(file: BankStore) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("heads", [0, 3])
-def test_rows_come_back_to_the_bit(dtype: torch.dtype, heads: int, path: Path) -> None:
-    layout = layout_of(heads=heads)
-    file = BankStore.create(path, layout, dtype, torch.float32 if heads else None)
+@pytest.mark.parametrize("saved", [0, 3])
+def test_rows_come_back_to_the_bit(dtype: torch.dtype, saved: int, path: Path) -> None:
+    layout = layout_of(saved=saved)
+    file = BankStore.create(path, layout, dtype, torch.float32 if saved else None)
     rows = {name: row_of(seed, layout, dtype) for seed, name in enumerate(_NAMES)}
     for name, row in rows.items():
         file.add(name, row, replacing=None)
@@ -63,7 +63,7 @@ def test_rows_come_back_to_the_bit(dtype: torch.dtype, heads: int, path: Path) -
         for name, row in rows.items():
             assert_same(opened.row(opened.names[name]), row)
         opened.check_layout(layout)
-        opened.check_dtypes(dtype, torch.float32 if heads else None)
+        opened.check_dtypes(dtype, torch.float32 if saved else None)
 
 
 def test_names_of_equal_adapters_share_the_values(path: Path) -> None:
@@ -138,7 +138,7 @@ def test_space_is_used_again_and_given_back(path: Path) -> None:
 def test_projections_read_from_a_file_are_refused(path: Path) -> None:
     file = make(path, {"a": 1})
     stored = Stored.from_tensors(torch.ones(4, 3), torch.ones(5, 4))
-    with pytest.raises(BankError, match="A bank in memory takes it"):
+    with pytest.raises(BankError, match="A bank in memory can"):
         file.add("b", replace(row_of(2), scheme=stored), replacing=None)
     assert_holds(path, {"a": 1})
 
@@ -154,7 +154,7 @@ def test_projections_read_from_a_file_are_refused(path: Path) -> None:
         (layout_of(layers=("first",)), "layers that differ in second"),
         (layout_of(layers=tuple("abcde")), "layers that differ in a, b, c and 4 more"),
         (layout_of(layers=("second", "first")), "its layers are in another order"),
-        (layout_of(heads=2), "heads that differ in classifier"),
+        (layout_of(saved=2), "modules_to_save that differ in classifier"),
     ],
 )
 def test_a_file_for_another_layout_is_refused(other: Layout, message: str, path: Path) -> None:
@@ -173,9 +173,9 @@ def test_the_order_of_layers_is_part_of_a_layout() -> None:
 
 def test_a_file_of_other_dtypes_is_refused(path: Path) -> None:
     file = make(path)
-    with pytest.raises(BankError, match=r"holds vectors as torch\.float32, .* as torch\.bfloat16"):
+    with pytest.raises(BankError, match=r"has vectors in torch\.float32, .* use torch\.bfloat16"):
         file.check_dtypes(torch.bfloat16, None)
-    with pytest.raises(BankError, match=r"holds heads as None, .* as torch\.float32"):
+    with pytest.raises(BankError, match=r"has modules_to_save in None, .* use torch\.float32"):
         file.check_dtypes(torch.float32, torch.float32)
 
 
@@ -184,11 +184,11 @@ def test_creating_where_it_cannot_be(path: Path) -> None:
     with pytest.raises(BankError, match="exists already"):
         make(path)
     assert_holds(path, {"a": 1})
-    with pytest.raises(BankError, match="cannot be made"):
+    with pytest.raises(BankError, match="cannot be created"):
         make(path / "below a file")
     with pytest.raises(BankError, match="cannot be opened"):
         BankStore(path.parent / "nowhere")
-    with pytest.raises(BankError, match="no bank's file"):
+    with pytest.raises(BankError, match="not a bank's file"):
         BankStore(path.parent)
     assert sorted(path.parent.iterdir()) == [path]  # nothing is left over
 
@@ -234,7 +234,7 @@ def test_files_and_directories_that_are_read_only() -> None:
             ):
                 with pytest.raises(BankError, match="cannot be written to: Permission denied"):
                     write()
-            with pytest.raises(BankError, match="cannot be made: Permission denied"):
+            with pytest.raises(BankError, match="cannot be created: Permission denied"):
                 make(directory / "other")
         finally:
             os.seteuid(own)
@@ -405,12 +405,12 @@ def test_another_process_that_does_not_finish(path: Path, monkeypatch: pytest.Mo
     file = make(path, {"a": 1})
     other = sqlite3.connect(path, isolation_level=None)
     other.execute("BEGIN IMMEDIATE")
-    with pytest.raises(BankError, match="cannot be written to: another process has been busy with it"):
+    with pytest.raises(BankError, match="cannot be written to: another process has locked it"):
         file.add("b", row_of(2), replacing=None)
     assert_same(file.row(row_of(1).digest), row_of(1))  # whose change is not there yet
     other.execute("ROLLBACK")
     other.execute("BEGIN EXCLUSIVE")
-    with pytest.raises(BankError, match="cannot be read: another process has been busy with it"):
+    with pytest.raises(BankError, match="cannot be read: another process has locked it"):
         file.row(row_of(1).digest)
     other.close()
     file.add("b", row_of(2), replacing=None)
@@ -453,7 +453,7 @@ def test_a_disk_that_refuses_at_any_step(change: str, path: Path) -> None:
                 message = str(error)
         if message:
             assert "cannot be written to: " in message
-            assert "it is as it was before" in message
+            assert "it is unchanged" in message
             assert_holds(own, {"a": 1, "b": 2})
             do(file)  # the same object goes on when there is room again
             refused += 1
@@ -468,10 +468,10 @@ def test_a_disk_that_is_full(path: Path) -> None:
     (pages,) = writer.execute("PRAGMA page_count").fetchone()
     writer.execute(f"PRAGMA max_page_count={pages}")
     names = {"a": 1}
-    with pytest.raises(BankError, match="No space left on the disk; it is as it was before"):
+    with pytest.raises(BankError, match="No space left on the disk; it is unchanged"):
         fill(file, names)
     assert_holds(path, names)
-    with files_of_at_most(8000), pytest.raises(BankError, match="cannot be made"):
+    with files_of_at_most(8000), pytest.raises(BankError, match="cannot be created"):
         make(path.with_name("other"))
     file.close()
     assert list(path.parent.iterdir()) == [path]
@@ -516,7 +516,7 @@ def test_another_bank_that_is_copied_over_an_open_file(path: Path) -> None:
     another.close()
     shutil.copyfile(another.path, path)
     for call in (file.refresh, lambda: file.row(row_of(3).digest), lambda: file.remove("a", row_of(3).digest)):
-        with pytest.raises(BankError, match="written over with another bank"):
+        with pytest.raises(BankError, match="overwritten with another bank"):
             call()
 
 
@@ -553,7 +553,7 @@ def test_a_file_that_is_cut_while_it_is_open(path: Path) -> None:
             file.refresh,
             lambda: file.add("x", row_of(1), replacing=None),
         ):
-            with pytest.raises(BankError, match=r"is damaged|is no bank's file"):
+            with pytest.raises(BankError, match=r"is damaged|is not a bank's file"):
                 call()
 
 

@@ -1,4 +1,4 @@
-"""Memory that runs out at any allocation of a change to a bank leaves it as it was before, or as it is after."""
+"""Memory that runs out at any allocation of a change to a bank leaves it as before or as after the change."""
 
 import itertools
 from pathlib import Path
@@ -25,14 +25,14 @@ def seen_in(bank: AdapterBank) -> dict[str, Any]:
     with torch.no_grad():
         answers = {name: bits(bank.model(INPUT, adapters=[name] * len(INPUT))) for name in (*bank.names(), None)}
     versions = bank._registry.versions
-    resident = sum(version.slot is not None for version in versions.values())
+    resident = sum(version.row is not None for version in versions.values())
     return {
         "answers": answers,
         "names": bank.names(),
         "infos": [bank.info(name) for name in bank.names()],
         "versions": sorted(versions),
         "projections": len(bank._projections.numbers()),
-        "lost rows": bank.capacity - len(bank._slots.free) - resident,
+        "lost rows": bank.capacity - len(bank._resident.free) - resident,
         "layers": [len(getattr(module, "projections", ())) for module in bank.model.modules()],
     }
 

@@ -16,7 +16,7 @@ from tiny_models import tiny_model
 from veratune import AdapterBank, CheckpointError, VeraConfig, VeraModel, get_peft_model
 from veratune.adapters.adapted_model import AdaptedModel
 from veratune.adapters.plan import make_scheme
-from veratune.bank.configs import config_for_adapters
+from veratune.bank.bank_config import config_for_adapters
 from veratune.checkpoint.base import AdapterContents, AdapterFiles, Format
 from veratune.checkpoint.files import read_json, write_json
 from veratune.checkpoint.formats import FORMATS, format_of

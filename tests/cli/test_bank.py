@@ -63,13 +63,13 @@ def test_building_adding_listing_removing(
 ) -> None:
     file = tmp_path / "customers.bank"
     assert run(capsys, "bank", "build", base, file, *adapters.values())[0] == 0
-    # Not a directory's name: the layers of all, the largest rank, the head that two of them have.
+    # Not a directory's name: the layers of all, the largest rank, the module that two of them train in full.
     values = json.loads(run(capsys, "bank", "list", file, "--json")[1])
     model = loaded(base)
     kinds = ("query", "key", "value", "dense")
     linear = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n.endswith(kinds)]
     assert sorted(values["layers"]) == sorted(linear)
-    assert (values["rank"], values["dtype"], values["heads"]) == (6, "float32", ["classifier"])
+    assert (values["rank"], values["dtype"], values["modules_to_save"]) == (6, "float32", ["classifier"])
     assert {a["name"]: (a["rank"], a["scheme"], a["key"]) for a in values["adapters"]} == {
         "anna": (4, "per_dimension", 3),
         "bert": (6, "per_dimension", 0),
@@ -129,8 +129,8 @@ def test_nothing_is_written_where_one_does_not_fit(
     for arguments, message in (
         ((anna, tmp_path / "biases"), "trains biases"),
         ((anna, tmp_path / "embedding"), "word_embeddings is adapted, but it is a Embedding"),
-        ((anna, tmp_path / "nowhere"), "is no directory of an adapter"),
-        ((anna, f"x={tmp_path / 'nowhere'}"), "is no directory of an adapter"),
+        ((anna, tmp_path / "nowhere"), "is not a directory of an adapter"),
+        ((anna, f"x={tmp_path / 'nowhere'}"), "is not a directory of an adapter"),
         ((anna, tmp_path / "elsewhere" / "anna"), "are both named 'anna'"),
         ((anna, f"={anna}"), "name='' is not allowed"),
         ((anna, "--r", 2), "has the rank 4"),
@@ -151,7 +151,7 @@ def test_nothing_is_written_where_one_does_not_fit(
         (("add", file, base, f"x={anna}", f"={anna}"), "name='' is not allowed"),
         (("add", file, base, f"x={anna}", f"y={adapters['carl']}"), "which is not one of the"),
         (("remove", file, "anna", "x"), "there is no adapter 'x'"),
-        (("list", base), "is a directory, and no bank's file"),
+        (("list", base), "is a directory, not a bank's file"),
         (("verify", tmp_path / "nothing"), "cannot be opened: No such file"),
     ):
         code, out, err = run(capsys, "bank", *arguments)
@@ -184,12 +184,12 @@ def test_verifying(base: Path, adapters: dict[str, Path], tmp_path: Path, capsys
     data[data.index(vectors[:200])] ^= 1
     file.write_bytes(data)
     code, out, _ = run(capsys, "bank", "verify", file)
-    assert code == 1 and f"what is stored as adapter {digest} has another digest" in out.splitlines()[0]
+    assert code == 1 and f"the tensors of adapter {digest} have another digest" in out.splitlines()[0]
     assert out.splitlines()[0].endswith("('anna')") and "problems: 1;" in out
     data[data.index(b"anna")] ^= 1  # a name
     file.write_bytes(data)
     code, out, err = run(capsys, "bank", "verify", file)
-    assert (code, out) == (1, "") and "is damaged: the names and adapters in it are not those" in err
+    assert (code, out) == (1, "") and "is damaged: its names and adapters are not those" in err
 
 
 def test_a_name_that_would_reach_the_terminal(
@@ -203,7 +203,7 @@ def test_a_name_that_would_reach_the_terminal(
     connection.close()
     for command in ("list", "verify", "compact"):
         code, out, err = run(capsys, "bank", command, file)
-        assert (code, out) == (1, "") and "a name in it that is not allowed" in err and "\x1b" not in err
+        assert (code, out) == (1, "") and "it has an invalid name" in err and "\x1b" not in err
     code, _, err = run(capsys, "bank", "build", base, tmp_path / "other", f"{'n' * 300}={adapters['anna']}")
     assert code == 1 and "1 to 256 bytes" in err and not (tmp_path / "other").exists()
 
@@ -235,7 +235,7 @@ def test_a_file_that_is_refused_leaves_the_model_alone(base: Path, adapters: dic
     with pytest.raises(BankError, match="cannot be opened"):
         AdapterBank.open(model, tmp_path / "none")
     before = file.read_bytes()  # the script that made it, run again, with one more adapter
-    with pytest.raises(BankError, match=r"holds 'anna' already: AdapterBank\.open"):
+    with pytest.raises(BankError, match=r"has 'anna' already: AdapterBank\.open"):
         AdapterBank.for_adapters(model, {"new": adapters["anna"], **adapters}, file=file)
     assert file.read_bytes() == before
     data = bytearray(file.read_bytes())

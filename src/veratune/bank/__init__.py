@@ -1,4 +1,4 @@
-"""Thousands of adapters of one base model at once, each row of a batch with its own."""
+"""Thousands of adapters of one base model at once, a different one for each sequence of a batch."""
 
 from veratune.bank.bank import AdapterBank
 from veratune.bank.layout import BankError

@@ -1,4 +1,4 @@
-"""`AdapterBank`: many adapters of one base model, resident as rows of one tensor, each row of a batch with its own."""
+"""`AdapterBank`: many adapters of one base model, stored as rows of one tensor, one for each sequence of a batch."""
 
 import os
 import threading
@@ -13,18 +13,18 @@ from veratune.adapters.adapted_model import AdaptedModel
 from veratune.adapters.names import base_modules
 from veratune.adapters.plan import plan_adapter
 from veratune.adapters.surgery import undone_on_error
-from veratune.bank.calls import make_call, trial_call
-from veratune.bank.configs import config_for_adapters, config_of_layout
+from veratune.bank.bank_config import config_for_adapters, config_of_layout
+from veratune.bank.call_building import make_call, trial_call
 from veratune.bank.installation import Installation
+from veratune.bank.isolation import check_batch_first, check_isolation
 from veratune.bank.layer_call import BankCall
-from veratune.bank.layout import AdapterRow, BankError, Layout, head_row, make_layout, scheme_to_json
+from veratune.bank.layout import AdapterRow, BankError, Layout, make_layout, saved_row, scheme_to_json
 from veratune.bank.model import BankModel
 from veratune.bank.projections import BankProjections
 from veratune.bank.registry import AdapterInfo, AdapterNames, Registry
-from veratune.bank.rowmaker import RowMaker
-from veratune.bank.rows import check_kept_apart, check_order
+from veratune.bank.resident import Lease, ResidentRows, Version
+from veratune.bank.row_maker import RowMaker
 from veratune.bank.schema import check_spelling
-from veratune.bank.slots import Lease, Slots, Version
 from veratune.bank.store import AdapterGoneError, BankStore, open_store
 from veratune.config import VeraConfig
 from veratune.model import check_bare
@@ -35,16 +35,15 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class AdapterBank:
-    """Many adapters of one base model, of which each row of a batch has its own: for inference.
+    """Many adapters of one base model, a different one for each sequence of a batch, for inference.
 
-    All layers that the configuration names are put in place once; adding an adapter is a copy of its vectors. Adapters
-    of smaller ranks, and of fewer layers, are held exactly. Methods may be called by several threads at once, while
-    others compute.
+    All layers that the configuration names are replaced once; adding an adapter copies its vectors. Adapters of smaller
+    ranks, and of fewer layers, are held exactly. Methods are thread-safe, also while other threads compute.
 
     Attributes:
-        model: what to call: `bank.model(**batch, adapters=["anna", None])`.
+        model: the model to call: `bank.model(**batch, adapters=["anna", None])`.
         layout: the order of an adapter's numbers.
-        dtype: the dtype in which vectors are held.
+        dtype: the dtype of stored vectors.
     """
 
     def __init__(
@@ -56,53 +55,55 @@ class AdapterBank:
         dtype: torch.dtype = torch.float32,
         file: str | os.PathLike[str] | None = None,
     ) -> None:
-        """Put the bank's layers into a model.
+        """Install the bank's layers in a model.
 
         Args:
             model: the base model, without adapters; it is changed in place until `unload`, and put in eval mode.
-            peft_config: what may be adapted: `target_modules` and what belongs to them, `modules_to_save`, and `r`, the
-                largest rank. `route` as in training: "auto" adds up the weights of adapters that have many tokens in a
-                batch, "factored" never does, so that the time does not depend on how many adapters there are.
-                Projections are each adapter's own; initial values and dropout do not matter.
-            capacity: how many adapters to have room for on the model's device. In memory, a bank that is full grows, by
-                copying what it holds; with a file, the adapter that has not been used for longest makes room.
-            dtype: how to hold the vectors: float32, bfloat16 or float16.
-            file: a file that holds all adapters (see `veratune.bank.store`): made if it does not exist.
+            peft_config: what adapters may adapt: `target_modules` and related fields, `modules_to_save`, and `r`, the
+                largest rank. `route` as in training: "auto" computes W0 + delta W for adapters that have many tokens in
+                a batch; "factored" never does, so that the time does not depend on the number of adapters. Each adapter
+                brings its projections; initial values and dropout do not matter.
+            capacity: how many adapters to hold on the model's device. A full bank in memory grows, by copying its
+                tensors; one with a file evicts the least recently used adapter.
+            dtype: the dtype of stored vectors: float32, bfloat16 or float16.
+            file: a file that holds all adapters (see `veratune.bank.store`), created if it does not exist.
 
         Raises:
-            BankError: a layer or head that cannot be given vectors for each row, or a file for another layout.
+            BankError: a layer or module that cannot be different for each sequence, or a file for another layout.
             TargetError: the configuration matches nothing in this model, which is unchanged then.
         """
         if capacity < 1:
             raise BankError(f"capacity={capacity} is not allowed: it must be at least 1")
         if dtype not in DTYPES:
-            raise BankError(f"dtype={dtype} is not allowed: vectors are held as {', '.join(map(str, DTYPES))}")
+            raise BankError(f"dtype={dtype} is not allowed: it must be one of {', '.join(map(str, DTYPES))}")
         check_bare(model)
-        check_order(model)
+        check_batch_first(model)
         plan = plan_adapter(model, peft_config)
         if plan.bias_owners:
             raise BankError(f"bias={peft_config.bias!r}: a bank does not hold biases for each adapter; use bias='none'")
         modules = base_modules(model)
         rank = max(target.r for target in plan.targets)
-        heads = {name: modules[name] for name in plan.config.modules_to_save or []}
-        self.layout: Layout = make_layout(plan.targets, rank, heads)
+        saved_modules = {name: modules[name] for name in plan.config.modules_to_save or []}
+        self.layout: Layout = make_layout(plan.targets, rank, saved_modules)
         self.dtype = dtype
-        base_heads = head_row(self.layout, modules)
-        cpu_heads = None if base_heads is None else base_heads.cpu()
+        base_saved = saved_row(self.layout, modules)
+        cpu_saved = None if base_saved is None else base_saved.cpu()
         self._installation = Installation(model, modules, plan.targets, self.layout, plan.config.route)
         device = self._installation.device
-        head_dtype = None if base_heads is None else base_heads.dtype
-        self._store = None if file is None else open_store(Path(file), self.layout, dtype, head_dtype)
-        self._slots = Slots.empty(capacity, self.layout.numbers, dtype, device, base_heads, grows=file is None)
+        saved_dtype = None if base_saved is None else base_saved.dtype
+        self._store = None if file is None else open_store(Path(file), self.layout, dtype, saved_dtype)
+        self._resident = ResidentRows.empty(
+            capacity, self.layout.numbers, dtype, device, base_saved, grows=file is None
+        )
         self._projections = BankProjections(plan.targets, self._installation.layers, rank)
-        self._registry = Registry(self._slots, self._projections, self._store)
+        self._registry = Registry(self._resident, self._projections, self._store)
         self._compiled = False
-        self._changes = threading.RLock()  # one change at a time, without keeping calls waiting for the disk
+        self._changes = threading.RLock()  # one change at a time, without blocking calls while the disk is written
         self.refresh()
         with undone_on_error(model):
             self._installation.install()
             named = [target.name for target in plan.targets]
-            self._rows = RowMaker(model, modules, plan.config, named, self.layout, dtype, cpu_heads)
+            self._rows = RowMaker(model, modules, plan.config, named, self.layout, dtype, cpu_saved)
             load_calibration(device)
             self.model = BankModel(model, self).eval()
 
@@ -122,7 +123,7 @@ class AdapterBank:
             CheckpointError: files that are missing or damaged, or for another model.
         """
         if not isinstance(adapters, Mapping):
-            raise BankError(f"adapters={adapters!r} is not allowed: give a dictionary of names to directories")
+            raise BankError(f"adapters={adapters!r} is not allowed: pass a dictionary of names to directories")
         for name in adapters:
             check_spelling(name)
         settings.setdefault("capacity", max(64, len(adapters)))
@@ -132,11 +133,11 @@ class AdapterBank:
         try:
             if held := [name for name in adapters if name in bank]:  # before the file gets any of the others
                 raise BankError(
-                    f"{file} holds {held[0]!r} already: AdapterBank.open(model, {str(file)!r}) makes a bank of all that"
-                    " is in it, and load(..., replace=True) gives a name another adapter"
+                    f"{file} has {held[0]!r} already: AdapterBank.open(model, {str(file)!r}) makes a bank of all"
+                    " adapters in it, and load(..., replace=True) replaces one"
                 )
-            for name, place in adapters.items():
-                bank.load(name, place)
+            for name, path_or_repo in adapters.items():
+                bank.load(name, path_or_repo)
         except BaseException:
             bank.unload()
             if is_new and file is not None:
@@ -146,11 +147,11 @@ class AdapterBank:
 
     @classmethod
     def open(cls, model: nn.Module, file: str | os.PathLike[str], *, capacity: int = 64) -> "AdapterBank":
-        """Make a bank of a file's layout and dtype, with the adapters in it.
+        """Make a bank with the layout, dtype and adapters of a file.
 
         Args:
             model: as for the class: the base model that the file's adapters are for.
-            file: the file, which has to exist.
+            file: an existing file.
             capacity: as for the class.
 
         Raises:
@@ -168,34 +169,34 @@ class AdapterBank:
 
     def __repr__(self) -> str:
         layout = self.layout
-        heads = f", heads: {', '.join(layout.heads)}" if layout.heads else ""
+        saved = f", modules_to_save: {', '.join(layout.modules_to_save)}" if layout.modules_to_save else ""
         return (
             f"AdapterBank({len(self)} adapters of {self.capacity} at a time, r <= {layout.rank}, {len(layout.layers)}"
-            f" layers{heads}, {self.dtype}, {self.nbytes / 1e6:.1f} MB)"
+            f" layers{saved}, {self.dtype}, {self.nbytes / 1e6:.1f} MB)"
         )
 
     @property
     def capacity(self) -> int:
-        """How many adapters there is room for on the device; in memory, a bank that is full grows."""
-        with self._slots.lock:
-            return self._slots.capacity
+        """How many adapters fit on the device; a full bank in memory grows."""
+        with self._resident.lock:
+            return self._resident.capacity
 
     @property
     def nbytes(self) -> int:
-        """The bytes of all rows on the device, free ones included; each adapter's vectors and heads are one row."""
-        with self._slots.lock:
-            return self._slots.slab.nbytes + (0 if self._slots.heads is None else self._slots.heads.nbytes)
+        """The bytes of all rows on the device, free ones included, with their values of modules_to_save."""
+        with self._resident.lock:
+            return self._resident.slab.nbytes + (0 if self._resident.saved is None else self._resident.saved.nbytes)
 
     def __contains__(self, name: object) -> bool:
         return name in self._registry.names
 
     def names(self) -> list[str]:
         """Return the names of all adapters, in the order in which they were added."""
-        with self._slots.lock:
+        with self._resident.lock:
             return list(self._registry.names)
 
     def info(self, name: str) -> AdapterInfo:
-        """Return what the bank knows of an adapter.
+        """Return information on an adapter.
 
         Raises:
             BankError: an unknown name.
@@ -210,9 +211,9 @@ class AdapterBank:
         """Read a saved adapter into the bank.
 
         Args:
-            name: its name here: any text of printable characters, up to 256 bytes in UTF-8.
+            name: its name in the bank: printable characters, up to 256 bytes in UTF-8.
             model_id: directory of the adapter, in veratune's or PEFT's format, or its repository on the hub.
-            replace: whether to replace an adapter of that name; calls in flight keep using the old one.
+            replace: whether to replace an adapter of that name; in-flight calls keep using the previous one.
             location: `subfolder`, `revision`, `token`, `cache_dir`, `local_files_only`.
 
         Raises:
@@ -223,7 +224,7 @@ class AdapterBank:
         return self._put(name, self._rows.saved(model_id, location), replace)
 
     def check(self, model_id: str | os.PathLike[str], **location: Any) -> None:
-        """Read a saved adapter and raise what `load` would raise for it, without adding it.
+        """Check a saved adapter as `load` does, without adding it.
 
         Args:
             model_id: as for `load`.
@@ -239,12 +240,12 @@ class AdapterBank:
     def add(
         self, name: str, model: AdaptedModel, adapter_name: str | None = None, *, replace: bool = False
     ) -> AdapterInfo:
-        """Copy an adapter of another model, which is of the same kind as this one, into the bank.
+        """Copy an adapter of another model of the same architecture into the bank.
 
         Args:
             name: as for `load`.
-            model: the model that has the adapter, such as `get_peft_model` returns.
-            adapter_name: which of its adapters; the active one by default.
+            model: the model that has the adapter, for example from `get_peft_model`.
+            adapter_name: the adapter's name there; the active one by default.
             replace: as for `load`.
 
         Raises:
@@ -255,20 +256,20 @@ class AdapterBank:
         return self._put(name, self._rows.active(model, adapter_name), replace)
 
     def remove(self, name: str) -> None:
-        """Let a name mean nothing any more. Calls that have begun are not disturbed.
+        """Remove a name. In-flight calls are unaffected.
 
         Raises:
             BankError: an unknown name.
         """
         with self._changes:
-            with self._slots.lock:
+            with self._resident.lock:
                 version = self._registry.version(name)
             if self._store is not None:
                 self._store.remove(name, version.digest)
             self._registry.remove(name)
 
     def refresh(self) -> None:
-        """Take in what other processes have written to the bank's file since.
+        """Apply the changes that other processes have made to the bank's file.
 
         Raises:
             BankError: the file is damaged.
@@ -281,7 +282,7 @@ class AdapterBank:
 
     def _put(self, name: str, row: AdapterRow, replace: bool) -> AdapterInfo:
         with self._changes:
-            with self._slots.lock:
+            with self._resident.lock:
                 before = self._registry.check_name(name, replace)
             if self._store is not None:
                 self._store.add(name, row, replacing=None if before is None else before.digest)
@@ -295,10 +296,10 @@ class AdapterBank:
     # Serving
 
     def lease(self, names: AdapterNames) -> Lease:
-        """Keep adapters as they are for a request, in a `with` statement or until `release`.
+        """Keep adapters unchanged for a request, in a `with` statement or until `release`.
 
         Args:
-            names: a name for each row, or None for the base model.
+            names: a name for each sequence, or None for the base model.
 
         Raises:
             BankError: an unknown name, or more different adapters at once than there is room for.
@@ -310,10 +311,10 @@ class AdapterBank:
             return self._registry.lease(names)
 
     def lease_versions(self, versions: Sequence[Version | None]) -> Lease:
-        """Return one more lease of versions that are leased already, whatever their names mean by now.
+        """Return another lease of versions that are leased already, whatever their names refer to now.
 
         Args:
-            versions: the version of each row, from other leases that are held meanwhile; None for the base model.
+            versions: the version of each sequence, from leases that are held meanwhile; None for the base model.
 
         Raises:
             BankError: more different adapters at once than there is room for.
@@ -321,7 +322,7 @@ class AdapterBank:
         return self._registry.lease_versions(versions)
 
     def lease_again(self, lease: Lease) -> Lease:
-        """Return one more lease of what a lease holds, which it keeps even if that one is released meanwhile.
+        """Return another lease of the same versions, which outlives the first one.
 
         Raises:
             BankError: a lease that has been released, or is another bank's.
@@ -336,62 +337,61 @@ class AdapterBank:
         copies: tuple[int, ...] = (1,),
         flattened: bool = True,
     ) -> BankCall:
-        """Return what the layers have to know of a call.
+        """Return the `BankCall` that the layers read.
 
         Args:
-            lease: the adapters of the rows.
+            lease: the adapters of the sequences.
             lengths: for packed sequences, the number of tokens of each.
             copies: as in `BankCall`.
             flattened: as in `BankCall`.
 
         Raises:
-            BankError: no rows, or lengths that are not one for each row.
+            BankError: no sequences, or not one length for each.
         """
-        kinds = self._projections.numbers() if self._compiled else None
-        return make_call(self._installation.owner, lease, lengths, kinds, copies=copies, flattened=flattened)
+        schemes = self._projections.numbers() if self._compiled else None
+        return make_call(self._installation.owner, lease, lengths, schemes, copies=copies, flattened=flattened)
 
-    def check_rows(self, **inputs: Any) -> None:
-        """Find out whether each row of this model's outputs depends on its own adapter and on no other row's.
+    def check_isolation(self, **inputs: Any) -> None:
+        """Check that each sequence of this model's outputs depends on its adapter and on no other sequence's.
 
-        A layer does not know what the model has done to its input. What could not be told apart by its shape (an input
-        with time before rows, tokens that were sorted) shows here: a made-up adapter in one row must change that row
-        and no other, to the bit. Run it once for a model of an unusual architecture.
+        Layers match the first dimension of their input with the sequences of the batch. Shapes do not reveal an input
+        with time first, or tokens that were sorted; this trial does: a random adapter for one sequence must change that
+        sequence and no other, to the bit. Run it once for a model of an unusual architecture.
 
         Args:
-            inputs: the model's arguments, a batch of at least two rows.
+            inputs: the model's arguments, a batch of at least two sequences.
 
         Raises:
-            BankError: the model does not keep rows apart.
+            BankError: the model does not keep sequences apart.
         """
-        with self._slots.lock:
-            number, heads = self._projections.any_number(), self._slots.heads
+        with self._resident.lock:
+            scheme, saved = self._projections.any_number(), self._resident.saved
         row = 0.5 * torch.randn(self.layout.numbers, generator=torch.Generator().manual_seed(0))
-        slab = torch.stack([torch.zeros_like(row), row]).to(self._slots.slab)
+        slab = torch.stack([torch.zeros_like(row), row]).to(self._resident.slab)
 
-        def call(slots: Tensor) -> BankCall:
-            slots = slots.to(slab.device)
-            return trial_call(self._installation.owner, number, slab, heads, slots)
+        def call(rows: Tensor) -> BankCall:
+            return trial_call(self._installation.owner, scheme, slab, saved, rows.to(slab.device))
 
-        check_kept_apart(self.model.base_model, call, inputs)
+        check_isolation(self.model.base_model, call, inputs)
 
     def compile(self, **settings: Any) -> None:
-        """Compile the model with `torch.compile`; other adapters in a call do not make it compile again."""
+        """Compile the model with `torch.compile`; calls with other adapters do not trigger recompilation."""
         self._compiled = True
         self.model.base_model.compile(**settings)
 
     def follow_model(self) -> None:
-        """Bring the vectors to the device on which the model is; called when it moves."""
-        with self._slots.lock:
-            self._slots.move(self._installation.current_device())
+        """Move the vectors to the model's device; called when the model moves."""
+        with self._resident.lock:
+            self._resident.move(self._installation.current_device())
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
-        raise BankError("a bank can neither be copied nor pickled: make another one, on the same file")
+        raise BankError("a bank cannot be copied or pickled: make another one, on the same file")
 
     def unload(self) -> nn.Module:
-        """Take the bank's layers out again, close its file, and return the model as it was.
+        """Remove the bank's layers, close its file, and return the base model.
 
         Raises:
-            BankError: requests are running, or hold adapters by a lease.
+            BankError: requests are running, or leases are held.
         """
         self._registry.close()
         self._installation.undo()

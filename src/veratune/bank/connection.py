@@ -1,7 +1,7 @@
-"""Opening an SQLite file that may be damaged, or made to do harm, and saying in words what SQLite says in codes.
+"""Open an SQLite file that may be damaged or malicious, and explain SQLite's error codes.
 
-The journal is SQLite's rollback journal, not its write-ahead log: a log would keep changes in a second file that
-copies leave out and that is read into whatever file takes the first one's name (docs/adr/0006-bank-in-sqlite.md).
+The journal is SQLite's rollback journal, not its write-ahead log: a log would keep changes in a second file, which
+copies omit and which SQLite would apply to any file put in the first one's place (docs/adr/0006-bank-in-sqlite.md).
 """
 
 import os
@@ -16,22 +16,22 @@ from veratune.bank.layout import BankError
 from veratune.bank.schema import APPLICATION_ID, TABLES, VERSION, DamagedError
 from veratune.utils.atomic import publish
 
-PATIENCE = 30.0  # seconds that one process waits for others
+PATIENCE = 30.0  # seconds to wait for other processes
 REMEDY = "Put back a copy of it, or build it again from the adapters' directories"
 
-# A connection must not be used, nor closed, in a process that was forked from the one that made it.
+# A connection must not be used or closed in a process that was forked from the one that opened it.
 _of_other_processes: list[sqlite3.Connection] = []
 
-# Identifies a file and its contents: device, inode, size and time of the last change.
+# Identifies a file and its contents: device, inode, size and modification time.
 Signature = tuple[int, int, int, int]
 
-# Longer than any text of ours; tensors are allowed for when the layout says how long they are.
+# More than any text in a bank's file; `allow_tensors` raises the limit once the layout is known.
 _LONGEST_TEXT = 1 << 24
 
 
 @dataclass
 class HeldConnection:
-    """A connection that is kept, and what the file was when it was last used."""
+    """A connection that is kept open, and the file's signature when it was last used."""
 
     write: bool
     connection: sqlite3.Connection | None = None
@@ -50,21 +50,21 @@ class HeldConnection:
 
 
 def connect(path: Path, shown: Path, *, write: bool) -> sqlite3.Connection:
-    """Open a bank's file and check that it is one; nothing in it is executed.
+    """Open a file and check that it is a bank's; nothing in it is executed.
 
     Args:
         path: the file, absolute and without symbolic links.
-        shown: how the user named it.
-        write: whether to change it.
+        shown: the path that the user gave, for messages.
+        write: whether to allow changes.
 
     Raises:
-        BankError: it is not a bank's file, or cannot be opened.
+        BankError: the file is not a bank's, or cannot be opened.
     """
     check_regular(path, shown)
     if os.path.lexists(f"{path}-wal"):
         raise BankError(
-            f"{path}-wal is there, which no bank has: SQLite would read it into {shown}. Close the other program that"
-            " has this file open, or remove it if there is none"
+            f"{path}-wal exists, which no bank has: SQLite would apply it to {shown}. Close the other program that has"
+            " this file open, or remove that file if there is none"
         )
     with explained(shown, "opened"):
         connection = sqlite3.connect(
@@ -77,7 +77,7 @@ def connect(path: Path, shown: Path, *, write: bool) -> sqlite3.Connection:
         connection.close()
         if isinstance(error, NotSQLiteError) and _is_of_the_first_format(path):
             raise BankError(
-                f"{shown} is a bank's file of the first format, which is not read any more: build it again from the"
+                f"{shown} is a bank's file in the first format, which is no longer supported: build it again from the"
                 " adapters' directories"
             ) from None
         raise
@@ -85,44 +85,44 @@ def connect(path: Path, shown: Path, *, write: bool) -> sqlite3.Connection:
 
 
 class NotSQLiteError(BankError):
-    """A file that is no database."""
+    """The file is not a database."""
 
 
 def check_regular(path: Path, shown: Path) -> None:
-    """Raise BankError unless this is a file: opening a pipe would wait for a writer."""
+    """Raise BankError unless this is a regular file: opening a pipe would block until there is a writer."""
     try:
         mode = path.stat().st_mode
     except OSError as error:
         raise BankError(f"{shown} cannot be opened: {error.strerror}") from None
     if not stat.S_ISREG(mode):
-        what = "a directory" if stat.S_ISDIR(mode) else "no file"
-        raise BankError(f"{shown} is {what}, and no bank's file")
+        what = "a directory" if stat.S_ISDIR(mode) else "not a regular file"
+        raise BankError(f"{shown} is {what}, not a bank's file")
 
 
 def allow_tensors(connection: sqlite3.Connection, count: int, shown: Path) -> None:
-    """Allow values of so many bytes, and no longer ones.
+    """Limit values to this many bytes.
 
     Raises:
-        BankError: SQLite does not hold as many.
+        BankError: SQLite does not support values of this size.
     """
     wanted = count + _LONGEST_TEXT
     connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, wanted)
     if connection.getlimit(sqlite3.SQLITE_LIMIT_LENGTH) < wanted:
         raise BankError(
-            f"{shown}: an adapter of {count} bytes is more than a bank's file can hold: use a bank in memory, or one"
-            " without modules_to_save"
+            f"{shown}: a bank's file cannot hold adapters of {count} bytes: use a bank in memory, or one without"
+            " modules_to_save"
         )
 
 
 @contextmanager
 def explained(shown: Path, action: str) -> Iterator[None]:
-    """Raise as BankError what SQLite and the system raise, `shown` "cannot be" `action`, and what is damaged."""
+    """Convert errors of SQLite, the system and damaged content to BankError: `shown` "cannot be" `action`."""
     try:
         yield
     except DamagedError as damage:
         raise _damaged(shown, damage) from None
-    except UnicodeDecodeError:  # of a message that quotes the file
-        raise _damaged(shown, "it holds text that is not UTF-8") from None
+    except UnicodeDecodeError:  # in a message that quotes the file
+        raise _damaged(shown, "it contains text that is not UTF-8") from None
     except sqlite3.Error as error:
         raise _explanation(shown, action, error) from None
     except OSError as error:
@@ -130,12 +130,12 @@ def explained(shown: Path, action: str) -> Iterator[None]:
 
 
 def publish_bank(temporary: Path, path: Path) -> None:
-    """Give a finished file its name.
+    """Rename a finished file to its path.
 
     Raises:
-        BankError: a file of that name exists, or it cannot be written.
+        BankError: a file of that name exists, or the directory cannot be written to.
     """
-    with explained(path, "made"):
+    with explained(path, "created"):
         try:
             publish(temporary, path)
         except FileExistsError:
@@ -143,39 +143,39 @@ def publish_bank(temporary: Path, path: Path) -> None:
 
 
 def _damaged(shown: Path, what: object) -> BankError:
-    """Return the error of a file that is damaged."""
+    """Return the error for a damaged file."""
     return BankError(f"{shown} is damaged: {what}. {REMEDY}")
 
 
 def _explanation(shown: Path, action: str, error: sqlite3.Error) -> BankError:
     code = getattr(error, "sqlite_errorcode", None)
     text = str(error) if str(error).isprintable() else ascii(str(error))[1:-1]  # it may quote the file
-    unchanged = "; it is as it was before" if action == "written to" else ""
+    unchanged = "; it is unchanged" if action == "written to" else ""
     match None if code is None else code & 0xFF:
         case sqlite3.SQLITE_BUSY | sqlite3.SQLITE_LOCKED:
             return BankError(
-                f"{shown} cannot be {action}: another process has been busy with it for {PATIENCE:.0f} s. Try again"
-                " when it has finished"
+                f"{shown} cannot be {action}: another process has locked it for {PATIENCE:.0f} s. Try again when it has"
+                " finished"
             )
         case sqlite3.SQLITE_READONLY if code == sqlite3.SQLITE_READONLY_ROLLBACK:
             return BankError(
-                f"{shown} cannot be {action}: a process was killed while it wrote, and you may not write to the file,"
-                " which is what taking its change back needs. Open it once as a user who may"
+                f"{shown} cannot be {action}: a process was killed while writing, and rolling its change back needs"
+                " permission to write to the file. Open it once as a user who has that"
             )
         case sqlite3.SQLITE_READONLY:
             return BankError(f"{shown} cannot be {action}: Permission denied")
         case sqlite3.SQLITE_CANTOPEN if action == "written to":
             return BankError(
-                f"{shown} cannot be written to: its journal, {shown}-journal, cannot be made. You need permission to"
+                f"{shown} cannot be written to: its journal, {shown}-journal, cannot be created. You need permission to"
                 " write to the directory as well"
             )
         case sqlite3.SQLITE_NOTADB:
-            return NotSQLiteError(f"{shown} is no bank's file")
+            return NotSQLiteError(f"{shown} is not a bank's file")
         case sqlite3.SQLITE_FULL:
             return BankError(f"{shown} cannot be {action}: No space left on the disk{unchanged}")
         case sqlite3.SQLITE_CANTOPEN | sqlite3.SQLITE_IOERR:
             return BankError(f"{shown} cannot be {action}: {text}{unchanged}")
-        case _:  # a damaged file, and text that is not UTF-8, for which there is no code
+        case _:  # damage, including text that is not UTF-8, for which there is no code
             return _damaged(shown, text)
 
 
@@ -183,20 +183,20 @@ def _prepare(connection: sqlite3.Connection, shown: Path, *, write: bool) -> Non
     connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, _LONGEST_TEXT)
     for setting in ("trusted_schema=OFF", "cell_size_check=ON", "mmap_size=0"):
         connection.execute(f"PRAGMA {setting}").fetchall()
-    # These are read from the beginning of the file; whatever tables it has are not looked at before.
+    # These come from the file's first bytes; its tables are not read before.
     if connection.execute("PRAGMA application_id").fetchone() != (APPLICATION_ID,):
-        raise BankError(f"{shown} is no bank's file")
+        raise BankError(f"{shown} is not a bank's file")
     ((version,),) = connection.execute("PRAGMA user_version")
     if version != VERSION:
         raise BankError(f"{shown} has the format version {version}; this veratune reads {VERSION}")
     if connection.execute("PRAGMA journal_mode").fetchone() != ("delete",):
         raise BankError(
-            f"{shown} was put into SQLite's write-ahead mode by another program: take it out of it with"
+            f"{shown} was put into SQLite's write-ahead mode by another program: undo that with"
             ' "PRAGMA journal_mode=DELETE"'
         )
     _check_tables(connection)
     if write:
-        # Each change is on the disk before it is said to be done, the end of its journal included.
+        # A change is reported as done once it, and the end of its journal, are on the disk.
         connection.execute("PRAGMA synchronous=EXTRA").fetchall()
     else:
         connection.setlimit(sqlite3.SQLITE_LIMIT_ATTACHED, 0)

@@ -1,4 +1,4 @@
-"""Putting a bank's layers into a model, and taking them out again."""
+"""Install a bank's layers in a model and remove them."""
 
 import itertools
 from collections.abc import Mapping, Sequence
@@ -8,19 +8,19 @@ from torch import nn
 
 from veratune.adapters.surgery import replace_modules
 from veratune.adapters.target import Target
-from veratune.bank.head_layers import BankedHead
 from veratune.bank.layers import BANKED_LAYERS, BankedLinear
 from veratune.bank.layout import BankError, Layout
+from veratune.bank.saved_modules import BankedModule
 from veratune.layers.holder import vector_device
 from veratune.layers.registry import layer_class
 from veratune.ops.planning import RouteName
 
 
 class Installation:
-    """A bank's layers, which are in the model from `install` until `undo`.
+    """A bank's layers, which replace the model's from `install` until `undo`.
 
     Attributes:
-        owner: the object by which layers recognize calls of their own bank.
+        owner: the object by which layers recognize calls of this bank.
         layers: name to layer.
         device: where all of them compute.
     """
@@ -45,36 +45,36 @@ class Installation:
             layer = banked(target.module, target.geometry, self.owner, target.name, columns, route)
             self.layers[target.name] = layer
             self._replace(target.module, layer)
-        for name, head in layout.heads.items():
-            self._replace(modules[name], BankedHead(modules[name], self.owner, name, head.parameters))
+        for name, saved in layout.modules_to_save.items():
+            self._replace(modules[name], BankedModule(modules[name], self.owner, name, saved.parameters))
         self._modes = [(module, module.training) for module in model.modules()]
 
     def _replace(self, original: nn.Module, layer: nn.Module) -> None:
         self._replacements[id(original)], self._originals[id(layer)] = layer, original
 
     def install(self) -> None:
-        """Put the layers into the model."""
+        """Replace the model's layers."""
         replace_modules(self._model, self._replacements)
 
     def undo(self) -> None:
-        """Make the model what it was before."""
+        """Restore the model's layers and training modes."""
         replace_modules(self._model, self._originals)
         for module, training in self._modes:
             module.training = training
 
     def current_device(self) -> torch.device:
-        """Return where the layers compute by now, as a model may have been moved."""
+        """Return the device on which the layers compute now: the model may have been moved."""
         layer = next(iter(self.layers.values()))
         return vector_device(layer.base_layer, layer.base_weight)
 
 
 def _device_of(targets: Sequence[Target]) -> torch.device:
-    """Return where all of these layers compute."""
+    """Return the device on which all of these layers compute."""
     devices = set()
     for target in targets:
         weight = next(itertools.chain(target.module.parameters(), target.module.buffers()))
         devices.add(vector_device(target.module, weight))
     if len(devices) > 1:
         named = ", ".join(sorted(map(str, devices)))
-        raise BankError(f"the model's layers are on several devices ({named}), and a bank's vectors are on one")
+        raise BankError(f"the model's layers are on several devices ({named}), but a bank keeps its vectors on one")
     return devices.pop()

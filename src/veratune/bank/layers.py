@@ -1,4 +1,4 @@
-"""Linear layers of a model that serves many adapters at once, with different vectors for each row of a batch."""
+"""Linear layers of a model that serves many adapters at once, with different vectors for each sequence of a batch."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from veratune.bank.layer_call import BankCall, RowGroup, active_call, by_rows, current_call
+from veratune.bank.layer_call import AdapterGroup, BankCall, active_call, by_sequence, current_call
 from veratune.layers.base import VeraLayer
 from veratune.layers.entries import InputGroup
 from veratune.layers.geometry import Geometry, slices
@@ -51,15 +51,15 @@ class SharedProjections:
 
 
 class BankedLinear(VeraLinear):
-    """A linear layer, plain or quantized, with an adapter for each row.
+    """A linear layer, plain or quantized, with a different adapter for each sequence.
 
     Attributes:
         owner: identifies this bank's calls.
         name: the layer's name in the model.
         route: which routes are allowed.
         columns: the columns of its vectors in the slab, for each part.
-        projections: number of each scheme to this layer's views, filled by the bank when an adapter uses a new scheme.
-            A scheme too narrow for this layer has no adapters on it.
+        projections: scheme number to this layer's views, filled by the bank when an adapter uses a new scheme. A scheme
+            too narrow for this layer has no adapters on it.
     """
 
     def __init__(
@@ -83,24 +83,26 @@ class BankedLinear(VeraLinear):
         if not input.numel():
             return self._checked_base_output(input, *args, **kwargs)
         if call.by_scheme and not torch.compiler.is_compiling() and not args and not kwargs and self._reads_base(input):
-            folded = self._worth_folding(input, call)
-            if folded:
-                return self._forward_folding(input, call, folded)
-            products = [(self._project(input, call, input.dtype, own), own, slots) for own, slots in self._kinds(call)]
-            return self._by_rank(by_rows(input, call, self.name), call.slab, products).view(
+            if dense := self._dense_groups(input, call):
+                return self._forward_dense(input, call, dense)
+            products = [
+                (self._project(input, call, input.dtype, shared), shared, rows)
+                for shared, rows in self._schemes_of(call)
+            ]
+            return self._by_rank(by_sequence(input, call, self.name), call.slab, products).view(
                 *input.shape[:-1], self.out_features
             )
         output = self._checked_base_output(input, *args, **kwargs)
-        for own, slots in self._kinds(call):
-            output = self._add(output, self._project(input, call, output.dtype, own), call.slab, own, slots)
+        for shared, rows in self._schemes_of(call):
+            output = self._add(output, self._project(input, call, output.dtype, shared), call.slab, shared, rows)
         return output
 
-    def _kinds(self, call: BankCall) -> Iterator[tuple[SharedProjections, Tensor]]:
-        """Yield the projections of each scheme in a call that reaches this layer, with each row's index in the slab."""
-        for scheme, slots in call.by_scheme:
-            own = self.projections.get(scheme)
-            if own is not None:
-                yield own, slots
+    def _schemes_of(self, call: BankCall) -> Iterator[tuple[SharedProjections, Tensor]]:
+        """Yield the projections of each scheme in a call that reaches this layer, with each sequence's row."""
+        for scheme, rows in call.by_scheme:
+            shared = self.projections.get(scheme)
+            if shared is not None:
+                yield shared, rows
 
     def _reads_base(self, x: Tensor) -> bool:
         """Return whether computing with the base layer's weight directly is equivalent to calling the layer."""
@@ -109,148 +111,150 @@ class BankedLinear(VeraLinear):
         return x.dtype == self.base_weight.dtype and self._is_plain()
 
     def _by_rank(self, x: Tensor, slab: Tensor, products: Sequence[tuple[Tensor, SharedProjections, Tensor]]) -> Tensor:
-        """Return the outputs of rows (rows, n, in), adapters included, computed through the rank.
+        """Return the outputs of sequences (sequences, n, in), adapters included, computed through the rank.
 
         Args:
-            x: the rows.
+            x: the sequences.
             slab: the vectors.
-            products: for each scheme, x A^T (rows, n, r), the projections, and each row's index in the slab.
+            products: for each scheme, x A^T (sequences, n, r), the projections, and each sequence's row.
         """
         weight, bias = self._outputs_first(self.base_weight), self.bias
         # In 16 bits the sum of the deltas would be rounded before the larger product is added.
         if not products or x.dtype.itemsize < 4 or gradients_wanted(x):
             output = F.linear(x, weight, bias)
-            for xa, own, slots in products:
-                output = self._add(output, xa, slab, own, slots)
+            for xa, shared, rows in products:
+                output = self._add(output, xa, slab, shared, rows)
             return output
-        output = self._added(slab, *products[0])
+        output = self._deltas(slab, *products[0])
         for product in products[1:]:
-            output.add_(self._added(slab, *product))
+            output.add_(self._deltas(slab, *product))
         if bias is not None:
             output.add_(bias)
         # The base layer's product is added last, in place: allocating another output is expensive.
         return output.flatten(0, 1).addmm_(x.flatten(0, 1), weight.t()).view(output.shape)
 
-    def _added(self, slab: Tensor, xa: Tensor, own: SharedProjections, slots: Tensor) -> Tensor:
-        """Return the sum of the deltas of one scheme's adapters, (rows, n, out); arguments as for `_add`."""
-        parts = [row_deltas(xa, *vectors) for vectors in self._vectors_of(xa, slab, own, slots)]
+    def _deltas(self, slab: Tensor, xa: Tensor, shared: SharedProjections, rows: Tensor) -> Tensor:
+        """Return the sum of the deltas of one scheme's adapters, (sequences, n, out); arguments as for `_add`."""
+        parts = [row_deltas(xa, *vectors) for vectors in self._vectors_of(xa, slab, shared, rows)]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
     def _vectors_of(
-        self, xa: Tensor, slab: Tensor, own: SharedProjections, slots: Tensor
+        self, xa: Tensor, slab: Tensor, shared: SharedProjections, rows: Tensor
     ) -> Iterator[tuple[Matrix, Tensor, Tensor]]:
-        """Yield B, rank-major, and each row's b and d, for each part of the layer."""
-        rank = own.group.a.rank
-        for columns, view in zip(self.columns, own.b, strict=True):
-            b = slab[:, columns.b : columns.b + view.features].index_select(0, slots)
-            d = slab[:, columns.d : columns.d + rank].index_select(0, slots)
+        """Yield B, rank-major, and each sequence's b and d, for each part of the layer."""
+        rank = shared.group.a.rank
+        for columns, view in zip(self.columns, shared.b, strict=True):
+            b = slab[:, columns.b : columns.b + view.features].index_select(0, rows)
+            d = slab[:, columns.d : columns.d + rank].index_select(0, rows)
             yield view.matrix(xa.device, xa.dtype), b, view.structure.arrange(d)
 
-    def _project(self, x: Tensor, call: BankCall, dtype: torch.dtype, own: SharedProjections) -> Tensor:
-        """Return x A^T, (rows, n, r), from the cache if a layer with the same input has computed it."""
-        grouped = by_rows(x, call, self.name)
+    def _project(self, x: Tensor, call: BankCall, dtype: torch.dtype, shared: SharedProjections) -> Tensor:
+        """Return x A^T, (sequences, n, r), from the cache if a layer with the same input has computed it."""
+        grouped = by_sequence(x, call, self.name)
         flat = grouped.flatten(0, 1).to(dtype)
-        A = own.group.a.matrix(flat.device, dtype)  # noqa: N806
+        A = shared.group.a.matrix(flat.device, dtype)  # noqa: N806
         if torch.is_grad_enabled() and flat.requires_grad:
             xa = A.rmatmul(flat)
         else:
-            xa = own.group.cache.get(self.name, x, A.values, lambda: project(flat, A))
+            xa = shared.group.cache.get(self.name, x, A.values, lambda: project(flat, A))
         return xa.view(*grouped.shape[:2], -1)
 
-    def _add(self, start: Tensor, xa: Tensor, slab: Tensor, own: SharedProjections, slots: Tensor) -> Tensor:
-        """Return an output plus the deltas of one scheme's adapters on their rows.
+    def _add(self, start: Tensor, xa: Tensor, slab: Tensor, shared: SharedProjections, rows: Tensor) -> Tensor:
+        """Return an output plus the deltas of one scheme's adapters on their sequences.
 
         Args:
             start: (..., out), the output so far.
-            xa: x A^T, (rows, n, r).
+            xa: x A^T, (sequences, n, r).
             slab: the vectors.
-            own: the projections.
-            slots: int64 (rows,), each row's index in the slab; 0 without an adapter of this scheme.
+            shared: the projections.
+            rows: int64 (sequences,), each sequence's row in the slab; 0 without an adapter of this scheme.
         """
         if xa.dtype == torch.float16:  # infinity times zero is NaN
-            xa = xa.masked_fill((slots == 0)[:, None, None], 0.0)
+            xa = xa.masked_fill((rows == 0)[:, None, None], 0.0)
         grouped = start.reshape(*xa.shape[:2], self.out_features)
         parts = []
-        for columns, vectors in zip(self.columns, self._vectors_of(xa, slab, own, slots), strict=True):
+        for columns, vectors in zip(self.columns, self._vectors_of(xa, slab, shared, rows), strict=True):
             part = grouped if len(self.columns) == 1 else grouped[..., columns.outputs]
             parts.append(row_residual(part, xa, *vectors))
         return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)).view(start.shape)
 
     # Few adapters in a batch: compute each one's W0 + delta W once and multiply by it.
 
-    def _worth_folding(self, x: Tensor, call: BankCall) -> list[RowGroup]:
-        """Return the groups whose adapted weight costs less than going through the rank with all their tokens."""
+    def _dense_groups(self, x: Tensor, call: BankCall) -> list[AdapterGroup]:
+        """Return the groups for which W0 + delta W costs less than computing all their tokens through the rank."""
         tokens = math.prod(x.shape[:-1])
-        rows = call.rows.shape[0]
-        few = self.route == "factored" or (self.route == "auto" and tokens * call.largest < 32 * rows)
+        few = self.route == "factored" or (self.route == "auto" and tokens * call.largest < 32 * call.sequences)
         if few:
             return []
-        per_row = by_rows(x, call, self.name).shape[1]
+        per_sequence = by_sequence(x, call, self.name).shape[1]
         profile = device_profile(x.device, x.dtype)
 
-        def pays(own: SharedProjections, rows: int, moved: bool) -> bool:
-            a = own.group.a
-            density = a.structure.density
-            shape = LayerShape(self.in_features, self.out_features, a.rank, per_row * rows, own.group.size, density)
+        def pays(shared: SharedProjections, sequences: int, moved: bool) -> bool:
+            a, group = shared.group.a, shared.group
+            shape = LayerShape(
+                self.in_features, self.out_features, a.rank, per_sequence * sequences, group.size, a.structure.density
+            )
             return self.route == "dense" or dense_pays(shape, profile, moved=moved)
 
         # With many adapters, checking each of them would take a large part of the layer's time.
-        if not any(pays(own, call.largest, False) for own, _ in self._kinds(call)):
+        if not any(pays(shared, call.largest, False) for shared, _ in self._schemes_of(call)):
             return []
         return [
             group
             for group in call.groups
-            if (own := self.projections.get(group.scheme)) is not None
-            and pays(own, group.rows.shape[0], group.span is None)
+            if (shared := self.projections.get(group.scheme)) is not None
+            and pays(shared, group.sequences.shape[0], group.span is None)
         ]
 
-    def _forward_folding(self, x: Tensor, call: BankCall, folded: list[RowGroup]) -> Tensor:
-        grouped = by_rows(x, call, self.name)
-        rows, n, _ = grouped.shape
-        if len(folded) == 1 and folded[0].rows.numel() == rows:
-            return F.linear(x, self._folded_weight(call.slab, folded[0]), self.bias)
-        output = x.new_empty(rows, n, self.out_features)
-        rest = torch.ones(rows, dtype=torch.bool, device=x.device)
-        for group in folded:
-            self._multiply(group, grouped, self._folded_weight(call.slab, group), output)
-            rest[group.rows] = False
+    def _forward_dense(self, x: Tensor, call: BankCall, dense: list[AdapterGroup]) -> Tensor:
+        """Return the output, computed with W0 + delta W for these groups and through the rank for the others."""
+        grouped = by_sequence(x, call, self.name)
+        count, n, _ = grouped.shape
+        if len(dense) == 1 and dense[0].sequences.numel() == count:
+            return F.linear(x, self._dense_weight(call.slab, dense[0]), self.bias)
+        output = x.new_empty(count, n, self.out_features)
+        rest = torch.ones(count, dtype=torch.bool, device=x.device)
+        for group in dense:
+            self._multiply(group, grouped, self._dense_weight(call.slab, group), output)
+            rest[group.sequences] = False
         others = rest.nonzero().flatten()
         if others.numel():
             some = grouped.index_select(0, others)
             products = [
-                (own.group.a.matrix(some.device, some.dtype).rmatmul(some), own, slots[others])
-                for own, slots in self._kinds(call)
+                (shared.group.a.matrix(some.device, some.dtype).rmatmul(some), shared, rows[others])
+                for shared, rows in self._schemes_of(call)
             ]
             output.index_copy_(0, others, self._by_rank(some, call.slab, products))
         return output.view(*x.shape[:-1], self.out_features)
 
-    def _multiply(self, group: RowGroup, grouped: Tensor, weight: Tensor, output: Tensor) -> None:
-        """Compute the outputs of a group's rows with the group's weight, and write them to `output`."""
+    def _multiply(self, group: AdapterGroup, grouped: Tensor, weight: Tensor, output: Tensor) -> None:
+        """Compute the outputs of a group's sequences with the group's weight, and write them to `output`."""
         x = group.of(grouped)
         if group.span is None or gradients_wanted(x, weight, self.bias):
-            output.index_copy_(0, group.rows, F.linear(x, weight, self.bias))
+            output.index_copy_(0, group.sequences, F.linear(x, weight, self.bias))
             return
-        place = output[group.span].flatten(0, 1)
+        view = output[group.span].flatten(0, 1)
         if self.bias is None:
-            torch.mm(x.flatten(0, 1), weight.t(), out=place)
+            torch.mm(x.flatten(0, 1), weight.t(), out=view)
         else:
-            torch.addmm(self.bias, x.flatten(0, 1), weight.t(), out=place)
+            torch.addmm(self.bias, x.flatten(0, 1), weight.t(), out=view)
 
-    def _folded_weight(self, slab: Tensor, group: RowGroup) -> Tensor:
-        own = self.projections[group.scheme]
+    def _dense_weight(self, slab: Tensor, group: AdapterGroup) -> Tensor:
+        """Return W0 + delta W of a group's adapter."""
+        shared = self.projections[group.scheme]
         weight = self._outputs_first(self.base_weight)
         dtype = torch.promote_types(weight.dtype, torch.float32)
-        A = own.group.a.matrix(weight.device, dtype)  # noqa: N806
-        row = slab[group.slot].to(dtype)
+        A = shared.group.a.matrix(weight.device, dtype)  # noqa: N806
+        row = slab[group.row].to(dtype)
         parts = []
-        for columns, view in zip(self.columns, own.b, strict=True):
+        for columns, view in zip(self.columns, shared.b, strict=True):
             b = row[columns.b : columns.b + view.features]
-            d = view.structure.arrange(row[columns.d : columns.d + own.group.a.rank])
+            d = view.structure.arrange(row[columns.d : columns.d + shared.group.a.rank])
             factors = Factors(A, view.matrix(weight.device, dtype), b, d, 1.0)
             parts.append(add_delta(weight[columns.outputs], factors))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    # Models that read the weight instead of calling the layer cannot use a different weight for each row.
+    # Models that read the weight instead of calling the layer cannot use a different weight for each sequence.
 
     def weight_over(self, base: Tensor, *, outside: bool = False) -> Tensor:
         call = active_call()
@@ -264,8 +268,8 @@ class BankedLinear(VeraLinear):
 
     def adapted_part(self, base: Tensor, index: Any) -> Tensor:
         raise RuntimeError(
-            f"the model reads the weight of {self.name} instead of calling the layer, so that rows cannot have"
-            " different adapters there: leave that layer out of the bank (exclude_modules)"
+            f"the model reads the weight of {self.name} instead of calling the layer, so that sequences cannot have"
+            " different adapters there: exclude that layer from the bank (exclude_modules)"
         )
 
     def product(self, x: Tensor, base: Tensor, index: Any, bias: Tensor | None = None) -> Any:

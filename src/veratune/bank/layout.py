@@ -1,4 +1,4 @@
-"""The layout of a bank's adapters: one row of numbers each, in the same order for all of them."""
+"""The layout of a bank's rows: the numbers of one adapter, in the same order for all of them."""
 
 import hashlib
 import json
@@ -27,7 +27,7 @@ class BankError(ValueError):
 
 
 @dataclass(frozen=True)
-class LayerPlace:
+class LayerColumns:
     """One layer of a bank and the columns of its vectors in a row.
 
     Attributes:
@@ -45,8 +45,8 @@ class LayerPlace:
 
 
 @dataclass(frozen=True)
-class HeadPlace:
-    """A module of modules_to_save, and the columns of its parameters in a row of heads.
+class ModuleColumns:
+    """A module of modules_to_save, and the columns of its parameters in the row of such values.
 
     Attributes:
         name: the module's name in the model.
@@ -64,16 +64,16 @@ class Layout:
     Attributes:
         rank: the largest rank that fits; d of a smaller one is followed by zeros.
         layers: the layers, by name.
-        heads: modules_to_save, by name.
-        numbers: the length of a row.
-        head_numbers: the length of a row of heads.
+        modules_to_save: the modules trained in full, by name.
+        numbers: the number of vector elements in a row.
+        saved_numbers: the number of values of modules_to_save.
     """
 
     rank: int
-    layers: dict[str, LayerPlace]
-    heads: dict[str, HeadPlace]
+    layers: dict[str, LayerColumns]
+    modules_to_save: dict[str, ModuleColumns]
     numbers: int
-    head_numbers: int
+    saved_numbers: int
 
     def describe(self) -> dict[str, Any]:
         """Return the layout as JSON values, which are equal if and only if the layouts are.
@@ -83,22 +83,22 @@ class Layout:
         return {
             "rank": self.rank,
             "layers": [
-                [place.name, place.in_features, place.out_features, list(place.parts)] for place in self.layers.values()
+                [layer.name, layer.in_features, layer.out_features, list(layer.parts)] for layer in self.layers.values()
             ],
-            "heads": [
-                [place.name, [[key, list(shape)] for key, (_, shape) in place.parameters.items()]]
-                for place in self.heads.values()
+            "modules_to_save": [
+                [module.name, [[key, list(shape)] for key, (_, shape) in module.parameters.items()]]
+                for module in self.modules_to_save.values()
             ],
         }
 
 
-def make_layout(targets: Sequence[Target], rank: int, heads: dict[str, nn.Module]) -> Layout:
+def make_layout(targets: Sequence[Target], rank: int, modules_to_save: dict[str, nn.Module]) -> Layout:
     """Lay out the vectors of these layers and the parameters of these modules.
 
     Raises:
-        BankError: a layer or module cannot have a different adapter for each row.
+        BankError: a layer or module cannot have a different adapter for each sequence.
     """
-    layers: dict[str, LayerPlace] = {}
+    layers: dict[str, LayerColumns] = {}
     position = 0
     for target in targets:
         check_kind(target, f"{target.name} cannot be in a bank")
@@ -107,43 +107,43 @@ def make_layout(targets: Sequence[Target], rank: int, heads: dict[str, nn.Module
             width = outputs.stop - outputs.start
             columns.append(Columns(position, position + rank, outputs))
             position += rank + width
-        layers[target.name] = LayerPlace(
+        layers[target.name] = LayerColumns(
             target.name, target.in_features, target.out_features, target.parts, tuple(columns)
         )
-    head_places: dict[str, HeadPlace] = {}
-    head_position = 0
-    for name, module in heads.items():
-        _check_head(name, module)
-        places = {}
+    columns_of: dict[str, ModuleColumns] = {}
+    saved_position = 0
+    for name, module in modules_to_save.items():
+        _check_module(name, module)
+        parameters = {}
         for key, parameter in module.named_parameters():
-            places[key] = head_position, tuple(parameter.shape)
-            head_position += parameter.numel()
-        head_places[name] = HeadPlace(name, places)
-    return Layout(rank, layers, head_places, position, head_position)
+            parameters[key] = saved_position, tuple(parameter.shape)
+            saved_position += parameter.numel()
+        columns_of[name] = ModuleColumns(name, parameters)
+    return Layout(rank, layers, columns_of, position, saved_position)
 
 
 def check_kind(target: Target, refusal: str) -> None:
-    """Raise BankError, beginning with `refusal`, for a layer that cannot have different vectors for each row."""
+    """Raise BankError, with `refusal` as its beginning, for a layer that cannot have different vectors per sequence."""
     module = unwrapped(target.module)
     if target.parameter is not None:
         reason = f"its module {type(module).__name__} reads the parameter itself"
     elif layer_class(module) not in BANKED_LAYERS:
         reason = f"it is a {type(module).__name__}"
     elif "experts" in target.name.split("."):
-        reason = "an expert is given chosen tokens, which do not say which row they are of"
+        reason = "an expert gets selected tokens without the sequences that they belong to"
     else:
         return
     raise BankError(
-        f"{refusal}: {target.name} is adapted, but {reason}, and only linear layers and Conv1D can be given other"
-        " vectors for each row. Name it in exclude_modules"
+        f"{refusal}: {target.name} is adapted, but {reason}, and only linear layers and Conv1D can have different"
+        " vectors for each sequence. Add it to exclude_modules"
     )
 
 
-def _check_head(name: str, module: nn.Module) -> None:
+def _check_module(name: str, module: nn.Module) -> None:
     if any(name_in_wrapper(inner) is not None for inner in module.modules()):
         raise BankError(
-            f"modules_to_save: {name} has one of torch's wrappers in it (torch.compile, checkpoint_wrapper,"
-            " DataParallel), whose parameters files have other names for: make the bank before you wrap modules"
+            f"modules_to_save: {name} contains one of torch's wrappers (torch.compile, checkpoint_wrapper,"
+            " DataParallel), which renames parameters: make the bank before you wrap modules"
         )
     if any(True for _ in module.buffers()):
         raise BankError(f"modules_to_save: {name} has buffers, which a bank cannot hold for each adapter")
@@ -151,9 +151,7 @@ def _check_head(name: str, module: nn.Module) -> None:
         raise BankError(f"modules_to_save: the parameters of {name} are of several dtypes")
     for inner in module.modules():
         if inner is not module and isinstance(inner, nn.Embedding):
-            raise BankError(
-                f"modules_to_save: {name} has an embedding in it, which a bank cannot hold for each adapter"
-            )
+            raise BankError(f"modules_to_save: {name} contains an embedding, which a bank cannot hold for each adapter")
 
 
 @dataclass(frozen=True)
@@ -161,83 +159,83 @@ class AdapterRow:
     """One adapter as stored in a bank.
 
     Attributes:
-        digest: 32 hexadecimal digits of a hash over all of it.
+        digest: 32 hexadecimal digits of a hash of its values and its scheme.
         scheme: its projections.
         rank: its largest rank.
         vectors: (numbers,), on the CPU, in the bank's dtype.
-        heads: (head_numbers,), the values of modules_to_save, or None if the bank has none.
+        saved: (saved_numbers,), the values of modules_to_save, or None if the bank has none.
     """
 
     digest: str
     scheme: Scheme
     rank: int
     vectors: Tensor
-    heads: Tensor | None
+    saved: Tensor | None
 
 
-def make_row(layout: Layout, ready: ReadyAdapter, dtype: torch.dtype, base_heads: Tensor | None) -> AdapterRow:
+def make_row(layout: Layout, ready: ReadyAdapter, dtype: torch.dtype, base_saved: Tensor | None) -> AdapterRow:
     """Return an adapter's row.
 
     Args:
         layout: the bank's.
         ready: the adapter, checked against the model.
         dtype: the dtype of the bank's vectors.
-        base_heads: the base model's row of heads, whose values fill in for modules that the adapter does not train.
+        base_saved: the base model's values of modules_to_save, used for modules that the adapter does not train.
 
     Raises:
         BankError: the adapter does not fit this bank.
     """
     loaded, scheme = ready.loaded, ready.plan.scheme
     _check_fits(layout, ready)
-    row = np.zeros(layout.numbers, np.float32)  # torch takes several times as long for such small slices
+    row = np.zeros(layout.numbers, np.float32)  # for slices this small, numpy is several times faster than torch
     rank = 0
     for target in ready.plan.targets:
-        place = layout.layers[target.name]
-        own = loaded.vectors[target.name]
-        own_b = float32_of(own["b"])
-        scaled = float32_of(own["d"]).reshape(-1, target.r) * scheme.scale(target.r)
+        layer = layout.layers[target.name]
+        vectors_of_layer = loaded.vectors[target.name]
+        values = float32_of(vectors_of_layer["b"])
+        scaled = float32_of(vectors_of_layer["d"]).reshape(-1, target.r) * scheme.scale(target.r)
         rank = max(rank, target.r)
-        for columns, own_d in zip(place.columns, scaled, strict=True):
-            row[columns.d : columns.d + target.r] = own_d
-            row[columns.b : columns.b + columns.outputs.stop - columns.outputs.start] = own_b[columns.outputs]
-    heads = None
-    if base_heads is not None:
-        heads = base_heads.detach().cpu().clone()
+        for columns, part in zip(layer.columns, scaled, strict=True):
+            row[columns.d : columns.d + target.r] = part
+            row[columns.b : columns.b + columns.outputs.stop - columns.outputs.start] = values[columns.outputs]
+    saved = None
+    if base_saved is not None:
+        saved = base_saved.detach().cpu().clone()
         for name, state in loaded.saved.items():
-            for key, (start, shape) in layout.heads[name].parameters.items():
-                heads[start : start + math.prod(shape)] = state[key].reshape(-1).to(heads.dtype)
+            for key, (start, shape) in layout.modules_to_save[name].parameters.items():
+                saved[start : start + math.prod(shape)] = state[key].reshape(-1).to(saved.dtype)
     vectors = torch.from_numpy(row).to(dtype)
-    for what, tensor in (("vectors", vectors), ("heads", heads)):
+    for what, tensor in (("vectors", vectors), ("modules_to_save", saved)):
         if tensor is not None and not tensor.abs().amax().isfinite():
             raise BankError(f"{loaded.origin}: its {what} are not finite in the bank's dtype {tensor.dtype}")
-    return AdapterRow(digest_of(scheme, vectors, heads), scheme, rank, vectors, heads)
+    return AdapterRow(digest_of(scheme, vectors, saved), scheme, rank, vectors, saved)
 
 
-def digest_of(scheme: Scheme, vectors: Tensor, heads: Tensor | None) -> str:
+def digest_of(scheme: Scheme, vectors: Tensor, saved: Tensor | None) -> str:
     """Return the digest of a row."""
-    tensors = [bytes_of(tensor) for tensor in (vectors, heads) if tensor is not None]
+    tensors = [bytes_of(tensor) for tensor in (vectors, saved) if tensor is not None]
     return digest_of_bytes(scheme, vectors.dtype, tensors)
 
 
 def digest_of_bytes(scheme: Scheme, dtype: torch.dtype, tensors: Iterable[bytes]) -> str:
-    """Return the digest of a row of which the vectors, of this dtype, and the heads, if any, are given as bytes."""
+    """Return the digest of a row, given its vectors and its values of modules_to_save, if any, as bytes."""
     sha = hashlib.sha256(json.dumps([scheme.fingerprint(), str(dtype)]).encode())
     for tensor in tensors:
         sha.update(tensor)
     return sha.hexdigest()[:32]
 
 
-def head_row(layout: Layout, modules: dict[str, nn.Module]) -> Tensor | None:
-    """Return the base model's row of heads; None without modules_to_save."""
-    parameters = [p.detach().reshape(-1) for name in layout.heads for p in modules[name].parameters()]
+def saved_row(layout: Layout, modules: dict[str, nn.Module]) -> Tensor | None:
+    """Return the base model's values of modules_to_save as one row; None without modules_to_save."""
+    parameters = [p.detach().reshape(-1) for name in layout.modules_to_save for p in modules[name].parameters()]
     if not parameters:
         return None
     if len({parameter.dtype for parameter in parameters}) > 1:
         raise BankError("modules_to_save: the modules are of several dtypes")
     if any(parameter.is_meta for parameter in parameters):
         raise BankError(
-            f"modules_to_save: {list(layout.heads)} have no values, being on the meta device (offloaded), and adapters"
-            " without heads of their own need them"
+            f"modules_to_save: {list(layout.modules_to_save)} are on the meta device (offloaded), but adapters that do"
+            " not train them need their values"
         )
     return torch.cat(parameters)
 
@@ -249,13 +247,13 @@ def _check_fits(layout: Layout, ready: ReadyAdapter) -> None:
             f"{origin} trains biases (bias={ready.plan.config.bias!r}), which a bank does not hold for each adapter"
         )
     for target in ready.plan.targets:
-        place = layout.layers.get(target.name)
-        if place is None:
-            head = next((name for name in layout.heads if f"{target.name}.".startswith(f"{name}.")), None)
-            if head is not None:
+        layer = layout.layers.get(target.name)
+        if layer is None:
+            saved = next((name for name in layout.modules_to_save if f"{target.name}.".startswith(f"{name}.")), None)
+            if saved is not None:
                 raise BankError(
-                    f"{origin} adapts {target.name}, but this bank holds {head} in full for each adapter: make it"
-                    f" without {head!r} in modules_to_save"
+                    f"{origin} adapts {target.name}, but this bank holds {saved} in full for each adapter: make it"
+                    f" without {saved!r} in modules_to_save"
                 )
             raise BankError(
                 f"{origin} adapts {target.name}, which is not one of the {len(layout.layers)} layers of this bank: make"
@@ -263,11 +261,11 @@ def _check_fits(layout: Layout, ready: ReadyAdapter) -> None:
             )
         if target.r > layout.rank:
             raise BankError(f"{origin} has the rank {target.r} on {target.name}; this bank holds up to {layout.rank}")
-        if target.parts != place.parts:
+        if target.parts != layer.parts:
             raise BankError(
-                f"{origin} has {len(target.parts) or 1} parts on {target.name}, this bank {len(place.parts) or 1}"
+                f"{origin} has {len(target.parts) or 1} parts on {target.name}, this bank {len(layer.parts) or 1}"
             )
-    missing = sorted(ready.loaded.saved.keys() - layout.heads.keys())
+    missing = sorted(ready.loaded.saved.keys() - layout.modules_to_save.keys())
     if missing:
         raise BankError(
             f"{origin} trains {missing} in full, which this bank does not hold for each adapter: make it with"
@@ -284,7 +282,7 @@ def scheme_to_json(scheme: Scheme) -> dict[str, Any]:
     try:
         return scheme.to_json()
     except ValueError as error:
-        raise BankError(f"{error}, so that a bank's file cannot hold the adapter. A bank in memory takes it") from None
+        raise BankError(f"{error}, so a bank's file cannot hold the adapter. A bank in memory can") from None
 
 
 def scheme_from_json(values: dict[str, Any]) -> Scheme:

@@ -1,4 +1,4 @@
-"""The model of a bank: a call names an adapter for each row."""
+"""The model of a bank: a call names an adapter for each sequence."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,19 +11,19 @@ from veratune.adapters.wrapper import ModelWrapper
 from veratune.bank.layer_call import BankCall, serving
 from veratune.bank.layout import BankError
 from veratune.bank.registry import AdapterNames
-from veratune.bank.slots import Lease
+from veratune.bank.resident import Lease
 
-# Inputs from which the batch size is read: the first one that is present.
+# Inputs from which the batch size is read: the first that is present.
 _MAIN_INPUTS = ("input_ids", "inputs_embeds", "inputs", "pixel_values", "input_values", "input_features")
-# Inputs that accompany text, of which a row may have any number.
-_BESIDE_TEXT = ("pixel_values", "image_", "video_", "input_features", "audio_")
+# Inputs that accompany text, of which a sequence may have any number.
+_ACCOMPANYING = ("pixel_values", "image_", "video_", "input_features", "audio_")
 
-# transformers' own would give the model's layers no adapters.
+# transformers' methods would give the model's layers no adapters.
 _BATCHING = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
 
 
 class LendsAdapters(Protocol):
-    """What a model needs of its bank."""
+    """The methods of a bank that its model calls."""
 
     def lease(self, names: AdapterNames) -> Lease: ...
 
@@ -42,9 +42,9 @@ class LendsAdapters(Protocol):
 
 
 class BankModel(ModelWrapper):
-    """A base model that computes each row with its own adapter.
+    """A base model that computes each sequence with its adapter.
 
-    What this class does not have itself is looked up in the model, and set there.
+    Attributes that this class does not define are read from the model, and set there.
 
     Attributes:
         base_model: the model, with the bank's layers in it.
@@ -63,14 +63,13 @@ class BankModel(ModelWrapper):
 
         Args:
             args, kwargs: the model's own arguments.
-            adapters: a name for each row of the batch; None is the base model. Or a lease, for several calls that are
-                to see the same versions.
-            adapter_lengths: for sequences packed one behind the other into one row: how many tokens each of them has.
-                `adapters` then has a name for each sequence.
+            adapters: a name for each sequence of the batch; None is the base model. Or a lease, for several calls that
+                are to see the same versions.
+            adapter_lengths: for sequences packed one after the other, the number of tokens of each.
 
         Raises:
-            BankError: an unknown name, names that are not as many as the rows, or lengths that do not fit.
-            RuntimeError: a layer whose input cannot be told apart by rows.
+            BankError: an unknown name, not one name for each sequence, or lengths that do not fit.
+            RuntimeError: a layer whose input cannot be matched with the sequences.
         """
         if adapter_lengths is None:
             _check_number(adapters, args, kwargs)
@@ -79,17 +78,17 @@ class BankModel(ModelWrapper):
             return self.base_model(*args, **kwargs)
 
     def generate(self, *args: Any, adapters: AdapterNames | Lease, **kwargs: Any) -> Any:
-        """Call the model's `generate`. All of it is computed with the versions that the adapters have at its start.
+        """Call the model's `generate`, with the versions that the adapters have at its start.
 
-        Beams and returned sequences (`num_beams`, `num_return_sequences`) have the adapter of their row.
+        Beams and returned sequences (`num_beams`, `num_return_sequences`) have the adapter of their prompt.
 
         Args:
             args, kwargs: those of `generate`.
-            adapters: a name for each row of the batch, not of the result; None is the base model. Or a lease.
+            adapters: a name for each prompt of the batch; None is the base model. Or a lease.
 
         Raises:
-            BankError: an unknown name, names that are not as many as the rows, or recordings that are so long that they
-                are generated in pieces, of fewer and fewer rows.
+            BankError: an unknown name, not one name for each prompt, or recordings so long that they are generated in
+                chunks, in batches that shrink.
         """
         _check_number(adapters, args, kwargs)
         base: Any = self.base_model
@@ -106,20 +105,20 @@ class BankModel(ModelWrapper):
             yield lease
 
     def save_pretrained(self, *_: Any, **__: Any) -> NoReturn:
-        """Refuse: a bank's layers are no part of the base model's files, nor its adapters.
+        """Refuse: the base model's files would contain neither its adapters nor its original layers.
 
         Raises:
             BankError: always.
         """
-        raise BankError("a bank's model cannot be saved: unload() gives the base model back, which can")
+        raise BankError("a bank's model cannot be saved: call unload() and save the base model that it returns")
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
-        raise BankError("a bank's model can neither be copied nor pickled: make another bank, on the same file")
+        raise BankError("a bank's model cannot be copied or pickled: make another bank, on the same file")
 
     def __getattr__(self, name: str) -> Any:
         if name in _BATCHING:
             raise AttributeError(
-                f"{name} knows nothing of a bank's adapters: use generate_batch or BankManager of"
+                f"{name} does not support a bank's adapters: use generate_batch or BankManager of"
                 " veratune.integrations.continuous_batching"
             )
         return super().__getattr__(name)
@@ -131,31 +130,31 @@ class BankModel(ModelWrapper):
 
 
 def _check_number(adapters: AdapterNames | Lease, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-    """Raise BankError unless there is a name for each row of the main input, or of any where none is known as that."""
+    """Raise BankError unless there is a name for each sequence of the main input, or of any if none is known."""
     if isinstance(adapters, str) or not isinstance(adapters, Sequence | Lease):
         return  # refused as that
     named = [kwargs[name] for name in _MAIN_INPUTS if isinstance(kwargs.get(name), Tensor)]
     main = [value for value in (*args, *named) if isinstance(value, Tensor) and value.ndim][:1]
     inputs = main or [value for value in kwargs.values() if isinstance(value, Tensor) and value.ndim]
-    count = len(adapters.slots) if isinstance(adapters, Lease) else len(adapters)
+    count = len(adapters.rows) if isinstance(adapters, Lease) else len(adapters)
     if count and inputs and all(value.shape[0] != count for value in inputs):
         raise BankError(
-            f"adapters has {count} names, and the batch {inputs[0].shape[0]} rows: give a name, or None, for each"
+            f"adapters has {count} names, but the batch has {inputs[0].shape[0]} sequences: pass a name, or None, for"
+            " each"
         )
 
 
 def _is_text_alone(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-    """Return whether rows have no images or sounds beside a text; what is given by position is taken for a text."""
+    """Return whether no sequence has images or sounds in addition to text; positional arguments count as text."""
     text = [*args, *(kwargs.get(name) for name in ("input_ids", "inputs_embeds", "inputs"))]
-    beside = (name.startswith(_BESIDE_TEXT) and value is not None for name, value in kwargs.items())
-    return not (any(value is not None for value in text) and any(beside))
+    accompanying = (name.startswith(_ACCOMPANYING) and value is not None for name, value in kwargs.items())
+    return not (any(value is not None for value in text) and any(accompanying))
 
 
 def _copies(model: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[int, ...]:
-    """Return how often rows may stand one behind the other in a generation.
+    """Return how many consecutive copies of a sequence there may be in a generation.
 
-    Where a generation config leaves a setting open, transformers takes the model's own; some versions do so for what is
-    set to 1 as well.
+    Where a generation config has no value (or, in some versions of transformers, 1), the model's applies.
     """
     configs = (*args, kwargs.get("generation_config"), getattr(model, "generation_config", None))
 
@@ -174,6 +173,6 @@ def _check_length_of_sounds(model: Any, args: tuple[Any, ...], kwargs: Mapping[s
     features = kwargs.get("input_features", args[0] if args else None)
     if isinstance(features, Tensor) and features.shape[-1] > 2 * config.max_source_positions:
         raise BankError(
-            "a bank cannot serve recordings that are generated in pieces, as fewer and fewer rows remain: give it"
-            f" pieces of up to {2 * config.max_source_positions} frames"
+            "a bank cannot serve recordings that are generated in chunks, as the batch shrinks meanwhile: split them"
+            f" into chunks of up to {2 * config.max_source_positions} frames"
         )

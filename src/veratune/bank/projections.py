@@ -1,4 +1,4 @@
-"""The projections that a bank's adapters have: numbered, and each layer of the bank given its views of them."""
+"""The projection schemes of a bank's adapters: each has a number, and each layer has its views of the projections."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -11,18 +11,18 @@ from veratune.projections.schemes import PerDimension, Scheme
 
 
 class BankProjections:
-    """The kinds of projections that a bank has adapters with. Whoever calls a method holds the bank's lock.
+    """The schemes that a bank has adapters of. Callers of its methods hold the bank's lock.
 
-    A kind's number is what calls know it by, and is never given to another one.
+    Calls refer to a scheme by its number, which is never reused.
     """
 
     def __init__(self, targets: Sequence[Target], layers: Mapping[str, BankedLinear], rank: int) -> None:
-        """Begin without any.
+        """Start without schemes.
 
         Args:
-            targets: the layers of the bank.
-            layers: what stands in their places, by name.
-            rank: the bank's largest.
+            targets: the layers to adapt.
+            layers: the bank's layers that replace them, by name.
+            rank: the bank's largest rank.
         """
         self._targets = targets
         self._layers = layers
@@ -38,11 +38,11 @@ class BankProjections:
         return list(self._schemes)
 
     def any_number(self) -> int:
-        """Return the number of projections for a trial, whichever they are."""
+        """Return the number of some scheme, for a trial."""
         return next(iter(self._schemes)) if self._schemes else self.number_of(PerDimension(0))
 
     def number_of(self, scheme: Scheme) -> int:
-        """Return a source's number, after giving the layers its projections if it is new."""
+        """Return a scheme's number; if it is new, give the layers their views first."""
         for known, other in self._schemes.items():
             if other == scheme:
                 return known
@@ -54,17 +54,17 @@ class BankProjections:
         for target in targets:
             widths = target.parts or (target.out_features,)
             if not (scheme.reaches("A", target.in_features) and scheme.reaches("B", max(widths))):
-                continue  # as narrow as the layers that its adapters have, and this one is none of them
+                continue  # too narrow for this layer, so its adapters do not adapt it
             views = tuple(projection_pool.view(scheme, "B", rank, width) for width in widths)
             shared[target.name] = SharedProjections(groups[target.name], views)
-        for name, own in shared.items():
-            self._layers[name].projections[number] = own
+        for name, views_of_layer in shared.items():
+            self._layers[name].projections[number] = views_of_layer
         self._schemes[number] = scheme
         self._next += 1
         return number
 
     def drop(self, number: int) -> None:
-        """Let go of projections that no adapter has any more."""
+        """Drop the projections of a scheme that no adapter has any more."""
         del self._schemes[number]
         for layer in self._layers.values():
             layer.projections.pop(number, None)

@@ -1,4 +1,4 @@
-"""Which adapters a bank has: what a name means, which versions are on the device, and who holds them by a lease."""
+"""The adapters of a bank: which version a name refers to, and which versions are leased."""
 
 import difflib
 from collections.abc import Mapping, Sequence
@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from veratune.bank.layout import AdapterRow, BankError, scheme_from_json
 from veratune.bank.projections import BankProjections
+from veratune.bank.resident import Lease, ResidentRows, Version
 from veratune.bank.schema import StoredAdapter, check_spelling
-from veratune.bank.slots import Lease, Slots, Version
 from veratune.bank.store import AdapterGoneError, BankStore
 from veratune.projections.schemes import Scheme
 
@@ -16,13 +16,13 @@ AdapterNames = Sequence[str | None]
 
 @dataclass(frozen=True)
 class AdapterInfo:
-    """What a bank knows of an adapter.
+    """Information on an adapter of a bank.
 
     Attributes:
         name: its name.
         digest: 32 hexadecimal digits; equal for equal values.
         rank: its largest rank.
-        fingerprint: of its projections.
+        fingerprint: its projections' fingerprint.
         resident: whether its vectors are on the device at the moment.
     """
 
@@ -38,33 +38,33 @@ class Registry:
 
     Attributes:
         names: name to version.
-        versions: digest to version, of all that have a name or a lease.
-        is_closed: whether the bank was unloaded, so that there are no leases any more.
+        versions: digest to version, for those that have a name or a lease.
+        is_closed: whether the bank was unloaded.
     """
 
-    def __init__(self, slots: Slots, projections: BankProjections, store: BankStore | None) -> None:
+    def __init__(self, rows: ResidentRows, projections: BankProjections, store: BankStore | None) -> None:
         self.names: dict[str, Version] = {}
         self.versions: dict[str, Version] = {}
         self.is_closed = False
-        self._slots = slots
+        self._resident = rows
         self._projections = projections
         self._store = store
 
     # Names
 
     def info(self, name: str) -> AdapterInfo:
-        """Return an adapter's description.
+        """Return information on an adapter.
 
         Raises:
             BankError: an unknown name.
         """
-        with self._slots.lock:
+        with self._resident.lock:
             version = self.version(name)
             fingerprint = self._projections[version.scheme].fingerprint()
-            return AdapterInfo(name, version.digest, version.rank, fingerprint, version.slot is not None)
+            return AdapterInfo(name, version.digest, version.rank, fingerprint, version.row is not None)
 
     def version(self, name: str) -> Version:
-        """Return what a name means.
+        """Return the version that a name refers to.
 
         Raises:
             BankError: an unknown name.
@@ -72,33 +72,33 @@ class Registry:
         version = self.names.get(name) if isinstance(name, str) else None
         if version is None:
             close = difflib.get_close_matches(str(name), self.names, n=3) if len(self.names) <= 1000 else []
-            hint = f"; close to it: {', '.join(map(repr, close))}" if close else ""
+            hint = f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
             raise BankError(f"there is no adapter {name!r} in this bank of {len(self.names)}{hint}")
         return version
 
     def check_name(self, name: str, replace: bool) -> Version | None:
-        """Return what a name meant, which is to get another meaning, or None if it is to be new.
+        """Return the version that a name is to be rebound from, or None if the name is to be new.
 
         Raises:
-            BankError: it may not have one.
+            BankError: the name is invalid, taken, or with `replace` unknown.
         """
         self.check_open()
         check_spelling(name)
         if replace:
             return self.version(name)
         if name in self.names:
-            raise BankError(f"{name!r} is in the bank already: give replace=True, or remove it first")
+            raise BankError(f"{name!r} is in the bank already: pass replace=True, or remove it first")
         return None
 
     def put(self, name: str, row: AdapterRow) -> AdapterInfo:
-        """Let a name mean an adapter, and make that resident if there is room."""
-        with self._slots.lock:
-            self._slots.release_abandoned()
+        """Bind a name to an adapter, and make it resident if there is room."""
+        with self._resident.lock:
+            self._resident.release_abandoned()
             version = self._known(row.digest, row.scheme, row.rank)
             version.names += 1  # so that its row is kept
             try:
-                if version.slot is None and (self._store is None or self._slots.free):
-                    self._slots.put(version, row)
+                if version.row is None and (self._store is None or self._resident.free):
+                    self._resident.put(version, row)
             except BaseException:
                 version.names -= 1
                 self._forget(version)
@@ -108,17 +108,17 @@ class Registry:
             return self.info(name)
 
     def remove(self, name: str) -> None:
-        """Let a name mean nothing any more."""
-        with self._slots.lock:
+        """Remove a name."""
+        with self._resident.lock:
             self._bind(name, None)
 
     def follow(self, names: Mapping[str, str], adapters: Mapping[str, StoredAdapter]) -> None:
-        """Let names mean what they mean in a file.
+        """Bind names as in a file.
 
         Raises:
-            BankError: projections that are drawn otherwise here; nothing is changed then.
+            BankError: projections that this version of veratune draws differently; nothing is changed then.
         """
-        with self._slots.lock:
+        with self._resident.lock:
             changed = [
                 (name, adapters[digest], scheme_from_json(adapters[digest].scheme))
                 for name, digest in names.items()
@@ -130,7 +130,7 @@ class Registry:
                 self._bind(name, self._known(stored.digest, scheme, stored.rank))
 
     def _known(self, digest: str, scheme: Scheme, rank: int) -> Version:
-        """Return the version of a digest, which may be new."""
+        """Return the version of a digest, made if it is new."""
         if digest not in self.versions:
             self.versions[digest] = Version(digest, self._projections.number_of(scheme), rank)
         return self.versions[digest]
@@ -139,9 +139,9 @@ class Registry:
         before = self.names.pop(name, None)
         if version is not None:
             self.names[name] = version
-            self._slots.named(version, 1)
+            self._resident.named(version, 1)
         if before is not None:
-            self._slots.named(before, -1)
+            self._resident.named(before, -1)
             self._forget(before)
 
     def _forget(self, version: Version) -> None:
@@ -153,61 +153,61 @@ class Registry:
     # Leases
 
     def lease(self, names: AdapterNames) -> Lease:
-        """Return a lease of what names mean.
+        """Return a lease of the versions that names refer to.
 
         Raises:
-            AdapterGoneError: the file does not hold one of them any more.
+            AdapterGoneError: the file no longer has one of them.
             BankError: an unknown name, or more different adapters at once than there is room for.
         """
         if isinstance(names, str) or not isinstance(names, Sequence):
-            raise BankError(f"adapters={names!r} is not allowed: give a list with a name, or None, for each row")
-        with self._slots.lock:
+            raise BankError(f"adapters={names!r} is not allowed: pass a list with a name, or None, for each sequence")
+        with self._resident.lock:
             return self.lease_versions([None if name is None else self.version(name) for name in names])
 
     def lease_versions(self, versions: Sequence[Version | None]) -> Lease:
-        """Return a lease of versions, whatever their names mean by now.
+        """Return a lease of versions, whatever their names refer to now.
 
         Raises:
             BankError: as for `lease`.
         """
-        with self._slots.lock:
+        with self._resident.lock:
             self.check_open()
-            self._slots.release_abandoned()
+            self._resident.release_abandoned()
             leased: list[Version] = []
             try:
                 for version in {id(v): v for v in versions if v is not None}.values():
-                    self._slots.lease(version, self._read)
+                    self._resident.lease(version, self._read)
                     leased.append(version)
             except BaseException:
                 for version in leased:
-                    self._slots.release(version)
+                    self._resident.release(version)
                 raise
-            return Lease(self._slots, versions, self._forget)
+            return Lease(self._resident, versions, self._forget)
 
     def lease_again(self, lease: Lease) -> Lease:
-        """Return one more lease of what a lease holds, which it keeps even if that one is released meanwhile.
+        """Return another lease of the same versions, which outlives the first one.
 
         Raises:
             BankError: a lease that has been released, or is another bank's.
         """
-        with self._slots.lock:
-            if not lease.is_of(self._slots):
-                raise BankError("adapters: this lease is another bank's; take it with this bank's lease()")
+        with self._resident.lock:
+            if not lease.is_of(self._resident):
+                raise BankError("adapters: this lease belongs to another bank; get one from this bank's lease()")
             if not lease.is_open:
                 raise BankError("adapters: this lease has been released")
             return self.lease_versions(lease.versions)
 
     def close(self) -> None:
-        """Give no leases any more.
+        """Refuse all further leases.
 
         Raises:
-            BankError: requests are running, or hold adapters by a lease.
+            BankError: requests are running, or leases are held.
         """
-        with self._slots.lock:
-            self._slots.release_abandoned()
-            if self._slots.open_leases:
+        with self._resident.lock:
+            self._resident.release_abandoned()
+            if self._resident.open_leases:
                 raise BankError(
-                    "the bank cannot be unloaded while requests run or hold adapters: wait for them, and release leases"
+                    "the bank cannot be unloaded while requests run or leases are held: wait, and release the leases"
                 )
             self.is_closed = True
 
@@ -218,5 +218,5 @@ class Registry:
 
     def _read(self, digest: str) -> AdapterRow:
         if self._store is None:
-            raise AdapterGoneError(f"this bank has no adapter {digest} any more")
+            raise AdapterGoneError(f"this bank no longer has the adapter {digest}")
         return self._store.row(digest)

@@ -1,7 +1,7 @@
-"""A bank's file: an SQLite database of immutable adapters, by digest, and of what names mean.
+"""A bank's file: an SQLite database of immutable adapters, by digest, and of the names that refer to them.
 
-Each change is one transaction: who is killed leaves the file as it was before or after, and a reader sees an adapter
-under its name or not at all. What `schema` says of rows is checked whenever they are read, tensors by their digest.
+Each change is one transaction: a process that is killed leaves the file in the state before or after, and a reader sees
+an adapter under its name or not at all. Rows are checked by `schema` whenever they are read, tensors by their digest.
 """
 
 import os
@@ -44,12 +44,12 @@ from veratune.utils.tensors import bytes_of
 
 
 class AdapterGoneError(BankError):
-    """An adapter that the file does not hold, as another process has removed or replaced it."""
+    """An adapter that the file no longer has, as another process has removed or replaced it."""
 
 
 @dataclass
 class _Change:
-    """A transaction that is going on."""
+    """A transaction in progress."""
 
     connection: sqlite3.Connection
     checksum: int
@@ -60,8 +60,8 @@ class BankStore:
 
     Attributes:
         path: the file.
-        header: what it says of all adapters: layout, dtype and head_dtype.
-        adapters: digest to what the file says of it.
+        header: the layout and dtypes of all adapters.
+        adapters: digest to adapter, without tensors.
         names: name to digest.
     """
 
@@ -70,8 +70,8 @@ class BankStore:
         self.adapters: dict[str, StoredAdapter] = {}
         self.names: dict[str, str] = {}
         self._file = Path(os.path.realpath(path))
-        self._lock = threading.RLock()  # held for moments, to read
-        self._write_lock = threading.Lock()  # held while the disk is waited for
+        self._lock = threading.RLock()  # held briefly, to read
+        self._write_lock = threading.Lock()  # held while waiting for the disk
         self._reader, self._writer = HeldConnection(write=False), HeldConnection(write=True)
         self._closing = weakref.finalize(self, _close, self._writer, self._reader)
         self._state = NO_STATE
@@ -91,21 +91,21 @@ class BankStore:
             raise
 
     @classmethod
-    def create(cls, path: Path, layout: Layout, dtype: torch.dtype, head_dtype: torch.dtype | None) -> "BankStore":
-        """Make a bank file without adapters.
+    def create(cls, path: Path, layout: Layout, dtype: torch.dtype, saved_dtype: torch.dtype | None) -> "BankStore":
+        """Create a bank's file without adapters.
 
         Raises:
             BankError: a file of that name exists already, or cannot be created there.
         """
         try:
-            header = header_values(layout.describe(), dtype, head_dtype)
+            header = header_values(layout.describe(), dtype, saved_dtype)
         except DamagedError as problem:
-            raise BankError(f"{path} cannot be made: {problem}") from None
+            raise BankError(f"{path} cannot be created: {problem}") from None
         temporary = temporary_beside(Path(os.path.realpath(path)))
-        with explained(path, "made"):
+        with explained(path, "created"):
             path.parent.mkdir(parents=True, exist_ok=True)
             try:
-                temporary.touch(exist_ok=False)  # says what is wrong, where SQLite only says that it cannot
+                temporary.touch(exist_ok=False)  # raises the reason, which SQLite does not report
                 write_tables(temporary, header)
                 cls(temporary).close()
                 publish_bank(temporary, path)
@@ -121,10 +121,10 @@ class BankStore:
     # Reading
 
     def refresh(self) -> None:
-        """Take in what other processes have changed since.
+        """Read the changes that other processes have made.
 
         Raises:
-            BankError: the file is damaged, was replaced by another or is gone; what was read of it before stays.
+            BankError: the file is damaged, was replaced by another or is gone. What was read before is kept.
         """
         with self._lock, explained(self.path, "read"):
             connection = self._connection(self._reader)
@@ -134,7 +134,7 @@ class BankStore:
                     return
                 adapters, names = read_all(connection, self.header, self.adapters)
             if checksum_bytes(mark_of_all(self._header_row, adapters.values(), names)) != state[1]:
-                raise DamagedError("the names and adapters in it are not those that were written last")
+                raise DamagedError("its names and adapters are not those that were written last")
             self.adapters, self.names, self._state = adapters, names, state
 
     def row(self, digest: str) -> AdapterRow:
@@ -145,50 +145,50 @@ class BankStore:
         """
         with explained(self.path, "read"):
             with self._lock:
-                query = "SELECT metadata, vectors, heads FROM adapters WHERE digest = ?"
+                query = "SELECT metadata, vectors, saved FROM adapters WHERE digest = ?"
                 found = self._connection(self._reader, even_replaced=True).execute(query, (digest,)).fetchone()
             if found is None:
-                raise AdapterGoneError(f"{self.path} has no adapter {digest}: refresh() shows what is in it")
+                raise AdapterGoneError(f"{self.path} has no adapter {digest}: call refresh()")
             metadata, *tensors = found
             lengths = [len(tensor) if isinstance(tensor, bytes) else tensor for tensor in tensors]
-            if lengths != [self.header.vector_bytes, self.header.head_bytes]:
+            if lengths != [self.header.vector_bytes, self.header.saved_bytes]:
                 raise DamagedError(f"the tensors of adapter {digest} are not as long as the bank's")
             stored = self.adapters.get(digest)
             if stored is None or stored.metadata != metadata:
                 stored = read_adapter(digest, metadata, self.header)
             scheme = scheme_from_json(stored.scheme)
             if digest_of_bytes(scheme, self.header.dtype, filter(None, tensors)) != digest:
-                raise DamagedError(f"what is stored as adapter {digest} has another digest")
+                raise DamagedError(f"the tensors of adapter {digest} have another digest")
             vectors = torch.frombuffer(bytearray(tensors[0]), dtype=self.header.dtype)
-            heads = None
-            if self.header.head_dtype is not None:
-                heads = torch.frombuffer(bytearray(tensors[1]), dtype=self.header.head_dtype)
-            return AdapterRow(digest, scheme, stored.rank, vectors, heads)
+            saved = None
+            if self.header.saved_dtype is not None:
+                saved = torch.frombuffer(bytearray(tensors[1]), dtype=self.header.saved_dtype)
+            return AdapterRow(digest, scheme, stored.rank, vectors, saved)
 
     def check_layout(self, layout: Layout) -> None:
         """Raise BankError unless the file is for a bank of this layout."""
-        own, wanted = self.header.layout, layout.describe()
-        if own == wanted:
+        stored, wanted = self.header.layout, layout.describe()
+        if stored == wanted:
             return
-        if own["rank"] != wanted["rank"]:
-            detail = f"it has rank {own['rank']}, not {wanted['rank']}"
+        if stored["rank"] != wanted["rank"]:
+            detail = f"it has rank {stored['rank']}, not {wanted['rank']}"
         else:
-            part = "layers" if own["layers"] != wanted["layers"] else "heads"
-            here, there = ({name: rest for name, *rest in x[part]} for x in (own, wanted))
+            part = "layers" if stored["layers"] != wanted["layers"] else "modules_to_save"
+            here, there = ({name: rest for name, *rest in x[part]} for x in (stored, wanted))
             odd = sorted(name for name in here.keys() | there.keys() if here.get(name) != there.get(name))
             more = f" and {len(odd) - 3} more" if len(odd) > 3 else ""
             differing = f"{part} that differ in {', '.join(odd[:3])}{more}"
             detail = f"it has {differing}" if odd else f"its {part} are in another order"
         raise BankError(f"{self.path} is for a bank of another layout: {detail}")
 
-    def check_dtypes(self, dtype: torch.dtype, head_dtype: torch.dtype | None) -> None:
-        """Raise BankError unless the file holds vectors and heads of these dtypes."""
-        for what, own, wanted in (
+    def check_dtypes(self, dtype: torch.dtype, saved_dtype: torch.dtype | None) -> None:
+        """Raise BankError unless the file has vectors and values of modules_to_save of these dtypes."""
+        for what, stored, wanted in (
             ("vectors", self.header.dtype, dtype),
-            ("heads", self.header.head_dtype, head_dtype),
+            ("modules_to_save", self.header.saved_dtype, saved_dtype),
         ):
-            if own != wanted:
-                raise BankError(f"{self.path} holds {what} as {own}, and this bank would hold them as {wanted}")
+            if stored != wanted:
+                raise BankError(f"{self.path} has {what} in {stored}, but this bank would use {wanted}")
 
     def sizes(self) -> tuple[int, int]:
         """Return how many bytes the file has, and how many of them wait to be used again."""
@@ -202,7 +202,7 @@ class BankStore:
         return page * count, page * free
 
     def structural_problems(self) -> list[str]:
-        """Return what SQLite finds wrong with the file's pages and indices."""
+        """Return the problems that SQLite finds in the file's pages and indices."""
         with self._lock, explained(self.path, "read"):
             found = self._connection(self._reader).execute("PRAGMA integrity_check(20)").fetchall()
         return [str(line) for (line,) in found if line != "ok"]
@@ -215,12 +215,12 @@ class BankStore:
         Args:
             name: the name.
             row: the adapter.
-            replacing: the digest that the name has had, None where it is to be new; the adapter goes if no other name
-                means it.
+            replacing: the digest that the name refers to now, or None if it is to be new. That adapter is deleted if no
+                other name refers to it.
 
         Raises:
-            BankError: the name means something else than `replacing` by now, as another process has set it, or the
-                file cannot be written to. The file is as it was then.
+            BankError: the name does not refer to `replacing`, as another process has changed it, or the file cannot be
+                written to. The file is unchanged then.
         """
         check_spelling(name)
         metadata = metadata_of(row)
@@ -228,7 +228,7 @@ class BankStore:
             stored = read_adapter(row.digest, metadata, self.header)
         except DamagedError as problem:
             raise BankError(f"{self.path} cannot hold {name!r}: {problem}") from None
-        tensors = bytes_of(row.vectors), None if row.heads is None else bytes_of(row.heads)
+        tensors = bytes_of(row.vectors), None if row.saved is None else bytes_of(row.saved)
         with self._changing() as change:
             execute = change.connection.execute
             self._check_unchanged(change, name, replacing)
@@ -238,20 +238,20 @@ class BankStore:
                 execute("UPDATE names SET digest = ? WHERE name = ?", (row.digest, name))
                 change.checksum ^= mark("name", name, replacing)
             change.checksum ^= mark("name", name, row.digest)
-            found = execute("SELECT vectors, heads FROM adapters WHERE digest = ?", (row.digest,)).fetchone()
+            found = execute("SELECT vectors, saved FROM adapters WHERE digest = ?", (row.digest,)).fetchone()
             if found is None:
-                insert = "INSERT INTO adapters (digest, metadata, vectors, heads) VALUES (?, ?, ?, ?)"
+                insert = "INSERT INTO adapters (digest, metadata, vectors, saved) VALUES (?, ?, ?, ?)"
                 execute(insert, (row.digest, metadata, *tensors))
                 change.checksum ^= mark("adapter", row.digest, metadata)
             elif found != tensors:  # damaged
-                execute("UPDATE adapters SET vectors = ?, heads = ? WHERE digest = ?", (*tensors, row.digest))
+                execute("UPDATE adapters SET vectors = ?, saved = ? WHERE digest = ?", (*tensors, row.digest))
             self._drop(change, replacing)
         with self._lock:
             self.adapters.setdefault(row.digest, stored)
             self.names[name] = row.digest
 
     def remove(self, name: str, digest: str) -> None:
-        """Let a name mean nothing; its adapter goes if no other name means it.
+        """Remove a name, and its adapter if no other name refers to it.
 
         Raises:
             BankError: as for `add`.
@@ -265,10 +265,10 @@ class BankStore:
             self.names.pop(name, None)
 
     def compact(self) -> None:
-        """Give back the space of what was removed.
+        """Return the space of removed adapters to the disk.
 
         Raises:
-            BankError: the file cannot be written to; it is as it was then.
+            BankError: the file cannot be written to; it is unchanged then.
         """
         with self._writing() as connection:
             connection.execute("VACUUM")
@@ -277,11 +277,11 @@ class BankStore:
         found = change.connection.execute("SELECT digest FROM names WHERE name = ?", (name,)).fetchone()
         if found != (None if expected is None else (expected,)):
             raise BankError(
-                f"{name!r} was changed in {self.path} by another process meanwhile: refresh() and try again"
+                f"{name!r} was changed in {self.path} by another process meanwhile: call refresh() and try again"
             )
 
     def _drop(self, change: _Change, digest: str | None) -> None:
-        """Delete an adapter that no name means."""
+        """Delete an adapter if no name refers to it."""
         execute = change.connection.execute
         if digest is None or execute("SELECT 1 FROM names WHERE digest = ?", (digest,)).fetchone():
             return
@@ -291,7 +291,7 @@ class BankStore:
 
     @contextmanager
     def _changing(self) -> Iterator[_Change]:
-        """Begin a transaction, which ends with this, and is taken back if anything is raised."""
+        """Run a transaction, which is rolled back on an exception."""
         with self._writing() as connection:
             connection.execute("BEGIN IMMEDIATE")
             try:
@@ -321,10 +321,10 @@ class BankStore:
             with self._lock:
                 for held in (self._reader, self._writer):
                     if held.signature == before:
-                        held.signature = after  # SQLite knows of its own changes
+                        held.signature = after  # SQLite has noticed its own change
 
     def _connection(self, held: HeldConnection, *, even_replaced: bool = False) -> sqlite3.Connection:
-        """Return the connection that reads, or the one that writes. Whoever calls this holds the lock of that.
+        """Return the reading or the writing connection; the caller holds its lock.
 
         Raises:
             BankError: the file was closed, is gone, or was replaced.
@@ -338,19 +338,19 @@ class BankStore:
             if signature[:2] != self._inode:
                 raise BankError(f"{self.path} was replaced by another file meanwhile: open it again")
         except BankError:
-            # What is open can be read on, unless there is the other file's journal, which SQLite would take for its.
+            # The open file can still be read, unless SQLite would apply the other file's journal to it.
             if even_replaced and held.connection is not None and not os.path.lexists(f"{self._file}-journal"):
                 return held.connection
             raise
         if held.connection is not None and held.signature == signature:
             return held.connection
-        # Others have changed it. SQLite notices that by some numbers in the file, which those of a copy of another file
-        # that was written over it may equal.
+        # Another process has changed it. SQLite detects that by a few numbers in the file, which may be the same in
+        # another bank that was copied over it.
         held.close()
         connection = connect(self._file, self.path, write=held.write)
         try:
             if header_row(connection) != self._header_row:
-                raise BankError(f"{self.path} was written over with another bank meanwhile: open it again")
+                raise BankError(f"{self.path} was overwritten with another bank meanwhile: open it again")
             allow_tensors(connection, self.header.adapter_bytes, self.path)
         except BaseException:
             connection.close()
@@ -366,22 +366,22 @@ class BankStore:
         return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
-def open_store(path: Path, layout: Layout, dtype: torch.dtype, head_dtype: torch.dtype | None) -> BankStore:
-    """Open a bank's file, or make it if it does not exist.
+def open_store(path: Path, layout: Layout, dtype: torch.dtype, saved_dtype: torch.dtype | None) -> BankStore:
+    """Open a bank's file, or create it if it does not exist.
 
     Raises:
-        BankError: the file is damaged or has another layout or dtype, or none can be made there.
+        BankError: the file is damaged, has another layout or dtype, or cannot be created.
     """
     if not is_there(path):
         try:
-            return BankStore.create(path, layout, dtype, head_dtype)
+            return BankStore.create(path, layout, dtype, saved_dtype)
         except BankError:
             if not is_there(path):
-                raise  # otherwise another process was quicker
+                raise  # otherwise another process has just created it
     store = BankStore(path)
     try:
         store.check_layout(layout)
-        store.check_dtypes(dtype, head_dtype)
+        store.check_dtypes(dtype, saved_dtype)
     except BankError:
         store.close()
         raise

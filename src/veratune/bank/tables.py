@@ -1,4 +1,4 @@
-"""The statements that read a bank's tables, and make them: nothing of a row is returned before it was checked."""
+"""Create and read a bank's tables; rows are checked before they are returned."""
 
 import sqlite3
 from collections.abc import Iterator, Mapping
@@ -18,14 +18,14 @@ from veratune.bank.schema import (
     read_adapter,
 )
 
-HeaderRow = tuple[str, str, str | None]  # layout, dtype and head_dtype
+HeaderRow = tuple[str, str, str | None]  # layout, dtype and saved_dtype
 State = tuple[int, bytes]  # how many changes were made, and the checksum
 
 NO_STATE: State = (-1, b"")
 
 
 def write_tables(path: Path, header: HeaderRow) -> None:
-    """Make an empty file a bank's, and wait until it is on the disk."""
+    """Create a bank's tables in an empty file, and wait until they are on the disk."""
     connection = sqlite3.connect(f"{path.as_uri()}?mode=rw", uri=True, isolation_level=None)
     try:
         for setting in (f"application_id={APPLICATION_ID}", f"user_version={VERSION}", "journal_mode=OFF"):
@@ -41,12 +41,12 @@ def write_tables(path: Path, header: HeaderRow) -> None:
 
 
 def header_row(connection: sqlite3.Connection) -> HeaderRow:
-    """Return the texts that `read_header` takes.
+    """Return the arguments of `read_header`.
 
     Raises:
-        DamagedError: there are none, or several.
+        DamagedError: there is not exactly one row.
     """
-    rows = connection.execute("SELECT layout, dtype, head_dtype FROM bank LIMIT 2").fetchall()
+    rows = connection.execute("SELECT layout, dtype, saved_dtype FROM bank LIMIT 2").fetchall()
     if len(rows) != 1:
         raise DamagedError("it does not describe a bank")
     row: HeaderRow = rows[0]
@@ -54,10 +54,10 @@ def header_row(connection: sqlite3.Connection) -> HeaderRow:
 
 
 def read_state(connection: sqlite3.Connection) -> State:
-    """Return what differs after each change.
+    """Return the number of changes and the checksum, which identify a state of the file.
 
     Raises:
-        DamagedError: it is not valid.
+        DamagedError: they are invalid.
     """
     rows = connection.execute("SELECT changes, checksum FROM bank LIMIT 2").fetchall()
     if [tuple(map(type, row)) for row in rows] != [(int, bytes)] or len(rows[0][1]) != len(checksum_bytes(0)):
@@ -73,11 +73,11 @@ def read_all(
 
     Args:
         connection: to the file.
-        header: what it says of all adapters.
+        header: the file's header.
         known: adapters that were read before.
 
     Raises:
-        DamagedError: a row that contradicts itself, or another one.
+        DamagedError: a row that is inconsistent, or contradicts another one.
     """
     adapters: dict[str, StoredAdapter] = {}
     for digest, metadata in _rows(connection, "SELECT id, digest, metadata FROM adapters ORDER BY id"):
@@ -87,30 +87,32 @@ def read_all(
     names: dict[str, str] = {}
     for name, digest in _rows(connection, "SELECT id, name, digest FROM names ORDER BY id"):
         if not is_name(name):
-            raise DamagedError("there is a name in it that is not allowed")
+            raise DamagedError("it has an invalid name")
         if digest not in adapters:
-            raise DamagedError(f"{name!r} means an adapter that is not in the file")
+            raise DamagedError(f"{name!r} refers to an adapter that is not in the file")
         names[name] = digest
     return adapters, names
 
 
 def _rows(connection: sqlite3.Connection, query: str) -> Iterator[tuple[str, str]]:
-    """Return the rows of a query, two texts behind an id; pages that lead back to themselves would never end.
+    """Yield the rows of a query for an id and two texts, without the id.
+
+    Ids must increase, as pages of a damaged file may form a cycle.
 
     Raises:
-        DamagedError: an id that is not larger than the one before, or something that is no text.
+        DamagedError: ids do not increase, or a value is not text.
     """
     last = None
     for number, first, second in connection.execute(query):
         if (last is not None and number <= last) or not isinstance(first, str) or not isinstance(second, str):
-            raise DamagedError("its rows are out of order, or no text")
+            raise DamagedError("its rows are out of order, or not text")
         last = number
         yield first, second
 
 
 @contextmanager
 def snapshot(connection: sqlite3.Connection) -> Iterator[None]:
-    """Read one state of the file, however many statements that takes."""
+    """Make all statements read the same state of the file."""
     connection.execute("BEGIN")
     try:
         yield

@@ -1,4 +1,4 @@
-"""Looking through a bank's file: whether all that it holds is whole, and how much of it is not used."""
+"""Verify all of a bank's file, and report how much of it is unused."""
 
 from dataclasses import dataclass
 
@@ -8,13 +8,13 @@ from veratune.bank.store import BankStore
 
 @dataclass(frozen=True)
 class Examination:
-    """What was found in a file.
+    """The result of verifying a file.
 
     Attributes:
-        names: how many names mean an adapter.
-        adapters: how many different adapters there are.
-        problems: a sentence for each damaged adapter, and for what SQLite finds; empty for a whole file.
-        free_bytes: what removed adapters took, which others will use; `compact` gives it back.
+        names: the number of names.
+        adapters: the number of different adapters.
+        problems: a sentence for each damaged adapter, and for each problem that SQLite finds; empty if there are none.
+        free_bytes: the space of removed adapters, to be reused by others; `compact` returns it to the disk.
         total_bytes: the file's size.
     """
 
@@ -28,8 +28,8 @@ class Examination:
 def examine(store: BankStore) -> Examination:
     """Read all of an open file and check every page, digest and fingerprint.
 
-    That every name means an adapter that is there, and that these are the last ones written, was checked when the file
-    was opened.
+    Opening the file has checked already that every name refers to an adapter in it, and that these are the last ones
+    written.
     """
     named: dict[str, list[str]] = {digest: [] for digest in store.adapters}
     for name, digest in store.names.items():
@@ -37,7 +37,7 @@ def examine(store: BankStore) -> Examination:
     problems = [f"{store.path}: {problem}" for problem in store.structural_problems()]
     for digest, names in named.items():
         if not names:
-            problems.append(f"{store.path} holds adapter {digest}, which no name means")
+            problems.append(f"{store.path} has the adapter {digest}, to which no name refers")
         try:
             store.row(digest)
         except BankError as error:

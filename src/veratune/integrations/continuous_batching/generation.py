@@ -8,10 +8,10 @@ from transformers.generation.continuous_batching.utils import WorkloadHints
 
 from veratune.bank import AdapterBank
 from veratune.bank.registry import AdapterNames
-from veratune.integrations.continuous_batching.checks import (
+from veratune.integrations.continuous_batching.manager import BankManager, children
+from veratune.integrations.continuous_batching.request_checks import (
     checked_prompts,
 )
-from veratune.integrations.continuous_batching.manager import BankManager, children
 
 
 def generate_batch(

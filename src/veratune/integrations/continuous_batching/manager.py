@@ -21,15 +21,15 @@ from transformers.generation.continuous_batching.utils import WorkloadHints, str
 from veratune.bank import AdapterBank, BankError
 from veratune.bank.layer_call import serving
 from veratune.bank.registry import AdapterNames
-from veratune.bank.slots import Lease, Version
-from veratune.integrations.continuous_batching.checks import (
+from veratune.bank.resident import Lease, Version
+from veratune.integrations.continuous_batching.output_head import OutputHead
+from veratune.integrations.continuous_batching.request_checks import (
     check_generation,
     check_room,
     check_settings,
     checked_prompt,
     checked_prompts,
 )
-from veratune.integrations.continuous_batching.output_head import OutputHead
 
 
 class BankManager(ContinuousBatchingManager):

@@ -3,9 +3,9 @@
 from contextlib import ExitStack
 from typing import Any
 
-from veratune.bank.head_layers import BankedHead
 from veratune.bank.layer_call import BankCall, active_call, serving
 from veratune.bank.layers import BankedLinear
+from veratune.bank.saved_modules import BankedModule
 
 
 class OutputHead:
@@ -17,7 +17,7 @@ class OutputHead:
 
     def __init__(self, model: Any) -> None:
         head = model.get_output_embeddings()
-        self.needs_own = isinstance(head, BankedLinear | BankedHead)
+        self.needs_own = isinstance(head, BankedLinear | BankedModule)
         self._tokens: BankCall | None = None
         self._last: BankCall | None = None
         self._open = ExitStack()

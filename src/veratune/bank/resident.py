@@ -1,4 +1,4 @@
-"""Which adapters are resident, under which names, and who is using them: no row is written to while it is read."""
+"""The adapters on the device, one row each, and who is using them: no row is written to while it is read."""
 
 import threading
 from collections import OrderedDict, deque
@@ -21,33 +21,35 @@ class Version:
         digest: identifies it.
         scheme: the number of its projections within the bank.
         rank: its largest rank.
-        slot: its row in the slab; None while it is not resident.
-        names: how many names it has.
+        row: its row in the slab; None while it is not resident.
+        names: how many names refer to it.
         leases: how many calls are using it.
     """
 
     digest: str
     scheme: int
     rank: int
-    slot: int | None = None
+    row: int | None = None
     names: int = 0
     leases: int = 0
 
 
 @dataclass
-class Slots:
-    """The slab and its rows. Whoever calls a method holds `lock`.
+class ResidentRows:
+    """The slab and its rows. Callers of its methods hold `lock`.
 
     Attributes:
         slab: (capacity + 1, numbers); row 0 is zero.
-        heads: (capacity + 1, head numbers), or None; row 0 is the base model's.
-        open_leases: how many requests run or hold adapters, those of the base model included.
-        abandoned: leases that nobody refers to any more and nobody has released.
+        saved: (capacity + 1, numbers), the values of modules_to_save, or None; row 0 is the base model's.
+        open_leases: how many requests are running or hold adapters, those of the base model included.
+        free: the rows without an adapter.
+        idle: the resident versions that no call uses, least recently used first.
+        abandoned: leases that were garbage-collected without being released.
         grows: whether a full slab is enlarged; otherwise an unused adapter is evicted.
     """
 
     slab: Tensor
-    heads: Tensor | None
+    saved: Tensor | None
     grows: bool
     lock: threading.RLock = field(default_factory=threading.RLock)
     open_leases: int = 0
@@ -65,23 +67,23 @@ class Slots:
         numbers: int,
         dtype: torch.dtype,
         device: torch.device,
-        base_heads: Tensor | None,
+        base_saved: Tensor | None,
         grows: bool,
-    ) -> "Slots":
-        """Return slots without adapters. Memory that was never written to is not taken from the system."""
-        with torch.inference_mode(False):  # whatever the caller is in, rows are written to later
+    ) -> "ResidentRows":
+        """Return free rows. The operating system provides their memory when they are first written."""
+        with torch.inference_mode(False):  # rows are written to later, also outside of the caller's inference mode
             slab = _zeros(capacity + 1, numbers, dtype, device)
-            heads = None
-            if base_heads is not None:
-                heads = _zeros(capacity + 1, base_heads.numel(), base_heads.dtype, device)
-                heads[0] = base_heads
-        return cls(slab, heads, grows)
+            saved = None
+            if base_saved is not None:
+                saved = _zeros(capacity + 1, base_saved.numel(), base_saved.dtype, device)
+                saved[0] = base_saved
+        return cls(slab, saved, grows)
 
     @property
     def capacity(self) -> int:
         return self.slab.shape[0] - 1
 
-    def put(self, version: Version, row: AdapterRow) -> None:
+    def put(self, version: Version, adapter: AdapterRow) -> None:
         """Make a version resident.
 
         Raises:
@@ -89,50 +91,50 @@ class Slots:
         """
         if not self.free:
             self._make_room()
-        slot = self.free.pop()
+        row = self.free.pop()
         try:
-            self._settle()  # what was enqueued before may still read the row's former values
-            self.slab[slot].copy_(row.vectors)
-            if self.heads is not None and row.heads is not None:
-                self.heads[slot].copy_(row.heads)
-            self._settle()
+            self._synchronize()  # enqueued kernels may still read the row's former values
+            self.slab[row].copy_(adapter.vectors)
+            if self.saved is not None and adapter.saved is not None:
+                self.saved[row].copy_(adapter.saved)
+            self._synchronize()
         except BaseException:
-            self.free.append(slot)
+            self.free.append(row)
             raise
-        version.slot = slot
+        version.row = row
         self._note(version)
 
     def _make_room(self) -> None:
         if self.grows:
-            before, more = self.capacity, max(64, self.capacity // 2)
-            # Calls that run at the moment keep the former tensors, whose rows have the same numbers. Without memory for
-            # both, all stays as it is.
-            slab, heads = _lengthened(self.slab, more), None if self.heads is None else _lengthened(self.heads, more)
-            self.slab, self.heads, self.free = slab, heads, list(range(before + more, before, -1))
+            former, more = self.capacity, max(64, self.capacity // 2)
+            # Running calls keep the former tensors, in which versions have the same rows. Both are allocated before
+            # either is assigned, so that running out of memory changes nothing.
+            slab, saved = _lengthened(self.slab, more), None if self.saved is None else _lengthened(self.saved, more)
+            self.slab, self.saved, self.free = slab, saved, list(range(former + more, former, -1))
             return
         if not self.idle:
             raise BankError(
-                f"all {self.capacity} adapters that this bank holds on the device at a time are in use: make it with a"
-                " larger capacity, or send fewer different adapters at once"
+                f"all {self.capacity} adapters that this bank holds on the device at a time are in use: increase"
+                " capacity or send fewer different adapters at once"
             )
         _, version = self.idle.popitem(last=False)
-        assert version.slot is not None
-        self.free.append(version.slot)
-        version.slot = None
+        assert version.row is not None
+        self.free.append(version.row)
+        version.row = None
 
-    def _settle(self) -> None:
+    def _synchronize(self) -> None:
         if self.slab.is_cuda:
             torch.cuda.synchronize(self.slab.device)
 
     def lease(self, version: Version, read: Callable[[str], AdapterRow]) -> None:
-        """Keep a version where it is, or make it resident with what `read` returns for its digest.
+        """Keep a version resident; `read` returns its values by its digest if it is not yet.
 
         Raises:
             BankError: every row is in use.
         """
         version.leases += 1
         try:
-            if version.slot is None:
+            if version.row is None:
                 self.put(version, read(version.digest))
         except BaseException:
             version.leases -= 1
@@ -145,18 +147,18 @@ class Slots:
         self._note(version)
 
     def release_abandoned(self) -> None:
-        """Release the leases that were dropped without it."""
+        """Release the leases that were garbage-collected without being released."""
         while self.abandoned:
             self.abandoned.popleft().release()
 
     def named(self, version: Version, change: int) -> None:
-        """Count a name that a version got or lost."""
+        """Count a name that now refers to a version, or no longer does."""
         version.names += change
         self._note(version)
 
     def _note(self, version: Version) -> None:
-        """Free the row of a version that nobody needs; of one that is not in use, remember when it was."""
-        if version.slot is None:
+        """Free the row of an unneeded version; move one that no call uses to the end of `idle`."""
+        if version.row is None:
             return
         if version.leases:
             self.idle.pop(version.digest, None)
@@ -165,19 +167,19 @@ class Slots:
             self.idle.move_to_end(version.digest)
         else:
             self.idle.pop(version.digest, None)
-            self.free.append(version.slot)
-            version.slot = None
+            self.free.append(version.row)
+            version.row = None
 
     def move(self, device: torch.device) -> None:
         """Move everything to another device."""
-        heads = None if self.heads is None else self.heads.to(device)
-        self.slab, self.heads = self.slab.to(device), heads
+        saved = None if self.saved is None else self.saved.to(device)
+        self.slab, self.saved = self.slab.to(device), saved
 
 
 def _zeros(rows: int, numbers: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     if device.type != "cpu":
         return torch.zeros(rows, numbers, dtype=dtype, device=device)
-    # numpy asks the system for zeros, and gets memory when it is written to; torch writes them itself.
+    # numpy gets zeroed pages from the operating system when they are written to; torch would write them at once.
     return torch.from_numpy(np.zeros(rows * numbers * dtype.itemsize, np.uint8)).view(dtype).view(rows, numbers)
 
 
@@ -188,45 +190,47 @@ def _lengthened(tensor: Tensor, more: int) -> Tensor:
     return longer
 
 
-def _slot_of(version: Version | None) -> int:
+def _row_of(version: Version | None) -> int:
     if version is None:
         return 0
-    assert version.slot is not None
-    return version.slot
+    assert version.row is not None
+    return version.row
 
 
 class Lease:
-    """Adapters that stay as they are until `release`: what a request has begun with, it ends with.
+    """Adapters that stay unchanged until `release`, so that a request sees one version of each throughout.
 
-    One that is dropped without it is released when the bank is next asked for something.
+    A lease that is garbage-collected without it is released at the bank's next operation.
 
     Attributes:
-        versions: the version of each row, None for the base model.
-        slots: the slot of each row.
-        digests: the digest of each row, "" for the base model.
-        slab, heads: the tensors in which the slots are.
+        versions: the version of each sequence, None for the base model.
+        rows: the row of each sequence's version, 0 for the base model.
+        digests: the digest of each sequence's version, "" for the base model.
+        slab, saved: the tensors that have these rows.
         is_open: whether it has not been released yet.
     """
 
     is_open = False
 
-    def __init__(self, owner: Slots, versions: Iterable[Version | None], forget: Callable[[Version], None]) -> None:
+    def __init__(
+        self, owner: ResidentRows, versions: Iterable[Version | None], forget: Callable[[Version], None]
+    ) -> None:
         self._owner = owner
         self._forget = forget
         self.versions = list(versions)
-        self.slots = [_slot_of(version) for version in self.versions]
+        self.rows = [_row_of(version) for version in self.versions]
         self.digests = ["" if version is None else version.digest for version in self.versions]
-        self.slab, self.heads = owner.slab, owner.heads
+        self.slab, self.saved = owner.slab, owner.saved
         self._held = list({id(version): version for version in self.versions if version is not None}.values())
         self.is_open = True
         owner.open_leases += 1
 
-    def is_of(self, owner: Slots) -> bool:
-        """Return whether it is a lease of these slots, rather than of another bank's."""
+    def is_of(self, owner: ResidentRows) -> bool:
+        """Return whether it is a lease of these rows rather than another bank's."""
         return self._owner is owner
 
     def release(self) -> None:
-        """Let go; a second time does nothing."""
+        """Release the adapters; a second call does nothing."""
         with self._owner.lock:
             held, self._held = self._held, []
             self._owner.open_leases -= self.is_open
@@ -242,6 +246,6 @@ class Lease:
         self.release()
 
     def __del__(self) -> None:
-        # Garbage is collected at any moment, also in the middle of a change, whose lock a thread may take twice.
+        # Garbage collection may run in the middle of a change, in a thread that holds the reentrant lock already.
         if self.is_open:
             self._owner.abandoned.append(self)

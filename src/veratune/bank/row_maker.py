@@ -1,4 +1,4 @@
-"""From an adapter, saved or in a model, to its row in a bank."""
+"""Make a bank's row from an adapter's files, or from an adapter in another model."""
 
 import os
 from collections.abc import Iterable, Mapping
@@ -27,27 +27,27 @@ class RowMaker:
         named: Iterable[str],
         layout: Layout,
         dtype: torch.dtype,
-        base_heads: Tensor | None,
+        base_saved: Tensor | None,
     ) -> None:
-        """Remember what a row depends on.
+        """Store what rows depend on.
 
         Args:
-            model: the base model, with the bank's layers in it by the time of the first adapter.
-            modules: its modules as they were before: what an adapter does not fit is this bank, no other adapter.
+            model: the base model, which has the bank's layers by the time that the first row is made.
+            modules: its original modules, by name, so that messages blame this bank rather than another adapter.
             config: the bank's configuration.
             named: the layers that it names.
-            layout, dtype, base_heads: as in `make_row`.
+            layout, dtype, base_saved: as in `make_row`.
         """
         self._model = model
         self._modules = dict(modules)
         self._named = config, list(named)
-        self._settings = dtype, base_heads
+        self._settings = dtype, base_saved
         self._layout = layout
 
     def saved(self, model_id: str | os.PathLike[str], location: dict[str, Any]) -> AdapterRow:
         """Return the row of an adapter's files."""
         ready = read_adapter(self._modules, find_directory(model_id, **location))
-        # Adapters that follow each other mostly have one configuration, which names the same layers each time.
+        # Successive adapters mostly have equal configurations, which name the same layers.
         config, named = self._named
         if ready.plan.config != config:
             config, named = ready.plan.config, layers_named(self._model, ready.plan.config)
@@ -57,18 +57,18 @@ class RowMaker:
 
     def active(self, model: AdaptedModel, adapter_name: str | None) -> AdapterRow:
         """Return the row of an adapter of another model; the active one by default."""
-        own = model.active_adapter if adapter_name is None else adapter_name
-        state = model.adapter_state(own)
+        name = model.active_adapter if adapter_name is None else adapter_name
+        state = model.adapter_state(name)
         loaded = LoadedAdapter(
-            f"adapter {own!r}",
-            model.peft_config[own],
+            f"adapter {name!r}",
+            model.peft_config[name],
             {layer: {which: v.detach() for which, v in vectors.items()} for layer, vectors in state.vectors.items()},
             {
-                module: {key: tensor.detach() for key, tensor in public_state(head).items()}
-                for module, head in state.saved.items()
+                module_name: {key: tensor.detach() for key, tensor in public_state(module).items()}
+                for module_name, module in state.saved.items()
             },
             {bias: tensor.detach() for bias, tensor in state.biases.items()},
         )
         targets = targets_of(self._modules, loaded)
-        ready = make_ready(self._modules, loaded, targets, model.projection_scheme(own))
+        ready = make_ready(self._modules, loaded, targets, model.projection_scheme(name))
         return make_row(self._layout, ready, *self._settings)

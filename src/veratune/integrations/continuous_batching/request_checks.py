@@ -11,7 +11,7 @@ from transformers.generation.continuous_batching.continuous_api import (
 )
 
 from veratune.bank import AdapterBank, BankError
-from veratune.bank.slots import Lease
+from veratune.bank.resident import Lease
 
 
 def checked_prompt(bank: AdapterBank, input_ids: Sequence[int], sequences: int) -> list[int]:
