@@ -746,9 +746,9 @@ class TimeFirst(nn.Module):
         return self.layer(x.transpose(0, 1)).transpose(0, 1)
 
 
-def test_check_isolation_tells_models_that_do_not_keep_rows_apart() -> None:
+def test_check_isolation_finds_models_that_mix_sequences() -> None:
     bank = AdapterBank(TimeFirst(), VeraConfig(r=8, target_modules=["layer"]))
-    with pytest.raises(BankError, match="changed the wrong rows"):
+    with pytest.raises(BankError, match="changed the wrong sequences"):
         bank.check_isolation(x=torch.randn(3, 3, 12))
     for kind in ("bert", "llama", "t5", "gpt2", "vit"):
         tiny(kind)[0].check_isolation(**inputs_of(kind))

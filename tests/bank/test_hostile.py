@@ -189,7 +189,7 @@ def test_special_files(path: Path) -> None:
 
 def test_files_beside_it(path: Path, whole: bytes) -> None:
     other = make(path.with_name("other"), {f"n{seed}": seed for seed in range(20)})
-    with other._writing() as connection:  # a journal that SQLite would play back
+    with other._connections.writer() as connection:  # a journal that SQLite would play back
         connection.execute("PRAGMA cache_size=1")
         connection.execute("BEGIN IMMEDIATE")
         connection.execute("UPDATE adapters SET vectors = zeroblob(100000)")

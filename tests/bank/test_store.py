@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from bank_files import assert_holds, assert_same, layout_of, make, row_of
 from veratune.adapters.targets import find_targets
 from veratune.bank import BankError
 from veratune.bank import connection as connection_module
+from veratune.bank import store as store_module
 from veratune.bank.layout import Layout, make_layout
 from veratune.bank.store import AdapterGoneError, BankStore
 from veratune.config import VeraConfig
@@ -44,7 +46,8 @@ _NAMES = [
 
 def fast(file: BankStore) -> None:
     """Let changes not wait for the disk."""
-    file._connection(file._writer).execute("PRAGMA synchronous=OFF")
+    with file._connections.writer() as connection:
+        connection.execute("PRAGMA synchronous=OFF")
 
 
 # What is written is what is read
@@ -382,7 +385,7 @@ def test_a_change_that_was_cut_off_is_taken_back(path: Path) -> None:
     names = {f"n{seed}": seed for seed in range(20)}
     file = make(path, names)
     copy = path.with_name("copy")
-    with file._writing() as connection:
+    with file._connections.writer() as connection:
         connection.execute("PRAGMA cache_size=1")
         connection.execute("BEGIN IMMEDIATE")
         before = path.read_bytes()
@@ -464,7 +467,7 @@ def test_a_disk_that_refuses_at_any_step(change: str, path: Path) -> None:
 
 def test_a_disk_that_is_full(path: Path) -> None:
     file = make(path, {"a": 1})
-    writer = file._connection(file._writer)
+    writer = file._connections._current(file._connections._writer)
     (pages,) = writer.execute("PRAGMA page_count").fetchone()
     writer.execute(f"PRAGMA max_page_count={pages}")
     names = {"a": 1}
@@ -632,3 +635,84 @@ def test_threads_read_while_others_write(path: Path) -> None:
             reader.join()
     assert problems == []
     assert_holds(path, {f"n{seed}": seed for seed in range(150)})
+
+
+# Refreshing and batches
+
+
+def test_refresh_after_changes_of_every_kind(path: Path) -> None:
+    """Rows that were only added are read alone; whatever else has changed, names and their order are the file's."""
+    file, other = make(path, {"a": 1, "b": 2, "c": 3}), BankStore(path)
+    digests = {seed: row_of(seed).digest for seed in range(1, 10)}
+
+    def assert_follows(expected: dict[str, int]) -> None:
+        file.refresh()
+        assert list(file.names.items()) == [(name, digests[seed]) for name, seed in expected.items()]
+        assert file.adapters.keys() == {digests[seed] for seed in expected.values()}
+        assert_holds(path, expected)
+
+    other.add("d", row_of(4), replacing=None)
+    other.add("e", row_of(1), replacing=None)  # an adapter that is there
+    assert_follows({"a": 1, "b": 2, "c": 3, "d": 4, "e": 1})
+    other.add("b", row_of(5), replacing=digests[2])
+    other.add("f", row_of(6), replacing=None)
+    assert_follows({"a": 1, "b": 5, "c": 3, "d": 4, "e": 1, "f": 6})
+    other.remove("f", digests[6])
+    other.add("g", row_of(7), replacing=None)  # gets the ids of the one that was removed
+    assert_follows({"a": 1, "b": 5, "c": 3, "d": 4, "e": 1, "g": 7})
+    other.add("h", row_of(8), replacing=None)
+    file.add("i", row_of(9), replacing=None)
+    assert_follows({"a": 1, "b": 5, "c": 3, "d": 4, "e": 1, "g": 7, "h": 8, "i": 9})
+    other.add("j", row_of(1), replacing=None)
+    file.add("c", row_of(2), replacing=digests[3])
+    other.add("c", row_of(3), replacing=digests[2])  # back again, so that the file only seems to have one name more
+    assert_follows({"a": 1, "b": 5, "c": 3, "d": 4, "e": 1, "g": 7, "h": 8, "i": 9, "j": 1})
+    other.remove("j", digests[1])
+    other.remove("a", digests[1])
+    assert_follows({"b": 5, "c": 3, "d": 4, "e": 1, "g": 7, "h": 8, "i": 9})
+    other.remove("e", digests[1])
+    assert_follows({"b": 5, "c": 3, "d": 4, "g": 7, "h": 8, "i": 9})
+
+
+def test_refresh_reads_only_what_was_added(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, other = make(path, {f"n{seed}": seed for seed in range(9)}), BankStore(path)
+    read: list[int] = []
+    read_contents = store_module.read_contents
+
+    def counted(*args: Any) -> Any:
+        contents = read_contents(*args)
+        read.append(len(contents.names))
+        return contents
+
+    monkeypatch.setattr(store_module, "read_contents", counted)
+    other.add("more", row_of(20), replacing=None)
+    file.refresh()
+    file.add("own", row_of(21), replacing=None)
+    file.refresh()
+    other.refresh()
+    assert read == [1, 1] and list(file.names)[-2:] == ["more", "own"] == list(other.names)[-2:]
+
+
+def test_a_batch_is_one_transaction(path: Path) -> None:
+    file = make(path, {"a": 1})
+    before, (changes, _) = path.read_bytes(), file._state
+
+    def fail(error: BaseException) -> None:
+        with file.batch():
+            file.add("b", row_of(2), replacing=None)
+            raise error
+
+    for error in (OSError("elsewhere"), BankError("no"), sqlite3.OperationalError("elsewhere"), KeyboardInterrupt()):
+        with pytest.raises(type(error)) as raised:
+            fail(error)
+        assert raised.value is error and path.read_bytes() == before  # not explained as an error of this file
+    file.close()
+    file = BankStore(path)
+    with file.batch():
+        file.add("b", row_of(2), replacing=None)
+        file.add("c", row_of(3), replacing=None)
+        file.add("b", row_of(4), replacing=row_of(2).digest)
+        assert_holds(path, {"a": 1})
+    assert file._state[0] == changes + 1
+    file.remove("a", row_of(1).digest)
+    assert_holds(path, {"b": 4, "c": 3})

@@ -3,6 +3,7 @@
 import os
 import threading
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -116,7 +117,7 @@ class AdapterBank:
         Args:
             model: as for the class.
             adapters: name to directory of the adapter, or to its repository on the hub.
-            settings: `capacity`, `dtype` and `file`, as for the class.
+            settings: `capacity`, `dtype`, `file` and, for a larger bank, `peft_config`, as for the class.
 
         Raises:
             BankError: an adapter that no bank holds, or a name that is not allowed; the model is unchanged then.
@@ -128,20 +129,22 @@ class AdapterBank:
             check_spelling(name)
         settings.setdefault("capacity", max(64, len(adapters)))
         file = settings.get("file")
-        is_new = file is not None and not is_there(Path(file))
-        bank = cls(model, config_for_adapters(model, adapters), **settings)
+        new_file = None if file is None or is_there(Path(file)) else Path(file)
+        config = settings.pop("peft_config", None) or config_for_adapters(model, adapters)
+        bank = cls(model, config, **settings)
         try:
             if held := [name for name in adapters if name in bank]:  # before the file gets any of the others
                 raise BankError(
                     f"{file} has {held[0]!r} already: AdapterBank.open(model, {str(file)!r}) makes a bank of all"
                     " adapters in it, and load(..., replace=True) replaces one"
                 )
-            for name, path_or_repo in adapters.items():
-                bank.load(name, path_or_repo)
+            with nullcontext() if new_file is None or bank._store is None else bank._store.batch():
+                for name, path_or_repo in adapters.items():
+                    bank.load(name, path_or_repo)
         except BaseException:
             bank.unload()
-            if is_new and file is not None:
-                Path(file).unlink(missing_ok=True)
+            if new_file is not None:
+                new_file.unlink(missing_ok=True)
             raise
         return bank
 
@@ -227,8 +230,7 @@ class AdapterBank:
         """Check a saved adapter as `load` does, without adding it.
 
         Args:
-            model_id: as for `load`.
-            location: as for `load`.
+            model_id, location: as for `load`.
 
         Raises:
             BankError, CheckpointError: as for `load`.
@@ -243,10 +245,9 @@ class AdapterBank:
         """Copy an adapter of another model of the same architecture into the bank.
 
         Args:
-            name: as for `load`.
+            name, replace: as for `load`.
             model: the model that has the adapter, for example from `get_peft_model`.
             adapter_name: the adapter's name there; the active one by default.
-            replace: as for `load`.
 
         Raises:
             BankError: as for `load`.
@@ -274,11 +275,10 @@ class AdapterBank:
         Raises:
             BankError: the file is damaged.
         """
-        if self._store is None:
-            return
-        with self._changes:
-            self._store.refresh()
-            self._registry.follow(self._store.names, self._store.adapters)
+        if self._store is not None:
+            with self._changes:
+                self._store.refresh()
+                self._registry.follow(self._store.names, self._store.adapters)
 
     def _put(self, name: str, row: AdapterRow, replace: bool) -> AdapterInfo:
         with self._changes:

@@ -7,7 +7,9 @@ copies omit and which SQLite would apply to any file put in the first one's plac
 import os
 import sqlite3
 import stat
-from collections.abc import Iterator
+import threading
+import weakref
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +32,7 @@ _LONGEST_TEXT = 1 << 24
 
 
 @dataclass
-class HeldConnection:
+class _Held:
     """A connection that is kept open, and the file's signature when it was last used."""
 
     write: bool
@@ -47,6 +49,98 @@ class HeldConnection:
             connection.close()
         else:
             _of_other_processes.append(connection)
+
+
+class FileConnections:
+    """The connections to one file, one that reads and one that writes, which are opened again when it has changed.
+
+    Attributes:
+        path: the path that the user gave, for messages.
+        check: called with each new connection.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.check: Callable[[sqlite3.Connection], None] = lambda connection: None
+        self._file = Path(os.path.realpath(path))
+        self._lock = threading.Lock()  # of the signatures
+        self._reader, self._writer = _Held(write=False), _Held(write=True)
+        self._closing = weakref.finalize(self, _close, self._writer, self._reader)
+        check_regular(self._file, path)
+        self._inode = self._signature()[:2]
+
+    def close(self) -> None:
+        """Close both; the caller makes sure that nobody uses them."""
+        self._closing()
+
+    def reader(self, *, even_replaced: bool = False) -> sqlite3.Connection:
+        """Return the connection that reads; one thread at a time may call this and use it.
+
+        Args:
+            even_replaced: whether to go on reading a file whose path is gone, or another file's by now.
+
+        Raises:
+            BankError: the file was closed, is gone, was replaced or overwritten.
+        """
+        return self._current(self._reader, even_replaced=even_replaced)
+
+    @contextmanager
+    def writer(self) -> Iterator[sqlite3.Connection]:
+        """Yield the connection that writes; one thread at a time may call this, and do all of a change inside.
+
+        Raises:
+            BankError: as for `reader`.
+        """
+        connection = self._current(self._writer)
+        before = self._writer.signature
+        yield connection
+        after = self._signature()
+        with self._lock:
+            for held in (self._reader, self._writer):
+                if held.signature == before:
+                    held.signature = after  # SQLite notices its own changes
+
+    def _current(self, held: _Held, *, even_replaced: bool = False) -> sqlite3.Connection:
+        if not self._closing.alive:
+            raise BankError(f"{self.path} has been closed")
+        if held.process != os.getpid():
+            held.close()
+        try:
+            signature = self._signature()
+            if signature[:2] != self._inode:
+                raise BankError(f"{self.path} was replaced by another file meanwhile: open it again")
+        except BankError:
+            # The open file can still be read, unless SQLite would apply the other file's journal to it.
+            if even_replaced and held.connection is not None and not os.path.lexists(f"{self._file}-journal"):
+                return held.connection
+            raise
+        if held.connection is not None and held.signature == signature:
+            return held.connection
+        # Another process has changed it. SQLite detects that by a few numbers in the file, which may be the same in
+        # another bank that was copied over it.
+        held.close()
+        connection = connect(self._file, self.path, write=held.write)
+        try:
+            self.check(connection)
+        except BaseException:
+            connection.close()
+            raise
+        held.connection, held.process = connection, os.getpid()
+        with self._lock:
+            held.signature = signature
+        return connection
+
+    def _signature(self) -> Signature:
+        try:
+            status = self._file.stat()
+        except OSError as error:
+            raise BankError(f"{self.path} cannot be read any more: {error.strerror}") from None
+        return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _close(*held: _Held) -> None:
+    for each in held:
+        each.close()
 
 
 def connect(path: Path, shown: Path, *, write: bool) -> sqlite3.Connection:
@@ -114,19 +208,26 @@ def allow_tensors(connection: sqlite3.Connection, count: int, shown: Path) -> No
         )
 
 
-@contextmanager
-def explained(shown: Path, action: str) -> Iterator[None]:
+class explained:  # noqa: N801  # several times as fast as a generator, for each adapter that is read
     """Convert errors of SQLite, the system and damaged content to BankError: `shown` "cannot be" `action`."""
-    try:
-        yield
-    except DamagedError as damage:
-        raise _damaged(shown, damage) from None
-    except UnicodeDecodeError:  # in a message that quotes the file
-        raise _damaged(shown, "it contains text that is not UTF-8") from None
-    except sqlite3.Error as error:
-        raise _explanation(shown, action, error) from None
-    except OSError as error:
-        raise BankError(f"{shown} cannot be {action}: {error.strerror}") from None
+
+    def __init__(self, shown: Path, action: str) -> None:
+        self._shown = shown
+        self._action = action
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        match error:
+            case DamagedError():
+                raise _damaged(self._shown, error) from None
+            case UnicodeDecodeError():  # in a message that quotes the file
+                raise _damaged(self._shown, "it contains text that is not UTF-8") from None
+            case sqlite3.Error():
+                raise _explanation(self._shown, self._action, error) from None
+            case OSError():
+                raise BankError(f"{self._shown} cannot be {self._action}: {error.strerror}") from None
 
 
 def publish_bank(temporary: Path, path: Path) -> None:

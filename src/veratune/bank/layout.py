@@ -1,5 +1,6 @@
 """The layout of a bank's rows: the numbers of one adapter, in the same order for all of them."""
 
+import functools
 import hashlib
 import json
 import math
@@ -219,10 +220,15 @@ def digest_of(scheme: Scheme, vectors: Tensor, saved: Tensor | None) -> str:
 
 def digest_of_bytes(scheme: Scheme, dtype: torch.dtype, tensors: Iterable[bytes]) -> str:
     """Return the digest of a row, given its vectors and its values of modules_to_save, if any, as bytes."""
-    sha = hashlib.sha256(json.dumps([scheme.fingerprint(), str(dtype)]).encode())
+    sha = hashlib.sha256(_digest_prefix(scheme.fingerprint(), dtype))
     for tensor in tensors:
         sha.update(tensor)
     return sha.hexdigest()[:32]
+
+
+@functools.lru_cache(maxsize=256)
+def _digest_prefix(fingerprint: str, dtype: torch.dtype) -> bytes:
+    return json.dumps([fingerprint, str(dtype)]).encode()
 
 
 def saved_row(layout: Layout, modules: dict[str, nn.Module]) -> Tensor | None:

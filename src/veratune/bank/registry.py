@@ -4,10 +4,10 @@ import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from veratune.bank.layout import AdapterRow, BankError, scheme_from_json
+from veratune.bank.layout import AdapterRow, BankError
 from veratune.bank.projections import BankProjections
 from veratune.bank.resident import Lease, ResidentRows, Version
-from veratune.bank.schema import StoredAdapter, check_spelling
+from veratune.bank.schema import StoredAdapter, check_spelling, scheme_of
 from veratune.bank.store import AdapterGoneError, BankStore
 from veratune.projections.schemes import Scheme
 
@@ -120,7 +120,7 @@ class Registry:
         """
         with self._resident.lock:
             changed = [
-                (name, adapters[digest], scheme_from_json(adapters[digest].scheme))
+                (name, adapters[digest], scheme_of(adapters[digest].metadata))
                 for name, digest in names.items()
                 if name not in self.names or self.names[name].digest != digest
             ]

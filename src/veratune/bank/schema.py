@@ -8,6 +8,7 @@ The checksum is the XOR of a hash of each row; tensors are left out, as the dige
 and reading the names checks it: SQLite itself does not notice a flipped bit in a name.
 """
 
+import functools
 import hashlib
 import json
 from collections.abc import Iterable
@@ -16,8 +17,9 @@ from typing import Any
 
 import torch
 
-from veratune.bank.layout import AdapterRow, BankError, scheme_to_json
+from veratune.bank.layout import AdapterRow, BankError, scheme_from_json, scheme_to_json
 from veratune.projections.blocks import MOST_BLOCKS
+from veratune.projections.schemes import Scheme
 from veratune.utils.outside_files import parse_json
 
 APPLICATION_ID = 0x56455242
@@ -211,8 +213,7 @@ def read_adapter(digest: object, metadata: object, header: BankHeader) -> Stored
     Raises:
         DamagedError: it is inconsistent or does not fit the bank.
     """
-    if not isinstance(digest, str) or not _is_hex(digest, 32):
-        raise DamagedError(f"an adapter's digest is {_shown(digest)}")
+    _check_digest(digest)
     values = _json(metadata, f"the metadata of adapter {digest}")
     rank, largest = values.get("rank"), header.layout["rank"]
     if type(rank) is not int or not 1 <= rank <= largest:
@@ -220,7 +221,32 @@ def read_adapter(digest: object, metadata: object, header: BankHeader) -> Stored
     scheme = values.get("scheme")
     if not isinstance(scheme, dict) or not _is_scheme(scheme, header.layout):
         raise DamagedError(f"the projections of adapter {digest} are {_shown(scheme)}")
-    return StoredAdapter(digest, rank, scheme, str(metadata))
+    return StoredAdapter(str(digest), rank, scheme, str(metadata))
+
+
+def with_digest(stored: StoredAdapter, digest: object) -> StoredAdapter:
+    """Return an adapter of another digest and the same metadata, which is parsed and checked only once.
+
+    Raises:
+        DamagedError: the digest is invalid.
+    """
+    _check_digest(digest)
+    return StoredAdapter(str(digest), stored.rank, stored.scheme, stored.metadata)
+
+
+@functools.lru_cache(maxsize=1024)
+def scheme_of(metadata: str) -> Scheme:
+    """Return an adapter's projections, given its metadata.
+
+    Raises:
+        BankError: this version of veratune draws other values.
+    """
+    return scheme_from_json(json.loads(metadata)["scheme"])
+
+
+def _check_digest(digest: object) -> None:
+    if not _is_hex(digest, 32):
+        raise DamagedError(f"an adapter's digest is {_shown(digest)}")
 
 
 def _is_scheme(scheme: Values, layout: Values) -> bool:
@@ -252,7 +278,12 @@ def mark(*values: str | None) -> int:
 
 def mark_of_all(header: Iterable[str | None], adapters: Iterable[StoredAdapter], names: Values) -> int:
     """Return the checksum of a file with these contents."""
-    checksum = mark("bank", *header)
+    return mark("bank", *header) ^ mark_of_rows(adapters, names)
+
+
+def mark_of_rows(adapters: Iterable[StoredAdapter], names: Values) -> int:
+    """Return the part of the checksum that these rows contribute."""
+    checksum = 0
     for adapter in adapters:
         checksum ^= mark("adapter", adapter.digest, adapter.metadata)
     for name, digest in names.items():

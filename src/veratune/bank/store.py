@@ -7,24 +7,21 @@ an adapter under its name or not at all. Rows are checked by `schema` whenever t
 import os
 import sqlite3
 import threading
-import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from veratune.bank.connection import (
-    HeldConnection,
-    Signature,
+    FileConnections,
     allow_tensors,
-    check_regular,
-    connect,
     explained,
     publish_bank,
 )
-from veratune.bank.layout import AdapterRow, BankError, Layout, digest_of_bytes, scheme_from_json
+from veratune.bank.layout import AdapterRow, BankError, Layout, digest_of_bytes
 from veratune.bank.schema import (
     BankHeader,
     DamagedError,
@@ -34,11 +31,23 @@ from veratune.bank.schema import (
     header_values,
     mark,
     mark_of_all,
+    mark_of_rows,
     metadata_of,
     read_adapter,
     read_header,
+    scheme_of,
 )
-from veratune.bank.tables import NO_STATE, header_row, read_all, read_state, snapshot, write_tables
+from veratune.bank.tables import (
+    NO_STATE,
+    Contents,
+    HeaderRow,
+    State,
+    header_row,
+    read_contents,
+    read_state,
+    snapshot,
+    write_tables,
+)
 from veratune.utils.atomic import is_there, temporary_beside
 from veratune.utils.tensors import bytes_of
 
@@ -47,12 +56,27 @@ class AdapterGoneError(BankError):
     """An adapter that the file no longer has, as another process has removed or replaced it."""
 
 
+class _AbandonedError(Exception):
+    """A batch is to be rolled back because of another error."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__()
+        self.error = error
+
+
 @dataclass
 class _Change:
-    """A transaction in progress."""
+    """A transaction in progress.
+
+    Attributes:
+        connection: the connection that writes.
+        checksum: the file's checksum after the statements so far.
+        last: the largest ids after the statements so far.
+    """
 
     connection: sqlite3.Connection
     checksum: int
+    last: tuple[int, int]
 
 
 class BankStore:
@@ -69,22 +93,20 @@ class BankStore:
         self.path = path
         self.adapters: dict[str, StoredAdapter] = {}
         self.names: dict[str, str] = {}
-        self._file = Path(os.path.realpath(path))
         self._lock = threading.RLock()  # held briefly, to read
         self._write_lock = threading.Lock()  # held while waiting for the disk
-        self._reader, self._writer = HeldConnection(write=False), HeldConnection(write=True)
-        self._closing = weakref.finalize(self, _close, self._writer, self._reader)
         self._state = NO_STATE
-        check_regular(self._file, path)
-        self._inode = self._signature()[:2]
+        # The largest ids in that state; None if `names` are not those of that state.
+        self._last: tuple[int, int] | None = None
+        self._batch: _Change | None = None
+        self._connections = FileConnections(path)
         try:
-            connection = connect(self._file, path, write=False)
-            self._reader.connection, self._reader.process = connection, os.getpid()
-            self._reader.signature = self._signature()
             with explained(self.path, "read"):
+                connection = self._connections.reader()
                 self._header_row = header_row(connection)
                 self.header: BankHeader = read_header(*self._header_row)
             allow_tensors(connection, self.header.adapter_bytes, path)
+            self._connections.check = partial(_check_header, self._header_row, self.header, path)
             self.refresh()
         except BaseException:
             self.close()
@@ -116,7 +138,7 @@ class BankStore:
     def close(self) -> None:
         """Close the file; rows read from it stay valid."""
         with self._write_lock, self._lock:
-            self._closing()
+            self._connections.close()
 
     # Reading
 
@@ -127,15 +149,27 @@ class BankStore:
             BankError: the file is damaged, was replaced by another or is gone. What was read before is kept.
         """
         with self._lock, explained(self.path, "read"):
-            connection = self._connection(self._reader)
+            connection = self._connections.reader()
             with snapshot(connection):
                 state = read_state(connection)
                 if state == self._state:
                     return
-                adapters, names = read_all(connection, self.header, self.adapters)
-            if checksum_bytes(mark_of_all(self._header_row, adapters.values(), names)) != state[1]:
-                raise DamagedError("its names and adapters are not those that were written last")
-            self.adapters, self.names, self._state = adapters, names, state
+                contents = self._contents(connection, state)
+            self.adapters, self.names = contents.adapters, contents.names
+            self._state, self._last = state, contents.last
+
+    def _contents(self, connection: sqlite3.Connection, state: State) -> Contents:
+        """Read the rows added since the last refresh or, if anything else has changed, all rows."""
+        if self._last is not None:
+            with suppress(DamagedError):  # a new row may refer to one that was changed
+                added = read_contents(connection, self.header, self.adapters, self._last)
+                marks = int.from_bytes(self._state[1], "big") ^ mark_of_rows(added.adapters.values(), added.names)
+                if checksum_bytes(marks) == state[1]:
+                    return Contents(self.adapters | added.adapters, self.names | added.names, added.last)
+        contents = read_contents(connection, self.header, self.adapters, None)
+        if checksum_bytes(mark_of_all(self._header_row, contents.adapters.values(), contents.names)) != state[1]:
+            raise DamagedError("its names and adapters are not those that were written last")
+        return contents
 
     def row(self, digest: str) -> AdapterRow:
         """Read an adapter and check it.
@@ -146,7 +180,7 @@ class BankStore:
         with explained(self.path, "read"):
             with self._lock:
                 query = "SELECT metadata, vectors, saved FROM adapters WHERE digest = ?"
-                found = self._connection(self._reader, even_replaced=True).execute(query, (digest,)).fetchone()
+                found = self._connections.reader(even_replaced=True).execute(query, (digest,)).fetchone()
             if found is None:
                 raise AdapterGoneError(f"{self.path} has no adapter {digest}: call refresh()")
             metadata, *tensors = found
@@ -156,7 +190,7 @@ class BankStore:
             stored = self.adapters.get(digest)
             if stored is None or stored.metadata != metadata:
                 stored = read_adapter(digest, metadata, self.header)
-            scheme = scheme_from_json(stored.scheme)
+            scheme = scheme_of(metadata)
             if digest_of_bytes(scheme, self.header.dtype, filter(None, tensors)) != digest:
                 raise DamagedError(f"the tensors of adapter {digest} have another digest")
             vectors = torch.frombuffer(bytearray(tensors[0]), dtype=self.header.dtype)
@@ -193,7 +227,7 @@ class BankStore:
     def sizes(self) -> tuple[int, int]:
         """Return how many bytes the file has, and how many of them wait to be used again."""
         with self._lock, explained(self.path, "read"):
-            connection = self._connection(self._reader)
+            connection = self._connections.reader()
             with snapshot(connection):
                 page, count, free = (
                     connection.execute(f"PRAGMA {what}").fetchone()[0]
@@ -204,7 +238,7 @@ class BankStore:
     def structural_problems(self) -> list[str]:
         """Return the problems that SQLite finds in the file's pages and indices."""
         with self._lock, explained(self.path, "read"):
-            found = self._connection(self._reader).execute("PRAGMA integrity_check(20)").fetchall()
+            found = self._connections.reader().execute("PRAGMA integrity_check(20)").fetchall()
         return [str(line) for (line,) in found if line != "ok"]
 
     # Writing
@@ -233,7 +267,8 @@ class BankStore:
             execute = change.connection.execute
             self._check_unchanged(change, name, replacing)
             if replacing is None:
-                execute("INSERT INTO names (name, digest) VALUES (?, ?)", (name, row.digest))
+                number = execute("INSERT INTO names (name, digest) VALUES (?, ?)", (name, row.digest)).lastrowid
+                change.last = change.last[0], max(change.last[1], number or 0)
             else:
                 execute("UPDATE names SET digest = ? WHERE name = ?", (row.digest, name))
                 change.checksum ^= mark("name", name, replacing)
@@ -241,7 +276,8 @@ class BankStore:
             found = execute("SELECT vectors, saved FROM adapters WHERE digest = ?", (row.digest,)).fetchone()
             if found is None:
                 insert = "INSERT INTO adapters (digest, metadata, vectors, saved) VALUES (?, ?, ?, ?)"
-                execute(insert, (row.digest, metadata, *tensors))
+                number = execute(insert, (row.digest, metadata, *tensors)).lastrowid
+                change.last = max(change.last[0], number or 0), change.last[1]
                 change.checksum ^= mark("adapter", row.digest, metadata)
             elif found != tensors:  # damaged
                 execute("UPDATE adapters SET vectors = ?, saved = ? WHERE digest = ?", (*tensors, row.digest))
@@ -270,7 +306,7 @@ class BankStore:
         Raises:
             BankError: the file cannot be written to; it is unchanged then.
         """
-        with self._writing() as connection:
+        with self._write_lock, explained(self.path, "written to"), self._connections.writer() as connection:
             connection.execute("VACUUM")
 
     def _check_unchanged(self, change: _Change, name: str, expected: str | None) -> None:
@@ -290,80 +326,54 @@ class BankStore:
             change.checksum ^= mark("adapter", digest, metadata)
 
     @contextmanager
-    def _changing(self) -> Iterator[_Change]:
-        """Run a transaction, which is rolled back on an exception."""
-        with self._writing() as connection:
-            connection.execute("BEGIN IMMEDIATE")
-            try:
-                before = read_state(connection)
-                change = _Change(connection, int.from_bytes(before[1], "big"))
-                yield change
-                after = before[0] + 1, checksum_bytes(change.checksum)
-                connection.execute("UPDATE bank SET changes = ?, checksum = ?", after)
-                connection.execute("COMMIT")
-            except BaseException:
-                with suppress(sqlite3.Error):
-                    connection.execute("ROLLBACK")
-                raise
-        with self._lock:
-            if self._state == before:
-                self._state = after
+    def batch(self) -> Iterator[None]:
+        """Make all changes inside in one transaction, during which only the caller may use the file.
 
-    # Connections
+        If anything is raised, the file is unchanged, but `names` and `adapters` are not.
+        """
+        try:
+            with self._changing() as change:
+                self._batch = change
+                try:
+                    yield
+                except Exception as error:  # not of this file, and not to be explained as such
+                    raise _AbandonedError(error) from error
+                finally:
+                    self._batch = None
+        except _AbandonedError as abandoned:
+            raise abandoned.error from None
 
     @contextmanager
-    def _writing(self) -> Iterator[sqlite3.Connection]:
+    def _changing(self) -> Iterator[_Change]:
+        """Run a transaction, which is rolled back on an exception; inside `batch`, return the one in progress."""
+        if self._batch is not None:
+            with explained(self.path, "written to"):
+                yield self._batch
+            return
         with self._write_lock, explained(self.path, "written to"):
-            connection = self._connection(self._writer)
-            before = self._writer.signature
-            yield connection
-            after = self._signature()
+            with self._connections.writer() as connection:
+                connection.execute("BEGIN IMMEDIATE")
+                try:
+                    before = read_state(connection)
+                    change = _Change(connection, int.from_bytes(before[1], "big"), self._last or (0, 0))
+                    yield change
+                    after = before[0] + 1, checksum_bytes(change.checksum)
+                    connection.execute("UPDATE bank SET changes = ?, checksum = ?", after)
+                    connection.execute("COMMIT")
+                except BaseException:
+                    with suppress(sqlite3.Error):
+                        connection.execute("ROLLBACK")
+                    raise
             with self._lock:
-                for held in (self._reader, self._writer):
-                    if held.signature == before:
-                        held.signature = after  # SQLite has noticed its own change
+                follows = self._last is not None and self._state == before
+                self._state, self._last = (after, change.last) if follows else (self._state, None)
 
-    def _connection(self, held: HeldConnection, *, even_replaced: bool = False) -> sqlite3.Connection:
-        """Return the reading or the writing connection; the caller holds its lock.
 
-        Raises:
-            BankError: the file was closed, is gone, or was replaced.
-        """
-        if not self._closing.alive:
-            raise BankError(f"{self.path} has been closed")
-        if held.process != os.getpid():
-            held.close()
-        try:
-            signature = self._signature()
-            if signature[:2] != self._inode:
-                raise BankError(f"{self.path} was replaced by another file meanwhile: open it again")
-        except BankError:
-            # The open file can still be read, unless SQLite would apply the other file's journal to it.
-            if even_replaced and held.connection is not None and not os.path.lexists(f"{self._file}-journal"):
-                return held.connection
-            raise
-        if held.connection is not None and held.signature == signature:
-            return held.connection
-        # Another process has changed it. SQLite detects that by a few numbers in the file, which may be the same in
-        # another bank that was copied over it.
-        held.close()
-        connection = connect(self._file, self.path, write=held.write)
-        try:
-            if header_row(connection) != self._header_row:
-                raise BankError(f"{self.path} was overwritten with another bank meanwhile: open it again")
-            allow_tensors(connection, self.header.adapter_bytes, self.path)
-        except BaseException:
-            connection.close()
-            raise
-        held.connection, held.process, held.signature = connection, os.getpid(), signature
-        return connection
-
-    def _signature(self) -> Signature:
-        try:
-            status = self._file.stat()
-        except OSError as error:
-            raise BankError(f"{self.path} cannot be read any more: {error.strerror}") from None
-        return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+def _check_header(row: HeaderRow, header: BankHeader, path: Path, connection: sqlite3.Connection) -> None:
+    """Raise BankError unless a new connection is to the same bank, whose tensors it allows from now on."""
+    if header_row(connection) != row:
+        raise BankError(f"{path} was overwritten with another bank meanwhile: open it again")
+    allow_tensors(connection, header.adapter_bytes, path)
 
 
 def open_store(path: Path, layout: Layout, dtype: torch.dtype, saved_dtype: torch.dtype | None) -> BankStore:
@@ -386,8 +396,3 @@ def open_store(path: Path, layout: Layout, dtype: torch.dtype, saved_dtype: torc
         store.close()
         raise
     return store
-
-
-def _close(*held: HeldConnection) -> None:
-    for each in held:
-        each.close()

@@ -3,6 +3,7 @@
 import sqlite3
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from veratune.bank.schema import (
@@ -16,6 +17,7 @@ from veratune.bank.schema import (
     is_name,
     mark_of_all,
     read_adapter,
+    with_digest,
 )
 
 HeaderRow = tuple[str, str, str | None]  # layout, dtype and saved_dtype
@@ -66,48 +68,76 @@ def read_state(connection: sqlite3.Connection) -> State:
     return state
 
 
-def read_all(
-    connection: sqlite3.Connection, header: BankHeader, known: Mapping[str, StoredAdapter]
-) -> tuple[dict[str, StoredAdapter], dict[str, str]]:
-    """Return all adapters by digest, and the digests of all names in the order in which they were added.
+@dataclass(frozen=True)
+class Contents:
+    """Rows of a file.
+
+    Attributes:
+        adapters: the adapters by digest.
+        names: name to digest, in the order in which names were added.
+        last: the largest id of an adapter and of a name.
+    """
+
+    adapters: dict[str, StoredAdapter]
+    names: dict[str, str]
+    last: tuple[int, int]
+
+
+def read_contents(
+    connection: sqlite3.Connection,
+    header: BankHeader,
+    known: Mapping[str, StoredAdapter],
+    after: tuple[int, int] | None,
+) -> Contents:
+    """Read all adapters and names, or those that were added after some state.
 
     Args:
         connection: to the file.
         header: the file's header.
         known: adapters that were read before.
+        after: `Contents.last` of that state; None reads everything.
 
     Raises:
         DamagedError: a row that is inconsistent, or contradicts another one.
     """
+    smallest = -(1 << 63)
+    start = (smallest, smallest) if after is None else after
+    last_adapter, last_name = start
     adapters: dict[str, StoredAdapter] = {}
-    for digest, metadata in _rows(connection, "SELECT id, digest, metadata FROM adapters ORDER BY id"):
-        before = known.get(digest)
-        same = before is not None and before.metadata == metadata
-        adapters[digest] = before if before is not None and same else read_adapter(digest, metadata, header)
+    parsed: dict[str, StoredAdapter] = {}
+    query = "SELECT id, digest, metadata FROM adapters WHERE id > ? ORDER BY id"
+    for last_adapter, digest, metadata in _rows(connection, query, start[0]):  # noqa: B007  # used below
+        stored = known.get(digest)
+        if stored is None or stored.metadata != metadata:
+            same = parsed.get(metadata)
+            stored = read_adapter(digest, metadata, header) if same is None else with_digest(same, digest)
+            parsed[metadata] = stored
+        adapters[digest] = stored
     names: dict[str, str] = {}
-    for name, digest in _rows(connection, "SELECT id, name, digest FROM names ORDER BY id"):
+    query = "SELECT id, name, digest FROM names WHERE id > ? ORDER BY id"
+    for last_name, name, digest in _rows(connection, query, start[1]):  # noqa: B007
         if not is_name(name):
             raise DamagedError("it has an invalid name")
-        if digest not in adapters:
+        if digest not in adapters and (after is None or digest not in known):
             raise DamagedError(f"{name!r} refers to an adapter that is not in the file")
         names[name] = digest
-    return adapters, names
+    return Contents(adapters, names, (last_adapter, last_name))
 
 
-def _rows(connection: sqlite3.Connection, query: str) -> Iterator[tuple[str, str]]:
-    """Yield the rows of a query for an id and two texts, without the id.
+def _rows(connection: sqlite3.Connection, query: str, after: int) -> Iterator[tuple[int, str, str]]:
+    """Yield the rows of a query for an id and two texts.
 
     Ids must increase, as pages of a damaged file may form a cycle.
 
     Raises:
         DamagedError: ids do not increase, or a value is not text.
     """
-    last = None
-    for number, first, second in connection.execute(query):
-        if (last is not None and number <= last) or not isinstance(first, str) or not isinstance(second, str):
+    last = after
+    for number, first, second in connection.execute(query, (after,)):
+        if number <= last or not isinstance(first, str) or not isinstance(second, str):
             raise DamagedError("its rows are out of order, or not text")
         last = number
-        yield first, second
+        yield number, first, second
 
 
 @contextmanager

@@ -71,9 +71,8 @@ def build(
         config = config.replace(target_modules=_targets(named), fused_parts=_fused_parts(config, named))
     temporary = temporary_beside(file)
     try:
-        bank = AdapterBank(base, config, dtype=numbers, file=temporary)
-        for name, directory in directories.items():
-            bank.load(name, directory)
+        settings = {"peft_config": config, "capacity": 64, "dtype": numbers, "file": temporary}
+        bank = AdapterBank.for_adapters(base, directories, **settings)
         bank.unload()
         publish_bank(temporary, file)
     finally:
