@@ -162,7 +162,7 @@ def test_the_model_card(tmp_path):
     text = (tmp_path / "hub" / "README.md").read_text()
     front = text.split("---")[1]
     assert json.loads(front.split("base_model: ")[1].splitlines()[0]) == "owner/name-1.0"
-    assert "adapts 2 layers by 18 trained numbers, and has 18 more in heads and biases" in text
+    assert "adapts 2 layers with 18 trained parameters, and has 18 more in modules_to_save and biases" in text
     model.peft_config["default"].base_model_name_or_path = str(tmp_path)
     model.save_pretrained(tmp_path / "local")
     assert str(tmp_path) not in (tmp_path / "local" / "README.md").read_text()

@@ -25,15 +25,15 @@ def test_loading_onto_a_model_without_values(tmp_path):
 
 
 def test_loading_what_is_no_adapter_says_what_it_is(tmp_path):
-    with pytest.raises(CheckpointError, match="holds no adapter"):
+    with pytest.raises(CheckpointError, match="has no adapter"):
         VeraModel.from_pretrained(small_net(), tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"")
-    with pytest.raises(CheckpointError, match="holds a whole model"):
+    with pytest.raises(CheckpointError, match="has a full model"):
         VeraModel.from_pretrained(small_net(), tmp_path)
     (tmp_path / "model.safetensors").unlink()
     model = get_peft_model(small_net(), VeraConfig(r=2, target_modules="all-linear"), "one")
     model.save_pretrained(tmp_path)
-    with pytest.raises(CheckpointError, match=r"in its folders \['one'\]: name one of them with subfolder="):
+    with pytest.raises(CheckpointError, match=r"in its folders \['one'\]: pass one of them as subfolder="):
         VeraModel.from_pretrained(small_net(), tmp_path)
 
 

@@ -136,7 +136,7 @@ def test_nothing_is_written_where_one_does_not_fit(
         ((anna, "--r", 2), "has the rank 4"),
         ((anna, "--target-modules", "query"), "is not one of the 2 layers"),
         ((anna, "--dtype", "int8"), "dtype=torch.int8 is not allowed"),
-        ((tmp_path / "elsewhere",), "elsewhere holds no adapter"),
+        ((tmp_path / "elsewhere",), "elsewhere has no adapter"),
         ((tmp_path / "run",), "adapter 'run' ("),
     ):
         code, out, err = run(capsys, "bank", "build", base, file, *arguments)

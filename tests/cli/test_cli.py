@@ -261,7 +261,7 @@ def test_the_output_of_a_training_run_stands_for_its_adapter(
     torch.testing.assert_close(logits(loaded(tmp_path / "merged")), expected, rtol=1e-4, atol=1e-5)
     for command in ("merge", "convert", "diff"):
         code, _, err = run(capsys, command, base, tmp_path / "x")
-        assert code == 1 and "holds no adapter" in err and "It holds a whole model (model.safetensors)" in err
+        assert code == 1 and "has no adapter" in err and "It has a full model (model.safetensors)" in err
 
 
 def test_errors_are_one_line_and_nothing_is_overwritten(

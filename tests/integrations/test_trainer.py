@@ -143,7 +143,7 @@ def test_a_checkpoint_without_its_state_or_adapter_is_refused(tmp_path: Path) ->
         trainer.train(resume_from_checkpoint=True)
     state_file.write_text(text)
     (checkpoint / "adapter_model.safetensors").unlink()
-    with pytest.raises(CheckpointError, match="holds no adapter"):
+    with pytest.raises(CheckpointError, match="has no adapter"):
         trainer.train(resume_from_checkpoint=True)
 
 

@@ -118,7 +118,7 @@ def test_a_checkpoint_with_the_complete_model_is_refused(tmp_path: Path) -> None
     assert (tmp_path / "checkpoint-4" / "model.safetensors").is_file()
     trainer = trainer_of("bert", tmp_path, max_steps=8)
     before = state(trainer.model)
-    with pytest.raises(CheckpointError, match=r"holds no adapter.*It holds a whole model"):
+    with pytest.raises(CheckpointError, match=r"has no adapter.*It has a full model"):
         trainer.train(resume_from_checkpoint=True)
     assert all(torch.equal(a, b) for a, b in zip(before, state(trainer.model), strict=True))
 

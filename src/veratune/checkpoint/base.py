@@ -1,4 +1,4 @@
-"""What every checkpoint format implements, and what it reads: an adapter's open files."""
+"""The interface of checkpoint formats, and the files of an adapter that they read."""
 
 import os
 from abc import ABC, abstractmethod
@@ -27,7 +27,7 @@ Ready = Callable[[dict[str, Tensor], bool], ReadyAdapter]
 
 
 class AdapterFiles:
-    """The files in an adapter's directory. Each is opened when first needed, and read once."""
+    """The files in an adapter's directory. Each is opened when it is first needed, and read once."""
 
     def __init__(self, directory: Path, stack: ExitStack) -> None:
         self.directory, self._stack = directory, stack
@@ -43,7 +43,7 @@ class AdapterFiles:
 
     @cached_property
     def config(self) -> dict[str, Any] | None:
-        """What `adapter_config.json` holds, or None if there is no such file.
+        """The contents of `adapter_config.json`, or None if there is no such file.
 
         Raises:
             CheckpointError: it is not a JSON object.
@@ -57,36 +57,36 @@ class AdapterFiles:
         return None if self.config is None else self.config.get("peft_type")
 
     def ready(self, make: Ready) -> ReadyAdapter:
-        """Check the tensors with `make`, those of a large file by their names and shapes before they are read.
+        """Make the adapter with `make`, after checking names and shapes of a large file before reading it.
 
         Args:
-            make: called with tensors and with whether they are on the meta device, so that only names and shapes can
-                be checked.
+            make: called with the tensors, and with whether they are on the meta device, so that only names and shapes
+                can be checked.
         """
         return make(self.weights.tensors(lambda described: make(described, True)), False)
 
 
 @contextmanager
 def open_adapter(directory: Path) -> Iterator[AdapterFiles]:
-    """Yield the files of a directory, closed at the end."""
+    """Yield the files of a directory, and close them at the end."""
     with ExitStack() as stack:
         yield AdapterFiles(directory, stack)
 
 
 @dataclass(frozen=True)
 class AdapterContents:
-    """What an adapter's files hold, read without the model. Names in PEFT's files are without their common prefix.
+    """The contents of an adapter's files, read without the model. PEFT's common prefix of names is removed.
 
     Attributes:
         path: the file that holds the tensors.
         format: the format's name.
-        config: the settings, as the files have them.
+        config: the settings in the files.
         vectors: layer name to its tensors by name: `b` and `d`, or the matrices of a LoRA.
-        others: tensors of the modules trained in full, by their names in the file.
-        projections: tensors of A and B, where the file has them.
-        fingerprint: of the projections, where a file says it.
-        base: what the files state about the base model's class.
-        format_version: of veratune's own format.
+        others: tensors of modules_to_save, by their names in the file.
+        projections: the tensors A and B, if the file has them.
+        fingerprint: the projections' fingerprint, if a file has it.
+        base: information in the files on the base model's class.
+        format_version: the version of veratune's format.
     """
 
     path: Path
@@ -101,12 +101,12 @@ class AdapterContents:
 
 
 class Format(ABC):
-    """A checkpoint format. Everything that depends on the format of an adapter's files is asked here.
+    """A checkpoint format: everything that depends on the format of an adapter's files.
 
     Attributes:
         name: its key in `FORMATS`.
         weights_name: the file that every adapter in this format has.
-        about: what `veratune inspect` says of it besides its contents; may be empty.
+        about: a note that `veratune inspect` prints with the contents; may be empty.
     """
 
     name: ClassVar[str]
@@ -115,7 +115,7 @@ class Format(ABC):
 
     @abstractmethod
     def detect(self, files: AdapterFiles) -> bool:
-        """Return whether files are in this format. `weights_name` exists among them."""
+        """Return whether files, which include `weights_name`, are in this format."""
 
     @abstractmethod
     def contents(self, files: AdapterFiles) -> AdapterContents:
@@ -136,17 +136,17 @@ class Format(ABC):
             CheckpointError: the files are damaged, or for another model, or this format cannot be loaded.
         """
         raise CheckpointError(
-            f"{files.directory / self.weights_name} is in the format {self.name!r}, which veratune lists but does not"
+            f"{files.directory / self.weights_name} is in the format {self.name!r}, which veratune can inspect but not"
             " load"
         )
 
     def base(self, files: AdapterFiles) -> dict[str, Any]:
-        """Return the base model's `class`, `id2label` and `problem_type`, those that the files state."""
+        """Return those of the base model's `class`, `id2label` and `problem_type` that the files state."""
         return self.contents(files).base
 
     @property
     def is_written(self) -> bool:
-        """Whether veratune writes this format, and does not only read it."""
+        """Whether veratune can write this format."""
         return type(self).write is not Format.write
 
     def write(self, host: AdaptedModel, adapter_name: str, directory: Path) -> None:
@@ -157,5 +157,5 @@ class Format(ABC):
         """
         raise ValueError(
             f"adapter {adapter_name!r} cannot be written in the format {self.name!r}, which veratune only reads:"
-            " save_pretrained writes veratune's own format"
+            " save_pretrained writes veratune's format"
         )

@@ -15,7 +15,7 @@ _TEXT = """---
 # VeRA adapter
 
 A VeRA adapter (Vector-based Random Matrix Adaptation, Kopiczko, Blankevoort & Asano, ICLR 2024) for
-{base}, made with veratune. It adapts {layers} layers by {numbers:,} trained numbers{others}; the random
+{base}, trained with veratune. It adapts {layers} layers with {numbers:,} trained parameters{others}; the random
 projections are drawn again from a key when it is loaded.
 
 ```python
@@ -31,23 +31,23 @@ model = VeraModel.from_pretrained(base_model, "path/to/this/adapter")
 
 
 def write_card(directory: Path, config: VeraConfig, layers: int, numbers: int, others: int) -> None:
-    """Write a model card, unless there is a README that is not a card of ours as it was written.
+    """Write a model card, unless there is a README that somebody has written or edited.
 
     Args:
-        directory: where the adapter is.
+        directory: the adapter's directory.
         config: its configuration.
-        layers: how many layers and parameters it adapts.
-        numbers: how many numbers their vectors have.
-        others: the number of other trained parameters, in heads and biases.
+        layers: the number of layers and parameters that it adapts.
+        numbers: the number of elements of their vectors.
+        others: the number of other trained parameters, in modules_to_save and biases.
     """
     path = directory / CARD_NAME
     if path.exists() and not _is_untouched(path):
         return
-    base = hub_name(config.base_model_name_or_path)  # a place on one machine's disk is nobody else's business
+    base = hub_name(config.base_model_name_or_path)  # a local path must not become public
     front: dict[str, object] = {"library_name": "veratune", "tags": ["vera", "veratune", "adapter"]}
     if base:
         front["base_model"] = base
-    # JSON is YAML, and quotes whatever a name may contain.
+    # JSON is valid YAML, and quotes special characters in names.
     front_matter = "".join(f"{key}: {json.dumps(value)}\n" for key, value in front.items())
     settings = "\n".join(
         f"| `{name}` | `{json.dumps(getattr(config, name))}` |" for name in config.names_with(card=True)
@@ -57,7 +57,7 @@ def write_card(directory: Path, config: VeraConfig, layers: int, numbers: int, o
         base=f"`{base}`" if base else "its base model",
         layers=layers,
         numbers=numbers,
-        others=f", and has {others:,} more in heads and biases" if others else "",
+        others=f", and has {others:,} more in modules_to_save and biases" if others else "",
         settings=settings,
     )
     write_text(path, f"{text}\n{_mark(text)}\n")
@@ -68,7 +68,7 @@ def _mark(text: str) -> str:
 
 
 def _is_untouched(path: Path) -> bool:
-    """Return whether a README is a card that veratune wrote and nobody has changed since."""
+    """Return whether a README is a card that veratune wrote and that has not been edited."""
     try:
         text, _, mark = read_text(path).rstrip("\n").rpartition("\n")
     except OutsideFileError:

@@ -1,4 +1,4 @@
-"""Reading and writing files safely: writes are atomic, and contents are checked before use."""
+"""Read and write files safely: writes are atomic, and contents are checked before use."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -27,9 +27,9 @@ Check = Callable[[dict[str, Tensor]], object]
 
 
 class CheckpointError(ValueError):
-    """A file that cannot be used, and why. The model it was to be loaded into is unchanged.
+    """A file that cannot be used. The model that it was to be loaded into is unchanged.
 
-    The message is cut where names or values from a file make it long.
+    The message is shortened if names or values from a file make it too long.
     """
 
     def __init__(self, message: str) -> None:
@@ -37,10 +37,10 @@ class CheckpointError(ValueError):
 
 
 def write_pair(directory: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
-    """Write PEFT's two files, neither of which says which other one it belongs to.
+    """Write PEFT's two files, which do not identify each other, as one change.
 
-    Whoever is killed leaves the old pair or the new one; where a system cannot exchange both at once, perhaps no
-    configuration, which every reader refuses, and never one adapter's configuration with another's weights.
+    A killed process leaves the old pair or the new one. On a system that cannot exchange both at once, it may leave no
+    configuration, which every reader refuses, but never one adapter's configuration with another's weights.
     """
     for name in (WEIGHTS_NAME, CONFIG_NAME):
         remove_abandoned(directory / name)
@@ -69,13 +69,13 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
 
 
 def _tensor_bytes(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
-    # Copies, since the format refuses tensors that share memory.
-    own = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
-    return save(own, metadata)
+    # Copies, as the format refuses tensors that share memory.
+    copies = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+    return save(copies, metadata)
 
 
 def gathered(tensor: Tensor) -> Tensor:
-    """Return a tensor whole, detached, that is spread over processes (FSDP2, ZeRO-3); all of them have to ask."""
+    """Gather a tensor sharded over processes (FSDP2, ZeRO-3), detached; all of them have to call this."""
     if is_emptied(tensor):
         with whole([tensor]):
             return tensor.detach().clone()
@@ -89,11 +89,11 @@ def read_json(path: Path, *, finite: bool = True, largest: int = LARGEST_TEXT) -
 
     Args:
         path: the file.
-        finite: refuse NaN and infinity; False is for other libraries' logs.
-        largest: the most bytes that are read.
+        finite: whether to refuse NaN and infinity, which other libraries' logs may contain.
+        largest: the maximum size in bytes.
 
     Raises:
-        CheckpointError: the file is missing, or holds something else.
+        CheckpointError: the file is missing, or not a JSON object.
     """
     try:
         value = parse_json(read_bounded(path, largest), finite=finite)
@@ -102,12 +102,12 @@ def read_json(path: Path, *, finite: bool = True, largest: int = LARGEST_TEXT) -
     except ValueError as error:
         raise CheckpointError(f"{path} is not a JSON file: {error}") from None
     if not isinstance(value, dict):
-        raise CheckpointError(f"{path} does not hold a JSON object")
+        raise CheckpointError(f"{path} is not a JSON object")
     return value
 
 
 class TensorsFile:
-    """An open safetensors file whose header was read and checked; its tensors are read when they are asked for."""
+    """An open safetensors file whose header has been checked; its tensors are read on request."""
 
     def __init__(self, path: Path, file: BinaryIO, size: int) -> None:
         self.path, self._file, self._size = path, file, size
@@ -122,8 +122,8 @@ class TensorsFile:
         """Read the tensors, to the CPU.
 
         Args:
-            check: called for a large file before any memory is taken for it, with its tensors on the meta device;
-                raises what is wrong with them.
+            check: called with the tensors of a large file on the meta device, before memory is allocated for them;
+                raises an error to refuse them.
 
         Raises:
             CheckpointError: the file is damaged, or larger than this machine's memory.
@@ -145,7 +145,7 @@ class TensorsFile:
         except MemoryError:
             raise CheckpointError(f"{self.path} does not fit into memory") from None
         except (SafetensorError, OSError, ValueError, RuntimeError, OverflowError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{self.path} is not a whole safetensors file: {error}") from None
+            raise CheckpointError(f"{self.path} is not a valid safetensors file: {error}") from None
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""The checkpoint formats, and reading an adapter in any of them. A format is one class and a line in `FORMATS`."""
+"""The registry of checkpoint formats, and functions that read an adapter in any of them."""
 
 import os
 from collections.abc import Iterator, Mapping
@@ -17,7 +17,7 @@ from veratune.checkpoint.peft_rules import PEFT_VERA
 from veratune.checkpoint.validate import ReadyAdapter
 from veratune.config import PEFT_TYPE
 
-# The first one that detects its files has them.
+# The first format that detects its files reads them.
 FORMATS: dict[str, Format] = {format.name: format for format in (NativeFormat(), PeftFormat(), LoraFormat())}
 
 
@@ -25,7 +25,7 @@ def format_of(directory: Path) -> Format:
     """Return the format of the adapter in a directory.
 
     Raises:
-        CheckpointError: there is no adapter, or one in no known format.
+        CheckpointError: there is no adapter, or its format is unknown.
     """
     with _opened(directory) as (format, _):
         return format
@@ -36,10 +36,10 @@ def read_adapter(modules: Mapping[str, nn.Module], directory: Path) -> ReadyAdap
 
     Args:
         modules: what `base_modules` returns for the model.
-        directory: where the adapter's files are.
+        directory: the adapter's directory.
 
     Raises:
-        CheckpointError: there is no adapter, it is damaged or of another kind, or for another model.
+        CheckpointError: there is no adapter, it is damaged, of another type, or for another model.
     """
     with _opened(directory) as (format, files):
         return format.read(modules, files)
@@ -49,17 +49,17 @@ def read_contents(directory: Path) -> AdapterContents:
     """Read the files of an adapter of any of the formats, without a model.
 
     Raises:
-        CheckpointError: they are missing, damaged, or of another kind.
+        CheckpointError: they are missing, damaged, or of another type.
     """
     with _opened(directory) as (format, files):
         return format.contents(files)
 
 
 def read_base(directory: Path) -> dict[str, Any]:
-    """Return what an adapter's files know of its base model's class and of its labels.
+    """Return information in an adapter's files on its base model's class and labels.
 
     Raises:
-        CheckpointError: they are missing, damaged, or of another kind.
+        CheckpointError: they are missing, damaged, or of another type.
     """
     with _opened(directory) as (format, files):
         return format.base(files)
@@ -80,25 +80,25 @@ def _opened(directory: Path) -> Iterator[tuple[Format, AdapterFiles]]:
         if format is None and files.config is None:
             names = sorted({format.weights_name for format in there})
             raise CheckpointError(
-                f"{directory} is in none of the formats {sorted(FORMATS)}, though it has {', '.join(names)}: the file"
-                " is damaged, or another program's"
+                f"{directory} has {', '.join(names)}, but in none of the formats {sorted(FORMATS)}: the file is"
+                " damaged, or another program's"
             )
         if format is None:
             raise CheckpointError(
-                f"{directory / CONFIG_NAME} is of an adapter of the type {files.peft_type!r}; veratune loads"
+                f"{directory / CONFIG_NAME} belongs to an adapter of type {files.peft_type!r}; veratune loads"
                 f" {PEFT_TYPE!r} and PEFT's {PEFT_VERA!r}"
             )
         yield format, files
 
 
 def no_adapter(directory: Path) -> CheckpointError:
-    """Return the error about a directory without an adapter, with what it has that explains the mistake."""
-    return CheckpointError(f"{directory} holds no adapter: {WEIGHTS_NAME} does not exist there{_instead(directory)}")
+    """Return the error for a directory without an adapter, with a hint if it has a model or such subfolders."""
+    return CheckpointError(f"{directory} has no adapter: {WEIGHTS_NAME} does not exist there{_hint(directory)}")
 
 
-def _instead(directory: Path) -> str:
-    whole = next((name for name in ("model.safetensors", "pytorch_model.bin") if (directory / name).exists()), None)
-    if whole is not None:
-        return f". It holds a whole model ({whole}); an adapter is what save_pretrained of a VeraModel writes"
+def _hint(directory: Path) -> str:
+    model = next((name for name in ("model.safetensors", "pytorch_model.bin") if (directory / name).exists()), None)
+    if model is not None:
+        return f". It has a full model ({model}); an adapter is what save_pretrained of a VeraModel writes"
     folders = sorted(path.parent.name for path in directory.glob(f"*/{WEIGHTS_NAME}"))
-    return f", but in its folders {folders}: name one of them with subfolder=" if folders else ""
+    return f", but in its folders {folders}: pass one of them as subfolder=" if folders else ""

@@ -1,4 +1,4 @@
-"""The header of a safetensors file, checked before anything is allocated for what it describes."""
+"""The header of a safetensors file, checked before memory is allocated for the tensors that it describes."""
 
 import json
 import math
@@ -41,11 +41,11 @@ _DTYPES = {
 
 @dataclass(frozen=True)
 class Header:
-    """What a safetensors file says of itself.
+    """The header of a safetensors file.
 
     Attributes:
         entries: the tensors' dtypes and shapes by name.
-        metadata: texts by name.
+        metadata: strings by name.
     """
 
     entries: dict[str, tuple[torch.dtype, tuple[int, ...]]]
@@ -64,17 +64,17 @@ def read_header(file: BinaryIO, size: int) -> Header:
 
     Args:
         file: the file, at its beginning.
-        size: its length.
+        size: its size in bytes.
 
     Raises:
-        ValueError: the file is not one, or contradicts itself.
+        ValueError: the header is invalid or inconsistent.
     """
     start = file.read(8)
     length = int.from_bytes(start, "little")
     if len(start) < 8 or length > size - 8:
         raise ValueError("it ends within its header")
     if length > _LARGEST_HEADER:
-        raise ValueError(f"its header has {length:,} bytes, and {_LARGEST_HEADER:,} is the most")
+        raise ValueError(f"its header has {length:,} bytes, more than the maximum of {_LARGEST_HEADER:,}")
     text = file.read(length)
     if len(text) < length:
         raise ValueError("it ends within its header")
@@ -86,11 +86,11 @@ def read_header(file: BinaryIO, size: int) -> Header:
         raise ValueError("its header is not a JSON object")
     metadata = values.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise ValueError("its __metadata__ is not made of texts")
+        raise ValueError("its __metadata__ has values that are not strings")
     end = 0
     entries: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
     for (begin, stop), name, dtype, shape in sorted(
-        (_place(name, entry) for name, entry in values.items()), key=lambda place: place[0]
+        (_entry(name, entry) for name, entry in values.items()), key=lambda found: found[0]
     ):
         if begin != end:
             raise ValueError(f"{_quoted(name)} begins at byte {begin:,} of the data, not {end:,}")
@@ -100,21 +100,21 @@ def read_header(file: BinaryIO, size: int) -> Header:
     return Header(entries, metadata)
 
 
-def _place(name: str, entry: Any) -> tuple[tuple[int, int], str, torch.dtype, tuple[int, ...]]:
-    """Return where a tensor's data is, its name, dtype and shape."""
+def _entry(name: str, entry: Any) -> tuple[tuple[int, int], str, torch.dtype, tuple[int, ...]]:
+    """Return the offsets of a tensor's data, its name, dtype and shape."""
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise ValueError(f"the entry of {_quoted(name)} is damaged")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in _DTYPES:
-        raise ValueError(f"{_quoted(name)} has the dtype {clipped(json.dumps(dtype), 60)}, which is not read here")
+        raise ValueError(f"{_quoted(name)} has the unsupported dtype {clipped(json.dumps(dtype), 60)}")
     if not _are_sizes(shape) or len(shape) > _MOST_DIMENSIONS or not _are_sizes(offsets) or len(offsets) != 2:
         raise ValueError(f"the entry of {_quoted(name)} is damaged")
-    # Dimensions of zero hide others from a product.
+    # A dimension of zero would make the product zero, however large the others are.
     if math.prod(max(length, 1) for length in shape) > _LARGEST_NUMEL:
         raise ValueError(f"{_quoted(name)} has the shape {shape}, which is too large")
     begin, stop = offsets
     if stop - begin != math.prod(shape) * _DTYPES[dtype].itemsize:
-        raise ValueError(f"{_quoted(name)} has {stop - begin:,} bytes, which is not what its shape {shape} takes")
+        raise ValueError(f"{_quoted(name)} has {stop - begin:,} bytes, which does not match its shape {shape}")
     return (begin, stop), name, _DTYPES[dtype], tuple(shape)
 
 
@@ -127,7 +127,7 @@ def _quoted(name: str) -> str:
 
 
 def memory_of_machine() -> int:
-    """Return the bytes of memory of this machine, or a very large number where it does not say."""
+    """Return this machine's memory in bytes, or a very large number if it is unknown."""
     try:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, OSError, ValueError):

@@ -1,4 +1,4 @@
-"""Finding an adapter's directory, on this machine or on the Hugging Face hub, and uploading one."""
+"""Find an adapter's directory, on this machine or on the Hugging Face hub, and upload one."""
 
 import os
 import re
@@ -24,7 +24,7 @@ def find_directory(
 
     Raises:
         ValueError: `subfolder` leads out of the directory.
-        CheckpointError: there is neither such a directory nor such a repository.
+        CheckpointError: no such directory or repository exists.
     """
     inside = _checked_subfolder(subfolder)
     local = Path(path)
@@ -34,7 +34,7 @@ def find_directory(
             raise CheckpointError(f"{local} has no folder {subfolder!r}")
         return found
     if local.exists():
-        raise CheckpointError(f"{local} is a file; give the directory that holds {WEIGHTS_NAME}")
+        raise CheckpointError(f"{local} is a file; pass the directory that contains {WEIGHTS_NAME}")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -49,10 +49,12 @@ def find_directory(
             allow_patterns=[prefix + name for name in file_names()],
         )
     except HFValidationError:
-        raise CheckpointError(f"{path} is not a directory on this machine, nor the name of a hub repository") from None
+        raise CheckpointError(
+            f"{path} is not a directory on this machine and not the name of a hub repository"
+        ) from None
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise CheckpointError(
-            f"{path} is not a directory on this machine, and the hub gave no such repository: {error}"
+            f"{path} is not a directory on this machine, and could not be downloaded from the hub: {error}"
         ) from error
     return Path(snapshot) / inside
 
@@ -65,26 +67,26 @@ def _checked_subfolder(subfolder: str | None) -> PurePosixPath:
 
 
 def hub_name(base: str | None) -> str | None:
-    """Return a base model's name if it is one on the hub, None if it is a place on this machine."""
+    """Return a base model's name if it is a name on the hub, or None if it is a path on this machine."""
     if base and _HUB_NAME.fullmatch(base) and not Path(base).exists():
         return base
     return None
 
 
 def upload_directory(directory: Path, repo_id: str, **settings: Any) -> str:
-    """Upload a directory's adapter files to a hub repository, made if need be, and return the commit's address.
+    """Upload a directory's adapter files to a hub repository, created if needed, and return the commit's URL.
 
     Args:
-        directory: what to upload.
+        directory: the directory.
         repo_id: "owner/name" on the hub.
-        settings: `private`, `token`, `revision`, `commit_message`, `create_pr`, as `huggingface_hub` has them.
+        settings: `private`, `token`, `revision`, `commit_message`, `create_pr`, as in `huggingface_hub`.
     """
     from huggingface_hub import HfApi
 
     private, token = settings.pop("private", None), settings.pop("token", None)
     unknown = set(settings) - {"revision", "commit_message", "create_pr"}
     if unknown:
-        raise TypeError(f"push_to_hub does not know {sorted(unknown)}")
+        raise TypeError(f"push_to_hub got unexpected arguments {sorted(unknown)}")
     api = HfApi(token=token)
     repository = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     names = [CARD_NAME, CONFIG_NAME, WEIGHTS_NAME]

@@ -1,4 +1,4 @@
-"""PEFT's LoRA files, which are shown but not loaded: their matrices are trained, not drawn from a key."""
+"""PEFT's LoRA files, which are inspected but not loaded: their matrices are trained, not drawn from a key."""
 
 from collections.abc import Mapping
 
@@ -12,7 +12,7 @@ from veratune.checkpoint.validate import ReadyAdapter
 from veratune.config import PEFT_TYPE
 
 PEFT_LORA = "LORA"
-# The tensors of a LoRA's two matrices of one layer: lora_A and lora_B, or those of an embedding.
+# The names of a layer's two matrices: lora_A and lora_B, or those of an embedding.
 _ENDS = (".lora_A.weight", ".lora_B.weight", ".lora_embedding_A", ".lora_embedding_B")
 
 
@@ -28,7 +28,7 @@ class LoraFormat(PeftFiles):
 
     def read(self, modules: Mapping[str, nn.Module], files: AdapterFiles) -> ReadyAdapter:
         raise CheckpointError(
-            f"{files.directory / CONFIG_NAME} is of an adapter of the type {PEFT_LORA!r}; veratune loads {PEFT_TYPE!r}"
+            f"{files.directory / CONFIG_NAME} belongs to an adapter of type {PEFT_LORA!r}; veratune loads {PEFT_TYPE!r}"
             f" and PEFT's {PEFT_VERA!r}"
         )
 

@@ -1,4 +1,4 @@
-"""PEFT's own VeRA files: reading what the `peft` package wrote, with equal outputs."""
+"""Read VeRA files that the `peft` package wrote, with equal outputs."""
 
 from abc import abstractmethod
 from collections.abc import Mapping
@@ -25,21 +25,21 @@ from veratune.layers.entries import VECTOR_PREFIX
 from veratune.projections.schemes import PeftShared, Scheme, Side, Stored
 from veratune.utils.patterns import Budget, PatternError
 
-# A file's expressions are only matched to find out that a layer is missing; this many steps take about a second.
+# Regular expressions from a file are only matched to find missing layers; this many steps take about a second.
 _STEPS_FOR_A_FILE = 3_000_000
 
 _WRAPPER_PARTS = ("original_module.", "modules_to_save.")
 
-# modules_to_save is read separately: modules not named there are not trained in full.
+# modules_to_save is read separately: null there means that no module is trained in full.
 _SAME_FIELDS = {*VeraConfig.names_with(peft="vera"), "base_model_name_or_path", "revision"} - {"modules_to_save"}
 
 
-# PEFT notes the task rather than the class, and the number of labels only in the head's shape.
+# PEFT stores the task rather than the class, and the number of labels only in the shape of the last layer.
 _HEADS = ("classifier.weight", "score.weight", "out_proj.weight", "qa_outputs.weight")
 
 
 class PeftFiles(Format):
-    """Two files that the `peft` package wrote: tensors, and a configuration that says their type."""
+    """The two files of the `peft` package: tensors, and a configuration with their type."""
 
     peft_type: ClassVar[str]
 
@@ -96,7 +96,7 @@ class PeftFormat(PeftFiles):
 
 
 def named_class(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the base model's class, which PEFT notes in a configuration where there is no task."""
+    """Return the base model's class, which PEFT stores in a configuration without a task."""
     mapping = config.get("auto_mapping")
     named = mapping.get("base_model_class") if isinstance(mapping, dict) else None
     return {"class": named} if isinstance(named, str) and named else {}
@@ -110,12 +110,12 @@ def _ready(
     *,
     sizes_only: bool,
 ) -> ReadyAdapter:
-    """Check an adapter against its own configuration and a model; with `sizes_only`, its names and shapes alone."""
+    """Check an adapter against its configuration and a model; with `sizes_only`, only its names and shapes."""
     path = directory / WEIGHTS_NAME
     tensors = dict(tensors)
     a, b = tensors.pop(A_KEY, None), tensors.pop(B_KEY, None)
     if (a is None) != (b is None):
-        raise CheckpointError(f"{path} has one of {A_KEY} and {B_KEY} only")
+        raise CheckpointError(f"{path} has only one of {A_KEY} and {B_KEY}")
     if config.save_projection and a is None:
         raise CheckpointError(f"{path}: save_projection is true in {CONFIG_NAME}, but the file has no projections")
     loaded = _sort_tensors(str(path), config, tensors, modules)
@@ -128,14 +128,14 @@ def _ready(
     if a is not None and b is not None:
         _check_shapes(str(path), config, targets, a, b)
         if not sizes_only:
-            scheme = _stored_source(config, targets, a, b)
+            scheme = _stored_scheme(config, targets, a, b)
     return make_ready(modules, loaded, targets, scheme)
 
 
 def _check_complete(loaded: LoadedAdapter, modules: Mapping[str, nn.Module]) -> None:
-    """Raise CheckpointError if layers or saved modules that the configuration names are not in the file.
+    """Raise CheckpointError if layers or saved modules that the configuration names are missing from the file.
 
-    With projections drawn again, a missing layer would give all others projections of other shapes.
+    If projections are drawn again, a missing layer may change the shapes of the projections of all others.
     """
     config = loaded.config
     if config.target_modules not in (None, "all-linear"):
@@ -165,12 +165,12 @@ def _config(path: Path, values: dict[str, Any]) -> VeraConfig:
             raise CheckpointError(f"{path}: {name}={values[name]!r} is not {allowed.__name__} or null")
     if values.get("task_type") is not None:
         kept["task_type"] = values["task_type"]
-    # A stack's indices beside a regular expression would be refused in a new configuration; which layers an adapter
-    # has is read from its tensors, so what chose them is only kept where it can be.
+    # VeraConfig refuses layers_to_transform together with a regular expression. The adapted layers are read from the
+    # tensors, so this can be dropped.
     if isinstance(kept.get("target_modules"), str) and "layers_to_transform" in kept:
         kept.pop("layers_to_transform")
         kept.pop("layers_pattern", None)
-    if kept.get("d_initial") == 0:  # where d started does not matter any more
+    if kept.get("d_initial") == 0:  # d's initial value no longer matters
         kept.pop("d_initial")
     try:
         return VeraConfig(projection="peft", modules_to_save=values.get("modules_to_save") or [], **kept)
@@ -179,7 +179,7 @@ def _config(path: Path, values: dict[str, Any]) -> VeraConfig:
 
 
 def _check_numbers(path: Path, values: dict[str, Any]) -> None:
-    """Raise CheckpointError unless a configuration has what decides the projections: a default may be another."""
+    """Raise CheckpointError unless a configuration states what determines the projections: defaults may differ."""
     for name in ("r", "projection_prng_key"):
         if type(values.get(name)) is not int:
             raise CheckpointError(f"{path}: {name}={values.get(name)!r} is not an integer")
@@ -188,7 +188,7 @@ def _check_numbers(path: Path, values: dict[str, Any]) -> None:
 def _sort_tensors(
     origin: str, config: VeraConfig, tensors: dict[str, Tensor], modules: Mapping[str, nn.Module]
 ) -> LoadedAdapter:
-    """Sort a file's tensors into vectors, saved modules and biases, by looking up each whole name in the model."""
+    """Sort a file's tensors into vectors, saved modules and biases, by looking up each full name in the model."""
     saved_names = peft_saved(modules, config.modules_to_save or [])
     biases = bias_first_names(
         (name, module if isinstance(module, SavedModule) else unwrapped(module)) for name, module in modules.items()
@@ -205,19 +205,21 @@ def _sort_tensors(
             loaded.vectors.setdefault(parent, {})[last.removeprefix(VECTOR_PREFIX)] = tensor
         elif owner is not None:
             inside = name.removeprefix(f"{owner}.")
-            # With bias="all" PEFT writes the biases of its own wrapper around a saved module as well.
+            # With bias="all" PEFT also writes the biases of its wrapper around a saved module.
             if not (config.bias == "all" and last == "bias" and inside.startswith(_WRAPPER_PARTS)):
                 loaded.saved.setdefault(owner, {})[inside] = tensor
         elif bias_name in biases:
             loaded.biases[biases[bias_name]] = tensor
         else:
-            raise CheckpointError(f"{origin}: {key!r} belongs to nothing that this {type(modules['']).__name__} has")
+            raise CheckpointError(
+                f"{origin}: {key!r} matches no module or parameter of this {type(modules['']).__name__}"
+            )
     check_vectors(origin, loaded.vectors)
     return loaded
 
 
 def _check_shapes(origin: str, config: VeraConfig, targets: list[Target], a: Tensor, b: Tensor) -> None:
-    """Raise CheckpointError for stored projections that are none for these layers."""
+    """Raise CheckpointError for stored projections that do not fit these layers."""
     max_in = max(target.in_features for target in targets)
     max_out = max(target.out_features for target in targets)
     fits = a.ndim == b.ndim == 2 and a.shape[0] == b.shape[1] == config.r
@@ -230,8 +232,8 @@ def _check_shapes(origin: str, config: VeraConfig, targets: list[Target], a: Ten
         raise CheckpointError(f"{origin}: its projections are {a.dtype} and {b.dtype}, not floating")
 
 
-def _stored_source(config: VeraConfig, targets: list[Target], a: Tensor, b: Tensor) -> Scheme:
-    """Return the stored projections, or the drawn ones where those have the same bits."""
+def _stored_scheme(config: VeraConfig, targets: list[Target], a: Tensor, b: Tensor) -> Scheme:
+    """Return the stored projections, or the scheme that draws them if it gives the same bits."""
     stored = Stored.from_tensors(a, b)
     drawn = PeftShared(config.projection_prng_key, config.r, a.shape[1], b.shape[0])
     sides: tuple[tuple[Side, Tensor], ...] = (("A", stored.a), ("B", stored.b))

@@ -1,4 +1,4 @@
-"""What PEFT makes of names, tasks and layers, so that what it wrote is understood and an export loses nothing."""
+"""PEFT's rules for names, tasks and layers, which reading its files and exporting to it have to follow."""
 
 import importlib.util
 import re
@@ -20,14 +20,14 @@ PEFT_VERA = "VERA"
 PREFIX = "base_model.model."
 A_KEY, B_KEY = "base_model.vera_A", "base_model.vera_B"
 
-# The names of the modules that PEFT trains in full for a task, whatever modules_to_save says.
+# The names of the modules that PEFT trains in full for a task, in addition to modules_to_save.
 TASK_HEADS = {
     "SEQ_CLS": ("classifier", "score"),
     "TOKEN_CLS": ("classifier", "score"),
     "QUESTION_ANS": ("qa_outputs",),
 }
 
-# The class that makes a task's base model.
+# The class that loads a task's base model.
 TASK_MODELS = {
     "SEQ_CLS": "AutoModelForSequenceClassification",
     "TOKEN_CLS": "AutoModelForTokenClassification",
@@ -36,8 +36,8 @@ TASK_MODELS = {
     "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
 }
 
-# From 0.19 on, PEFT takes targets that end in one of these for the experts of a checkpoint of transformers 4, and
-# adapts the stacked experts instead: also where they are dense layers or shared experts.
+# Since version 0.19, PEFT treats targets that end in one of these as the experts of a checkpoint of transformers 4, and
+# adapts the stacked experts instead, even if they are dense layers or shared experts.
 _EXPERTS = {
     "mixtral": ("gate", "w1", "w2", "w3"),
     "qwen2_moe": ("gate", "gate_proj", "up_proj", "down_proj"),
@@ -53,40 +53,40 @@ _MODEL_TYPES = {
 
 
 def peft_saved(modules: Mapping[str, nn.Module], suffixes: Collection[str]) -> list[str]:
-    """Return the modules that PEFT trains in full for these names: it compares the ends of names, letter by letter."""
+    """Return the modules that PEFT trains in full for these names, which it compares with the ends of names as text."""
     names = [name for name in modules if name and name.endswith(tuple(suffixes))]
     return [name for name in names if not any(name.startswith(f"{other}.") for other in names)]
 
 
-def exact_targets(model: nn.Module, names: list[str], own: list[str] | str | None) -> list[str] | str:
-    """Return target_modules that name exactly these layers under PEFT's rules, the user's own where they do.
+def exact_targets(model: nn.Module, names: list[str], configured: list[str] | str | None) -> list[str] | str:
+    """Return target_modules that name exactly these layers under PEFT's rules: the user's if they do.
 
     Args:
         model: the model without a wrapper.
         names: the layers' names.
-        own: the user's target_modules.
+        configured: the user's target_modules.
     """
     if not names:
         return []
     everything = [name for name in base_modules(model) if name]
-    for listed in (own, names):
+    for listed in (configured, names):
         if isinstance(listed, list) and list(filter(matcher(listed), everything)) == names:
             return listed
-    # A layer's whole name may also be the end of another's; a regular expression matches whole names only.
+    # A layer's name may also be the end of another's; a regular expression matches full names only.
     return "|".join(re.escape(name) for name in names)
 
 
 def check_called(model: nn.Module, layers: Mapping[str, VeraLayer], whose: str) -> None:
     """Raise ValueError for a layer whose weight the model computes with without calling the layer.
 
-    Such a layer is right here, but PEFT's layers act only when they are called. Known are layers whose weight was read
-    while the model ran, those where the code of the model's classes shows it, and those of torch's own attention and
-    encoder. Where only a branch of the code reads the weight (a kernel for one device), a warning says so.
+    veratune's layers handle that, but PEFT's act only when they are called. This finds layers whose weight was read
+    while the model ran, those that the source code of the model's classes reads, and those of torch's attention and
+    encoder. If only one branch of the source code reads the weight (such as a kernel for one device), it warns instead.
 
     Args:
         model: the model without a wrapper, with its adapters.
         layers: the adapter's layers by name.
-        whose: what the message calls the layers that would lose it.
+        whose: the format that would lose the adapter, for the message.
     """
     modules = base_modules(model)
     sometimes: dict[str, str] = {}
@@ -103,7 +103,8 @@ def check_called(model: nn.Module, layers: Mapping[str, VeraLayer], whose: str) 
         if reader is not None:
             raise ValueError(
                 f"{whose} cannot hold the adapter on {name}: {reader} computes with its weight without calling it,"
-                " where PEFT's layers do not act. Name it in exclude_modules, or merge the adapter (merge_and_unload)"
+                " where PEFT's layers have no effect. Add it to exclude_modules, or merge the adapter"
+                " (merge_and_unload)"
             )
         if found is not None:
             sometimes[name] = found.name
@@ -111,13 +112,14 @@ def check_called(model: nn.Module, layers: Mapping[str, VeraLayer], whose: str) 
         name, reader = next(iter(sometimes.items()))
         more = f" (and {len(sometimes) - 1} more)" if len(sometimes) > 1 else ""
         notify(
-            f"{reader} has a branch that computes with the weight of {name}{more} without calling it: there {whose}"
-            " loses the adapter. Compare outputs where the model will run, or merge the adapter (merge_and_unload)"
+            f"{reader} has a branch that computes with the weight of {name}{more} without calling it: in that branch,"
+            f" {whose} loses the adapter. Compare outputs on the device where the model will run, or merge the adapter"
+            " (merge_and_unload)"
         )
 
 
 def taken_for_experts(model: nn.Module, name: str) -> bool:
-    """Return whether PEFT would take a linear layer for one of a stack of experts, and lose it.
+    """Return whether PEFT would treat a linear layer as one of a stack of experts, and lose its adapter.
 
     Args:
         model: the model without a wrapper.
@@ -132,7 +134,7 @@ def taken_for_experts(model: nn.Module, name: str) -> bool:
 
 
 def _installed_ends(model_type: str) -> set[str]:
-    """Return the endings that the installed PEFT takes for experts; a later one may know more models."""
+    """Return the endings that the installed PEFT treats as experts; it may know more models."""
     if importlib.util.find_spec("peft") is None:
         return set()
     try:
@@ -144,7 +146,7 @@ def _installed_ends(model_type: str) -> set[str]:
 
 
 def why_not_as_parameter(layer: VeraLayer) -> str | None:
-    """Return None if PEFT's LoRA can adapt a layer's weight as a parameter instead, otherwise the reason."""
+    """Return why PEFT's LoRA cannot adapt a layer's weight as a parameter, or None if it can."""
     base = layer.base_layer
     if not isinstance(base, nn.Linear) or is_quantized(base) or not layer.base_weight.is_floating_point():
         return f"it is a {type(base).__name__}"
@@ -156,8 +158,8 @@ def check_read_back(model: nn.Module, values: Mapping[str, Any], tensors: Mappin
 
     Args:
         model: the model without a wrapper.
-        values: the configuration that is about to be written.
-        tensors: the tensors that are about to be written.
+        values: the configuration to write.
+        tensors: the tensors to write.
     """
     model = without_wrappers(model)
     if importlib.util.find_spec("peft") is None or not hasattr(getattr(model, "config", None), "model_type"):
@@ -183,9 +185,9 @@ def check_read_back(model: nn.Module, values: Mapping[str, Any], tensors: Mappin
     odd = sorted(lost[0] | lost[1] | (shapes.keys() ^ read.keys()))
     if odd:
         raise ValueError(
-            f"PEFT {peft.__version__} would not read this LoRA as it is written: for model_type="
-            f"{getattr(model.config, 'model_type', None)!r} it goes by other names than {odd[0]}. Merge the adapter"
-            " (merge_and_unload) instead"
+            f"PEFT {peft.__version__} would not read this LoRA correctly: for model_type="
+            f"{getattr(model.config, 'model_type', None)!r} it renames {odd[0]}. Merge the adapter (merge_and_unload)"
+            " instead"
         )
 
 

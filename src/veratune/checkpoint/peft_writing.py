@@ -1,4 +1,4 @@
-"""Writing PEFT's own VeRA files, from which `peft` computes the same outputs."""
+"""Write VeRA files with which the `peft` package computes the same outputs."""
 
 from collections.abc import Collection
 from pathlib import Path
@@ -29,15 +29,15 @@ from veratune.projections.schemes import Scheme
 def export_peft(host: AdaptedModel, adapter_name: str, directory: Path, *, save_projection: bool | None = None) -> None:
     """Write an adapter so that the `peft` package (`PeftModel.from_pretrained`) computes the same outputs.
 
-    An adapter of the per_dimension scheme is written with projections: PEFT's one A and B are then the views of the
-    same random matrix, and what the widths' scales differ by goes into each d. Layers of a smaller rank than the
-    largest get zeros behind their d.
+    An adapter of the per_dimension scheme is written with projections: PEFT's single A and B are then views of the same
+    random matrix, and the ratio of the layers' scales is multiplied into each d. The d of layers of a smaller rank is
+    padded with zeros.
 
     Args:
         host: the model.
-        adapter_name: which adapter.
-        directory: where to; files there are replaced.
-        save_projection: whether to write A and B; None takes them along where PEFT could not draw them again.
+        adapter_name: the adapter's name.
+        directory: the directory; files there are replaced.
+        save_projection: whether to write A and B; None writes them if PEFT could not draw them again.
 
     Raises:
         ValueError: `save_projection` is False and PEFT could not draw the projections again.
@@ -61,8 +61,8 @@ def export_peft(host: AdaptedModel, adapter_name: str, directory: Path, *, save_
         if "peft" not in layer.exports or layer.entries[adapter_name].parts:
             raise ValueError(
                 f"PEFT's VeRA cannot hold the adapter on {name} ({layer.kind}"
-                f"{' in parts' if layer.entries[adapter_name].parts else ''}): it adapts whole linear layers only. Use"
-                " export_lora, or merge the adapter"
+                f"{' in parts' if layer.entries[adapter_name].parts else ''}): it only adapts unfused linear layers."
+                " Use export_lora, or merge the adapter"
             )
     check_called(host.base_model, layers, "PEFT's VeRA")
     shared = _shared_projections(scheme, layers, adapter_name)
@@ -81,7 +81,7 @@ def export_peft(host: AdaptedModel, adapter_name: str, directory: Path, *, save_
 
 
 def _shared_projections(scheme: Scheme, layers: dict[str, VeraLayer], adapter_name: str) -> tuple[Tensor, Tensor]:
-    """Return PEFT's A (r, max_in) and B (max_out, r) that the layers' projections are views of, up to scales."""
+    """Return PEFT's A (r, max_in) and B (max_out, r), of which the layers' projections are views up to scales."""
     rank = max(layer.entries[adapter_name].rank for layer in layers.values())
     max_in = max(layer.in_features for layer in layers.values())
     max_out = max(layer.out_features for layer in layers.values())
@@ -92,7 +92,7 @@ def _shared_projections(scheme: Scheme, layers: dict[str, VeraLayer], adapter_na
 
 
 def _peft_d(d: Tensor, scheme: Scheme, layer: VeraLayer, shared: tuple[Tensor, Tensor]) -> Tensor:
-    """Return d for PEFT's A and B: times what this layer's projections differ from them by, zeros up to their rank."""
+    """Return d for PEFT's A and B: scaled by their ratio to this layer's projections, and padded to their rank."""
     rank, widest = shared[0].shape
     d = d.detach().double()
     scale = scheme.scale_in_shared_pair(layer.in_features, d.shape[0], widest, rank)
@@ -117,13 +117,13 @@ def other_tensors(host: AdaptedModel, adapter_name: str) -> dict[str, Tensor]:
         within = [layer for layer in state.vectors if layer == name or layer.startswith(f"{name}.")]
         if within:
             raise ValueError(
-                f"PEFT cannot hold this adapter: it would train {name} in full, whose name ends like one of"
+                f"PEFT cannot hold this adapter: it would train {name} in full, as its name ends in one of"
                 f" modules_to_save={list(state.saved)}, but {within[0]} is adapted"
             )
-        # A module that PEFT takes for a saved one goes along with the weights it has.
+        # If PEFT treats another module as saved, write its current weights.
         module = modules[name]
-        own = state.saved.get(name, module.original_module if isinstance(module, SavedModule) else module)
-        for key, tensor in public_state(own).items():
+        saved = state.saved.get(name, module.original_module if isinstance(module, SavedModule) else module)
+        for key, tensor in public_state(saved).items():
             tensors[f"{PREFIX}{name}.{key}"] = tensor
     for name, bias in state.biases.items():
         layer = adapted.get(name)
@@ -137,8 +137,8 @@ def common_values(host: AdaptedModel, adapter_name: str, leave_out: Collection[s
 
     Args:
         host: the model.
-        adapter_name: which adapter.
-        leave_out: layers that target_modules does not name.
+        adapter_name: the adapter's name.
+        leave_out: layers to omit from target_modules.
     """
     config = host.peft_config[adapter_name]
     layers = host.vera_layers()
@@ -163,7 +163,7 @@ def common_values(host: AdaptedModel, adapter_name: str, leave_out: Collection[s
 
 
 def _adds_heads(host: AdaptedModel, config: VeraConfig) -> bool:
-    """Return whether PEFT would train a head in full for this task that the adapter does not save."""
+    """Return whether PEFT would train a module in full for this task that the adapter does not save."""
     if config.task_type not in TASK_HEADS:
         return False
     heads = peft_saved(base_modules(host.base_model), TASK_HEADS[config.task_type])

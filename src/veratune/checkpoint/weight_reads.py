@@ -1,4 +1,4 @@
-"""Which layers' weights a model computes with itself, found in the source code of its classes, without running it."""
+"""Find layers whose weight the model reads instead of calling the layer, from the source code of its classes."""
 
 import ast
 import inspect
@@ -11,7 +11,7 @@ from torch import nn
 
 from veratune.adapters.names import unwrapped
 
-# Attributes of a weight that are no use of its values, and functions that ask what it is.
+# Attributes of a weight that do not depend on its values, and functions that do not use them.
 _ABOUT = {"dtype", "device", "shape", "ndim", "is_meta", "requires_grad", "size", "dim", "numel", "layout", "is_cuda"}
 _ASKING = {"isinstance", "hasattr", "getattr", "type", "id", "len"}
 
@@ -23,8 +23,8 @@ class Reader(NamedTuple):
     """A class whose forward computes with a weight of a module inside it.
 
     Attributes:
-        name: the class's.
-        always: whether it does so in every call, rather than in some branch.
+        name: the class's name.
+        always: whether it does so in every call rather than in one branch.
     """
 
     name: str
@@ -32,17 +32,17 @@ class Reader(NamedTuple):
 
 
 def reader_of(modules: Mapping[str, nn.Module], parameter: str) -> Reader | None:
-    """Return the class that computes with a parameter of a module inside it, or None if no source code shows that.
+    """Return the class that computes with a parameter of a module inside it, or None if none is found.
 
-    Seen are reads such as `self.attention.dense.weight` in `forward` and in the methods it uses. Not seen are weights
-    that are read through other variables or by functions that are given the module.
+    This finds expressions such as `self.attention.dense.weight` in `forward` and the methods that it calls, but not
+    weights that are read through other variables or by functions that get the module as an argument.
 
     Args:
         modules: what `base_modules` returns for the model.
         parameter: the parameter's dotted name in the model without adapters.
     """
     parts = parameter.split(".")
-    for depth in range(len(parts) - 1):  # the module that has the parameter is no reader from outside
+    for depth in range(len(parts) - 1):  # the module that owns the parameter does not count
         module = modules.get(".".join(parts[:depth]))
         if module is not None:
             kind: type = type(unwrapped(module))
@@ -53,7 +53,7 @@ def reader_of(modules: Mapping[str, nn.Module], parameter: str) -> Reader | None
 
 
 def _is(path: Path, read: Path) -> bool:
-    """Return whether the value read is the parameter at this path, or computed from it."""
+    """Return whether the expression read is the parameter at this path, or an attribute that depends on its values."""
     here, after = read[: len(path)], read[len(path) :]
     same = len(here) == len(path) and all(other in ("*", own) for own, other in zip(path, here, strict=True))
     return same and not _ABOUT.intersection(after[:1])
@@ -61,9 +61,9 @@ def _is(path: Path, read: Path) -> bool:
 
 @cache
 def _reads(kind: type) -> dict[Path, bool]:
-    """Return what a class reads of itself in `forward`, and whether it does so in every call."""
+    """Return the attribute paths that a class reads in `forward`, and whether it does so in every call."""
     found: dict[Path, bool] = {}
-    seen: dict[tuple[type, str], int] = {}  # whether every call comes there
+    seen: dict[tuple[type, str], int] = {}  # whether it runs in every call
     waiting: list[tuple[type, str, bool]] = [(kind, "forward", True)]
     while waiting:
         start, name, always = waiting.pop()
@@ -71,7 +71,7 @@ def _reads(kind: type) -> dict[Path, bool]:
         if owner is None or owner is nn.Module or seen.get((owner, name), -1) >= always:
             continue
         seen[owner, name] = always
-        function = _source(owner, name)
+        function = _tree(owner, name)
         if function is None or not function.args.args:
             continue
         for statement in function.body:
@@ -87,8 +87,8 @@ def _reads(kind: type) -> dict[Path, bool]:
     return found
 
 
-def _source(owner: type, name: str) -> ast.FunctionDef | None:
-    """Return a method as it is written, or None for anything else."""
+def _tree(owner: type, name: str) -> ast.FunctionDef | None:
+    """Return the syntax tree of a method, or None for anything else."""
     value = vars(owner)[name]
     function = inspect.unwrap(value) if inspect.isfunction(value) else None
     if function is None:
@@ -101,7 +101,7 @@ def _source(owner: type, name: str) -> ast.FunctionDef | None:
 
 
 def _uses(node: ast.AST, own: str, always: bool) -> Iterator[tuple[Path, bool]]:
-    """Yield the paths from `own` to what is used somewhere in a piece of source code, and whether each always is."""
+    """Yield the attribute paths from `own` that are used in a syntax tree, and whether each is used always."""
     if isinstance(node, ast.Attribute):
         path = _path(node, own)
         if path is not None:
