@@ -1,4 +1,4 @@
-"""`veratune merge`, `export`, `convert` and `diff`: from an adapter's files to others."""
+"""`veratune merge`, `export`, `convert` and `diff`: commands that convert or compare adapters."""
 
 from enum import StrEnum
 from pathlib import Path
@@ -38,19 +38,20 @@ DIFF_EXAMPLES = """Example:
 veratune diff run/adapter other/adapter --json
 """
 
-# A list of more names than these is shown by its ends.
+# Lists with more names than this are abbreviated.
 _LISTED = 4
 _LORA, _GGUF = "lora", "gguf"
 
 AdapterArgument = Annotated[Path, typer.Argument(help="Directory of an adapter, or of a training run.")]
 OutputArgument = Annotated[Path, typer.Argument(help="Directory to write; it must be new or empty.")]
 BaseOption = Annotated[
-    str | None, typer.Option(help="The base model: a directory or a hub name. Without it, the one the adapter names.")
+    str | None,
+    typer.Option(help="The base model: a directory or a hub name. The default is the one that the adapter names."),
 ]
 
 
 class Engine(StrEnum):
-    """What a LoRA can be checked for."""
+    """Engines whose support for a LoRA can be checked."""
 
     VLLM = "vllm"
 
@@ -94,13 +95,13 @@ def export(
             "--format",
             callback=_known_format,
             metavar=f"[{'|'.join(_export_formats())}]",
-            help="peft: VeRA as PEFT has it. lora: a LoRA. gguf: a LoRA for llama.cpp.",
+            help="peft: PEFT's VeRA. lora: a LoRA. gguf: a LoRA for llama.cpp.",
         ),
     ],
     base: BaseOption = None,
     dtype: Annotated[str, typer.Option(help="dtype of the matrices of a LoRA.")] = "float32",
     rank: Annotated[
-        int | None, typer.Option(help="lora: another rank than the adapter's, where it holds the deltas exactly.")
+        int | None, typer.Option(help="lora: a rank other than the adapter's, if it can represent the deltas exactly.")
     ] = None,
     engine: Annotated[Engine | None, typer.Option(help="lora: check that this engine can load it.")] = None,
 ) -> None:
@@ -121,9 +122,7 @@ def export(
     print_text(f"{output}: {adapter} as {to}")
     if engine is Engine.VLLM:
         largest = max(entry.rank for layer in model.vera_layers().values() for entry in layer.entries.values())
-        print_text(
-            f"vLLM takes it when it is started with --enable-lora --max-lora-rank {max_lora_rank(rank or largest)}"
-        )
+        print_text(f"to serve it, start vLLM with --enable-lora --max-lora-rank {max_lora_rank(rank or largest)}")
 
 
 def convert(
@@ -134,7 +133,7 @@ def convert(
     output: OutputArgument,
     base: BaseOption = None,
 ) -> None:
-    """Turn a VeRA adapter that PEFT wrote into one in veratune's own format."""
+    """Convert a VeRA adapter that PEFT wrote to veratune's format."""
     check_new(output)
     adapter = adapter_in(adapter)
     if isinstance(format_of(adapter), NativeFormat):
@@ -150,7 +149,7 @@ def diff(
     second: AdapterArgument,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Compare two adapters: settings, layers, and how far their vectors are apart. Exit code 1 if they differ."""
+    """Compare the settings, layers and vectors of two adapters. The exit code is 1 if they differ."""
     (a, head_a, _), (b, head_b, _) = read_native(adapter_in(first)), read_native(adapter_in(second))
     settings_a, settings_b = a.config.to_dict(), b.config.to_dict()
     settings = {
@@ -229,7 +228,7 @@ def _print_differences(
 
 
 def _sides(first: Any, second: Any) -> tuple[str, str]:
-    """Return two values of a setting as text; of two long lists, what only one of them has."""
+    """Return two values of a setting as text; for two long lists, the elements that only one of them has."""
     if isinstance(first, list) and isinstance(second, list) and max(len(first), len(second)) > _LISTED:
         return _beside(first, second), _beside(second, first)
     return _shortened(first), _shortened(second)
@@ -241,7 +240,7 @@ def _beside(names: list[Any], others: list[Any]) -> str:
 
 
 def _shortened(value: Any) -> str:
-    """Return a value as text, and a long list by its ends."""
+    """Return a value as text, with long lists abbreviated."""
     if not isinstance(value, list):
         return str(value)
     shown = value if len(value) <= _LISTED else [*value[:2], f"... ({len(value) - 3} more)", value[-1]]
@@ -249,7 +248,7 @@ def _shortened(value: Any) -> str:
 
 
 def _distance(x: torch.Tensor, y: torch.Tensor) -> float | None:
-    """Return |x - y| / |x|, or None for other shapes."""
+    """Return |x - y| / |x|, or None if the shapes differ."""
     if x.shape != y.shape:
         return None
     apart = float((x.double() - y.double()).norm())
@@ -261,11 +260,11 @@ def _same(x: torch.Tensor | None, y: torch.Tensor | None) -> bool:
 
 
 def _copy_tokenizer(place: str, output: Path) -> None:
-    """Save the base model's tokenizer with a merged model, where it has one."""
+    """Save the base model's tokenizer with a merged model, if it has one."""
     from transformers import AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(place)
     except (OSError, ValueError, KeyError, TypeError):
-        return  # many a model has none
+        return  # many models have none
     tokenizer.save_pretrained(output)

@@ -1,4 +1,4 @@
-"""`veratune bench`: how long a training step takes on this machine, in veratune's ways and in others."""
+"""`veratune bench`: time training steps on this machine, with veratune and alternatives."""
 
 import os
 import statistics
@@ -56,7 +56,7 @@ def bench(
 
     All linear layers are adapted. The steps take turns, and each is compared with the frozen model's of the same round.
     """
-    # Otherwise the memory profiler prints when it starts and stops.
+    # Otherwise the memory profiler prints messages when it starts and stops.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     ranks = r or [256]
     if min(ranks) < 1:
@@ -96,7 +96,7 @@ def bench(
 def _measure(
     base: nn.Module, rank: int, inputs: dict[str, torch.Tensor], rounds: int, place: torch.device
 ) -> dict[str, Any]:
-    """Time all variants that are possible at one rank."""
+    """Time all variants that support a rank."""
     steps: dict[str, Step] = {}
     left_out: dict[str, str] = {}
     for name in VARIANTS:
@@ -159,7 +159,7 @@ def _print_case(case: dict[str, Any]) -> None:
 
 @contextmanager
 def _told(rank: int, rounds: int) -> Iterator[Any]:
-    """Give a function that counts the rounds on the error stream, where that is a terminal."""
+    """Yield a function that prints the number of rounds to standard error if that is a terminal."""
     done = 0
 
     def after_each() -> None:
@@ -190,7 +190,7 @@ def _device(name: str | None) -> torch.device:
 
 
 def _without_dropout(model: nn.Module) -> None:
-    """Turn dropout off, whose random numbers would hide what the ways differ in."""
+    """Disable dropout, whose random numbers would hide the differences between variants."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -200,9 +200,9 @@ def _without_dropout(model: nn.Module) -> None:
 
 
 def _warn_of_others() -> None:
-    """Warn if other processes keep the processors busy."""
+    """Warn if other processes are using the CPUs."""
     if not hasattr(os, "getloadavg"):
         return
     load, cores = os.getloadavg()[0], os.cpu_count() or 1
     if load > _OTHERS_BUSY * cores:
-        warning_line(f"the machine is busy (load {load:.1f} on {cores} cores): take the ratios, not the seconds")
+        warning_line(f"the machine is busy (load {load:.1f} on {cores} cores): trust the ratios, not the seconds")

@@ -1,4 +1,4 @@
-"""Directories that a command is to write: new or empty ones, and writable, before any work is done."""
+"""Check that output directories are new or empty, and writable, before any work is done."""
 
 import errno
 import os
@@ -11,15 +11,15 @@ from pathlib import Path
 from veratune.checkpoint.files import CheckpointError
 from veratune.cli.output import bytes_text
 
-# Less than this is left of a disk where a write has failed for want of space.
+# A disk with less free space than this is full.
 _NEARLY_NOTHING = 1 << 20
-# What torch, safetensors and others say in place of an OSError.
+# Messages of torch, safetensors and others that replace an OSError.
 _NOT_WRITTEN = ("iostream error", "file write failed", "unexpected pos", "os error 28", "No space left", "os error 27")
 _OF_SPACE = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the quota is used up", errno.EFBIG: "a file is too large"}
 
 
 def check_new(directory: Path, otherwise: str = "choose another one") -> None:
-    """Raise CheckpointError if something is in the directory, or nothing can be written into it.
+    """Raise CheckpointError if the directory is not empty or not writable.
 
     Args:
         directory: what will be written; it and its parents need not exist, and are not left behind.
@@ -44,7 +44,7 @@ def check_new(directory: Path, otherwise: str = "choose another one") -> None:
 
 @contextmanager
 def writing(place: Path) -> Iterator[None]:
-    """Name the path in errors of a full disk that are raised in this context.
+    """Add the path to errors of a full disk that are raised in this context.
 
     Raises:
         CheckpointError: the disk is full, or would not write.
@@ -60,7 +60,7 @@ def writing(place: Path) -> Iterator[None]:
 
 @contextmanager
 def writing_new(directory: Path) -> Iterator[None]:
-    """Write a directory that `check_new` found empty; whatever ends this context early leaves nothing in it."""
+    """Write a directory that `check_new` found empty; if an exception ends this context, empty it again."""
     there = directory.exists()
     try:
         with writing(directory):
@@ -73,7 +73,7 @@ def writing_new(directory: Path) -> Iterator[None]:
 
 
 def why_not_written(error: Exception, place: Path | None = None) -> str | None:
-    """Return a sentence about a disk that did not take what was written to it; None for other errors."""
+    """Return a message if an error was caused by a full or failing disk, otherwise None."""
     number = error.errno if isinstance(error, OSError) else None
     words = str(error)
     if number not in _OF_SPACE and not any(theirs in words for theirs in _NOT_WRITTEN):

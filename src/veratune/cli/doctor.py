@@ -1,4 +1,4 @@
-"""`veratune doctor`: installed packages, and the packages that features still need."""
+"""`veratune doctor`: installed packages, and missing ones by feature."""
 
 import platform
 from importlib.metadata import PackageNotFoundError, version
@@ -11,7 +11,7 @@ from veratune import __version__
 from veratune.cli.output import bytes_text, cpu_name, print_json, print_table, print_text
 from veratune.ops.calibration import calibration_path
 
-# Packages installed with veratune itself, and those that a feature needs in addition.
+# Packages installed with veratune, and those that a feature needs in addition.
 _CORE = ("torch", "numpy", "safetensors", "huggingface_hub")
 _FEATURES = {
     "transformers": ("transformers' models, VeraTrainer", "veratune[hf]"),
@@ -34,7 +34,7 @@ _FEATURES = {
 
 
 def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
-    """Show versions and devices, and what is missing for which feature."""
+    """Show versions and devices, and the packages that features are missing."""
     packages = {name: _version(name) for name in (*_CORE, *_FEATURES)}
     devices = _devices()
     missing = [

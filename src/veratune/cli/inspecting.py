@@ -1,4 +1,4 @@
-"""`veratune inspect`: a model's layers and what VeRA would train in them, or what an adapter has learned."""
+"""`veratune inspect`: show a model's layers and what VeRA would train in them, or an adapter's vectors."""
 
 import os
 from collections import Counter, defaultdict
@@ -33,10 +33,10 @@ def inspect(
     place: Annotated[
         str, typer.Argument(help="A model or an adapter: a directory, an adapter's file, or a model's hub name.")
     ],
-    rank: Annotated[int, typer.Option("--rank", "-r", help="Rank that the numbers for a model are for.")] = 256,
-    tokens: Annotated[int, typer.Option(help="Tokens of a batch, for the routes.")] = 4096,
-    every: Annotated[bool, typer.Option("--all", help="Show every weight or layer, not groups of them.")] = False,
-    plot: Annotated[Path | None, typer.Option(help="Write a picture of an adapter's vectors to this file.")] = None,
+    rank: Annotated[int, typer.Option("--rank", "-r", help="Rank for the numbers of a model.")] = 256,
+    tokens: Annotated[int, typer.Option(help="Tokens in a batch, for the routes.")] = 4096,
+    every: Annotated[bool, typer.Option("--all", help="Show every weight or layer instead of groups.")] = False,
+    plot: Annotated[Path | None, typer.Option(help="Write a plot of an adapter's vectors to this file.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show a model's layers grouped by shape, or an adapter's configuration and vectors."""
@@ -194,7 +194,7 @@ def _inspect_adapter(directory: Path, *, every: bool, plot: Path | None, as_json
 
 
 def _inspect_lora(directory: Path, contents: AdapterContents, *, every: bool, as_json: bool) -> None:
-    """Show a LoRA adapter, which is all that veratune does with one."""
+    """Show a LoRA adapter, which veratune can inspect but not load."""
     layers: list[dict[str, Any]] = [
         {
             "layer": name,
@@ -252,7 +252,7 @@ def _grouped(layers: list[dict[str, Any]], keys: Sequence[str]) -> list[dict[str
 
 
 def _by_type(layers: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """Return the layers whose names differ in numbers only, under that name without what all begin with."""
+    """Group layers whose names differ only in numbers, and remove the common prefix from the groups' names."""
     groups: dict[tuple[str, ...], list[dict[str, Any]]] = defaultdict(list)
     for layer in layers:
         groups[tuple("*" if part.isdigit() else part for part in layer["layer"].split("."))].append(layer)
@@ -285,7 +285,7 @@ def _plot(layers: list[dict[str, Any]], path: Path) -> None:
 
 
 def _depths(names: list[str]) -> dict[str, int]:
-    """Return each layer's depth: the first number in its name, or a place before or after the blocks without one."""
+    """Return each layer's depth: the first number in its name, or a position before or after the blocks."""
     depths: dict[str, int] = {}
     last = -1
     for name in names:

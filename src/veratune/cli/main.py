@@ -1,4 +1,4 @@
-"""The commands, and what becomes of errors."""
+"""The commands, and how their errors are reported."""
 
 import logging
 import os
@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 try:
     import typer
-except ImportError as error:  # pragma: no cover - a message for who has not installed the extra
+except ImportError as error:  # pragma: no cover - the extra is not installed
     raise SystemExit(f"veratune's command line needs more packages: pip install 'veratune[cli]' ({error})") from None
 
 import torch
@@ -23,18 +23,18 @@ from veratune.utils.startup import INTERRUPTED, handle_interrupts_as_usual
 
 app = typer.Typer(
     name="veratune",
-    help="VeRA adapters: train them, look at them, merge, export, convert, compare and time them.",
+    help="Train, inspect, merge, export, convert, compare and time VeRA adapters.",
     add_completion=False,
     pretty_exceptions_enable=False,
 )
 
-_USAGE_ERROR: Any = typer.BadParameter.__mro__[1]  # click's, or typer's own copy of it
+_USAGE_ERROR: Any = typer.BadParameter.__mro__[1]  # click's, or typer's copy of it
 
-# What a user's files or words can cause: the message is enough. Anything else is named with its kind.
+# Errors that a user's files or arguments can cause: the message is enough. Others are shown with their type.
 _EXPECTED = (ValueError, TypeError, OSError, ImportError)
-# Messages of packages about their own missing parts when transformers imports them; a user cannot act on them.
+# Messages about missing parts of packages that transformers imports, which a user can do nothing about.
 _CHATTY = ("torchao", "bitsandbytes", "torch.utils._pytree", "DeepSpeed")
-# What typer says of values in the words of the library that checks them.
+# Messages of typer in the words of the library that checks values.
 _PLAINLY = {
     "Value error, ": "",
     "Input should be a valid integer, unable to parse string as an integer": "it must be a whole number",
@@ -56,7 +56,7 @@ def options(
         bool, typer.Option("--version", help="Print the version.", callback=_show_version, is_eager=True)
     ] = False,
 ) -> None:
-    """Options of all commands; they stand before the command."""
+    """Options of all commands, which are given before the command."""
 
 
 app.command("train", epilog=train.EXAMPLES)(train.train)
@@ -71,13 +71,13 @@ app.add_typer(bank.app, name="bank")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command line and return its exit code: 0, 1 for an error, 2 for a wrong call, 130 for Ctrl-C."""
+    """Run a command line and return its exit code: 0, 1 for an error, 2 for wrong usage, 130 for Ctrl-C."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    traceback = "--traceback" in given  # at any place, since it is what one adds to the end
+    traceback = "--traceback" in given  # anywhere, as users append it to the end
     given = [argument for argument in given if argument != "--traceback"]
     for name in _CHATTY:
         logging.getLogger(name).setLevel(logging.ERROR)
-        # DeepSpeed sets its own level when it is imported, and logs to the standard output.
+        # DeepSpeed sets its log level when it is imported, and logs to standard output.
         logging.getLogger(name).addFilter(_is_error)
     app.rich_markup_mode = "rich" if sys.stdout.isatty() else None
     try:
@@ -92,7 +92,7 @@ def main(arguments: list[str] | None = None) -> int:
         error_line("stopped")
         return 1
     except BrokenPipeError:
-        # Whoever read the output has seen enough.
+        # The reader of the output has closed it.
         _drop_output()
         return 1
     except Exception as error:
@@ -110,7 +110,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _drop_output() -> None:
-    """Discard the output's buffer, which must not be written at exit."""
+    """Discard the buffered output, which must not be written at exit."""
     sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: PTH123, SIM115
 
 
@@ -132,7 +132,7 @@ def _show_warning(message: Warning | str, category: type[Warning], *_: object, *
 
 
 def _told(error: Exception) -> str:
-    """Return what a user has to know of an error."""
+    """Return the message of an error for a user."""
     if isinstance(error, _USAGE_ERROR):
         context = error.ctx
         command = "veratune" if context is None else context.command_path

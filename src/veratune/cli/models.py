@@ -1,4 +1,4 @@
-"""Base models for the command line: from a directory or a hub name, with or without their weights."""
+"""Load base models for the command line from a directory or a hub name, with or without weights."""
 
 import os
 import sys
@@ -14,16 +14,16 @@ from veratune.checkpoint.files import CONFIG_NAME, CheckpointError, read_json
 from veratune.checkpoint.formats import file_names, no_adapter, read_base, read_contents
 
 ADAPTER_NAME = "adapter"
-"""The folder of a training run's output that holds its adapter."""
+"""The folder with the adapter in a training run's output."""
 
 
 def is_adapter(path: str) -> bool:
-    """Return whether a directory holds an adapter."""
+    """Return whether a directory contains an adapter."""
     return any((Path(path) / name).is_file() for name in file_names())
 
 
 def adapter_in(place: Path) -> Path:
-    """Return the directory of an adapter: the place itself, or the folder where a training run puts its adapter.
+    """Return the directory of an adapter: the given one, or the folder in which a training run saves its adapter.
 
     Raises:
         CheckpointError: neither holds one.
@@ -35,7 +35,7 @@ def adapter_in(place: Path) -> Path:
 
 
 def base_of(adapter: Path, given: str | None) -> str:
-    """Return the base model's place: what the user gave, or what the adapter's configuration names."""
+    """Return the base model's path or name: the user's, or the one in the adapter's configuration."""
     if given is not None:
         return given
     path = adapter / CONFIG_NAME
@@ -64,7 +64,7 @@ def _joined(error: Exception) -> str:
 
 
 def _unreadable(place: str, error: Exception, remedy: str) -> str:
-    """Return what to say of a model that could not be loaded."""
+    """Return the message for a model that could not be loaded."""
     if _is_here(place):
         return f"{place} is no model that can be read: {_joined(error)}"
     first = next(iter(str(error).strip().splitlines()), type(error).__name__)
@@ -74,7 +74,7 @@ def _unreadable(place: str, error: Exception, remedy: str) -> str:
 
 
 def quieten_transformers() -> None:
-    """Leave out reports that say nothing new here, and progress bars where no terminal shows them."""
+    """Silence redundant reports, and progress bars if the output is not a terminal."""
     import transformers
 
     logging: Any = transformers.utils.logging
@@ -99,7 +99,7 @@ def load_tokenizer(place: str) -> Any:
         if isinstance(error, OSError) and not _is_here(place):
             raise ValueError(_unreadable(place, error, _CHECK_NAME)) from None
         raise ValueError(f"{place} has no tokenizer that can be read: {error}") from None
-    # Where there are no files, transformers may make one of the model's type that knows no words.
+    # Without files, transformers may create an empty tokenizer of the model's type.
     if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
         raise ValueError(
             f"{place} has no tokenizer that can be read: save one there, with AutoTokenizer.from_pretrained and"
@@ -157,7 +157,7 @@ def load_model(place: str, *, weights: bool, adapter: Path | None = None, remedy
 
 
 def loaded(place: str, make: Callable[[], nn.Module]) -> nn.Module:
-    """Return the model that a function of transformers makes of files.
+    """Return the model that a function of transformers loads.
 
     Raises:
         ValueError: it could not.
@@ -166,7 +166,7 @@ def loaded(place: str, make: Callable[[], nn.Module]) -> nn.Module:
         return make()
     except (MemoryError, torch.OutOfMemoryError, ImportError):
         raise
-    except Exception as error:  # of transformers, safetensors, huggingface_hub, torch
+    except Exception as error:  # from transformers, safetensors, huggingface_hub or torch
         raise ValueError(f"{place} is no model that can be read: {_joined(error)}") from error
 
 

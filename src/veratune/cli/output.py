@@ -1,4 +1,4 @@
-"""What is printed: tables, JSON, and errors in one line."""
+"""Print tables, JSON, and errors in one line."""
 
 import json
 import platform
@@ -12,9 +12,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-# Wide enough that nothing is folded where a program or a file reads it.
+# Wide enough that lines are not wrapped if the output is a pipe or a file.
 _UNBOUNDED = 10_000
-# Longer errors are cut: they may quote a file.
+# Longer errors are truncated, as they may quote a file.
 _LONGEST_LINE = 2_000
 
 
@@ -79,7 +79,7 @@ def _is_number(text: str) -> bool:
 
 
 def bytes_text(count: float) -> str:
-    """Return a number of bytes in a unit that people read."""
+    """Return a number of bytes as human-readable text."""
     for unit in ("B", "KB", "MB"):
         if count < 1000:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"

@@ -1,4 +1,4 @@
-"""Training steps of one base model in several ways, as `veratune bench` times them."""
+"""Training steps of one base model in several variants, which `veratune bench` times."""
 
 import copy
 from typing import Any
@@ -21,7 +21,7 @@ _COPIES_IN_FULL = 4
 def make_variant(name: str, base: nn.Module, rank: int) -> nn.Module:
     """Return a model that shares the frozen base model's weights, made trainable in one of VARIANTS.
 
-    Full fine-tuning has its own copy of the weights.
+    Full fine-tuning gets a copy of the weights.
 
     Raises:
         ImportError: peft is missing, and it is one of its ways.
@@ -29,7 +29,7 @@ def make_variant(name: str, base: nn.Module, rank: int) -> nn.Module:
     """
     if name == FULL:
         return copy.deepcopy(base).requires_grad_(True)
-    # Parameters and buffers are frozen here, so that one copy of them does for all.
+    # Parameters and buffers are frozen, so that all variants can share them.
     shared = {id(tensor): tensor for tensor in (*base.parameters(), *base.buffers())}
     model = copy.deepcopy(base, shared)
     if name == FROZEN:
@@ -107,7 +107,7 @@ def random_inputs(model: nn.Module, batch: int, length: int, device: torch.devic
 
 
 def fits_in_full(base: nn.Module, device: torch.device) -> bool:
-    """Return whether full fine-tuning's weights, gradients and moments fit into what memory is free, with some left."""
+    """Return whether full fine-tuning's weights, gradients and moments fit into free memory, with a margin."""
     needed = _COPIES_IN_FULL * sum(parameter.numel() * parameter.element_size() for parameter in base.parameters())
     free = _free_bytes(device)
     return free is None or 1.25 * needed < free
@@ -120,4 +120,4 @@ def _free_bytes(device: torch.device) -> int | None:
         with open("/proc/meminfo", encoding="ascii") as lines:  # noqa: PTH123
             return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
     except (OSError, StopIteration):
-        return None  # not on this system
+        return None  # unknown on this system

@@ -1,4 +1,4 @@
-"""Checks of single values in rows: nothing is turned into text that was not text."""
+"""Check single values in rows of data: values that are not text are never converted to text."""
 
 import contextlib
 import math
@@ -32,12 +32,12 @@ def _is_missing(value: object) -> bool:
 
 
 def is_empty(value: object) -> bool:
-    """Return whether there is nothing in a cell: no value, or a text of white space."""
+    """Return whether a cell is empty: no value, or only whitespace."""
     return value is None or (isinstance(value, str) and not value.strip())
 
 
 def describe(value: object) -> str:
-    """Return the kind of a value, and the value itself if it is short, for a message."""
+    """Return the type of a value, and the value if it is short, for a message."""
     kinds: tuple[tuple[type | tuple[type, ...], str], ...] = (
         (bool, "a truth value"),
         (Real, "a number"),
@@ -52,13 +52,13 @@ def describe(value: object) -> str:
         return kind
     try:
         shown = repr(value)
-    except ValueError:  # an integer with more digits than Python writes
+    except ValueError:  # an integer with more digits than Python converts
         return kind
     return f"{kind} ({shown if len(shown) <= _SHOWN else shown[:_SHOWN] + '...'})"
 
 
 def check_text(where: str, value: object) -> None:
-    """Raise ValueError unless a value is a text with something in it."""
+    """Raise ValueError unless a value is a non-empty text."""
     if is_empty(value):
         raise ValueError(f"{where} has nothing in it")
     if not isinstance(value, str):
@@ -66,7 +66,7 @@ def check_text(where: str, value: object) -> None:
 
 
 def check_words(where: str, words: object, labels: object, label_column: str) -> None:
-    """Raise ValueError unless words and labels are lists of one length, of texts and of names of classes."""
+    """Raise ValueError unless words and labels are lists of equal length, of texts and class names."""
     if not isinstance(words, list) or not isinstance(labels, list) or len(words) != len(labels):
         raise ValueError(f"{where} must have lists of as many labels as words")
     for number, word in enumerate(words, start=1):
@@ -87,7 +87,7 @@ def class_name(where: str, label: object) -> str:
     if isinstance(label, bool | Integral):
         return str(label)
     if isinstance(label, float) and label.is_integer():
-        return str(int(label))  # a column of whole numbers in which one was missing became one of floats
+        return str(int(label))  # pandas converts a column of integers with a missing value to floats
     if isinstance(label, Real):
         raise ValueError(f"{where} is {describe(label)}, {_NOT_A_CLASS}")
     raise ValueError(f"{where} is {describe(label)}, and a class is a text or a whole number")
@@ -100,7 +100,7 @@ _NOT_A_CLASS = (
 
 
 def check_not_measured(where: Callable[[int], str], labels: list[str]) -> None:
-    """Raise ValueError if the labels, all of them numbers, have a fraction: they are measured, not classes.
+    """Raise ValueError if the labels are numbers with fractions: they are measurements, not classes.
 
     Args:
         where: from a label's position to where it is.
@@ -119,7 +119,7 @@ def check_not_measured(where: Callable[[int], str], labels: list[str]) -> None:
 
 
 def check_number(where: str, value: object) -> None:
-    """Raise ValueError unless a value is a number, or a text of one, that float32 can hold."""
+    """Raise ValueError unless a value is a number in the range of float32, or the text of one."""
     number = math.nan
     if isinstance(value, str | Real) and not isinstance(value, bool):
         with contextlib.suppress(ValueError, OverflowError):
@@ -144,7 +144,7 @@ def check_chat(where: str, messages: list[Any], *, wants_answer: bool) -> None:
             raise ValueError(f"{where} is no chat: each message must have a 'role' and a 'content'")
         role, content = message["role"], message["content"]
         check_text(f"{where}, message {number}: its 'role'", role)
-        # Some data sets have an empty system prompt in every row, and a call of a tool has no words.
+        # Some data sets have an empty system prompt in every row, and tool calls have no content.
         if (role == "system" and content == "") or (content is None and message.get("tool_calls")):
             continue
         check_text(f"{where}, message {number}: its 'content'", content)
