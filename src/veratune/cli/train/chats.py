@@ -1,15 +1,15 @@
-"""Chats made into tokens, with labels for what the assistant says."""
+"""Tokenize chats, with labels for the assistant's messages."""
 
 from typing import Any
 
-# What a loss leaves out, in all of transformers.
+# The label that transformers' losses ignore.
 IGNORED = -100
 
 Message = dict[str, Any]
 
 
 def chat_tokens(tokenizer: Any, messages: list[Message], *, every: bool) -> tuple[list[int], list[int]]:
-    """Return a chat's tokens by the tokenizer's template, and the labels: the same where they are to be learned.
+    """Return a chat's tokens by the tokenizer's template, and the labels: the tokens to learn, the others ignored.
 
     What belongs to an assistant's message is what the template adds to the chat before it, asked for an answer. The
     template writes the special tokens itself.
@@ -46,7 +46,7 @@ def chat_tokens(tokenizer: Any, messages: list[Message], *, every: bool) -> tupl
 
 
 def check_chats(tokenizer: Any, *, every: bool) -> None:
-    """Raise ValueError for a tokenizer that cannot make chats into tokens and labels."""
+    """Raise ValueError for a tokenizer that cannot convert chats to tokens and labels."""
     if not tokenizer.chat_template:
         raise ValueError("the model's tokenizer has no chat template: give texts in place of lists of messages")
     if not every and not tokenizer.is_fast:
@@ -56,6 +56,6 @@ def check_chats(tokenizer: Any, *, every: bool) -> None:
 def _render(tokenizer: Any, messages: list[Message], *, add_generation_prompt: bool = False) -> str:
     try:
         text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
-    except Exception as error:  # whatever a template raises
+    except Exception as error:  # a template may raise anything
         raise ValueError(f"the model's chat template refuses this chat: {error}") from None
     return text

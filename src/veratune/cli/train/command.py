@@ -42,7 +42,7 @@ def train(*, config: Path | None = None, resume: Path | None = None, **given: An
 
 
 def _signature() -> inspect.Signature:
-    """Return the signature that typer makes options from: the settings, and two files that hold them."""
+    """Return the signature from which typer makes options: the settings, and two files that contain settings."""
     files = {
         "config": "YAML file of settings, such as an earlier run's train.yaml; options go before it.",
         "resume": "Go on with a run: its output directory.",

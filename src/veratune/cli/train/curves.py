@@ -1,16 +1,16 @@
-"""The picture of a training run: losses and metrics over the steps."""
+"""Plot the losses and metrics of a training run."""
 
 from pathlib import Path
 from typing import Any
 
 from veratune.cli.train.metrics import evaluated
 
-# How much of the steps so far the drawn mean of the training loss looks back on.
+# The window of the training loss's moving average, as a share of the steps so far.
 _WINDOW = 0.05
 
 
 def draw_curves(history: list[dict[str, Any]], path: Path) -> None:
-    """Draw the training loss and what was evaluated over the steps, where matplotlib is there.
+    """Plot the training loss and the evaluations over the steps, if matplotlib is installed.
 
     Args:
         history: a trainer's log.
@@ -49,7 +49,7 @@ def draw_curves(history: list[dict[str, Any]], path: Path) -> None:
 
 
 def _smooth(values: tuple[float, ...]) -> list[float]:
-    """Return the mean of each value and those shortly before it."""
+    """Return the moving average of values."""
     width = max(1, round(_WINDOW * len(values)))
     parts = [values[max(0, end - width) : end] for end in range(1, len(values) + 1)]
     return [sum(part) / len(part) for part in parts]

@@ -1,4 +1,4 @@
-"""Rows for `veratune train`: read from a file, checked, and made into what a model takes."""
+"""Rows for `veratune train`: read from a file, checked, and converted to a model's inputs."""
 
 import hashlib
 import json
@@ -91,7 +91,7 @@ def read_rows(path: str, subset: str | None = None, split: str = "train") -> lis
 
 
 def _read_table(separator: str) -> Callable[[BinaryIO], Any]:
-    """Return a reader of tables of text, in which what is written counts: "01" is not 1, and "None" may be a word."""
+    """Return a reader of tables of text that converts nothing: "01" is not 1, and "None" may be a word."""
     import pandas as pd
 
     as_written: dict[str, Any] = {"sep": separator, "dtype": str, "keep_default_na": False, "index_col": False}
@@ -101,7 +101,7 @@ def _read_table(separator: str) -> Callable[[BinaryIO], Any]:
         if names.count(separator.encode()) >= _MOST_COLUMNS_READ:
             raise ValueError(f"it has more than {_MOST_COLUMNS_READ:,} columns")
         file.seek(0)
-        # pandas gives a second column of the same name another one.
+        # pandas renames a second column of the same name.
         header = pd.read_csv(file, **as_written, header=None, nrows=1).iloc[0].tolist()
         twice = sorted(name for name, count in Counter(header).items() if name and count > 1)
         if twice:
@@ -135,7 +135,7 @@ def _some(path: str, rows: list[Row]) -> list[Row]:
 
 def _read_lines(file: BinaryIO) -> list[Row]:
     rows = []
-    # Only line feeds end a line: JSON allows other line separators inside of strings.
+    # Split at line feeds only: JSON strings may contain other line separators.
     for number, line in enumerate(file.read().decode("utf-8-sig").split("\n"), start=1):
         if line.strip():
             try:
@@ -162,7 +162,7 @@ def _object(pairs: list[tuple[str, Any]]) -> Row:
 
 
 def check_columns(path: str, rows: list[Row], settings: TrainSettings) -> None:
-    """Raise SettingsError for a column that is missing, and ValueError for a row whose values cannot be learned from.
+    """Raise SettingsError for a missing column, and ValueError for a row whose values cannot be used.
 
     Values are what the task wants already: nothing is made into text.
     """
@@ -209,7 +209,7 @@ def _check_names(path: str, rows: list[Row], wanted: list[str], settings: TrainS
 
 
 def split(rows: list[Row], settings: TrainSettings) -> tuple[list[Row], list[Row]]:
-    """Return (rows to train with, rows to evaluate with), chosen by the seed."""
+    """Return (training rows, evaluation rows), chosen by the seed."""
     count = round(len(rows) * settings.eval_fraction)
     order = np.random.default_rng(settings.seed).permutation(len(rows)).tolist()
     if count < 1 or count >= len(rows):
@@ -245,7 +245,7 @@ def _names_of_classes(rows: list[Row], settings: TrainSettings) -> Iterator[str]
 
 
 def _check_labels(path: str, rows: list[Row], settings: TrainSettings) -> None:
-    """Raise ValueError for labels that are no classes, or that only look the same."""
+    """Raise ValueError for labels that are not classes, or that only look equal."""
     kinds: dict[str, tuple[type, str]] = {}
     names, places = [], []
     for number, row in enumerate(rows, start=1):
@@ -265,7 +265,7 @@ def _check_labels(path: str, rows: list[Row], settings: TrainSettings) -> None:
 
 
 def digest(*parts: list[Row]) -> str:
-    """Return a SHA-256 of rows, by which a run that is gone on with knows its own."""
+    """Return a SHA-256 of rows, by which a resumed run recognizes its rows."""
     sha = hashlib.sha256()
     for rows in parts:
         for row in rows:
@@ -275,7 +275,7 @@ def digest(*parts: list[Row]) -> str:
 
 
 class Examples(torch.utils.data.Dataset[Row]):
-    """Rows made into a model's inputs, once.
+    """Rows converted to a model's inputs, once.
 
     Attributes:
         examples: the inputs; rows of which nothing is learned are not among them.

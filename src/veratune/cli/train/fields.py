@@ -19,7 +19,7 @@ Check = Callable[[str, Any], Any]
 
 
 class SettingsError(ValueError):
-    """An invalid setting: the call itself is wrong, whatever the files hold."""
+    """An invalid setting: wrong usage, regardless of the files' contents."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def bad(name: str, value: object, wanted: str) -> SettingsError:
 
 
 def one_of(allowed: Collection[str]) -> Check:
-    """Check for one of several words."""
+    """Check for one of several values."""
 
     def check(name: str, value: Any) -> str:
         if not isinstance(value, str) or value not in allowed:
@@ -147,7 +147,7 @@ def required(check: Check) -> Check:
 
 
 def optional(check: Check) -> Check:
-    """Let None pass a check."""
+    """Return a check that accepts None as well."""
     return lambda name, value: None if value is None else check(name, value)
 
 
@@ -184,7 +184,7 @@ def share(name: str, value: Any) -> float:
 
 
 def _as_float(name: str, value: Any) -> float:
-    # YAML reads 1e-2 as a string, since its numbers want a dot.
+    # YAML reads 1e-2 as a string, as its floats need a dot.
     try:
         return math.nan if isinstance(value, bool) or not isinstance(value, int | float | str) else float(value)
     except (ValueError, OverflowError):

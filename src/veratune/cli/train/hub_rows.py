@@ -1,19 +1,19 @@
-"""Rows from a data set on the Hugging Face hub."""
+"""Read rows from a data set on the Hugging Face hub."""
 
 import re
 from typing import Any
 
-# "name" or "owner/name", in the characters that the hub allows.
+# "name" or "owner/name", with the characters that the hub allows.
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
 def may_be_hub_name(name: str) -> bool:
-    """Return whether a name could be that of a data set on the hub."""
+    """Return whether a name is valid for a data set on the hub."""
     return _NAME.fullmatch(name) is not None
 
 
 def read_hub_rows(name: str, subset: str | None, split: str) -> list[dict[str, Any]]:
-    """Return the rows of one part of a data set, with the names of classes in place of their numbers.
+    """Return the rows of one split of a data set, with classes as names instead of numbers.
 
     Args:
         name: the data set: "name" or "owner/name".
@@ -29,7 +29,7 @@ def read_hub_rows(name: str, subset: str | None, split: str) -> list[dict[str, A
         raise ImportError(f"reading a data set from the hub needs: pip install 'veratune[cli]' ({error})") from None
     try:
         found = datasets.load_dataset(name, subset, split=split)
-    except Exception as error:  # the package raises a dozen kinds, its own and those of three others
+    except Exception as error:  # the package raises a dozen types, also of three other packages
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"{name} is no file here, and as a data set on the hub it cannot be read: {reason}") from None
     features = found.features
@@ -37,7 +37,7 @@ def read_hub_rows(name: str, subset: str | None, split: str) -> list[dict[str, A
 
 
 def _named(feature: Any, value: Any) -> Any:
-    """Return a value with classes' numbers replaced by their names; -1 is the hub's sign for no label."""
+    """Return a value with classes' numbers replaced by their names; -1 means no label."""
     if hasattr(feature, "int2str"):
         return None if value is None or value < 0 else feature.int2str(value)
     inner = getattr(feature, "feature", None)

@@ -1,4 +1,4 @@
-"""Which numbers of a trainer's log are measures of the model, and what they would be without any learning."""
+"""The metrics in a trainer's log, and the scores of a constant answer to compare them with."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ _OF_THE_MACHINE = ("runtime", "per_second", "_time")
 
 
 def evaluated(entry: Mapping[str, Any]) -> dict[str, float]:
-    """Return what an evaluation found, by name without its prefix: the loss first, then the metrics."""
+    """Return an evaluation's results by name, without the prefix: the loss first, then the metrics."""
     return {
         name.removeprefix(_PREFIX): value
         for name, value in entry.items()
@@ -24,7 +24,7 @@ def evaluated(entry: Mapping[str, Any]) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class TrivialAnswer:
-    """The best answer that is the same for all rows, and its score.
+    """The best constant answer, and its score.
 
     Attributes:
         answer: the most frequent class of the training rows, or their mean.
@@ -44,7 +44,7 @@ class TrivialAnswer:
 def trivial_answer(
     settings: TrainSettings, examples: tuple[Examples, Examples], labels: list[str]
 ) -> TrivialAnswer | None:
-    """Return what always giving one answer scores, which a score is to be compared with; None for language models.
+    """Return the best constant answer, as a baseline for a model's score; None for language models.
 
     Args:
         settings: the settings.

@@ -1,4 +1,4 @@
-"""What is told before a training run begins: what would go wrong after long work, or would likely come to nothing."""
+"""Pre-flight checks: errors that would surface late, and settings unlikely to learn anything."""
 
 import importlib.util
 import shutil
@@ -14,17 +14,17 @@ from veratune.cli.train.data import Examples
 from veratune.cli.train.settings import TrainSettings
 from veratune.training import rate_advice
 
-# How far b has to be able to move from zero: its largest numbers are near 1 after a training that has learned.
+# How far b must be able to move from zero: after successful training, its largest elements are near 1.
 _LITTLE_REACH = 0.25
-# LoRA's ranks, which mean another thing in VeRA.
+# Ranks below this are typical of LoRA, where they mean something else.
 _LOW_RANK = 64
 _HIGH_HEAD_RATE = 1e-1
-# As many classes as this are seldom meant, where there is a row or two of each.
+# More classes than this, with a row or two of each, are probably not intended.
 _MANY_CLASSES = 50
 
 
 def check_vocabulary(model: nn.Module, examples: Examples, place: str) -> None:
-    """Raise ValueError if the tokenizer gives tokens that the model has no embedding for."""
+    """Raise ValueError if the tokenizer returns tokens that the model has no embedding for."""
     described: Any = model
     rows = getattr(described.get_input_embeddings(), "num_embeddings", None)
     highest = max((token for example in examples for token in example["input_ids"]), default=0)
@@ -38,14 +38,14 @@ def check_vocabulary(model: nn.Module, examples: Examples, place: str) -> None:
 def warnings_of(
     settings: TrainSettings, examples: tuple[Examples, Examples], labels: list[str], trainable: int, steps: int
 ) -> Iterator[str]:
-    """Yield sentences about what would fail or disappoint.
+    """Yield warnings about settings that would fail or disappoint.
 
     Args:
         settings: all settings.
-        examples: to train with and to evaluate with.
+        examples: for training and for evaluation.
         labels: the classes.
-        trainable: how many numbers are trained.
-        steps: how many steps the optimizer will make.
+        trainable: the number of trained parameters.
+        steps: the number of optimizer steps.
     """
     train, evaluation = examples
     if importlib.util.find_spec("matplotlib") is None:
@@ -73,7 +73,7 @@ def warnings_of(
         yield f"{cut} of {len(train)} texts fill max_length={settings.max_length} tokens: what is beyond is not seen"
     if len(train) < settings.batch_size:
         yield f"there are {len(train)} rows to train with, fewer than batch_size={settings.batch_size}"
-    # Adam moves a number by about the learning rate in a step, which is half of its highest value on average.
+    # Adam moves a parameter by about the learning rate in a step, which is half of its maximum on average.
     reach = settings.learning_rate * steps / 2
     if reach < _LITTLE_REACH:
         yield (
@@ -92,7 +92,7 @@ def warnings_of(
             f"there are {len(labels)} different labels in {len(train)} rows: is {settings.label_column!r} the column of"
             " the labels, and the task not regression?"
         )
-    # A checkpoint holds the trained parameters and two moments of each; at most three are kept, plus the adapter.
+    # A checkpoint has the trained parameters and two moments of each; at most three are kept, plus the adapter.
     needed = 4 * trainable * (3 * 3 + 1)
     place = Path(settings.output).absolute()
     free = shutil.disk_usage(next(path for path in (place, *place.parents) if path.exists())).free
@@ -101,19 +101,19 @@ def warnings_of(
 
 
 def evaluations_of(settings: TrainSettings, rows: int, steps: int) -> int:
-    """Return how many evaluations a run of so many steps has."""
+    """Return the number of evaluations in a run."""
     every = settings.eval_steps or steps_of_epoch(settings, rows)
     return max(1, -(-steps // every))
 
 
 def steps_of_epoch(settings: TrainSettings, rows: int) -> int:
-    """Return how many steps the optimizer makes in an epoch."""
+    """Return the number of optimizer steps in an epoch."""
     batches = -(-rows // settings.batch_size)
     return -(-batches // settings.gradient_accumulation)
 
 
 def steps_of_run(settings: TrainSettings, rows: int) -> int:
-    """Return how many steps the optimizer makes in all."""
+    """Return the total number of optimizer steps."""
     if settings.max_steps:
         return settings.max_steps
     return max(1, -int(-settings.epochs * steps_of_epoch(settings, rows) // 1))

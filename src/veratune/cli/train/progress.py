@@ -1,4 +1,4 @@
-"""What is seen of a training run: progress, and an orderly stop by Ctrl-C."""
+"""Show a training run's progress, and stop it cleanly on Ctrl-C."""
 
 import math
 import signal
@@ -19,7 +19,7 @@ _QUIET_SECONDS = 15.0
 
 
 class Report(TrainerCallback):
-    """What happens, for people: a line for each evaluation, and between them a bar on a terminal, lines elsewhere.
+    """Prints a line for each evaluation, and progress in between: a bar on a terminal, lines elsewhere.
 
     Both tell the loss, the tokens per second (of training alone) and the time left.
 
@@ -42,7 +42,7 @@ class Report(TrainerCallback):
 
     @contextmanager
     def shown(self) -> Iterator[None]:
-        """Show the bar within this context, on a terminal, and take it away however that ends."""
+        """Show the bar within this context if the output is a terminal, and remove it at the end."""
         try:
             yield
         finally:
@@ -119,7 +119,7 @@ def _not_finite(loss: float, step: int) -> str:
 
 
 class StopOnSignal(TrainerCallback):
-    """Ends training after the step in hand, with a checkpoint, when Ctrl-C is pressed; a second one ends it at once.
+    """Stops training after the current step, with a checkpoint, on Ctrl-C; a second one stops it immediately.
 
     SIGTERM, by which schedulers end a job, does the same.
 
@@ -137,13 +137,13 @@ class StopOnSignal(TrainerCallback):
             control.should_training_stop = True
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        # What ends here is not the epoch. An evaluation would draw random numbers that the whole run does not draw.
+        # The epoch is not complete. An evaluation would draw random numbers that an uninterrupted run does not draw.
         if self.stopped and control.should_training_stop:
             control.should_evaluate = control.should_save = False
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Listen to Ctrl-C and SIGTERM within this context."""
+        """Handle Ctrl-C and SIGTERM within this context."""
 
         def stop(number: int, frame: FrameType | None) -> None:
             if self.stopped:

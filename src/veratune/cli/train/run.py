@@ -27,14 +27,14 @@ from veratune.training import trained_parts
 RESULTS_NAME, CURVES_NAME, ROWS_NAME = "results.json", "curves.png", "rows.json"
 CHECKPOINTS_NAME = "checkpoints"
 
-# Every step's loss is kept in runs of so many steps; in longer ones, means over several.
+# Runs of at most this many steps store every step's loss; longer ones store means over several steps.
 _MOST_LOGGED = 2000
-# Settings that are paths only: a run may be resumed after its files have moved.
+# Settings that are only paths: a run may be resumed after its files have moved.
 _PLACES = {"model", "data", "eval_data", "output"}
 
 
 def run(settings: TrainSettings, *, resuming: bool) -> None:
-    """Train as the settings say.
+    """Train with the given settings.
 
     Everything that can be wrong with the settings, the rows and the model is found before the training begins.
     """
@@ -90,7 +90,7 @@ def run(settings: TrainSettings, *, resuming: bool) -> None:
     )
     trainer, seconds = _train(settings, task, model, examples, steps, checkpoint)
     history = list(trainer.state.log_history)
-    metrics = evaluated(trainer.evaluate())  # of the best checkpoint, which is loaded now
+    metrics = evaluated(trainer.evaluate())  # of the best checkpoint, which is loaded at this point
     if settings.task == "causal-lm":
         metrics["perplexity"] = math.exp(min(metrics["loss"], 700.0))
     trivial = trivial_answer(settings, examples, labels)
@@ -121,7 +121,7 @@ def run(settings: TrainSettings, *, resuming: bool) -> None:
 
 
 def last_checkpoint(output: Path) -> Path:
-    """Return the newest complete checkpoint; the trainer's state is written last.
+    """Return the newest complete checkpoint: one with a trainer's state, which is written last.
 
     Raises:
         ValueError: no checkpoint is complete.
@@ -152,7 +152,7 @@ def _rows(settings: TrainSettings) -> tuple[list[Row], list[Row]]:
 
 
 def _within_positions(settings: TrainSettings, tokenizer: Any) -> TrainSettings:
-    """Return the settings with a max_length that the model has positions for."""
+    """Return the settings with max_length limited to the model's positions."""
     from transformers import AutoConfig
 
     positions = getattr(AutoConfig.from_pretrained(settings.model), "max_position_embeddings", None)
@@ -166,7 +166,7 @@ def _within_positions(settings: TrainSettings, tokenizer: Any) -> TrainSettings:
 
 
 def _check_same(output: Path, identity: dict[str, Any]) -> None:
-    """Raise ValueError unless rows and settings are those that a run began with."""
+    """Raise ValueError unless rows and settings are those of the run to resume."""
     begun = read_json(output / ROWS_NAME)
     before, now = begun.get("settings", {}), identity["settings"]
     changed = [
@@ -251,7 +251,7 @@ def _trainer(
         max_steps=settings.max_steps or -1,
         warmup_steps=round(settings.warmup * steps),
         learning_rate=settings.learning_rate,
-        use_cpu=not torch.accelerator.is_available(),  # bf16 is refused on a CPU that nobody asked for
+        use_cpu=not torch.accelerator.is_available(),  # bf16 is refused on a CPU unless it is requested explicitly
         bf16=settings.precision == "bfloat16",
         eval_strategy="steps" if by_steps else "epoch",
         save_strategy="steps" if by_steps else "epoch",
@@ -269,7 +269,7 @@ def _trainer(
         eval_steps=settings.eval_steps if by_steps else None,
         save_steps=settings.eval_steps if by_steps else 500,  # unused, and 500 is its default
     )
-    # As parameter_groups makes them, which would warn again of the rates.
+    # The groups of parameter_groups, without its warnings about learning rates, which were printed before.
     groups = zip(trained_parts(model), (settings.learning_rate, settings.head_learning_rate), strict=True)
     optimizer = torch.optim.AdamW(
         [{"params": part, "lr": rate, "weight_decay": settings.weight_decay} for part, rate in groups if part]
@@ -288,5 +288,5 @@ def _trainer(
     )
     # Only language models divide their loss by the accumulated batch's token count; transformers assumes that all do.
     trainer.model_accepts_loss_kwargs = settings.task == "causal-lm"
-    trainer.remove_callback(PrinterCallback)  # its lines are the report's
+    trainer.remove_callback(PrinterCallback)  # the report prints these lines
     return trainer

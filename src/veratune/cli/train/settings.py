@@ -37,7 +37,7 @@ PRECISIONS = ("float32", "bfloat16")
 CHAT_LOSSES = ("assistant", "all")
 SETTINGS_NAME = "train.yaml"
 
-# Far beyond all use, and still within what an optimizer computes with in float32.
+# Far beyond any use, and still within the range of an optimizer in float32.
 _LARGEST_RATE, _LARGEST_FLOAT = 1e30, float(torch.finfo(torch.float32).max)
 _MOST_EPOCHS = 1e6
 _LARGEST_FILE = 1 << 20
@@ -47,7 +47,7 @@ _A_NAME_OR_NOTHING = optional(text("a name, or nothing"))
 
 
 def dtype_of(name: str) -> torch.dtype:
-    """Return what an option --dtype names.
+    """Return the dtype that --dtype names.
 
     Raises:
         SettingsError: torch has no floating-point dtype of this name.
@@ -186,7 +186,7 @@ class TrainSettings:
         )
 
     def to_yaml(self) -> str:
-        """Return all settings as YAML, in their order."""
+        """Return all settings as YAML, in order."""
         import yaml
 
         lines: str = yaml.safe_dump(dataclasses.asdict(self), sort_keys=False)
@@ -215,7 +215,7 @@ def read_settings(path: Path) -> dict[str, Any]:
         raise SettingsError(f"{path} is not settings: it is nested too deeply") from None
     except SettingsError:
         raise
-    except (ValueError, TypeError, OverflowError) as error:  # of a number, a date or a key
+    except (ValueError, TypeError, OverflowError) as error:  # in a number, a date or a key
         raise SettingsError(f"{path} has a value that cannot be read: {error}") from None
     if not isinstance(values, dict):
         raise SettingsError(f"{path} holds no settings: it must be lines of 'name: value'")

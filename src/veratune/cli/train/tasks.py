@@ -1,4 +1,4 @@
-"""What the tasks of `veratune train` differ in: model class, inputs, metrics."""
+"""The tasks of `veratune train`: model class, inputs and metrics of each."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -153,7 +153,7 @@ def _causal_lm(settings: TrainSettings, tokenizer: Any) -> Task:
     return Task(
         lambda: transformers.AutoModelForCausalLM.from_pretrained(settings.model),
         encode,
-        # The labels are padded by themselves: where the end of a text is also what pads, it has to be learned still.
+        # Labels are padded separately: if the end-of-text token is also the padding token, it must still be learned.
         transformers.DataCollatorForTokenClassification(tokenizer, label_pad_token_id=IGNORED),
         metrics=None,
         best="loss",
