@@ -502,9 +502,9 @@ def test_a_request_longer_than_the_cache_does_not_end_those_of_others() -> None:
         assert re.search(r"prompt of 5000 tokens .* whole cache holds \d+", str(output.error))
         manager.add_request(good, "good", max_new_tokens=10, adapter="a")
         room = manager.batch_processor.cache.max_tokens_read
-        with pytest.raises(BankError, match=f"the whole cache holds {room}"):
+        with pytest.raises(BankError, match=f"the cache holds {room}"):
             manager.add_request([3] * room, adapter="a", max_new_tokens=2)
-        with pytest.raises(BankError, match="give the manager more num_blocks"):
+        with pytest.raises(BankError, match="increase the manager's num_blocks"):
             manager.add_request([3], adapter="a", max_new_tokens=room + 1)
         manager.add_request(([*good, 3, 4] * room)[: room - 3], "longest", max_new_tokens=4, adapter="a")
         assert _wait_for(manager, "good") == _alone(_models(QKV)["a"], good, 10)
@@ -556,7 +556,7 @@ def test_beams_and_other_models_are_refused() -> None:
         BankManager(bank, GenerationConfig(num_beams=2))
     assert bank.model.config._attn_implementation == "eager"
     plain = AdapterBank(nn.Sequential(nn.Linear(4, 4)), VeraConfig(r=2, target_modules=["0"], modules_to_save=[]))
-    with pytest.raises(BankError, match="Sequential has no continuous batching"):
+    with pytest.raises(BankError, match="Sequential does not support continuous batching"):
         BankManager(plain)
 
 

@@ -1,4 +1,4 @@
-"""transformers' continuous batching, in which each request has an adapter of a bank.
+"""transformers' continuous batching with an adapter of a bank for each request.
 
     from veratune.integrations.continuous_batching import BankManager, generate_batch
 
@@ -6,7 +6,7 @@
     with BankManager(bank) as manager:
         manager.add_request(prompt, adapter="anna", streaming=True)
 
-Requests come and go while others are computed; each batch is a mixture of their tokens, packed into one row.
+Requests are added and finish while others are computed; each batch mixes their tokens, packed one after the other.
 """
 
 try:

@@ -1,4 +1,4 @@
-"""Generating for a list of prompts with continuous batching."""
+"""Generate for a list of prompts with continuous batching."""
 
 from collections.abc import Sequence
 
@@ -24,22 +24,22 @@ def generate_batch(
     max_new_tokens: int | None = None,
     record_timestamps: bool = False,
 ) -> dict[str, GenerationOutput]:
-    """Generate for prompts of any lengths and number, each with its adapter, and wait for all.
+    """Generate for any number of prompts, each with its adapter, and wait for all.
 
-    All of it is computed with the versions that the adapters have at the start.
+    All are computed with the versions that the adapters have at the start.
 
     Args:
         bank: as for `BankManager`.
         inputs: the prompts.
-        adapters: an adapter's name for each, or None for the base model.
-        max_new_tokens: how many tokens to generate at most; the generation config's number by default.
+        adapters: an adapter's name for each prompt, or None for the base model.
+        max_new_tokens: the maximum number of tokens to generate; the generation config's by default.
         generation_config: as for `BankManager`.
         continuous_batching_config: as for `BankManager`.
         record_timestamps: whether outputs have the time of each token.
 
     Returns:
-        request id to output, in the order of `inputs`; with `num_return_sequences`, a request's children before it, as
-        in transformers. An output of a request that failed has its `error`.
+        request id to output, in the order of `inputs`; with `num_return_sequences`, a request's children precede it, as
+        in transformers. The output of a failed request has its `error`.
 
     Raises:
         BankError: an unknown adapter, or as for `BankManager`; nothing was generated.

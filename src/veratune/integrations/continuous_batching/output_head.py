@@ -1,4 +1,4 @@
-"""The output head of a model in continuous batching."""
+"""The output head (lm_head) of a model in continuous batching."""
 
 from contextlib import ExitStack
 from typing import Any
@@ -9,27 +9,27 @@ from veratune.bank.saved_modules import BankedModule
 
 
 class OutputHead:
-    """The model's output head, which may be given other tokens than the layers before it.
+    """The model's output head, which may get other tokens than the layers before it.
 
     Attributes:
-        needs_own: whether the bank has it at all.
+        in_bank: whether it is one of the bank's layers or modules_to_save.
     """
 
     def __init__(self, model: Any) -> None:
         head = model.get_output_embeddings()
-        self.needs_own = isinstance(head, BankedLinear | BankedModule)
+        self.in_bank = isinstance(head, BankedLinear | BankedModule)
         self._tokens: BankCall | None = None
         self._last: BankCall | None = None
         self._open = ExitStack()
         self._hooks: list[Any] = []
-        if self.needs_own:
+        if self.in_bank:
             self._hooks = [
                 head.register_forward_pre_hook(self._enter),
                 head.register_forward_hook(self._leave, always_call=True),
             ]
 
     def prepare(self, tokens: BankCall, last: BankCall) -> None:
-        """Let the head have `last` where the other layers have `tokens`."""
+        """Use the call `last` for the head when the other layers use `tokens`."""
         self._tokens, self._last = tokens, last
 
     def remove(self) -> None:

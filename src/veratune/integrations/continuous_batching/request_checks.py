@@ -1,4 +1,4 @@
-"""Checks of requests and settings: an error in a batch would end all requests."""
+"""Check requests and settings: an error during a batch would end all requests."""
 
 import operator
 import reprlib
@@ -15,7 +15,7 @@ from veratune.bank.resident import Lease
 
 
 def checked_prompt(bank: AdapterBank, input_ids: Sequence[int], sequences: int) -> list[int]:
-    """Return a prompt's tokens, or raise BankError: an error in a batch would end all requests."""
+    """Return a prompt's tokens, or raise BankError."""
     try:
         prompt = [operator.index(token) for token in input_ids]
     except TypeError:
@@ -31,7 +31,7 @@ def checked_prompt(bank: AdapterBank, input_ids: Sequence[int], sequences: int) 
     if wrong:
         raise BankError(f"input_ids: {wrong[0]} is no token of this model, which has {known}")
     if len(prompt) == 1 and sequences > 1:
-        # It forks a request before the prompt's last token, and its batch may be left without any.
+        # transformers forks a request before the prompt's last token, which may leave its batch empty.
         raise BankError(
             f"a prompt of one token cannot have num_return_sequences={sequences}: transformers cannot fork it. Add a"
             " first token (bos_token_id), or add the request several times"
@@ -43,18 +43,18 @@ def checked_prompts(
     bank: AdapterBank, inputs: Sequence[Sequence[int]], lease: Lease, sequences: int
 ) -> list[list[int]]:
     if len(lease.versions) != len(inputs):
-        raise BankError(f"{len(lease.versions)} adapters for {len(inputs)} inputs: give one, or None, for each")
+        raise BankError(f"{len(lease.versions)} adapters for {len(inputs)} inputs: pass one, or None, for each")
     return [checked_prompt(bank, input_ids, sequences) for input_ids in inputs]
 
 
 def check_room(processor: ContinuousBatchProcessor, prompt: Sequence[int], max_new_tokens: int | None) -> None:
-    """Raise BankError for a request that could come to be longer than the whole cache."""
+    """Raise BankError for a request that could become longer than the cache."""
     room: int = processor.cache.max_tokens_read
-    most = len(prompt) + max(max_new_tokens or 1, 1) - 1  # of the last token nothing is kept
+    most = len(prompt) + max(max_new_tokens or 1, 1) - 1  # the last token needs no cache
     if most > room:
         raise BankError(
-            f"a prompt of {len(prompt)} tokens and max_new_tokens={max_new_tokens} may come to {most} tokens, and the"
-            f" whole cache holds {room}: shorten them, or give the manager more num_blocks"
+            f"a prompt of {len(prompt)} tokens and max_new_tokens={max_new_tokens} may need {most} tokens, but the"
+            f" cache holds {room}: shorten them, or increase the manager's num_blocks"
         )
 
 
@@ -71,6 +71,6 @@ def check_settings(config: ContinuousBatchingConfig, model: Any) -> None:
         raise BankError("use_async_batching=True is not supported with a bank")
     compiled = (config.varlen_compile_config, config.decode_compile_config)
     if any(compiled) or config.default_compile_level or getattr(model.config, "compile_config", None) is not None:
-        raise BankError("compiling is not supported here with a bank: give no compile config")
+        raise BankError("compiling is not supported with a bank: remove the compile config")
     if getattr(model, "_device_mesh", None) is not None:
         raise BankError("tensor parallelism is not supported with a bank")
