@@ -8,7 +8,7 @@ import sys
 
 from common import ROOT
 
-ORDER = ("bank_mixed", "bank_memory", "bank_latency", "bank_churn")
+ORDER = ("bank_mixed", "bank_memory", "bank_latency", "bank_churn", "bank_store")
 
 
 def main() -> None:
