@@ -78,12 +78,12 @@ def merge(
     """Merge an adapter into its base model and save a plain model."""
     check_new(output)
     adapter = adapter_in(adapter)
-    place = base_of(adapter, base)
-    model: Any = _adapted(place, adapter).merge_and_unload(safe_merge=safe)
+    path_or_repo = base_of(adapter, base)
+    model: Any = _adapted(path_or_repo, adapter).merge_and_unload(safe_merge=safe)
     with writing_new(output):
         model.save_pretrained(output)
-        _copy_tokenizer(place, output)
-    print_text(f"{output}: {place} with {adapter} merged in")
+        _copy_tokenizer(path_or_repo, output)
+    print_text(f"{output}: {path_or_repo} with {adapter} merged in")
 
 
 def export(
@@ -192,8 +192,8 @@ def diff(
         raise typer.Exit(1)
 
 
-def _adapted(place: str, adapter: Path) -> VeraModel:
-    base = load_model(place, weights=True, adapter=adapter, remedy="give the base model with --base")
+def _adapted(path_or_repo: str, adapter: Path) -> VeraModel:
+    base = load_model(path_or_repo, weights=True, adapter=adapter, remedy="give the base model with --base")
     return VeraModel.from_pretrained(base, adapter)
 
 
@@ -259,12 +259,12 @@ def _same(x: torch.Tensor | None, y: torch.Tensor | None) -> bool:
     return x is not None and y is not None and torch.equal(x, y)
 
 
-def _copy_tokenizer(place: str, output: Path) -> None:
+def _copy_tokenizer(path_or_repo: str, output: Path) -> None:
     """Save the base model's tokenizer with a merged model, if it has one."""
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(place)
+        tokenizer = AutoTokenizer.from_pretrained(path_or_repo)
     except (OSError, ValueError, KeyError, TypeError):
         return  # many models have none
     tokenizer.save_pretrained(output)

@@ -61,14 +61,14 @@ def bench(
     ranks = r or [256]
     if min(ranks) < 1:
         raise SettingsError(f"--r {min(ranks)} is not allowed: a rank is 1 or more")
-    place = _device(device)
+    torch_device = _device(device)
     base: Any = load_model(model, weights=True)
     if dtype is not None:
         base = base.to(dtype_of(dtype))
-    base = base.to(place).requires_grad_(False).train()
+    base = base.to(torch_device).requires_grad_(False).train()
     _without_dropout(base)
-    inputs = random_inputs(base, batch, length, place)
-    if place.type == "cpu":
+    inputs = random_inputs(base, batch, length, torch_device)
+    if torch_device.type == "cpu":
         _warn_of_others()
     header = {
         "model": model,
@@ -76,12 +76,12 @@ def bench(
         "batch": batch,
         "length": length,
         "rounds": rounds,
-        "device": torch.cuda.get_device_name(place) if place.type == "cuda" else cpu_name(),
+        "device": torch.cuda.get_device_name(torch_device) if torch_device.type == "cuda" else cpu_name(),
         "threads": torch.get_num_threads(),
         "dtype": str(next(base.parameters()).dtype).removeprefix("torch."),
         "torch": torch.__version__,
     }
-    cases = [_measure(base, rank, inputs, rounds, place) for rank in ranks]
+    cases = [_measure(base, rank, inputs, rounds, torch_device) for rank in ranks]
     if as_json:
         print_json(header | {"ranks": cases})
         return
@@ -94,13 +94,13 @@ def bench(
 
 
 def _measure(
-    base: nn.Module, rank: int, inputs: dict[str, torch.Tensor], rounds: int, place: torch.device
+    base: nn.Module, rank: int, inputs: dict[str, torch.Tensor], rounds: int, torch_device: torch.device
 ) -> dict[str, Any]:
     """Time all variants that support a rank."""
     steps: dict[str, Step] = {}
     left_out: dict[str, str] = {}
     for name in VARIANTS:
-        if name == FULL and not fits_in_full(base, place):
+        if name == FULL and not fits_in_full(base, torch_device):
             left_out[name] = "its weights, gradients and moments do not fit into the free memory"
             continue
         try:
@@ -118,10 +118,10 @@ def _measure(
             left_out[name] = " ".join(str(error).split()) or type(error).__name__
         else:
             steps[name] = step
-    wait = (lambda: torch.cuda.synchronize(place)) if place.type == "cuda" else (lambda: None)
+    wait = (lambda: torch.cuda.synchronize(torch_device)) if torch_device.type == "cuda" else (lambda: None)
     with _told(rank, rounds) as after_each:
         times = interleaved(dict(steps), rounds, wait=wait, after_each=after_each)
-        memory = {name: peak_device_bytes(step, place) for name, step in steps.items()}
+        memory = {name: peak_device_bytes(step, torch_device) for name, step in steps.items()}
     return {
         "rank": rank,
         "steps": {
@@ -177,16 +177,16 @@ def _told(rank: int, rounds: int) -> Iterator[Any]:
 
 def _device(name: str | None) -> torch.device:
     try:
-        place = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch_device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError:
         raise SettingsError(f"--device {name} is none that torch knows: try cpu or cuda") from None
-    if place.type == "cuda" and not torch.cuda.is_available():
+    if torch_device.type == "cuda" and not torch.cuda.is_available():
         raise SettingsError(f"--device {name}: there is no GPU that torch can use here")
     try:
-        torch.zeros(1, device=place).cpu()
+        torch.zeros(1, device=torch_device).cpu()
     except (RuntimeError, NotImplementedError, AssertionError) as error:
         raise SettingsError(f"--device {name} cannot be computed on here: {str(error).splitlines()[0]}") from None
-    return place
+    return torch_device
 
 
 def _without_dropout(model: nn.Module) -> None:

@@ -30,7 +30,7 @@ veratune inspect run/adapter --json
 
 
 def inspect(
-    place: Annotated[
+    path_or_repo: Annotated[
         str, typer.Argument(help="A model or an adapter: a directory, an adapter's file, or a model's hub name.")
     ],
     rank: Annotated[int, typer.Option("--rank", "-r", help="Rank for the numbers of a model.")] = 256,
@@ -42,23 +42,23 @@ def inspect(
     """Show a model's layers grouped by shape, or an adapter's configuration and vectors."""
     if plot is not None and os.path.lexists(plot):
         raise CheckpointError(f"{plot} exists; nothing is overwritten: choose another file for --plot")
-    if Path(place).is_file() and Path(place).suffix in (".safetensors", ".json"):
-        place = str(Path(place).parent)
-    if is_adapter(str(Path(place) / ADAPTER_NAME)):
-        place = str(adapter_in(Path(place)))
-    if is_adapter(place):
-        _inspect_adapter(Path(place), every=every, plot=plot, as_json=as_json)
+    if Path(path_or_repo).is_file() and Path(path_or_repo).suffix in (".safetensors", ".json"):
+        path_or_repo = str(Path(path_or_repo).parent)
+    if is_adapter(str(Path(path_or_repo) / ADAPTER_NAME)):
+        path_or_repo = str(adapter_in(Path(path_or_repo)))
+    if is_adapter(path_or_repo):
+        _inspect_adapter(Path(path_or_repo), every=every, plot=plot, as_json=as_json)
     elif plot is not None:
-        raise ValueError(f"--plot shows an adapter's vectors, and {place} is no adapter")
+        raise ValueError(f"--plot shows an adapter's vectors, and {path_or_repo} is no adapter")
     else:
-        _inspect_model(place, rank, tokens, every=every, as_json=as_json)
+        _inspect_model(path_or_repo, rank, tokens, every=every, as_json=as_json)
 
 
 # A model
 
 
-def _inspect_model(place: str, rank: int, tokens: int, *, every: bool, as_json: bool) -> None:
-    model = load_model(place, weights=False)
+def _inspect_model(path_or_repo: str, rank: int, tokens: int, *, every: bool, as_json: bool) -> None:
+    model = load_model(path_or_repo, weights=False)
     table = supported(model)
     adapted = get_peft_model(model, VeraConfig(r=rank, target_modules="all-linear", modules_to_save=[]))
     layers = adapted.vera_layers()
@@ -72,7 +72,7 @@ def _inspect_model(place: str, rank: int, tokens: int, *, every: bool, as_json: 
     routes = {r.layer: str(r.chosen.choice) for r in adapted.explain_routes(tokens, device=torch.device("cpu"))}
     total = sum(parameter.numel() for parameter in adapted.base_model.parameters()) - trained
     summary = {
-        "model": place,
+        "model": path_or_repo,
         "class": type(model).__name__,
         "parameters": total,
         "rank": rank,
@@ -114,7 +114,7 @@ def _inspect_model(place: str, rank: int, tokens: int, *, every: bool, as_json: 
             for (module, shape, how, route), own in groups.items()
         ]
         header = ("count", "module", "shape", "VeRA trains", f"route at {tokens} tokens", "adapted by")
-        print_table(header, rows, title=place)
+        print_table(header, rows, title=path_or_repo)
         shared = [
             (f"{p['side']} for {p['width']}", f"{rank}x{p['width']}", str(p["layers"]), bytes_text(p["bytes_float32"]))
             for p in projections

@@ -22,16 +22,16 @@ def is_adapter(path: str) -> bool:
     return any((Path(path) / name).is_file() for name in file_names())
 
 
-def adapter_in(place: Path) -> Path:
+def adapter_in(path_or_repo: Path) -> Path:
     """Return the directory of an adapter: the given one, or the folder in which a training run saves its adapter.
 
     Raises:
         CheckpointError: neither holds one.
     """
-    for directory in (place, place / ADAPTER_NAME):
+    for directory in (path_or_repo, path_or_repo / ADAPTER_NAME):
         if is_adapter(str(directory)):
             return directory
-    raise no_adapter(place)
+    raise no_adapter(path_or_repo)
 
 
 def base_of(adapter: Path, given: str | None) -> str:
@@ -46,15 +46,15 @@ def base_of(adapter: Path, given: str | None) -> str:
     return named
 
 
-def _is_here(place: str) -> bool:
+def _is_here(path_or_repo: str) -> bool:
     """Return whether a model's configuration is in a directory of this name, or in the hub's cache."""
-    if (Path(place).expanduser() / "config.json").is_file():
+    if (Path(path_or_repo).expanduser() / "config.json").is_file():
         return True
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
     try:
-        return isinstance(try_to_load_from_cache(place, "config.json"), str)
+        return isinstance(try_to_load_from_cache(path_or_repo, "config.json"), str)
     except (HFValidationError, OSError):
         return False
 
@@ -63,14 +63,14 @@ def _joined(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def _unreadable(place: str, error: Exception, remedy: str) -> str:
+def _unreadable(path_or_repo: str, error: Exception, remedy: str) -> str:
     """Return the message for a model that could not be loaded."""
-    if _is_here(place):
-        return f"{place} is no model that can be read: {_joined(error)}"
+    if _is_here(path_or_repo):
+        return f"{path_or_repo} is no model that can be read: {_joined(error)}"
     first = next(iter(str(error).strip().splitlines()), type(error).__name__)
     offline = "connect" in first or os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "ON", "YES", "TRUE")
     reason = "the hub cannot be reached" if offline else f"the hub answers: {first}"
-    return f"{place}: there is no such directory, it is not in the hub's cache, and {reason}: {remedy}"
+    return f"{path_or_repo}: there is no such directory, it is not in the hub's cache, and {reason}: {remedy}"
 
 
 def quieten_transformers() -> None:
@@ -83,7 +83,7 @@ def quieten_transformers() -> None:
         logging.disable_progress_bar()
 
 
-def load_tokenizer(place: str) -> Any:
+def load_tokenizer(path_or_repo: str) -> Any:
     """Return a model's tokenizer.
 
     Raises:
@@ -92,17 +92,17 @@ def load_tokenizer(place: str) -> Any:
     from transformers import AutoTokenizer
 
     quieten_transformers()
-    _check_place(place)
+    _check_place(path_or_repo)
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(place)
+        tokenizer: Any = AutoTokenizer.from_pretrained(path_or_repo)
     except _FROM_ANYWHERE as error:
-        if isinstance(error, OSError) and not _is_here(place):
-            raise ValueError(_unreadable(place, error, _CHECK_NAME)) from None
-        raise ValueError(f"{place} has no tokenizer that can be read: {error}") from None
+        if isinstance(error, OSError) and not _is_here(path_or_repo):
+            raise ValueError(_unreadable(path_or_repo, error, _CHECK_NAME)) from None
+        raise ValueError(f"{path_or_repo} has no tokenizer that can be read: {error}") from None
     # Without files, transformers may create an empty tokenizer of the model's type.
     if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
         raise ValueError(
-            f"{place} has no tokenizer that can be read: save one there, with AutoTokenizer.from_pretrained and"
+            f"{path_or_repo} has no tokenizer that can be read: save one there, with AutoTokenizer.from_pretrained and"
             " save_pretrained"
         )
     return tokenizer
@@ -112,11 +112,13 @@ _FROM_ANYWHERE = (OSError, ValueError, TypeError, KeyError, AttributeError, Recu
 _CHECK_NAME = "check the name, or give a directory"
 
 
-def load_model(place: str, *, weights: bool, adapter: Path | None = None, remedy: str = _CHECK_NAME) -> nn.Module:
+def load_model(
+    path_or_repo: str, *, weights: bool, adapter: Path | None = None, remedy: str = _CHECK_NAME
+) -> nn.Module:
     """Return a transformers model of the class that an adapter was trained on, or that its configuration names.
 
     Args:
-        place: a directory or a name on the hub.
+        path_or_repo: a directory or a name on the hub.
         weights: whether to load them; without them the model is on the meta device.
         adapter: an adapter that is for this model.
         remedy: what to do where there is no such model.
@@ -130,7 +132,7 @@ def load_model(place: str, *, weights: bool, adapter: Path | None = None, remedy
     except ImportError as error:
         raise ImportError(f"reading a model needs transformers: pip install 'veratune[hf]' ({error})") from None
     quieten_transformers()
-    _check_place(place, remedy)
+    _check_place(path_or_repo, remedy)
     wanted = {} if adapter is None else read_base(adapter)
     settings: dict[str, Any] = {}
     if wanted.get("id2label"):
@@ -139,24 +141,28 @@ def load_model(place: str, *, weights: bool, adapter: Path | None = None, remedy
     if wanted.get("problem_type"):
         settings["problem_type"] = wanted["problem_type"]
     try:
-        config: Any = transformers.AutoConfig.from_pretrained(place, **settings)
+        config: Any = transformers.AutoConfig.from_pretrained(path_or_repo, **settings)
     except _FROM_ANYWHERE as error:
-        raise ValueError(_unreadable(place, error, remedy)) from None
+        raise ValueError(_unreadable(path_or_repo, error, remedy)) from None
     names = [wanted["class"]] if wanted.get("class") else config.architectures or []
     model_class: Any = next((getattr(transformers, name) for name in names if hasattr(transformers, name)), None)
     if model_class is None:
-        raise ValueError(f"{place}: there is no class {' or '.join(names) or 'named'} in transformers to make it of")
+        raise ValueError(
+            f"{path_or_repo}: there is no class {' or '.join(names) or 'named'} in transformers to make it of"
+        )
     if weights:
-        return loaded(place, lambda: model_class.from_pretrained(place, config=config, dtype="auto")).eval()
+        return loaded(
+            path_or_repo, lambda: model_class.from_pretrained(path_or_repo, config=config, dtype="auto")
+        ).eval()
 
     def empty() -> Any:
         with torch.device("meta"):
             return model_class(config)
 
-    return loaded(place, empty).eval()
+    return loaded(path_or_repo, empty).eval()
 
 
-def loaded(place: str, make: Callable[[], nn.Module]) -> nn.Module:
+def loaded(path_or_repo: str, make: Callable[[], nn.Module]) -> nn.Module:
     """Return the model that a function of transformers loads.
 
     Raises:
@@ -167,22 +173,26 @@ def loaded(place: str, make: Callable[[], nn.Module]) -> nn.Module:
     except (MemoryError, torch.OutOfMemoryError, ImportError):
         raise
     except Exception as error:  # from transformers, safetensors, huggingface_hub or torch
-        raise ValueError(f"{place} is no model that can be read: {_joined(error)}") from error
+        raise ValueError(f"{path_or_repo} is no model that can be read: {_joined(error)}") from error
 
 
-def _check_place(place: str, remedy: str = _CHECK_NAME) -> None:
+def _check_place(path_or_repo: str, remedy: str = _CHECK_NAME) -> None:
     """Raise FileNotFoundError unless this is a local model directory or a name on the hub."""
-    local = Path(place).expanduser()
-    if not local.is_dir() and (place.count("/") != 1 or place.startswith((".", "/", "~"))) and "/" in place:
+    local = Path(path_or_repo).expanduser()
+    if (
+        not local.is_dir()
+        and (path_or_repo.count("/") != 1 or path_or_repo.startswith((".", "/", "~")))
+        and "/" in path_or_repo
+    ):
         what = (
             "is a file" if local.is_file() else "is not a directory on this machine, nor the name of a hub repository"
         )
-        raise FileNotFoundError(f"{place} {what}: {remedy}")
+        raise FileNotFoundError(f"{path_or_repo} {what}: {remedy}")
     if local.is_dir() and not (local / "config.json").is_file():
         adapter = next((x for x in (local, local / ADAPTER_NAME) if is_adapter(str(x))), None)
         if adapter is not None:
             raise FileNotFoundError(f"{adapter} is an adapter, not a model; {_its_base(adapter)}")
-        raise FileNotFoundError(f"{place} holds no model: there is no config.json in it")
+        raise FileNotFoundError(f"{path_or_repo} holds no model: there is no config.json in it")
 
 
 def _its_base(adapter: Path) -> str:
