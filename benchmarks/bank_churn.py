@@ -2,7 +2,7 @@
 
     python benchmarks/bank_churn.py --minutes 3
 
-A small encoder, so that there are many requests. Two threads send batches of mixed rows, with uniformly chosen
+A small encoder, so that there are many requests. Two threads send mixed batches, with uniformly chosen
 customers and with a Zipf law, while a third one adds, replaces and removes. Every version of an adapter is known by a
 seed, and a request notes which versions it was served by; afterwards every row of every request is computed again by a
 model with nothing but that row's version on it, from vectors made anew of the seed: all rows of a version at once. A

@@ -1,4 +1,4 @@
-"""A batch with a different adapter for each row: a forward pass and one decoding step, by the number of adapters.
+"""A batch with a different adapter for each sequence: a forward pass and one decoding step, by the number of adapters.
 
     python benchmarks/bank_mixed.py --ranks 64 256
 

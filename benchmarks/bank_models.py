@@ -17,7 +17,7 @@ LORA_8, LORA_16, LORA_BMM, PEFT_VERA = "PEFT LoRA r=8", "PEFT LoRA r=16", "bmm L
 WAYS = (MERGED, OURS, OURS_FACTORED, LORA_8, LORA_16, LORA_BMM, PEFT_VERA)
 
 Served = Callable[[list[str]], object]
-"""Runs one batch, given the name of each row's adapter."""
+"""Runs one batch, given the name of each sequence's adapter."""
 
 
 def _shape() -> BertConfig:
@@ -88,7 +88,7 @@ class Batch:
 
 
 class GatheredLora(nn.Module):
-    """A linear layer with a stack of LoRA matrices, a different one for each row: the strongest simple baseline."""
+    """A linear layer with stacked LoRA matrices, a different one for each sequence, the strongest simple baseline."""
 
     def __init__(self, base: nn.Linear, count: int, r: int) -> None:
         super().__init__()
