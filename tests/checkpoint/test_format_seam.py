@@ -172,7 +172,7 @@ def test_a_format_that_is_only_listed_refuses_the_rest(
     monkeypatch.setitem(FORMATS, "toy", Listed())
     assert json.loads(run(capsys, "inspect", tmp_path, "--json")[1])["vector_parameters"] == 8 + 6 + 2 * 4
     model = Net()
-    with pytest.raises(CheckpointError, match=r"vectors\.json is in the format 'toy', which veratune lists but does"):
+    with pytest.raises(CheckpointError, match=r"vectors\.json is in the format 'toy', which veratune can inspect but"):
         VeraModel.from_pretrained(model, tmp_path)
     assert type(model.first) is nn.Linear
     with pytest.raises(ValueError, match=r"cannot be written in the format 'toy'.*save_pretrained writes"):

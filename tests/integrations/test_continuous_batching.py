@@ -499,7 +499,7 @@ def test_a_request_longer_than_the_cache_does_not_end_those_of_others() -> None:
     with manager:
         output = manager.get_result(early, timeout=60)
         assert output is not None
-        assert re.search(r"prompt of 5000 tokens .* whole cache holds \d+", str(output.error))
+        assert re.search(r"prompt of 5000 tokens .* the cache holds \d+", str(output.error))
         manager.add_request(good, "good", max_new_tokens=10, adapter="a")
         room = manager.batch_processor.cache.max_tokens_read
         with pytest.raises(BankError, match=f"the cache holds {room}"):
