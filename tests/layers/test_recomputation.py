@@ -4,6 +4,8 @@ import copy
 import gc
 import pickle
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -501,3 +503,117 @@ def test_in_peft_what_is_put_back_gives_the_gradients_of_no_checkpointing(reentr
     assert expected.keys() == actual.keys() and len(expected) == 12
     for name, gradient in expected.items():
         torch.testing.assert_close(actual[name], gradient)
+
+
+# Values that are written between the two passes
+
+
+def written_restored(model: VeraModel, place: Path) -> None:
+    model.restore(place)
+
+
+def written_by_step(model: VeraModel, place: Path) -> None:
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    torch.optim.AdamW(parameters, lr=0.1).step()
+    for parameter in parameters:
+        parameter.grad = None
+
+
+def written_by_load(model: VeraModel, place: Path) -> None:
+    model.load_state_dict(model.state_dict())
+
+
+def written_before_another_pass(model: VeraModel, place: Path) -> None:
+    written_by_step(model, place)
+    loss_of(model)
+    with torch.no_grad():
+        loss_of(model)
+
+
+WRITES = (written_restored, written_by_step, written_by_load, written_before_another_pass)
+
+
+@reentrant_or_not
+@pytest.mark.parametrize("write", WRITES)
+@pytest.mark.parametrize("layer", [*LAYERS, "norm", "head"])
+def test_values_written_before_the_backward_pass_are_noticed(
+    reentrant: bool, layer: str, write: Callable[[VeraModel, Path], None], tmp_path: Path
+) -> None:
+    model = net(reentrant, layer)
+    model.save_pretrained(tmp_path)
+    loss = loss_of(model)
+    write(model, tmp_path)
+    with pytest.raises(RuntimeError, match="with other values than in the forward pass"):
+        loss.backward()
+    assert not gradients(model)
+    loss_of(model).backward()
+    assert gradients(model)
+
+
+@reentrant_or_not
+def test_a_merged_weight_that_is_written_is_noticed(reentrant: bool) -> None:
+    model = net(reentrant, "linear")
+    model.merge_adapter()
+    loss = loss_of(model)
+    with torch.no_grad():
+        model.base_model.linear.base_layer.weight.mul_(2.0)
+    with pytest.raises(RuntimeError, match="with other values"):
+        loss.backward()
+
+
+@reentrant_or_not
+def test_training_in_steps_gives_the_values_of_no_checkpointing(reentrant: bool) -> None:
+    def train(model: VeraModel) -> dict[str, Tensor]:
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.01)
+        for step in range(4):
+            for _ in range(2):  # gradients are accumulated
+                loss_of(model).backward()
+            with torch.no_grad():
+                loss_of(model)
+            optimizer.step()
+            optimizer.zero_grad()
+            with torch.no_grad():
+                loss_of(model)
+            model.set_adapter("ab"[step % 2])
+        return model.state_dict()
+
+    expected, actual = train(net(None)), train(net(reentrant))
+    for name, value in expected.items():
+        torch.testing.assert_close(actual[name], value, msg=name)
+
+
+@reentrant_or_not
+def test_a_model_trains_in_another_thread_and_in_another_process(reentrant: bool) -> None:
+    model = net(reentrant)
+    for index in range(20):  # which moves this thread's numbers of nodes on
+        model.set_adapter("ab"[index % 2])
+        loss_of(model).backward()
+    model.set_adapter("a")
+    model.zero_grad()
+    copies = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
+    with ThreadPoolExecutor(1) as other:
+        for each in (model, *copies):
+            other.submit(lambda each=each: loss_of(each).backward()).result()
+            assert gradients(each)
+            loss = other.submit(loss_of, each).result()
+            each.set_adapter("b")
+            with pytest.raises(RuntimeError, match=REFUSED):
+                other.submit(loss.backward).result()
+        for each in copies:  # as in a process whose numbers begin again
+            each.set_adapter("a")
+            assert not each.vera_layers()["linear"]._log.__getstate__()["_histories"]
+
+
+@reentrant_or_not
+@pytest.mark.parametrize("layer", ["linear", "head"])
+def test_in_peft_values_written_before_the_backward_pass_are_noticed(reentrant: bool, layer: str) -> None:
+    model = in_peft(reentrant)
+    model.base_model.model.only = layer
+    loss = loss_of(model)
+    written_by_step(model, Path())
+    with pytest.raises(RuntimeError, match="with other values than in the forward pass"):
+        loss.backward()
+    loss_of(model).backward()
+    assert gradients(model)

@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from veratune.layers.offloading import is_offloaded, why_no_values
-from veratune.layers.recomputation import State, StateLog, recomputing
+from veratune.layers.recomputation import State, StateLog, matters
 from veratune.utils.sharding import whole
 
 
@@ -20,12 +20,13 @@ class BiasCheck:
     """
 
     def __init__(self, log: StateLog, name: str) -> None:
-        self._log = log
+        self._log = log  # of all biases of an adapter
+        self._values = StateLog()
         self._name = name
 
     def __call__(self, module: nn.Module, args: Any) -> None:
-        if recomputing():
-            self.check()
+        if matters(module):
+            self.check(module)
         bias = module._parameters.get("bias")
         learns = bias is not None and bias.requires_grad and torch.is_grad_enabled()
         if learns and is_offloaded(module, "bias"):
@@ -33,8 +34,9 @@ class BiasCheck:
                 f"{self._name} cannot be trained: {why_no_values(module, 'bias')}, or compute under torch.no_grad()"
             )
 
-    def check(self) -> None:
-        self._log.check(self._name)
+    def check(self, module: nn.Module) -> None:
+        self._log.forward(self._name, ())
+        self._values.forward(self._name, [module._parameters.get("bias")])
 
 
 def only_bias_checks(module: nn.Module) -> bool:
@@ -46,7 +48,7 @@ def check_biases(module: nn.Module) -> None:
     """Run the checks of a module's bias without calling the module."""
     for hook in module._forward_pre_hooks.values():
         if isinstance(hook, BiasCheck):
-            hook.check()
+            hook.check(module)
 
 
 @dataclass

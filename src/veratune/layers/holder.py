@@ -12,7 +12,7 @@ from veratune.layers.entries import AdapterEntry, Block, ComputeSettings, InputG
 from veratune.layers.geometry import Geometry, slices
 from veratune.layers.kind import LayerKind
 from veratune.layers.offloading import ResidentParameters, execution_device
-from veratune.layers.recomputation import State, StateLog, recomputing
+from veratune.layers.recomputation import State, StateLog, matters
 from veratune.ops.costs import LayerShape
 from veratune.ops.factors import Factors
 from veratune.projections.pool import projection_pool
@@ -218,9 +218,12 @@ class AdapterHolder(LayerKind):
         self._log.record(State(tuple(self.added_adapters), tuple(self.merged_adapters)))
 
     def check_recomputation(self) -> None:
-        """Raise RuntimeError if this recomputes a forward pass that other adapters took part in."""
-        if recomputing():
-            self._log.check(self._called())
+        """Raise RuntimeError if this recomputes a forward pass with other adapters or other values."""
+        if matters(self):
+            b, d = self.vera_lambda_b._parameters, self.vera_lambda_d._parameters
+            computing = [own.get(name) for name in self.added_adapters for own in (b, d)]
+            computing.append(self.base_layer._parameters.get(self.weight_name))
+            self._log.forward(self._called(), computing)
             check_biases(self.base_layer)
 
     def _called(self) -> str:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from veratune.layers.offloading import HOOK_ATTRIBUTES, resident_copy
-from veratune.layers.recomputation import State, StateLog, recomputing
+from veratune.layers.recomputation import State, StateLog, matters
 from veratune.utils.sharding import whole
 from veratune.utils.torch_private import tree_leaves
 
@@ -48,9 +48,10 @@ class SavedModule(nn.Module):
         return self.modules_to_save[self.active_adapters[0]] if self.active_adapters else self.original_module
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if recomputing():
-            self._log.check(f"a {type(self.original_module).__name__} that adapters train in full")
         module = self.current()
+        if matters(self):
+            called = f"a {type(self.original_module).__name__} that adapters train in full"
+            self._log.forward(called, module.parameters())
         output = module(*args, **kwargs)
         if self.active_adapters and torch.is_grad_enabled() and _is_offloaded(module):
             for value in tree_leaves(output):

@@ -1,19 +1,27 @@
 """Gradient checkpointing: a block is recomputed in the backward pass, in the state of its forward pass.
 
-The state of a layer besides its inputs and parameters (adapters that are active, merged or disabled, modules_to_save,
-biases) is recorded with the number of the next autograd node when it changes. A recomputation runs while the engine is
-at a node of the original forward pass, whose number determines the state at that time.
+The state of a layer besides its inputs (adapters that are active, merged or disabled, modules_to_save, biases, and the
+versions of parameters) is recorded with the number of the next autograd node when it changes. A recomputation runs
+while the engine is at a node of the original forward pass, whose number determines the state at that time. Each thread
+numbers its nodes separately.
 """
 
+import threading
 from bisect import bisect_right
-from typing import NamedTuple
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
-from veratune.utils.torch_private import in_backward, next_node_number, node_number_of_backward
+from veratune.utils.torch_private import in_backward, may_be_recomputed, next_node_number, node_number_of_backward
 
 # Changes that are recorded; a graph older than all of them is refused.
 _KEPT = 256
+_MOST_THREADS = 8
+
+# The version of each parameter, or None where it has none.
+Versions = tuple[int | None, ...]
 
 
 class State(NamedTuple):
@@ -39,58 +47,187 @@ def recomputing() -> bool:
     return not torch.compiler.is_compiling() and in_backward()
 
 
+def matters(module: nn.Module) -> bool:
+    """Return whether a pass through a module recomputes another one, or may be recomputed."""
+    if torch.compiler.is_compiling():
+        return False
+    return in_backward() or may_be_recomputed(training=module.training)
+
+
+class _Entry(NamedTuple):
+    """What a module computes with: its state, None if that cannot be had again, and versions, empty if unknown."""
+
+    state: State | None
+    versions: Versions = ()
+
+    def fits(self, now: "_Entry") -> bool:
+        """Return whether the values are the same as now; the states are."""
+        pairs = zip(self.versions, now.versions, strict=False)
+        return all(then is None or here is None or then == here for then, here in pairs)
+
+
+class _History(NamedTuple):
+    """One thread's entries, and the autograd node from which on each applies. Never changed, as threads share it.
+
+    A pass without gradients may belong to a node that was created before the module ran. `earliest` has the first one
+    that is possible.
+    """
+
+    starts: tuple[int, ...]
+    entries: tuple[_Entry, ...]
+    earliest: tuple[int, ...]
+
+    @classmethod
+    def of(cls, entry: _Entry) -> "_History":
+        return cls((-1,), (entry,), (-1,))
+
+    def followed_by(self, entry: _Entry, start: int, earliest: int | None = None) -> "_History":
+        kept = -1 if start == self.starts[-1] else len(self.starts)  # no node belongs to the last one
+        return _History(
+            (*self.starts[:kept], start)[-_KEPT:],
+            (*self.entries[:kept], entry)[-_KEPT:],
+            (*self.earliest[:kept], start if earliest is None else earliest)[-_KEPT:],
+        )
+
+    def at(self, number: int) -> list[_Entry]:
+        """Return what the module may have computed with in the pass of a node."""
+        found = bisect_right(self.starts, number)
+        possible = [self.entries[found - 1] if found else _Entry(None)]
+        if found < len(self.starts) and self.earliest[found] <= number:
+            possible.append(self.entries[found])
+        return possible
+
+
 class StateLog:
-    """The states of a module, and the autograd node from which on each applies.
+    """The states of a module in earlier passes, which may be recomputed.
 
     Args:
         state: the first one.
     """
 
     def __init__(self, state: State = State()) -> None:  # noqa: B008  # a tuple
-        self._starts = [-1]
-        self._states: list[State | None] = [state]
+        self._state = state
+        self._first = _Entry(state)
+        self._computed = state != State()
+        self._histories: dict[int, _History] = {}
+        # The next node's number when each thread last ran the module in a pass that may be recomputed, and whether
+        # gradients were on.
+        self._seen: dict[int, tuple[int, bool]] = {}
 
     def record(self, state: State) -> None:
         """Record that the module is in this state from now on."""
-        if state == self._states[-1]:
+        if state == self._state:
             return
-        now = next_node_number()
-        if now == self._starts[-1]:  # no node was created in the previous state
-            self._states[-1] = state
-        else:
-            self._starts.append(now)
-            self._states.append(state)
-        del self._starts[:-_KEPT], self._states[:-_KEPT]
+        self._state = state
+        self._computed |= state != State()
+        self._append(_Entry(state))
+
+    def _append(self, entry: _Entry) -> None:
+        thread = threading.get_ident()
+        history = self._histories.get(thread, _History.of(self._first))
+        self._histories[thread] = history.followed_by(entry, next_node_number())
+
+    def _note(self, entry: _Entry) -> None:
+        """Record what the module computes with in a pass that may be recomputed, whose node may exist already."""
+        thread = threading.get_ident()
+        history = self._histories.get(thread)
+        now, gradients = next_node_number(), torch.is_grad_enabled()
+        if history is None:
+            history = _History.of(entry)
+        elif history.entries[-1] == _Entry(entry.state):  # noted when it changed, without versions
+            history = history.followed_by(entry, history.starts[-1], history.earliest[-1])
+        elif history.entries[-1] != entry:
+            # The node of reentrant checkpointing is created before the module runs, but after it ran last.
+            last, had_gradients = self._seen.get(thread, (now, True))
+            if gradients or had_gradients:
+                history = history.followed_by(entry, now, now if gradients else last)
+            else:
+                history = history.followed_by(entry, last)
+        self._histories[thread] = history
+        self._seen[thread] = now, gradients
+        if len(self._histories) > _MOST_THREADS:
+            oldest = next(iter(self._histories))
+            self._histories.pop(oldest, None)
+            self._seen.pop(oldest, None)
 
     def forget(self, name: str) -> None:
         """Record that an adapter was removed, so that passes with it cannot be recomputed."""
-        self._states = [
-            None if state is None or name in state.active or name in state.merged else state for state in self._states
-        ]
+
+        def without(entry: _Entry) -> _Entry:
+            gone = entry.state is None or name in entry.state.active or name in entry.state.merged
+            return _Entry(None) if gone else entry
+
+        self._first = without(self._first)
+        for thread, history in list(self._histories.items()):
+            self._histories[thread] = history._replace(entries=tuple(map(without, history.entries)))
+        if without(_Entry(self._state)).state is None:
+            self._state = State()
 
     def has_computed(self) -> bool:
         """Return whether an adapter took part in any recorded state."""
-        return any(state is None or state != State() for state in self._states)
+        return self._computed
 
     def void(self) -> None:
         """Record that no earlier pass can be recomputed, whatever the module did in it."""
-        self._starts, self._states = [-1, next_node_number()], [None, self._states[-1]]
+        self._first, now = _Entry(None), _Entry(self._state)
+        for thread in list(self._histories):
+            self._histories[thread] = _History.of(self._first)
+        self._append(now)
 
-    def check(self, owner: str) -> None:
+    def forward(self, owner: str, parameters: Iterable[Any]) -> None:
+        """Note the parameters' versions in a pass that `matters`, or check them if it recomputes another.
+
+        Args:
+            owner: the module's name in the message.
+            parameters: what it computes with, in an order that depends on its state alone.
+
+        Raises:
+            RuntimeError: this recomputes a pass with other adapters or other values.
+        """
+        versions = _versions(parameters)
+        if in_backward():
+            self.check(owner, versions)
+        else:
+            self._note(_Entry(self._state, versions))
+
+    def check(self, owner: str, versions: Versions = ()) -> None:
         """Raise RuntimeError if this recomputes a pass that ran in another state.
 
         Args:
             owner: the module's name in the message.
+            versions: of the parameters that it computes with.
         """
         number = node_number_of_backward()
         if number is None:
             return
-        found = bisect_right(self._starts, number) - 1
-        then, now = (self._states[found] if found >= 0 else None), self._states[-1]
-        if then is None or then != now:
+        now = _Entry(self._state, versions)
+        own = self._histories.get(threading.get_ident())
+        # On other devices, backward passes run in threads of their own.
+        histories = list(self._histories.values()) if own is None else [own]
+        entries = [entry for history in histories for entry in history.at(number)] or [self._first]
+        if any(entry.state == now.state and entry.fits(now) for entry in entries):
+            return
+        then = next((entry for entry in entries if entry.state == now.state), entries[0])
+        start = f"{owner} is computed again for a backward pass, as gradient checkpointing does, but with other"
+        if then.state == now.state:
             raise RuntimeError(
-                f"{owner} is computed again for a backward pass, as gradient checkpointing does, but with other"
-                f" adapters than in the forward pass: then {then or 'one that was removed since'}, now {now}. Call"
-                " backward() before activating, merging, disabling or removing adapters, or train without gradient"
-                " checkpointing"
+                f"{start} values than in the forward pass: they were written to since. Call backward() before an"
+                " optimizer's step, restore, load_state_dict and other writes, or train without gradient checkpointing"
             )
+        raise RuntimeError(
+            f"{start} adapters than in the forward pass: then {then.state or 'one that was removed since'}, now"
+            f" {now.state}. Call backward() before activating, merging, disabling or removing adapters, or train"
+            " without gradient checkpointing"
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy has no pending passes, and its nodes may be numbered by another process.
+        return {**self.__dict__, "_first": _Entry(self._state), "_histories": {}, "_seen": {}}
+
+
+def _versions(parameters: Iterable[Any]) -> Versions:
+    """Return the versions of those that are ordinary parameters: others, such as FSDP's, are made for each pass."""
+    try:
+        return tuple([own._version if type(own) is nn.Parameter else None for own in parameters])
+    except RuntimeError:  # made in inference mode
+        return ()

@@ -87,6 +87,23 @@ def in_backward() -> bool:
     return _current_graph_task() != -1
 
 
+# Older versions without this may save anything.
+_saving_hooks: Callable[[bool], Any] = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: True)
+
+
+def may_be_recomputed(*, training: bool) -> bool:
+    """Return whether gradient checkpointing may recompute what runs now, as far as that can be seen.
+
+    It runs a block with hooks for what is saved, or without gradients, as evaluations do. Models use it for training.
+
+    Args:
+        training: whether the module is in training mode.
+    """
+    if torch.is_grad_enabled():
+        return _saving_hooks(False) is not None
+    return training and not torch.is_inference_mode_enabled()
+
+
 def next_node_number() -> int:
     """Return the sequence number of the next autograd node created in this thread."""
     return _next_number()

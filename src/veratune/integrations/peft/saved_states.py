@@ -7,21 +7,22 @@ from typing import Any
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
-from veratune.layers.recomputation import State, StateLog, recomputing
+from veratune.layers.recomputation import State, StateLog, matters
 
 
 class SavedCheck:
     """A hook before the forward of PEFT's wrapper of a module trained in full.
 
-    It raises RuntimeError where a block is computed again with another copy than in its forward pass.
+    It raises RuntimeError where a block is computed again with another copy, or other values, than in its forward pass.
     """
 
     def __init__(self, wrapper: Any) -> None:
         self.log = StateLog(_state(wrapper))
 
     def __call__(self, wrapper: Any, args: Any) -> None:
-        if recomputing():
-            self.log.check(f"a {type(wrapper.original_module).__name__} that adapters train in full")
+        if matters(wrapper):
+            called = f"a {type(wrapper.original_module).__name__} that adapters train in full"
+            self.log.forward(called, wrapper.parameters())
 
 
 @contextmanager
