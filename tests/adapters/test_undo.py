@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any, Self
@@ -11,9 +12,22 @@ import peft
 import pytest
 import torch
 
-from allocations import PACKAGES, is_of_memory
+from allocations import PACKAGES, check_each, is_of_memory
 from small_net import FIRST_LAYER, small_net
-from undoing import TOKENS, merged, net, saved_at, saved_by_peft, seen, settings, tuned, tuned_merged, two, two_others
+from undoing import (
+    TOKENS,
+    merged,
+    net,
+    one,
+    saved_at,
+    saved_by_peft,
+    seen,
+    settings,
+    tuned,
+    tuned_merged,
+    two,
+    two_others,
+)
 from veratune import CheckpointError, VeraConfig, VeraModel, get_peft_model
 from veratune.integrations.peft import VeratuneConfig, install
 
@@ -69,31 +83,13 @@ def lines_of(make: Callable[[], Any], change: Callable[[Any], Any]) -> list[int]
 
 
 def check_lines(make: Callable[[], Any], change: Callable[[Any], Any], fault: str) -> None:
-    """Let a change fail at many lines, and compare what is left with what was there and with what should become."""
-    model = make()
-    change(model)
-    new = seen(model)
-    model = make()
-    old = seen(model)
-    assert new != old
-    failed = 0
-    for at in lines_of(make, change):
-        try:
-            with _FailingLine(FAULTS[fault], at):
-                change(model)
-        except (MemoryError, KeyboardInterrupt, RuntimeError, CheckpointError) as error:
-            if isinstance(error, Exception) and not is_of_memory(error):
-                raise
-            # An interrupt inside torch's own no_grad leaves gradients off.
-            torch.set_grad_enabled(True)
-            failed += 1
-        left = seen(model)
-        if left != old:
-            assert left == new, at
-            model = make()
-    assert failed
-    change(model)
-    assert seen(model) == new
+    """Make a change fail at many lines; see `check_each`."""
+
+    def expected(error: BaseException) -> bool:
+        own = isinstance(error, MemoryError | KeyboardInterrupt | RuntimeError | CheckpointError)
+        return own and (not isinstance(error, Exception) or is_of_memory(error))
+
+    check_each(make, change, lines_of, partial(_FailingLine, FAULTS[fault]), expected)
 
 
 # veratune's own models
@@ -108,6 +104,8 @@ NATIVE: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
     "merge_adapter": (two, lambda m: m.merge_adapter(["two", "one"])),
     "unmerge_adapter": (merged, lambda m: m.unmerge_adapter()),
     "unload": (two, lambda m: m.unload()),
+    "unload while merged": (merged, lambda m: m.unload()),
+    "delete_adapter, the last one": (one, lambda m: m.delete_adapter("one")),
 }
 
 

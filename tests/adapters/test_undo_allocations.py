@@ -14,6 +14,7 @@ from undoing import (
     TOKENS,
     merged,
     net,
+    one,
     saved_at,
     saved_by_peft,
     settings,
@@ -45,6 +46,7 @@ CHANGES: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
     "merge_adapter": (two, lambda m: m.merge_adapter(["two", "one"])),
     "merge_adapter, safely": (two, lambda m: m.merge_adapter(["two"], safe_merge=True)),
     "unmerge_adapter": (merged, lambda m: m.unmerge_adapter()),
+    "unload while merged": (merged, lambda m: m.unload()),
     "PEFT: get_peft_model": (net, lambda m: peft.get_peft_model(m, VeratuneConfig(**settings()))),
     "PEFT: inject_adapter_in_model": (net, lambda m: peft.inject_adapter_in_model(VeratuneConfig(**settings()), m)),
     "PEFT: add_adapter": (tuned, lambda m: m.add_adapter("three", VeratuneConfig(**settings()))),
@@ -57,6 +59,7 @@ WITHOUT: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
     "set_adapter": (two, lambda m: m.set_adapter("two")),
     "delete_adapter": (two, lambda m: m.delete_adapter("one")),
     "unload": (two, lambda m: m.unload()),
+    "delete_adapter, the last one": (one, lambda m: m.delete_adapter("one")),
     "PEFT: delete_adapter": (tuned, lambda m: m.base_model.delete_adapter("two")),
     "PEFT: set_adapter": (tuned, lambda m: m.base_model.set_adapter("two")),
 }
@@ -120,3 +123,25 @@ def test_merging_for_good_computes_the_same_and_goes_on() -> None:
                 torch.testing.assert_close(model(TOKENS), expected)
                 model.merge_and_unload()  # the layers that were done stay so
             torch.testing.assert_close(model.base_model(TOKENS), expected)
+
+
+def test_disabling_merged_adapters_computes_the_same_whatever_fails() -> None:
+    """Merging again may fail at the end of the context. The adapters are then active, and not merged."""
+
+    def change(model: VeraModel) -> None:
+        with model.disable_adapter():
+            pass
+
+    with torch.no_grad():
+        expected = merged()(TOKENS)
+        points = allocations_of(merged, change)
+        assert points
+        for at in points:
+            model = merged()
+            with Allocations(at), suppress(MemoryError):
+                change(model)
+            assert model.merged_adapters in ([], ["one", "two"])
+            if not model.merged_adapters:
+                model.set_adapter("one")
+                model.merge_adapter(["one", "two"])
+            torch.testing.assert_close(model(TOKENS), expected)

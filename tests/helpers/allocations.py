@@ -3,7 +3,7 @@
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from types import FrameType
 from typing import Any, Self
@@ -109,12 +109,25 @@ def allocations_of(make: Callable[[], Any], change: Callable[[Any], Any]) -> lis
     return sorted({at for times in counter.points.values() for at in times})
 
 
-def check_every_allocation(
-    make: Callable[[], Any], change: Callable[[Any], Any], seen_of: Callable[[Any], Any] = seen
+def check_each(
+    make: Callable[[], Any],
+    change: Callable[[Any], Any],
+    points: Callable[[Callable[[], Any], Callable[[Any], Any]], list[int]],
+    failing: Callable[[int], AbstractContextManager[Any]],
+    expected: Callable[[BaseException], bool],
+    seen_of: Callable[[Any], Any] = seen,
 ) -> int:
-    """Let a change fail wherever it allocates, and compare what is left with the model before and after.
+    """Make a change fail at many points, and compare what is left with the model before and after.
 
     A model that is as before is used on, so that each failure meets what the failures before have left.
+
+    Args:
+        make: returns the model, or what else is changed.
+        change: the change.
+        points: returns where it is to fail.
+        failing: returns a context in which it fails at one of them.
+        expected: whether an error is the failure.
+        seen_of: returns what must be as before.
 
     Returns:
         the number of failures.
@@ -126,24 +139,36 @@ def check_every_allocation(
     old = seen_of(model)
     assert new != old
     failed = 0
-    for at in allocations_of(make, change):
-        parameters = identities(model)
+    for at in points(make, change):
+        parameters, raised = identities(model), False
         try:
-            with Allocations(at):
+            with failing(at):
                 change(model)
-        except (MemoryError, RuntimeError, ValueError) as error:
-            if not is_of_memory(error):
+        except BaseException as error:
+            if not expected(error):
                 raise
-            failed += 1
-            left = seen_of(model)
-            if left != new:
-                differing = [key for key in old.keys() | left.keys() if left.get(key) != old.get(key)]
-                assert not differing, (at, differing[:5])
-                assert identities(model) == parameters, at
-                continue
-        assert seen_of(model) == new, at
-        model = make()
+            # An interrupt inside torch's own no_grad leaves gradients off.
+            torch.set_grad_enabled(True)
+            failed, raised = failed + 1, True
+        left = seen_of(model)
+        if left == new:
+            model = make()
+            continue
+        differing = [key for key in old.keys() | left.keys() if left.get(key) != old.get(key)]
+        assert raised and not differing, (at, differing[:5])
+        assert identities(model) == parameters, at
     assert failed
     change(model)
     assert seen_of(model) == new
     return failed
+
+
+def check_every_allocation(
+    make: Callable[[], Any], change: Callable[[Any], Any], seen_of: Callable[[Any], Any] = seen
+) -> int:
+    """Make a change fail wherever it allocates; see `check_each`."""
+    return check_each(make, change, allocations_of, Allocations, _out_of_memory, seen_of)
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, MemoryError | RuntimeError | ValueError) and is_of_memory(error)

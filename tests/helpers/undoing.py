@@ -74,6 +74,12 @@ def two() -> VeraModel:
     return model
 
 
+def one() -> VeraModel:
+    model = two()
+    model.delete_adapter("two")
+    return model
+
+
 def two_others() -> VeraModel:
     """Return the same with other values."""
     model = two()
