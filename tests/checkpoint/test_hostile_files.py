@@ -199,3 +199,27 @@ def test_absurd_json_is_a_checkpoint_error(text, tmp_path):
     save_file({"x": torch.zeros(1)}, tmp_path / "adapter_model.safetensors", {"veratune": text})
     with pytest.raises(CheckpointError, match="damaged"):
         VeraModel.from_pretrained(small_net(), tmp_path)
+
+
+ODD_PLACES: list[tuple[Any, dict[str, Any]]] = [
+    *(("a/b", {"revision": value}) for value in (5, "", "../x", "a/../b", "\0", "\x1b[31m", "r" * 5000, b"main")),
+    *(("a/b", {"subfolder": value}) for value in (5, "\0", "*", "a[b]", "../x", "/x", "a:b")),
+    *((value, {}) for value in ("", "a\0b", "a\nb/c", "\x1b[31m/x", "x" * 5000, 5, None, b"a/b")),
+    *((value, {}) for value in ("some/../id", "../../nowhere", "a/b/c", "-a/b", "a--b/c", "http://x/y", "~/nowhere")),
+]
+
+
+@pytest.mark.parametrize(("place", "options"), ODD_PLACES)
+def test_odd_places_are_refused_before_the_hub_is_asked(
+    place: Any, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def asked(*_: Any, **__: Any) -> None:
+        raise AssertionError("the hub was asked")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.repo_info", asked)
+    monkeypatch.setattr("huggingface_hub.file_download.hf_hub_download", asked)
+    with pytest.raises((TypeError, ValueError)) as caught:
+        VeraModel.from_pretrained(net(), place, **options)
+    message = str(caught.value)
+    assert len(message) < 1000 and "\x1b" not in message and "\0" not in message
+    assert "hub gave no such repository" not in message

@@ -7,8 +7,10 @@ from typing import Any
 
 from veratune.checkpoint.files import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME, CheckpointError
 from veratune.checkpoint.formats import file_names
+from veratune.utils.text import shown
 
 _HUB_NAME = re.compile(r"\w[\w.\-]*(/\w[\w.\-]*)?")
+_REVISION = re.compile(r"\w[\w./+\-]{0,254}")
 
 
 def find_directory(
@@ -23,12 +25,21 @@ def find_directory(
     """Return the local directory of an adapter, downloaded from the hub unless `path` is a directory.
 
     Raises:
-        ValueError: `subfolder` leads out of the directory.
+        TypeError: an argument has the wrong type.
+        ValueError: `subfolder` leads out of the directory, or `revision` is not a name.
         CheckpointError: no such directory or repository exists.
     """
+    for argument, value in (("path", os.fspath(path)), ("subfolder", subfolder or None), ("revision", revision)):
+        _check_text(argument, value)
     inside = _checked_subfolder(subfolder)
+    if revision is not None and (not _REVISION.fullmatch(revision) or ".." in revision):
+        raise ValueError(f"revision={shown(revision)} is not allowed: it must be a branch, a tag or a commit")
     local = Path(path)
-    if local.is_dir():
+    try:
+        is_directory = local.is_dir()
+    except OSError as error:  # a name that is too long
+        raise CheckpointError(f"{shown(str(path))} cannot be opened: {error.strerror}") from None
+    if is_directory:
         found = local / inside
         if not found.is_dir():
             raise CheckpointError(f"{local} has no folder {subfolder!r}")
@@ -59,9 +70,18 @@ def find_directory(
     return Path(snapshot) / inside
 
 
+def _check_text(argument: str, value: object) -> None:
+    """Raise an error unless an argument that becomes part of a path or an address is None or ordinary text."""
+    if value is not None and not isinstance(value, str):
+        raise TypeError(f"{argument}={shown(value)} is not allowed: it must be a text")
+    if value is not None and (not value or not value.isprintable()):
+        raise ValueError(f"{argument}={shown(value)} is not allowed: it is empty or has control characters")
+
+
 def _checked_subfolder(subfolder: str | None) -> PurePosixPath:
     inside = PurePosixPath((subfolder or ".").replace("\\", "/"))
-    if inside.is_absolute() or ".." in inside.parts or ":" in str(inside):
+    # The hub's client takes its parts for patterns.
+    if inside.is_absolute() or ".." in inside.parts or any(mark in str(inside) for mark in ":*?[]"):
         raise ValueError(f"subfolder={subfolder!r} is not allowed: it must stay inside the adapter's directory")
     return inside
 
