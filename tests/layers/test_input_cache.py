@@ -190,3 +190,24 @@ def test_a_parameter_as_input_is_not_remembered():
     model.q(prompt).sum().backward()
     optimizer.step()
     assert torch.equal(model.k(prompt), model.k(prompt.detach().clone()))
+
+
+def test_other_data_under_the_same_tensor():
+    """Setting `data` leaves a tensor's version as it is."""
+    model = adapted(route="factored")
+    block = model.base_model[0]
+    x = torch.randn(5, 6, dtype=torch.float64)
+    block.q(x)
+    x.data = torch.randn(5, 6, dtype=torch.float64)
+    assert torch.equal(block.k(x), block.k(x.clone()))
+
+
+def test_training_after_a_part_ran_in_inference_mode():
+    model = adapted(route="factored")
+    block = model.base_model[0]
+    x = torch.randn(5, 6, dtype=torch.float64)
+    with torch.inference_mode():
+        block.q(x)
+    block.k(x).sum().backward()
+    b, _ = block.k.vectors("default").values()
+    assert b.grad is not None and b.grad.abs().sum() > 0

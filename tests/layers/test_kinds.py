@@ -219,6 +219,26 @@ def test_dropout_on_a_convolution_drops_the_adapters_input_alone() -> None:
     )
 
 
+@pytest.mark.parametrize("kind", ["convolution", "attention"])
+def test_a_weight_that_is_computed_from_others_since_it_was_adapted_is_refused(kind: str) -> None:
+    if kind == "attention":
+        model = adapted(seeded(lambda: nn.MultiheadAttention(8, 2)), target_modules="all-linear")
+        inner, name, args = model.base_model.base_layer, "in_proj_weight", [torch.randn(3, 2, 8)] * 3
+    else:
+        model = adapted(seeded(lambda: nn.Sequential(nn.Conv1d(4, 4, 3))), target_modules=["0"])
+        inner, name, args = model.base_model[0].base_layer, "weight", [torch.randn(2, 4, 9)]
+    expected = model(*args)
+    refused = f"the {name} of an adapted .* is computed from other parameters"
+    nn.utils.weight_norm(inner, name)
+    with pytest.raises(RuntimeError, match=refused):
+        model(*args)
+    nn.utils.remove_weight_norm(inner, name)
+    torch.testing.assert_close(model(*args), expected)
+    nn.utils.parametrizations.weight_norm(inner, name)
+    with pytest.raises(RuntimeError, match=refused):
+        model(*args)
+
+
 # Embeddings
 
 
@@ -228,6 +248,13 @@ def test_an_embedding_computes_the_dense_result() -> None:
     assert isinstance(model.base_model.table, VeraEmbedding)
     check_against_dense(make, model, lambda m: m(torch.tensor([[3, 0, 3], [29, 7, 1]])))
     assert model(torch.zeros(2, 0, dtype=torch.int64)).shape == (2, 0, 5)
+
+
+@pytest.mark.parametrize("settings", [{"padding_idx": 3}, {"scale_grad_by_freq": True}])
+def test_settings_of_an_embedding_apply_to_the_vectors_gradients(settings: dict[str, Any]) -> None:
+    make = seeded(lambda: nn.Sequential(nn.Embedding(12, 5, **settings)))
+    model = adapted(make, target_modules=["0"])
+    check_against_dense(make, model, lambda m: m(torch.tensor([[3, 0, 3], [3, 7, 7]])))
 
 
 def test_a_large_table_is_never_drawn_whole(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -64,6 +64,14 @@ def test_what_is_read_is_the_weight_with_the_delta(kind: str, plugin: bool) -> N
     assert gradient.abs().sum() > 0
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_autocast_does_not_round_what_is_read(kind: str) -> None:
+    layer: Any = getattr(adapted(False)[1], kind)
+    expected = layer.weight * 1
+    with torch.autocast("cpu"):
+        assert torch.equal(layer.weight * 1, expected)
+
+
 @pytest.mark.parametrize("plugin", [False, True])
 def test_a_model_that_reads_them_computes_as_when_merged(plugin: bool) -> None:
     model, _ = adapted(plugin)

@@ -5,9 +5,10 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 
 from reference import projections, randomise
-from small_net import FIRST_LAYER, small_adapted, small_inputs
+from small_net import FIRST_LAYER, dense_weight, small_adapted, small_inputs
 from veratune import VeraConfig, get_peft_model
 
 
@@ -50,6 +51,38 @@ def test_torch_func_of_any_order():
     torch.testing.assert_close(torch.func.vmap(ours)(batch), torch.stack([ours(v) for v in batch]))
     samples = torch.func.vmap(torch.func.grad(lambda v, s: ours(v) * s), in_dims=(None, 0))(b, torch.tensor([1.0, 2.0]))
     torch.testing.assert_close(samples[1], 2 * samples[0])
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("hooked", [False, True])
+def test_forward_mode_derivatives(frozen, hooked):
+    model, x, tangent = small_adapted(route="factored"), small_inputs(3), small_inputs(3)
+    model.set_adapter("default", inference_mode=frozen)
+    layer = model.base_model[0]
+    if hooked:  # the base layer is called, and the adapter's output added
+        layer.base_layer.register_forward_hook(lambda *_: None)
+    with forward_ad.dual_level():
+        derivative = forward_ad.unpack_dual(layer(forward_ad.make_dual(x, tangent))).tangent
+    torch.testing.assert_close(derivative, tangent @ dense_weight(layer).T)
+
+
+@pytest.mark.parametrize("projection", ["per_dimension", "blocks"])
+def test_gradients_for_each_sample_through_an_embedding(projection):
+    settings = {"r": 6, "projection": projection, "projection_blocks": 2} if projection == "blocks" else {"r": 6}
+    table = nn.Sequential(nn.Embedding(10, 6, padding_idx=2)).double()
+    model = get_peft_model(table, VeraConfig(target_modules=["0"], **settings))
+    randomise(model)
+    tokens = torch.tensor([[1, 2, 3], [4, 4, 0]])
+    values = {name: value.detach() for name, value in model.named_parameters() if value.requires_grad}
+
+    def loss(values, tokens):
+        return torch.func.functional_call(model, values, (tokens,)).square().sum()
+
+    batched = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(values, tokens)
+    for sample, row in enumerate(tokens):
+        own = torch.autograd.grad(model(row).square().sum(), [dict(model.named_parameters())[name] for name in values])
+        for gradients, gradient in zip(batched.values(), own, strict=True):
+            torch.testing.assert_close(gradients[sample], gradient)
 
 
 def test_one_vector_alone_can_be_trained():

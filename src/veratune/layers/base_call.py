@@ -33,7 +33,19 @@ def plain_tensor(weight: Tensor) -> bool:
 
 
 def stand_in_for(module: nn.Module, weights: Mapping[str, Tensor | None]) -> nn.Module:
-    """Return a shallow copy of a module, without accelerate's hooks, with some of its parameters replaced."""
+    """Return a shallow copy of a module, without accelerate's hooks, with some of its parameters replaced.
+
+    Raises:
+        RuntimeError: the module computes one of these parameters from others, which would replace the new value.
+    """
+    for name in weights:
+        if name in module.__dict__ or isinstance(getattr(type(module), name, None), property):
+            raise RuntimeError(
+                f"the {name} of an adapted {type(module).__name__} is computed from other parameters since it was"
+                " adapted (weight_norm, spectral_norm or pruning do that), and the adapters cannot be added to it:"
+                " undo that (remove_parametrizations, remove_weight_norm or prune.remove of torch.nn.utils), or leave"
+                " the layer out with exclude_modules"
+            )
     stand_in = object.__new__(type(module))
     stand_in.__dict__.update({name: value for name, value in module.__dict__.items() if name not in HOOK_ATTRIBUTES})
     stand_in.__dict__["_parameters"] = {**module._parameters, **weights}

@@ -12,6 +12,8 @@ from veratune.layers.kind import Export
 from veratune.ops.delta import delta_weight
 from veratune.ops.factors import Factors, check_values
 from veratune.projections.structure import Matrix
+from veratune.utils.tensors import without_autocast
+from veratune.utils.torch_private import transformations_active
 
 # Rows of the delta that are computed at a time when merging.
 _ROWS = 4096
@@ -72,7 +74,8 @@ class VeraEmbedding(TransparentLayer):
         columns = self._columns(name, tokens, dtype)
         check_values(columns, b, d)
         d = entry.b[0].structure.arrange(d)
-        up = entry.b[0].matrix(self.device, dtype).matmul(columns * (d * entry.scale))
+        with without_autocast(self.device):  # looking up rows is not narrowed either
+            up = entry.b[0].matrix(self.device, dtype).matmul(columns * (d * entry.scale))
         return up * b
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -80,20 +83,32 @@ class VeraEmbedding(TransparentLayer):
         output: Tensor = self.base_layer(input, *args, **kwargs)
         if not self.added_adapters:
             return output
-        if torch.compiler.is_compiling():  # the number of different tokens is not known
+        if torch.compiler.is_compiling() or transformations_active():  # the number of different tokens is not known
             tokens, inverse = input.flatten(), torch.arange(input.numel(), device=input.device).view(input.shape)
         else:
             tokens, inverse = torch.unique(input, return_inverse=True)
         padding: int | None = getattr(self.base_layer, "padding_idx", None)
+        counts = self._counts(inverse, tokens)
         scale = getattr(self.base_layer, "embed_scale", 1.0)
         for name in self.added_adapters:
             rows = self._rows(name, tokens)
             if padding is not None:  # its row gets no gradients, as in the table
                 rows = torch.where((tokens == padding)[:, None], rows.detach(), rows)
+            if counts is not None:
+                constant = rows.detach()
+                rows = constant + (rows - constant) / counts.to(rows.dtype)
             # Rounded after the rows are looked up: the gradients of a token that occurs often are summed in float32.
             looked_up = torch.nn.functional.embedding(inverse, rows).to(self.base_weight.dtype)
             output = output + looked_up * scale
         return output
+
+    def _counts(self, inverse: Tensor, tokens: Tensor) -> Tensor | None:
+        """Return how often each token occurs, (n, 1), where `scale_grad_by_freq` divides gradients by it; or None."""
+        if not getattr(self.base_layer, "scale_grad_by_freq", False) or not torch.is_grad_enabled():
+            return None
+        ones = torch.ones(inverse.numel(), device=inverse.device)
+        counts = torch.zeros(self.in_features, device=inverse.device).index_add(0, tokens[inverse.flatten()], ones)
+        return counts[tokens, None]
 
     def factors(
         self, name: str, device: torch.device, dtype: torch.dtype, pair: tuple[Tensor, Tensor] | None = None

@@ -13,10 +13,13 @@ from veratune.utils.torch_private import modes_active, transformations_active
 def _can_be_remembered(x: Tensor) -> bool:
     """Return whether a product with x may be reused while x is the same object with the same version.
 
-    While tracing, the compiler merges equal products. An inference tensor has no version, and some optimizers write to
-    parameters without changing it. Under transformations and modes, x may represent another tensor.
+    While tracing, the compiler merges equal products. An inference tensor has no version, and a product computed in
+    inference mode cannot be saved for a backward pass; some optimizers write to parameters without changing it. Under
+    transformations and modes, x may represent another tensor.
     """
     if torch.compiler.is_compiling() or transformations_active() or modes_active():
+        return False
+    if torch.is_inference_mode_enabled():
         return False
     return type(x) is Tensor and not x.is_inference() and not (x.is_leaf and x.requires_grad)
 
@@ -24,6 +27,7 @@ def _can_be_remembered(x: Tensor) -> bool:
 class _Entry(NamedTuple):
     x: "weakref.ref[Tensor]"
     version: int
+    pointer: int
     a_projection: Tensor
     xa: Tensor
     exactly: bool
@@ -60,6 +64,7 @@ class InputCache:
             entry is not None
             and entry.x() is x
             and entry.version == x._version
+            and entry.pointer == x.data_ptr()  # setting x.data leaves the version as it is
             and entry.a_projection is a_projection
             and entry.exactly == exactly
             and layer not in entry.served
@@ -74,7 +79,7 @@ class InputCache:
             if memo is not None and memo._entry is not None and memo._entry.x is reference:
                 memo._entry = None
 
-        self._entry = _Entry(weakref.ref(x, forget), x._version, a_projection, xa, exactly, {layer})
+        self._entry = _Entry(weakref.ref(x, forget), x._version, x.data_ptr(), a_projection, xa, exactly, {layer})
         return xa
 
     def __getstate__(self) -> dict[str, Any]:

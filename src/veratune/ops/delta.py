@@ -55,9 +55,10 @@ class _AddDelta(torch.autograd.Function):
         ctx.scale, ctx.structures = scale, structures
         ctx.save_for_backward(a_values, b_values, b, d)
         factors = Factors(Matrix(a_values, structures[0]), Matrix(b_values, structures[1]), b, d, scale)
-        if weight.ndim == 2 and weight.dtype == b_values.dtype:
-            return plus_delta(weight, factors.folded(), factors.A)
-        return (weight + delta_weight(factors)).to(weight.dtype)
+        with without_autocast(weight.device):  # W0 must not be rounded
+            if weight.ndim == 2 and weight.dtype == b_values.dtype:
+                return plus_delta(weight, factors.folded(), factors.A)
+            return (weight + delta_weight(factors)).to(weight.dtype)
 
     @staticmethod
     @once_differentiable
@@ -99,7 +100,8 @@ def add_delta(weight: Tensor, factors: Factors) -> Tensor:
     check_values(weight, A.values, B.values, b, d)
     if transformations_active() or torch.compiler.is_compiling():
         folded = (d * scale).unsqueeze(-1) * b.unsqueeze(-2) * B.dense()
-        return (weight + folded.mT @ A.dense()).to(weight.dtype)
+        with without_autocast(weight.device):
+            return (weight + folded.mT @ A.dense()).to(weight.dtype)
     structures = (A.structure, B.structure)
     added: Tensor = _AddDelta.apply(weight, A.values, B.values, b, d, scale, structures)  # type: ignore[no-untyped-call]
     return added

@@ -12,6 +12,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from veratune.utils.torch_private import transformations_active
+
 _ROUNDS = 10
 _MASK = 0xFFFFFFFF
 _WORD = 1 << 32
@@ -84,6 +86,8 @@ def symmetric_uniform_columns(key: int, stream: tuple[int, int], rows: range, co
         float32 tensor (len(rows), n), on the device of `columns`.
     """
     out = torch.empty(len(rows), columns.numel(), dtype=torch.float32, device=columns.device)
+    if transformations_active():
+        out = torch.zeros_like(out) + 0 * columns  # under vmap, what is written to has to be batched as well
     if columns.is_meta or out.numel() == 0:
         return out
     word = (columns % 4)[None, :, None]
@@ -101,6 +105,8 @@ def _blocks(key: int, stream: tuple[int, int], rows: range, blocks: Tensor) -> I
     for first in range(0, len(rows), step):
         chunk = rows[first : first + step]
         row_index = torch.arange(chunk.start, chunk.stop, dtype=torch.int64, device=blocks.device)[:, None]
+        if transformations_active():
+            row_index, *stream_words = (words + 0 * blocks for words in (row_index, *stream_words))
         yield first, torch.stack(philox4x32([blocks[None], row_index, *stream_words], key_words), dim=-1)
 
 

@@ -7,9 +7,10 @@ from typing import Any, TypeVar
 import torch
 import torch.utils._pytree
 from torch import nn
+from torch.autograd import forward_ad
 
 # Whether a torch.func transformation is active. Without this API, every call counts as transformed.
-transformations_active: Callable[[], bool] = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
+_functions_transformed: Callable[[], bool] = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
 
 # The leaves (tensors and other values) of nested dicts, lists and the like.
 tree_leaves: Callable[[Any], list[Any]] = torch.utils._pytree.tree_leaves
@@ -54,9 +55,14 @@ def modes_active() -> bool:
     return _length_of_mode_stack() > 0
 
 
+def transformations_active() -> bool:
+    """Return whether a torch.func transformation, or forward-mode differentiation, is active in this call."""
+    return _functions_transformed() or getattr(forward_ad, "_current_level", -1) >= 0
+
+
 def outside_transformations() -> AbstractContextManager[Any]:
     """Return a context in which new tensors are not wrapped by torch.func transformations, and so outlive them."""
-    if not transformations_active():
+    if not _functions_transformed():
         return nullcontext()
     try:
         from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
