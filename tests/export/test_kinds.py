@@ -70,3 +70,39 @@ def test_what_peft_has_no_place_for_is_refused(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=f"VeRA cannot hold the adapter on {special}"):
             model.export_peft(tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [({"dilation": 2}, "no dilation"), ({"padding_mode": "circular", "padding": 1}, "'circular'")],
+)
+def test_what_pefts_convolutions_leave_out_is_refused(settings: dict[str, Any], reason: str, tmp_path: Path) -> None:
+    model = adapted(seeded(lambda: nn.Sequential(nn.Conv1d(4, 6, 3, **settings))), target_modules=["0"])
+    with pytest.raises(ValueError, match=f"cannot hold the adapter on 0: .*{reason}"):
+        model.export_lora(tmp_path / "lora")
+    assert not (tmp_path / "lora").exists()
+
+
+class Twice(nn.Module):
+    """One linear layer in two places."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = self.second = nn.Linear(7, 7)
+        self.other = nn.Linear(7, 7)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.second(torch.tanh(self.other(self.first(x))))
+        return out
+
+
+@pytest.mark.parametrize("export", ["export_lora", "export_peft"])
+def test_a_layer_in_several_places_is_refused(export: str, tmp_path: Path) -> None:
+    model = adapted(seeded(Twice), target_modules="all-linear", modules_to_save=[])
+    with pytest.raises(ValueError, match=r"adapter on first: it is one module in several places \(first, second\)"):
+        getattr(model, export)(tmp_path / "file")
+    assert not (tmp_path / "file").exists()
+    alone = adapted(seeded(Twice), target_modules=["other"], modules_to_save=[])
+    getattr(alone, export)(tmp_path / "file")
+    read = peft.PeftModel.from_pretrained(seeded(Twice)(), tmp_path / "file")
+    torch.testing.assert_close(read(X), alone(X))

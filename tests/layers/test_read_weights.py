@@ -1,5 +1,6 @@
 """Weights that a model reads without calling their layer: the adapted values, and never a place to write to."""
 
+import ctypes
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,16 @@ def test_autocast_does_not_round_what_is_read(kind: str) -> None:
     expected = layer.weight * 1
     with torch.autocast("cpu"):
         assert torch.equal(layer.weight * 1, expected)
+
+
+def test_a_kernel_is_given_the_address_of_the_adapted_values() -> None:
+    layer: Any = adapted(False)[1].linear
+    weight = layer.weight
+    address = weight.data_ptr()
+    assert weight.stride() == (6, 1)
+    _others = [torch.zeros(6, 6) for _ in range(20)]  # would reuse the memory, were it free
+    values = torch.tensor(list((ctypes.c_float * 36).from_address(address))).view(6, 6)
+    assert torch.equal(values, weight * 1)
 
 
 @pytest.mark.parametrize("plugin", [False, True])

@@ -118,6 +118,30 @@ def check_called(model: nn.Module, layers: Mapping[str, VeraLayer], whose: str) 
         )
 
 
+def check_places(model: nn.Module, layers: Mapping[str, VeraLayer], whose: str) -> None:
+    """Raise ValueError for a layer that is in several places of a model, of which PEFT adapts only the first.
+
+    Args:
+        model: the model without a wrapper, with its adapters.
+        layers: the adapter's layers by name.
+        whose: what the message calls the layers that would lose it.
+    """
+    modules = base_modules(model)
+    places: dict[int, dict[tuple[int, str], str]] = {}
+    for name, module in modules.items():
+        parent, _, own = name.rpartition(".")
+        places.setdefault(id(module), {})[id(modules.get(parent)), own] = name
+    for name, layer in layers.items():
+        module = modules[name.rpartition(".")[0] if layer.of_parameter else name]
+        names = list(places[id(module)].values())
+        if len(names) > 1:
+            raise ValueError(
+                f"{whose} cannot hold the adapter on {name}: it is one module in several places ({', '.join(names)}),"
+                " of which PEFT adapts only the first. Name it in exclude_modules, or merge the adapter"
+                " (merge_and_unload)"
+            )
+
+
 def taken_for_experts(model: nn.Module, name: str) -> bool:
     """Return whether PEFT would treat a linear layer as one of a stack of experts, and lose its adapter.
 

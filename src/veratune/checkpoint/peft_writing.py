@@ -17,6 +17,7 @@ from veratune.checkpoint.peft_rules import (
     PREFIX,
     TASK_HEADS,
     check_called,
+    check_places,
     exact_targets,
     peft_saved,
 )
@@ -65,6 +66,7 @@ def export_peft(host: AdaptedModel, adapter_name: str, directory: Path, *, save_
                 " Use export_lora, or merge the adapter"
             )
     check_called(host.base_model, layers, "PEFT's VeRA")
+    check_places(host.base_model, layers, "PEFT's VeRA")
     shared = _shared_projections(scheme, layers, adapter_name)
     tensors: dict[str, Tensor] = {}
     for name, layer in layers.items():

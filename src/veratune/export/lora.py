@@ -17,6 +17,7 @@ from veratune.checkpoint.files import write_pair
 from veratune.checkpoint.peft_rules import (
     PREFIX,
     check_called,
+    check_places,
     check_read_back,
     taken_for_experts,
     why_not_as_parameter,
@@ -57,6 +58,7 @@ def export_lora(
         if reason is not None:
             raise ValueError(f"PEFT's LoRA cannot hold the adapter on {name}: {reason}. Merge it instead")
     check_called(host.base_model, layers, "PEFT's LoRA")
+    check_places(host.base_model, layers, "PEFT's LoRA")
     as_parameters = _as_parameters(host, layers)
     ranks = {name: rank or layer.entries[adapter_name].rank for name, layer in layers.items()}
     tensors: dict[str, Tensor] = {}

@@ -81,6 +81,10 @@ class VeraConv(TransparentLayer):
     def why_not_lora(self) -> str | None:
         if getattr(self.base_layer, "groups", 1) != 1:
             return "its LoRA of a grouped convolution has no entries between groups, and A is shared by all groups"
+        if any(step != 1 for step in getattr(self.base_layer, "dilation", ())):
+            return f"its LoRA of a convolution has no dilation, and the layer has {self.base_layer.dilation}"
+        if getattr(self.base_layer, "padding_mode", "zeros") != "zeros":
+            return f"its LoRA of a convolution pads with zeros, and the layer has {self.base_layer.padding_mode!r}"
         return super().why_not_lora()
 
     def lora_factors(self, name: str) -> tuple[Tensor, Tensor]:

@@ -63,6 +63,14 @@ class AdaptedWeight(Tensor):
     """A weight, or some matrices of a stack of weights, whose deltas are not yet computed."""
 
     _view: View
+    _computed: Tensor | None = None
+
+    def _in_memory(self) -> Tensor:
+        """Return W0 + delta W, which lives as long as this tensor, for kernels that are given its address."""
+        if self._computed is None:
+            with torch.no_grad():
+                self._computed = self._view.added_up()
+        return self._computed
 
     @classmethod
     def __torch_function__(
@@ -76,6 +84,8 @@ class AdaptedWeight(Tensor):
         if func in ABOUT:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
+        if func in _MEMORY:
+            return func(args[0]._in_memory(), *args[1:], **kwargs)
         scales = getattr(func, "__name__", "") in ("mul_", "div_") and isinstance(args[0], AdaptedWeight)
         if scales and len(args) > 1 and isinstance(args[1], int | float) and args[1] == 1:
             return args[0]  # RWKV rescales its first layers by one
@@ -91,6 +101,10 @@ class AdaptedWeight(Tensor):
         for view, weight in weights:
             result = protected(result, weight, view.layer, outside=view.outside)
         return result
+
+
+# What gives away the address of a tensor's values.
+_MEMORY = {Tensor.data_ptr, Tensor.untyped_storage, Tensor.storage, Tensor.storage_offset, Tensor.stride}
 
 
 def _added_up(value: Any, weights: list[tuple[View, Tensor]]) -> Any:
