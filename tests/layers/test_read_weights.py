@@ -73,6 +73,41 @@ def test_autocast_does_not_round_what_is_read(kind: str) -> None:
         assert torch.equal(layer.weight * 1, expected)
 
 
+class Product(torch.autograd.Function):
+    """What fused kernels do: x W^T, with a backward pass of its own."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return x @ weight.T
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        return gradient @ weight, gradient.T @ x
+
+
+@pytest.mark.parametrize("plugin", [False, True])
+@pytest.mark.parametrize("read", [lambda weight: weight, lambda weight: weight.T.T], ids=["weight", "transposed"])
+def test_an_autograd_function_that_is_given_the_weight_trains_the_vectors(plugin: bool, read: Any) -> None:
+    layer: Any = adapted(plugin)[1].linear
+    x = torch.randn(3, 6, requires_grad=True)
+    wanted = [x, *layer.vectors("default").values()]
+    expected = torch.autograd.grad(F.linear(x, layer.weight).square().sum(), wanted)
+    output = Product.apply(x, read(layer.weight))  # type: ignore[no-untyped-call]
+    for gradient, right in zip(torch.autograd.grad(output.square().sum(), wanted), expected, strict=True):
+        torch.testing.assert_close(gradient, right)
+
+
+def test_other_adapters_in_the_backward_pass_of_such_a_function_are_refused() -> None:
+    model, net = adapted(False)
+    weight: Any = net.linear.weight
+    output = Product.apply(torch.randn(3, 6), weight)  # type: ignore[no-untyped-call]
+    model.set_adapter([])
+    with pytest.raises(RuntimeError, match="other adapters or vectors in the backward pass"):
+        output.sum().backward()
+
+
 def test_a_kernel_is_given_the_address_of_the_adapted_values() -> None:
     layer: Any = adapted(False)[1].linear
     weight = layer.weight

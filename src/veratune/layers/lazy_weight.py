@@ -12,9 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from veratune.layers.read_only_weight import ABOUT, ReadableLayer, check_not_written, protected
+from veratune.utils.torch_private import modes_active, transformations_active
 
 
 @dataclass(frozen=True)
@@ -54,9 +56,44 @@ class View:
         return added.mT if self.flipped else added
 
     def stand_in(self) -> "AdaptedWeight":
-        tensor = self.shown().detach().as_subclass(AdaptedWeight)
-        tensor._view = self
-        return tensor
+        tensor = self.shown().detach()
+        if torch.is_grad_enabled() and not transformations_active() and not modes_active():
+            sources = self.sources()
+            if any(source.requires_grad for source in sources):
+                tensor = _Linked.apply(tensor, self, *sources)  # type: ignore[no-untyped-call]
+        weight = tensor.as_subclass(AdaptedWeight)
+        weight._view = self
+        return weight
+
+    def sources(self) -> list[Tensor]:
+        """Return the tensors that W0 + delta W is computed from: W0 and the vectors that are added."""
+        names = self.layer.added_adapters
+        return [self.base, *(vector for name in names for vector in self.layer.vectors(name).values())]
+
+
+class _Linked(torch.autograd.Function):
+    """A stand-in's place in the graph, for an autograd function that it is given to and that returns its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, shown: Tensor, view: View, *sources: Tensor) -> Tensor:
+        ctx.view, ctx.sources = view, sources
+        return shown.view_as(shown)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        view, sources = ctx.view, ctx.sources
+        now = view.sources()
+        if len(now) != len(sources) or any(one is not other for one, other in zip(now, sources, strict=True)):
+            raise RuntimeError(
+                "an adapted weight that was read has other adapters or vectors in the backward pass than in the forward"
+                " pass: call backward() before you activate, merge, disable or remove adapters"
+            )
+        wanted = [source for source in sources if source.requires_grad]
+        with torch.enable_grad():
+            weight = view.added_up()
+            grads = iter(torch.autograd.grad(weight, wanted, gradient.to(weight.dtype), allow_unused=True))
+        return None, None, *(next(grads) if source.requires_grad else None for source in sources)
 
 
 class AdaptedWeight(Tensor):

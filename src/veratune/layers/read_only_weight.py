@@ -35,7 +35,7 @@ class ReadableLayer(Protocol):
     """The part of a `VeraLayer` that its weight's stand-ins use.
 
     Attributes:
-        out_axis, weight_name, geometry, in_features, entries: as in `VeraLayer`.
+        out_axis, weight_name, geometry, in_features, entries, added_adapters: as in `VeraLayer`.
         weight_was_read: set if something computed with the adapted weight without calling the layer.
     """
 
@@ -44,7 +44,12 @@ class ReadableLayer(Protocol):
     geometry: Geometry
     in_features: int
     entries: dict[str, AdapterEntry]
+    added_adapters: list[str]
     weight_was_read: bool
+
+    def vectors(self, name: str) -> dict[str, Tensor]:
+        """Return an adapter's vectors by name."""
+        ...
 
     def adapted_part(self, base: Tensor, index: Any) -> Tensor:
         """Return `base`, all of W0 or the matrices of the stack at `index`, with the deltas added."""
