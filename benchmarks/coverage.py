@@ -168,24 +168,24 @@ def document(rows: list[Row]) -> str:
             f" {percent(mean([row.peft or 0.0 for row in works]))}"
             f" there (veratune on the same: {percent(mean([row.adapted for row in works]))})."
             + (f" On the others it raises: {counted}." if counted else "")
-            + " Of PEFT no more is asked than that it adapts the model and that a call raises nothing."
+            + " For PEFT, the only checks are that it adapts the model and that a call raises no error."
         ),
         "",
         filled(
-            "Every model is tiny and random, so the shares tell which kinds of weights are adapted, not how the weights"
-            " of a large model are divided: tables of words weigh differently there. The checks, in"
-            " `tests/test_sweep.py`: a new adapter changes no bit of the outputs; one step of training changes all"
-            " vectors of all layers; a saved adapter on a fresh model gives the same bits; merging changes the outputs"
-            " by at most 1e-5 of their largest value; unmerging restores the bits of all weights; unloading leaves no"
-            " module of veratune."
+            "Every model is tiny and random, so the percentages show which kinds of weights are adapted, not how the"
+            " weights of a large model are distributed: token embeddings take a different share there. The checks, in"
+            " `tests/test_sweep.py`: a new adapter leaves the outputs identical to the bit; one training step changes"
+            " all vectors of all layers; a saved adapter on a fresh model gives the same bits; merging changes the"
+            " outputs by at most 1e-5 of their largest value; unmerging restores all weights bit for bit; unloading"
+            " leaves no veratune module in the model."
         ),
         "",
         "## Results",
         "",
         filled(
-            "The shares are of the elements of all parameters with two dimensions or more. A stack of expert matrices"
-            " is one layer. No head is trained in full (`modules_to_save=[]`), so those of classifiers are adapted;"
-            " output heads of language models are not, unless they are named."
+            "Percentages refer to the elements of all parameters with two dimensions or more. A stack of expert"
+            " matrices counts as one layer. No head is trained in full (`modules_to_save=[]`), so classifier heads are"
+            " adapted; output heads of language models are adapted only by name."
         ),
         "",
         "| architecture | kind | layers | shapes | all-linear | by name | PEFT | checks |",
@@ -200,11 +200,11 @@ def document(rows: list[Row]) -> str:
         "",
         *(bad or ["None."]),
         "",
-        "## What a call does not come to",
+        "## Layers that the check does not reach",
         "",
         filled(
             "These layers are adapted but cannot learn in the call that the check makes. The check fails if one of them"
-            " learns, or if any other does not."
+            " learns, or if any other layer does not."
         ),
         "",
         *excused,
@@ -212,10 +212,10 @@ def document(rows: list[Row]) -> str:
         "## Bits",
         "",
         filled(
-            "An adapter freezes the base model, and torch folds some products in another way where a weight requires"
-            " gradients, under `no_grad` too, so that freezing alone may change last bits. A new adapter gives the bits"
-            f" of the model as it was in {len(rows) - len(frozen)} architectures, and those of the frozen model in"
-            f" {len(frozen)}" + (f" ({', '.join(frozen)})." if frozen else ".")
+            "An adapter freezes the base model, and torch computes some products differently if a weight requires"
+            " gradients, even under `no_grad`, so freezing alone may change the last bits. With a new adapter,"
+            f" {len(rows) - len(frozen)} architectures give the bits of the original model, and {len(frozen)} those of"
+            " the frozen model" + (f" ({', '.join(frozen)})." if frozen else ".")
         ),
         "",
     ]

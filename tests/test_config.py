@@ -157,7 +157,7 @@ def test_foreign_and_unknown_fields_are_refused():
         ("lora_alpha", "VeRA has no alpha"),
         ("lora_dropout", "use vera_dropout"),
         ("lora_rank", "use r, which is higher"),
-        ("fan_in_fan_out", "Conv1D is recognised"),
+        ("fan_in_fan_out", "Conv1D is recognized"),
         ("use_rslora", "leave it out"),
         ("use_dora", "leave it out"),
         ("init_lora_weights", "init_weights"),
@@ -185,7 +185,7 @@ def test_configurations_in_the_wrong_function():
         return torch.nn.Sequential(torch.nn.Linear(2, 2))
 
     for wrong, message in (
-        (peft.LoraConfig(), "whose fields are not those of LoraConfig; peft.get_peft_model takes a LoraConfig"),
+        (peft.LoraConfig(), "whose fields differ from those of LoraConfig; peft.get_peft_model takes a LoraConfig"),
         (peft.VeraConfig(), "the same fields except fan_in_fan_out"),
         ({"r": 4}, "make one with veratune.VeraConfig"),
     ):

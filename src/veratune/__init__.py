@@ -1,6 +1,6 @@
-"""VeRA (Vector-based Random Matrix Adaptation) on all linear layers of a model, whatever their shapes."""
+"""VeRA (Vector-based Random Matrix Adaptation) for all linear layers of a model, regardless of their shapes."""
 
-import veratune.utils.startup  # noqa: F401  # before what takes long to import
+import veratune.utils.startup  # noqa: F401  # before the imports that take long
 from veratune.adapters.adapter_state import AdapterState
 from veratune.adapters.coverage import SupportTable, WeightInfo, supported
 from veratune.adapters.target import TargetError

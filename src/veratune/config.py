@@ -1,4 +1,4 @@
-"""The configuration of one adapter, validated on construction, with the field names of PEFT where they exist."""
+"""The configuration of one adapter, validated on construction. Fields that PEFT also has use PEFT's names."""
 
 import dataclasses
 import functools
@@ -23,24 +23,24 @@ _KEY_RANGE = range(-(1 << 63), 1 << 64)
 
 _Config = TypeVar("_Config")
 
-# Settings of other adapters in PEFT, and what to use instead.
+# Settings of PEFT's other adapter types, and the VeRA setting to use instead.
 _FOREIGN = {
     "lora_alpha": "VeRA has no alpha: the trained vectors scale each layer, and d_initial is where d starts",
     "alpha_pattern": "VeRA has no alpha: the trained vectors scale each layer",
     "lora_dropout": "use vera_dropout",
     "dropout": "use vera_dropout",
-    "lora_rank": "use r, which is higher than LoRA's: 256 to 1024",
+    "lora_rank": "use r, which is higher than LoRA's rank: 256 to 1024",
     "rank": "use r",
     "lora_bias": "use bias",
     "init_lora_weights": "leave it out: a new adapter is a no-op; init_weights=False is for tests",
-    "use_rslora": "leave it out: VeRA has no alpha that the rank would divide",
+    "use_rslora": "leave it out: VeRA has no alpha to divide by the rank",
     "use_dora": "leave it out: veratune has no counterpart of DoRA",
-    "fan_in_fan_out": "leave it out: transformers' Conv1D is recognised by its class",
+    "fan_in_fan_out": "leave it out: transformers' Conv1D is recognized by its class",
     "prng_key": "use projection_prng_key",
-    "ensure_weight_tying": "leave it out: tied weights are found",
+    "ensure_weight_tying": "leave it out: tied weights are detected",
     "target_module": "use target_modules",
 }
-# Attributes that PEFT reads from a configuration, and this one does not have.
+# Attributes that PEFT reads from its configurations and `VeraConfig` does not have.
 _ASKED_BY_PEFT = ("is_prompt_learning", "is_adaption_prompt", "auto_mapping", "peft_version", "runtime_config")
 
 
@@ -58,7 +58,7 @@ def explains_unknown_fields(config: type[_Config]) -> type[_Config]:
     def init(self: object, *args: Any, **kwargs: Any) -> None:
         unknown = [f"{name!r}: {_remedy(name, known)}" for name in kwargs if name not in known]
         if unknown:
-            # PEFT looks for these words when it reads a file of a newer version.
+            # PEFT looks for these words when it reads a file written by a newer version.
             raise TypeError(f"{config.__name__} got an unexpected keyword argument {'; '.join(unknown)}")
         made(self, *args, **kwargs)
 
@@ -82,7 +82,7 @@ def check_config(config: object) -> None:
     elif class_name == "VeratuneConfig":
         remedy = "it is for peft.get_peft_model; veratune.VeraConfig takes the same fields"
     elif package == "peft":
-        remedy += f", whose fields are not those of {class_name}; peft.get_peft_model takes a {class_name}"
+        remedy += f", whose fields differ from those of {class_name}; peft.get_peft_model takes a {class_name}"
     raise TypeError(
         f"the configuration must be a veratune.VeraConfig, not {type(config).__module__}.{class_name}: {remedy}"
     )
@@ -90,10 +90,10 @@ def check_config(config: object) -> None:
 
 @dataclass
 class VeraFields:
-    """The fields that `VeraConfig` and the plug-in's configuration for PEFT have in common.
+    """The fields that `VeraConfig` and the PEFT plug-in's configuration have in common.
 
-    Each field is defined once: here, or in `VeraConfig` if every configuration of PEFT has it already. Its metadata
-    hold its check and the lists it is in.
+    Each field is defined once, here or in `VeraConfig`. Its metadata (`Setting`) contains its check and says where else
+    the field appears.
     """
 
     r: int = setting(256, check.rank, peft="vera", card=True, train=False)
@@ -130,37 +130,37 @@ class VeraConfig(VeraFields):
 
     Args:
         r: rank: the number of rows of A and of columns of B. VeRA's ranks are high (256 to 1024).
-        target_modules: which linear layers to adapt. A list of names, each matching a module of that name or whose
-            dotted name ends in it; a string, a regular expression that must match the full dotted name (without
-            backreferences, as it is matched in bounded time); "all-linear" for every linear layer except a language
-            model's output head and `modules_to_save`; None for a choice by `model.config.model_type`.
-        target_parameters: which parameters to adapt that the forward of their module reads, such as expert tensors: a
-            list of names, each matching a parameter of that dotted name or whose dotted name ends in it. "all-linear"
-            includes expert tensors and packed attention weights.
-        fused_parts: for a linear layer that fuses several (query, key and value in one), the number of equal parts or
-            the outputs of each, by the end of its name: {"c_attn": 3}, {"qkv_proj": [64, 32, 32]}. Each part has a
-            separate d and B, as if they were separate layers.
+        target_modules: which linear layers to adapt. A list of names, each matching modules with that dotted name or
+            whose dotted name ends in it; a string: a regular expression that must match the full dotted name (without
+            backreferences, so that matching takes bounded time); "all-linear" for every linear layer except a language
+            model's output head and `modules_to_save`; None to choose by `model.config.model_type`.
+        target_parameters: which parameters to adapt that a module's forward reads directly, such as expert tensors: a
+            list of names, each matching parameters with that dotted name or whose dotted name ends in it.
+            "all-linear" includes expert tensors and packed attention weights.
+        fused_parts: for linear layers that fuse several (query, key and value in one), the number of equal parts, or
+            the number of outputs of each part, keyed by the end of the layer's name: {"c_attn": 3},
+            {"qkv_proj": [64, 32, 32]}. Each part has a separate d and B, as if it were a separate layer.
         exclude_modules: layers not to adapt, as a list of names or a regular expression, matched the same way.
         layers_to_transform: indices of the layers in the stack to adapt; None for all.
-        layers_pattern: name or names of the `nn.ModuleList` that `layers_to_transform` counts in; None for any.
-        rank_pattern: rank, instead of `r`, of the layers whose dotted name ends in a match of the key, a regular
-            expression.
+        layers_pattern: name or names of the `nn.ModuleList` that `layers_to_transform` indexes; None for any.
+        rank_pattern: the rank to use instead of `r`, keyed by a regular expression, for layers whose dotted name ends
+            in a match of it.
         modules_to_save: names of modules to train in full and save with the adapter. None selects the new head of a
             classification model; an empty list selects nothing.
-        d_initial: value at which each d starts (the paper's Table 6); b starts at zero.
+        d_initial: initial value of each d (the paper's Table 6); b starts at zero.
         vera_dropout: probability of dropout on the adapter's input, in [0, 1).
-        bias: which biases are trained: "none", "all", or those of the adapted layers ("vera_only").
+        bias: which biases to train: "none", "all", or those of the adapted layers ("vera_only").
         init_weights: False initializes b to one and d randomly, so that a new adapter changes the model. For tests.
         projection_prng_key: 64-bit key from which the frozen projections A and B are drawn.
-        projection: "per_dimension", dense projections for each width; "blocks", ones that are nonzero in blocks alone,
-            which are cheaper to compute with; or "peft", slices of one pair for the widest layers, with the values that
-            PEFT draws.
+        projection: "per_dimension" for dense projections, drawn for each width; "blocks" for block-sparse ones, which
+            are cheaper to compute with; or "peft" for slices of one pair, as wide as the widest layers, with the
+            values that PEFT draws.
         projection_blocks: the number of blocks of projection="blocks", from 1 to 64 and at most r.
-        save_projection: write A and B into the adapter's file. They are not needed there, as they are drawn from
+        save_projection: write A and B into the adapter's file. Loading does not need them there, as they are drawn from
             the key.
-        route: how layers are computed: "auto" (the cheapest for each shape), "factored" or "dense".
-        memory: what is kept for the backward pass: "fast" keeps what saves time, "low" as little as possible,
-            "balanced" what is small compared with the model's activations.
+        route: how to compute layers: "auto" (the cheapest for each shape), "factored" or "dense".
+        memory: which intermediate results to keep for the backward pass: "fast" keeps all that save time, "low" as few
+            as possible, "balanced" those that are small compared with the model's activations.
         task_type: one of SEQ_CLS, TOKEN_CLS, QUESTION_ANS, CAUSAL_LM, SEQ_2_SEQ_LM, FEATURE_EXTRACTION, or None.
         inference_mode: freeze the adapter.
         base_model_name_or_path: name or path of the base model; filled in by `get_peft_model`.
@@ -193,8 +193,9 @@ class VeraConfig(VeraFields):
     def __getattr__(self, name: str) -> NoReturn:
         if name in _ASKED_BY_PEFT:
             raise AttributeError(
-                f"a veratune.VeraConfig has no {name!r}: it is for veratune.get_peft_model. For PEFT's functions there"
-                " is VeratuneConfig, with the same fields, in veratune.integrations.peft, after its install()"
+                f"a veratune.VeraConfig has no {name!r}: it only works with veratune.get_peft_model. For PEFT's"
+                " functions, call install() of veratune.integrations.peft and use its VeratuneConfig, which has the"
+                " same fields"
             )
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
@@ -202,27 +203,28 @@ class VeraConfig(VeraFields):
         if self.layers_pattern is not None and self.layers_to_transform is None:
             raise ValueError(
                 f"layers_pattern={self.layers_pattern!r} only applies to layers_to_transform, which is None:"
-                " give layers_to_transform, or leave layers_pattern out"
+                " set layers_to_transform, or leave layers_pattern out"
             )
         if self.layers_to_transform is not None and self._is_regex():
             raise ValueError(
                 f"layers_to_transform={self.layers_to_transform!r} cannot be combined with the regular expression"
-                f" target_modules={self.target_modules!r}: put the indices into the expression, or give a list of names"
+                f" target_modules={self.target_modules!r}: put the indices into the expression, or use a list of names"
             )
         if self.route == "dense" and self.vera_dropout > 0.0:
             raise ValueError(
-                f"route='dense' cannot be combined with vera_dropout={self.vera_dropout!r}: a single"
-                " weight cannot drop inputs of the adapter alone. Use route='auto', or vera_dropout=0.0"
+                f"route='dense' cannot be combined with vera_dropout={self.vera_dropout!r}: with one"
+                " combined weight, dropout cannot act on the adapter's input alone. Use route='auto', or"
+                " vera_dropout=0.0"
             )
         if SCHEMES[self.projection].one_rank_linear_only and self.fused_parts:
             raise ValueError(
                 f"fused_parts={self.fused_parts!r} cannot be combined with projection={self.projection!r}, which has"
-                " one d for a layer: use projection='per_dimension', or leave fused_parts out"
+                " a single d per layer: use projection='per_dimension', or leave fused_parts out"
             )
         if SCHEMES[self.projection].one_rank_linear_only and self.rank_pattern:
             raise ValueError(
                 f"rank_pattern={self.rank_pattern!r} cannot be combined with projection={self.projection!r}, whose A"
-                " and B have one rank for all layers: use projection='per_dimension', or leave rank_pattern out"
+                " and B have a single rank for all layers: use projection='per_dimension', or leave rank_pattern out"
             )
 
         if "projection_blocks" not in SCHEMES[self.projection].settings:
@@ -234,7 +236,8 @@ class VeraConfig(VeraFields):
         elif self.projection_blocks > (rank := min([self.r, *self.rank_pattern.values()])):
             raise ValueError(
                 f"projection_blocks={self.projection_blocks!r} needs a rank of at least that number, not {rank}: each"
-                " rank reads and writes one block, so some blocks would have none; use fewer blocks, or a higher rank"
+                " rank reads and writes one block, so some blocks would have no rank; use fewer blocks, or a higher"
+                " rank"
             )
 
     def _is_regex(self) -> bool:
@@ -242,18 +245,18 @@ class VeraConfig(VeraFields):
 
     @property
     def peft_type(self) -> str:
-        """The type that distinguishes files of this configuration from those of PEFT."""
+        """The type that distinguishes veratune's files from PEFT's."""
         return PEFT_TYPE
 
     def names_only(self) -> bool:
-        """Return whether all expressions in this are plain names, or names joined by "|"."""
+        """Return whether every expression in this configuration is a plain name, or names joined by "|"."""
         texts = [self.target_modules, self.exclude_modules, *self.rank_pattern]
         stacks = self.layers_pattern
         texts += [stacks] if isinstance(stacks, str) else stacks or []
         return all(pattern(text).is_list for text in texts if isinstance(text, str))
 
     def rank_of(self, name: str) -> int:
-        """Return the rank on the layer of this dotted name: that of the first matching `rank_pattern`, or `r`."""
+        """Return the rank for the layer with this dotted name: the first match in `rank_pattern`, or `r`."""
         return next((rank for key, rank in self.rank_pattern.items() if ends_in_match(name, key)), self.r)
 
     def replace(self, **changes: Any) -> "VeraConfig":
@@ -275,14 +278,14 @@ class VeraConfig(VeraFields):
         peft_type = values.pop("peft_type", PEFT_TYPE)
         if peft_type != PEFT_TYPE:
             raise ValueError(
-                f"peft_type={clipped(repr(peft_type), LONGEST_VALUE)} is not a veratune configuration, whose peft_type"
-                f" is {PEFT_TYPE!r}"
+                f"peft_type={clipped(repr(peft_type), LONGEST_VALUE)} does not belong to a veratune configuration,"
+                f" whose peft_type is {PEFT_TYPE!r}"
             )
         known = {field.name for field in dataclasses.fields(cls)}
         unknown = sorted(set(values) - known)
         if unknown:
             shown = clipped(str(unknown), LONGEST_VALUE)
-            raise ValueError(f"unknown configuration fields {shown}: allowed are {sorted(known)}")
+            raise ValueError(f"unknown configuration fields {shown}: the allowed fields are {sorted(known)}")
         return cls(**values)
 
 
@@ -290,5 +293,5 @@ VeRAConfig = VeraConfig
 
 
 def ends_in_match(name: str, key: str) -> bool:
-    """Return whether a dotted name, or its end after any dot, matches a regular expression."""
+    """Return whether a dotted name, or the part of it after any dot, matches a regular expression."""
     return pattern(key).matches_end(name)

@@ -17,7 +17,7 @@ TASK_TYPES = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "CAUSAL_LM", "SEQ_2_SEQ_LM
 
 _KEY = "veratune"
 _LARGEST_INDEX = (1 << 63) - 1
-# The smallest normal and the largest number of float32.
+# The smallest normal and the largest finite float32 number.
 _SMALLEST, _LARGEST = 2.0**-126, (2 - 2.0**-23) * 2.0**127
 
 
@@ -27,12 +27,12 @@ class Setting:
 
     Attributes:
         check: takes the field's name and a value and returns the value to keep, or raises.
-        peft: "vera" if PEFT's VeraConfig has the field with the same meaning, "any" if every configuration of PEFT has
-            it (these do not change what the adapter computes), None if only veratune has it.
+        peft: "vera" if PEFT's VeraConfig has the field with the same meaning, "any" if every PEFT configuration has
+            it (such fields do not change what the adapter computes), None if only veratune has it.
         card: whether the model card lists it.
-        train: whether the `vera` settings of `veratune train` may set it; a run determines the others, or has separate
-            settings for them.
-        selects: whether it only selects the modules to adapt or to train in full.
+        train: whether the `vera` settings of `veratune train` may set it; the run determines the other fields, or has
+            separate settings for them.
+        selects: whether its only effect is to select the modules to adapt or to train in full.
     """
 
     check: Check
@@ -43,11 +43,11 @@ class Setting:
 
 
 def setting(default: Any, check: Check, **roles: Any) -> Any:
-    """Return a dataclass's field with its metadata.
+    """Return a dataclass field with its metadata.
 
     Args:
-        default: its default, or a type that is called to make it.
-        check: its check.
+        default: the field's default, or a type to call for the default (such as `dict`).
+        check: the field's check.
         roles: other attributes of `Setting`.
     """
     metadata = {_KEY: Setting(check, **roles)}
@@ -192,14 +192,14 @@ def parts(field: str, value: object) -> dict[str, int | list[int]]:
     if value is None:
         return {}
     if not isinstance(value, dict):
-        raise bad(field, value, "a dictionary of names to a number of parts or a list of sizes", TypeError)
+        raise bad(field, value, "a dictionary from names to a number of parts or a list of sizes", TypeError)
     checked: dict[str, int | list[int]] = {}
     for name, given in value.items():
         if not isinstance(name, str) or not name:
             raise bad(field, value, "a dictionary whose keys are non-empty strings", TypeError)
         sizes = list(given) if isinstance(given, list | tuple) else [given]
         if not sizes or any(type(size) is not int or not 1 <= size <= _LARGEST_INDEX for size in sizes):
-            raise bad(f"{field}[{name!r}]", given, "a number of parts, or a list of their outputs", TypeError)
+            raise bad(f"{field}[{name!r}]", given, "a number of parts, or a list of output sizes", TypeError)
         if len(sizes) == 1 and (sizes[0] < 2 or isinstance(given, list | tuple)):
             raise bad(f"{field}[{name!r}]", given, "at least two parts")
         checked[name] = sizes if isinstance(given, list | tuple) else sizes[0]
@@ -209,14 +209,14 @@ def parts(field: str, value: object) -> dict[str, int | list[int]]:
 def layer_indices(field: str, value: object) -> list[int] | int | None:
     if value is None:
         return None
-    indices = [value] if isinstance(value, int) else value  # a boolean is refused below
+    indices = [value] if isinstance(value, int) else value  # booleans are rejected below
     if not isinstance(indices, list | tuple | set | frozenset | range) or not indices:
         raise bad(field, value, "an index, a non-empty list of indices, or None", TypeError)
     for index in indices:
         if isinstance(index, bool) or not isinstance(index, int):
-            raise bad(field, value, "made of integers", TypeError)
+            raise bad(field, value, "an integer, or a list of integers", TypeError)
         if not 0 <= index <= _LARGEST_INDEX:
-            raise bad(field, value, "made of indices from 0 up")
+            raise bad(field, value, "an index of 0 or more, or a list of such indices")
     return value if isinstance(value, int) else sorted(set(indices))
 
 
@@ -224,7 +224,7 @@ def ranks_by_pattern(field: str, value: object) -> dict[str, int]:
     if value is None:
         return {}
     if not isinstance(value, dict):
-        raise bad(field, value, "a dictionary of patterns to ranks", TypeError)
+        raise bad(field, value, "a dictionary from patterns to ranks", TypeError)
     for key, its_rank in value.items():
         if not isinstance(key, str) or not key:
             raise bad(field, value, "a dictionary whose keys are non-empty strings", TypeError)

@@ -35,7 +35,7 @@ DEFAULT_ADAPTER = "default"
 class VeraModel(AdaptedModel):
     """A model with VeRA adapters, returned by `get_peft_model` and `VeraModel.from_pretrained`."""
 
-    # Tells the Trainer of transformers that a quantized model has trainable parameters.
+    # Signals to transformers' Trainer that a quantized model has trainable parameters.
     _hf_peft_config_loaded = True
 
     @classmethod
@@ -51,7 +51,7 @@ class VeraModel(AdaptedModel):
     ) -> Self:
         """Load a saved adapter onto a base model.
 
-        If a transformers model has no class names, it gets those that the adapter was trained with.
+        If a transformers model has no class names, this sets the ones that the adapter was trained with.
 
         Args:
             model: the base model; it is adapted in place.
@@ -105,7 +105,7 @@ class VeraModel(AdaptedModel):
             ready.put_on(self, adapter_name, frozen=not is_trainable)
 
     def restore(self, save_directory: str | os.PathLike[str]) -> None:
-        """Restore the values that `save_pretrained` wrote, in the existing adapters.
+        """Load the values that `save_pretrained` wrote into the existing adapters.
 
         Parameters keep their identity, so optimizers stay valid. Nothing is changed unless everything fits.
 
@@ -113,7 +113,7 @@ class VeraModel(AdaptedModel):
             save_directory: the directory that was given to `save_pretrained`.
 
         Raises:
-            CheckpointError: an adapter is missing there, or has other layers or another rank than in the model.
+            CheckpointError: an adapter is missing there, or its layers or its rank differ from those in the model.
             ValueError: adapters are merged.
         """
         self._check_unmerged("restore")
@@ -136,18 +136,18 @@ class VeraModel(AdaptedModel):
     ) -> None:
         """Write adapters in veratune's format: the vectors, modules trained in full, and biases.
 
-        The adapter called "default" is written into the directory itself, each other one into a subdirectory of its
-        name. Each adapter's file is replaced atomically.
+        The adapter called "default" is written into the directory itself, every other adapter into a subdirectory with
+        its name. Each adapter's file is replaced atomically.
 
         Args:
             save_directory: the directory; created if necessary.
             safe_serialization: must be true: veratune only writes safetensors.
             selected_adapters: which adapters; all of them by default.
-            is_main_process: whether to write; false in all processes but one. All processes have to call this if
+            is_main_process: whether to write; false in all processes but one. All processes must call this if
                 parameters are sharded (FSDP2).
 
         Raises:
-            ValueError: an adapter is unknown, there is none, or `safe_serialization` is false.
+            ValueError: an adapter is unknown, the model has no adapter, or `safe_serialization` is false.
         """
         if safe_serialization is not True:
             raise ValueError(
@@ -174,7 +174,7 @@ class VeraModel(AdaptedModel):
             adapter_name: which adapter; the active one by default.
 
         Raises:
-            ValueError: the format or adapter is unknown, or the format cannot be written or cannot hold this adapter.
+            ValueError: the format or adapter is unknown, or the format cannot be written or cannot hold the adapter.
         """
         if format not in FORMATS:
             raise ValueError(f"unknown format {format!r}: choose one of {list(FORMATS)}")
@@ -215,19 +215,19 @@ class VeraModel(AdaptedModel):
             save_directory: the directory; created if necessary.
             adapter_name: which adapter; the active one by default.
             dtype: dtype of the matrices written.
-            rank: another rank, for all layers. A larger one is padded with zeros; a smaller one is written if it holds
-                the deltas exactly.
+            rank: a different rank, for all layers. A larger one is padded with zeros; a smaller one is allowed if it
+                represents the deltas exactly.
             engine: "vllm" checks that vLLM can load the result; None is for PEFT.
 
         Raises:
-            ValueError: the adapter is unknown, PEFT's LoRA or the engine cannot hold a part of it, or `rank` does not
-                hold the deltas exactly.
+            ValueError: the adapter is unknown, PEFT's LoRA or the engine does not support part of it, or `rank` cannot
+                represent the deltas exactly.
         """
         name = self._to_export(adapter_name)
         if engine == "vllm":
             check_vllm(self, name, rank)
         elif engine is not None:
-            raise ValueError(f"engine={engine!r} is not known: it is 'vllm' or None")
+            raise ValueError(f"engine={engine!r} is not known: it must be 'vllm' or None")
         export_lora(self, name, Path(save_directory), dtype=dtype, rank=rank)
 
     def export_gguf(
@@ -241,14 +241,14 @@ class VeraModel(AdaptedModel):
         Args:
             save_directory: the directory; created if necessary.
             adapter_name: which adapter; the active one by default.
-            dtype: float32, float16 or bfloat16, of the matrices written.
+            dtype: dtype of the matrices written: float32, float16 or bfloat16.
 
         Returns:
             The file, `adapter_model.gguf` in the directory.
 
         Raises:
             ImportError: the package gguf is missing.
-            ValueError: the adapter is unknown, or llama.cpp does not support this model or a part of the adapter.
+            ValueError: the adapter is unknown, or llama.cpp does not support this model or part of the adapter.
         """
         name = self._to_export(adapter_name)
         return export_gguf(self, name, Path(save_directory), dtype=dtype)
@@ -256,7 +256,7 @@ class VeraModel(AdaptedModel):
     def push_to_hub(self, repo_id: str, selected_adapters: str | Sequence[str] | None = None, **settings: Any) -> str:
         """Save adapters and upload them to the Hugging Face hub.
 
-        If a base model was loaded from a directory, the configuration contains its path; a warning says so.
+        If the base model was loaded from a directory, its path is uploaded with the configuration; a warning says so.
 
         Args:
             repo_id: "owner/name"; created if necessary.
@@ -288,7 +288,7 @@ class VeraModel(AdaptedModel):
             if sharding is not None:
                 raise ValueError(
                     f"adapter {name!r} cannot be exported while it is sharded over processes ({sharding}): call"
-                    " save_pretrained in all of them, and export it after loading it in one process"
+                    " save_pretrained in all of them, then load the adapter in one process and export it there"
                 )
         self._warn_of_nonfinite([name])
         return name
@@ -319,7 +319,7 @@ def get_peft_model(
 
     Args:
         model: any `torch.nn.Module`; it is adapted in place.
-        peft_config: the configuration; not changed.
+        peft_config: the configuration; it is not changed.
         adapter_name: the adapter's name.
         autocast_adapter_dtype: hold the vectors in float32 if the layer is in half precision.
 
@@ -347,8 +347,8 @@ def check_bare(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, AdaptedModel | VeraLayer | SavedModule):
             raise ValueError(
-                "this model has VeRA adapters already: use add_adapter or load_adapter of the VeraModel for another, or"
-                " unload() of the VeraModel, or of the bank that it serves, to remove them first"
+                "this model has VeRA adapters already: add another with the VeraModel's add_adapter or load_adapter, or"
+                " remove them first with unload() of the VeraModel, or of the AdapterBank if a bank added them"
             )
 
 

@@ -9,7 +9,7 @@ from torch import nn
 from veratune.layers.entries import VECTOR_PREFIX
 
 VECTOR_RATE, HEAD_RATE = 1e-2, 1e-3
-"""Default learning rates: of the vectors, and of everything else."""
+"""Default learning rates for the vectors and for everything else."""
 
 # Outside this range a rate for the vectors is unlikely to work. The paper uses 3e-3 to 3e-2.
 _LOW_RATE, _HIGH_RATE = 1e-3, 1e-1
@@ -30,14 +30,14 @@ def parameter_groups(
     """Return the trainable parameters in two groups for an optimizer: the vectors, and the rest (heads, biases).
 
     VeRA's vectors need a much higher learning rate than LoRA or full fine-tuning: the paper uses 3e-3 to 3e-2 for
-    RoBERTa (its Table 8), with a lower rate for the classification head, and no weight decay. A rate far outside of
-    that range is warned of.
+    RoBERTa (its Table 8), with a lower rate for the classification head, and no weight decay. A rate far outside
+    that range triggers a warning.
 
     Args:
         model: the adapted model, or a `peft.PeftModel` with veratune's layers.
         lr: learning rate of the vectors b and d.
         head_lr: learning rate of everything else that is trainable.
-        weight_decay: of both groups.
+        weight_decay: weight decay of both groups.
 
     Returns:
         Groups for `torch.optim`; empty ones are left out.
@@ -79,9 +79,9 @@ def trained_parts(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Paramet
         raise ValueError(
             "the model has no trainable parameter: "
             + (
-                f"{frozen} were loaded for inference: load with is_trainable=True to continue training them"
+                f"adapters {frozen} were loaded for inference: load with is_trainable=True to continue training"
                 if frozen
-                else "choose an adapter with set_adapter"
+                else "activate an adapter with set_adapter"
             )
         )
     return vectors, rest

@@ -649,7 +649,7 @@ def test_only_lets_others_compute_and_leaves_what_is_trainable_alone():
     with model.only(["one"]):
         torch.testing.assert_close(model(x), expected)
         assert relative(model(x), own) > 1e-3
-        with pytest.raises(ValueError, match=r"set_adapter cannot work within disable_adapter\(\) or only\(\)"):
+        with pytest.raises(ValueError, match=r"set_adapter cannot be used within disable_adapter\(\) or only\(\)"):
             model.set_adapter("three")
     assert flags == [parameter.requires_grad for parameter in model.parameters()]
     assert model.active_adapters == ["two", "four"] and torch.equal(model(x), own)
@@ -666,7 +666,7 @@ def test_only_lets_others_compute_and_leaves_what_is_trainable_alone():
 def test_merging_within_disable_adapter_is_refused() -> None:
     model = get_peft_model(Net(), config())
     for context in (model.disable_adapter(), model.only(["default"])):
-        with context, pytest.raises(ValueError, match="merge_adapter cannot work within"):
+        with context, pytest.raises(ValueError, match="merge_adapter cannot be used within"):
             model.merge_adapter("default")
     assert model.active_adapters == ["default"] and not model.merged_adapters
 

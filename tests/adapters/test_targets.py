@@ -93,7 +93,7 @@ def test_rank_pattern():
         ({"target_modules": ["query", "valeu"]}, ["valeu", "value (Linear)"]),
         ({"target_modules": ".*qurey"}, ["qurey", "query (Linear)"]),
         ({"target_modules": ["norm"]}, ["layers.0.norm", "LayerNorm", "query (Linear)"]),
-        ({"target_modules": ["conv"]}, ["conv", "ConvTranspose1d", "none of the kinds"]),
+        ({"target_modules": ["conv"]}, ["conv", "ConvTranspose1d", "not one of the kinds"]),
         ({"target_modules": ["zzz"]}, ["zzz", "modules called", "query (Linear)"]),
         ({"target_modules": ["query"], "modules_to_save": ["haed"]}, ["haed", "head (Linear)"]),
         ({"target_modules": ["head"], "modules_to_save": ["head"]}, ["trained in full", "modules_to_save"]),
@@ -310,7 +310,7 @@ def test_exclusions_and_indices_that_match_nothing():
         get_peft_model(small_net(), VeraConfig(**FIRST_LAYER, exclude_modules=["zzz"]))
     stack = nn.Module()
     stack.layers = nn.ModuleList(nn.Sequential(nn.Linear(2, 2)) for _ in range(2))
-    with pytest.raises(TargetError, match=r"no layer 99.*\[0, 1\]"):
+    with pytest.raises(TargetError, match=r"in layer 99.*\[0, 1\]"):
         get_peft_model(stack, VeraConfig(**FIRST_LAYER, layers_to_transform=[0, 99], layers_pattern="layers"))
 
 

@@ -137,7 +137,7 @@ def test_its_adapters_are_checked_as_others_are(tmp_path: Path) -> None:
         model.export("toys", tmp_path / "other")
     with torch.no_grad():
         next(p for p in model.parameters() if p.requires_grad).fill_(float("nan"))
-    with pytest.warns(UserWarning, match="adapter 'default' holds NaN or infinity"):
+    with pytest.warns(UserWarning, match="adapter 'default' contains NaN or infinity"):
         model.export("toy", tmp_path / "other")
     (tmp_path / VECTORS).write_text("{}")
     with pytest.raises(CheckpointError, match="in none of the formats"):

@@ -167,9 +167,9 @@ def test_half_precision_is_rounded_once(dtype: torch.dtype, kind: str, tmp_path:
         (
             lambda: tiny_model("bert"),
             {},
-            "BertForSequenceClassification cannot be exported for llama.cpp: known are .*",
+            "BertForSequenceClassification cannot be exported for llama.cpp, only .*",
         ),
-        (lambda: tiny_model("llama"), {"modules_to_save": ["lm_head"]}, "no place for .* in full: lm_head"),
+        (lambda: tiny_model("llama"), {"modules_to_save": ["lm_head"]}, "cannot hold .* in full: lm_head"),
         (lambda: tiny_model("gpt2"), {"bias": "vera_only"}, r"in full: transformer\.h\.0\.attn\.c_attn\.bias"),
         (tied_llama, {"target_modules": ["q_proj", "embed_tokens"]}, "on model.embed_tokens: .* one tensor"),
         (tied_llama, {"target_modules": ["q_proj", "lm_head"]}, "on lm_head: .* one tensor"),

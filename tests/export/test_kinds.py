@@ -58,7 +58,7 @@ def test_what_peft_has_no_place_for_is_refused(tmp_path: Path) -> None:
     grouped = adapted(seeded(lambda: nn.Sequential(nn.Conv2d(4, 6, 3, groups=2))), target_modules=["0"])
     attention = adapted(seeded(Attention))
     for model, name, reason in ((grouped, "0", "grouped convolution"), (attention, "attn.in_proj_weight", "as one")):
-        with pytest.raises(ValueError, match=f"LoRA cannot hold the adapter on {name}: .*{reason}.*Merge it instead"):
+        with pytest.raises(ValueError, match=f"LoRA cannot hold the adapter on {name}: .*{reason}.*Merge the adapter"):
             model.export_lora(tmp_path)
     for make, settings, _ in _EXPORTED.values():
         model = adapted(make, **settings)

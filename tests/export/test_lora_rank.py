@@ -124,7 +124,7 @@ def _zeros_beyond(count: int) -> Callable[[VeraModel], None]:
 @pytest.mark.parametrize(
     ("make", "settings", "message"),
     [
-        (lambda: tiny_model("llama"), {"r": 4, "modules_to_save": ["lm_head"]}, "no place for .* in full: lm_head"),
+        (lambda: tiny_model("llama"), {"r": 4, "modules_to_save": ["lm_head"]}, "cannot hold .* in full: lm_head"),
         (lambda: tiny_model("gpt2"), {"r": 4, "bias": "vera_only"}, r"in full: transformer\.h\.0\.attn\.c_attn\.bias"),
         (mixtral, {"r": 4}, r"for linear layers, and model\.layers\.0\.mlp\.experts\.gate_up_proj is not one"),
         (seeded(Table), {"r": 4, "target_modules": ["table"]}, "for linear layers, and table is not one"),

@@ -301,7 +301,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "big_bird": but(
         _enc("BigBirdForMaskedLM", attention_type="original_full"),
-        {"bert\\.pooler": "a masked language model has no use for the pooled output"},
+        {"bert\\.pooler": "a masked language model does not use the pooled output"},
     ),
     "convbert": _enc("ConvBertForMaskedLM", embedding_size=16, head_ratio=1, conv_kernel_size=3),
     "squeezebert": but(
@@ -310,12 +310,12 @@ ARCHITECTURES: dict[str, Architecture] = {
             embedding_size=16,
             **{f"{part}_groups": 2 for part in ("q", "k", "v", "post_attention", "intermediate", "output")},
         ),
-        {"transformer\\.pooler\\.dense": "a masked language model has no use for the pooled output"},
+        {"transformer\\.pooler\\.dense": "a masked language model does not use the pooled output"},
     ),
     "mobilebert": _enc("MobileBertForMaskedLM", embedding_size=8, intra_bottleneck_size=8, true_hidden_size=8),
     "fnet": but(
         Architecture("encoder", of("FNetForMaskedLM", **_BERT), tokens()),
-        {"fnet\\.pooler\\.dense": "a masked language model has no use for the pooled output"},
+        {"fnet\\.pooler\\.dense": "a masked language model does not use the pooled output"},
     ),
     "roformer": _enc("RoFormerForMaskedLM", config="RoFormerConfig", embedding_size=16),
     "ibert": _enc("IBertForMaskedLM"),
@@ -331,7 +331,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             ),
             text(16),
         ),
-        {r"canine\.pooler\.dense": "token classification has no use for the pooled output"},
+        {r"canine\.pooler\.dense": "token classification does not use the pooled output"},
     ),
     "xlnet": Architecture(
         "encoder",
@@ -384,7 +384,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             is_decoder=True,
         ),
         tokens(8, use_cache=False),
-        fails={"training": "its reversible layers give gradients only where their input, frozen embeddings, wants one"},
+        fails={"training": "its reversible layers give no gradients if their input, the frozen embeddings, needs none"},
     ),
     # Decoders
     "gpt2": Architecture("decoder", of("GPT2LMHeadModel", "GPT2Config", **_GPT2), text(use_cache=False)),
@@ -653,7 +653,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             v_head_dim=8,
             head_dim=8,
         ),
-        {"model\\.layers\\.0\\.mlp\\.experts\\.gate_up_proj\\[4\\]": "that expert hands on its input"},
+        {"model\\.layers\\.0\\.mlp\\.experts\\.gate_up_proj\\[4\\]": "that expert returns its input unchanged"},
     ),
     "switch_transformers": Architecture(
         "mixture of experts",
@@ -977,7 +977,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             ),
             image(32, input_points=torch.tensor([[[[5.0, 9.0]]], [[[20.0, 3.0]]]])),
         ),
-        {"mask_decoder\\.output_hypernetworks_mlps\\.0\\..*": "of several masks the first is left out"},
+        {"mask_decoder\\.output_hypernetworks_mlps\\.0\\..*": "the first of several masks is dropped"},
     ),
     "detr": but(
         Architecture(
@@ -999,7 +999,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             ),
             image(64),
         ),
-        {"model\\.decoder\\.layers\\.0\\.self_attn\\.[qkv]_proj": "the values come from zeros"},
+        {"model\\.decoder\\.layers\\.0\\.self_attn\\.[qkv]_proj": "the values are computed from zeros"},
     ),
     # Speech
     "whisper": Architecture(
@@ -1107,7 +1107,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             ),
             both(text(), image()),
         ),
-        {"(image|text)_projection": "only the contrastive loss of FlavaForPreTraining has use for the projections"},
+        {"(image|text)_projection": "only the contrastive loss of FlavaForPreTraining uses the projections"},
     ),
     "vilt": Architecture(
         "multimodal", of("ViltForQuestionAnswering", **_BERT, image_size=16, patch_size=8), both(text(), image())
@@ -1126,7 +1126,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             of("LayoutLMForTokenClassification", **_BERT, max_2d_position_embeddings=32),
             both(text(), lambda: {"bbox": torch.randint(0, 10, (2, 7, 4), generator=_seeded()).sort(-1).values}),
         ),
-        {"layoutlm\\.pooler\\.dense": "token classification has no use for the pooled output"},
+        {"layoutlm\\.pooler\\.dense": "token classification does not use the pooled output"},
     ),
     "owlvit": but(
         Architecture(
@@ -1134,7 +1134,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             of("OwlViTForObjectDetection", text_config=_BERT, vision_config=_VIT, projection_dim=16),
             both(text(), image()),
         ),
-        {"owlvit\\.visual_projection": "the detector has heads of its own for the image"},
+        {"owlvit\\.visual_projection": "the detector has separate heads for the image"},
     ),
     "clipseg": but(
         Architecture(

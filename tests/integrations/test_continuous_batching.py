@@ -471,8 +471,8 @@ def test_requests_at_fault_are_refused_and_hold_nothing() -> None:
         ([[3, 4]], "one list of token ids"),
         (torch.tensor([[3, 4]]), "one list of token ids"),
         (None, "one list of token ids"),
-        ([3, 50], "50 is no token of this model, which has 50"),
-        ([-1, 3], "-1 is no token"),
+        ([3, 50], "50 is not a token of this model, which has 50"),
+        ([-1, 3], "-1 is not a token"),
     ],
 )
 def test_what_is_no_prompt_does_not_end_the_requests_of_others(prompt: Any, message: str) -> None:
@@ -612,7 +612,7 @@ def _executed() -> None:
 def test_another_version_of_transformers_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     # What an import statement finds may be another object than the one imported above.
     monkeypatch.setattr(sys.modules["transformers"], "__version__", "5.99.1")
-    with pytest.raises(ImportError, match=r"needs transformers 5\.23, and this is 5\.99\.1: pip install"):
+    with pytest.raises(ImportError, match=r"needs transformers 5\.23, not 5\.99\.1: pip install"):
         _executed()
 
 

@@ -301,7 +301,7 @@ def test_a_tied_embedding_is_adapted_knowingly() -> None:
     config = transformers.LlamaConfig(**{**_MOE, "intermediate_size": 16, "tie_word_embeddings": True})
     make = seeded(lambda: transformers.LlamaForCausalLM(config))
     with pytest.warns(
-        UserWarning, match=r"shares its weight with lm_head.weight: the adapter changes what model.embed"
+        UserWarning, match=r"shares its weight with lm_head.weight: the adapter affects only model.embed"
     ):
         model = get_peft_model(make(), VeraConfig(r=3, target_modules=["embed_tokens"]))
     randomise(model)
@@ -691,7 +691,7 @@ def test_what_is_no_matrix_is_refused_and_what_is_left_out_is_told() -> None:
     for module in (nn.ConvTranspose1d(4, 4, 3), nn.EmbeddingBag(5, 4), nn.LayerNorm((3, 6))):
         with pytest.raises(TargetError, match="does not use it as a matrix"):
             adapted(lambda module=module: nn.Sequential(module), target_modules=None, target_parameters=["weight"])
-    with pytest.raises(TargetError, match="its max_norm scales rows"):
+    with pytest.raises(TargetError, match="its max_norm rescales rows"):
         adapted(lambda: nn.Sequential(nn.Embedding(5, 4, max_norm=1.0)), target_modules=["0"])
     odd = nn.ModuleDict({"x": nn.Linear(3, 3), "fc": nn.LSTM(3, 3)})
     with pytest.warns(UserWarning, match="skipping fc: LSTM"):

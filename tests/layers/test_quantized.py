@@ -199,7 +199,7 @@ def test_merging_loses_what_rounding_loses_and_unmerging_gives_all_back(kind: st
 
 def test_a_layer_whose_weight_cannot_be_read_is_not_merged() -> None:
     model = trained(opaque)
-    message = "cannot merge into 0: Opaque stores its weight in a form that veratune does not know"
+    message = "cannot merge into 0: Opaque stores its weight in a form that veratune cannot read"
     with pytest.raises(ValueError, match=message):
         model.merge_adapter()
     assert model.merged_adapters == []
@@ -299,7 +299,7 @@ def test_nothing_is_left_on_quantized_layers() -> None:
 def test_a_layer_converted_after_adapting_says_so() -> None:
     model = get_peft_model(nets(torch.float32), CONFIG)
     converted: Any = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
-    with pytest.raises(ValueError, match="call merge_and_unload before you convert"):
+    with pytest.raises(ValueError, match="call merge_and_unload before converting"):
         converted(torch.ones(2, IN))
     randomise(model)
     expected = model(torch.ones(2, IN))

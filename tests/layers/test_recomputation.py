@@ -17,7 +17,7 @@ from tiny_models import tiny_model
 from veratune import VeraConfig, VeraModel, get_peft_model
 from veratune.layers.recomputation import State, StateLog
 
-REFUSED = "is computed again for a backward pass, as gradient checkpointing does, but with other adapters"
+REFUSED = "gradient checkpointing recomputes .* in the backward pass, but with other adapters"
 reentrant_or_not = pytest.mark.parametrize("reentrant", [True, False])
 
 
@@ -402,7 +402,7 @@ def test_a_log_forgets_what_lies_far_back_and_then_refuses() -> None:
     pending[-1].backward()
     pending[-3].backward()  # the same state, two changes ago
     for old in (pending[-2], pending[1]):
-        with pytest.raises(RuntimeError, match="this is computed again"):
+        with pytest.raises(RuntimeError, match="gradient checkpointing recomputes this"):
             old.backward()
 
 

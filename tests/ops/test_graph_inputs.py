@@ -31,9 +31,9 @@ def norm(dtype: torch.dtype = torch.float32) -> nn.LayerNorm:
 
 
 HELD: dict[str, Callable[[Tensor], Tensor]] = {
-    "layer norm": lambda x: norm()(x),
+    "layer norm": norm(),
     "layer norm without weights": lambda x: F.layer_norm(x, (WIDTH,)),
-    "RMS norm": lambda x: nn.RMSNorm(WIDTH).requires_grad_(False)(x),
+    "RMS norm": nn.RMSNorm(WIDTH).requires_grad_(False),
     "GELU": F.gelu,
     "GELU by tanh": lambda x: F.gelu(x, approximate="tanh"),
     "SiLU": F.silu,

@@ -28,14 +28,14 @@ from veratune.projections.pool import projection_pool
 from veratune.projections.schemes import Scheme
 
 # Held from the first check of a model until the change to it is complete: two threads must not use the same name or
-# replace the same layer. One lock for all models, as a lock in a model would prevent copying it.
+# replace the same layer. One lock for all models, because a lock stored in a model would make the model uncopyable.
 ADDING = threading.RLock()
 
 
 class AdaptedModel(MergingModel):
     """A model with VeRA adapters. The model is modified in place.
 
-    Attributes that this class does not define are looked up in the model, so that it can replace the model anywhere.
+    Attributes that this class does not define are looked up in the model, so a wrapper works wherever the model does.
 
     Attributes:
         base_model: the model, with adapted layers in it.
@@ -43,7 +43,7 @@ class AdaptedModel(MergingModel):
         autocast_adapter_dtype: whether the vectors of a half-precision layer are float32 instead of the layer's dtype.
     """
 
-    # Looking at adapters
+    # Inspecting adapters
 
     def projection_scheme(self, adapter_name: str) -> Scheme:
         """Return the scheme of an adapter's projections."""
@@ -170,7 +170,7 @@ class AdaptedModel(MergingModel):
         The active adapters become trainable, except those that were loaded or configured for inference only.
 
         Args:
-            adapter_name: a name or a list of names; with an empty list, the base model alone computes.
+            adapter_name: a name or a list of names; with an empty list, only the base model runs.
             inference_mode: freeze the active adapters as well.
 
         Raises:
@@ -193,7 +193,7 @@ class AdaptedModel(MergingModel):
                     keep_differentiable(self.base_model)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Remove an adapter and everything only it used. If it was active, no other adapter is activated.
+        """Remove an adapter and everything that only it used. If it was active, no other adapter is activated.
 
         Raises:
             ValueError: the name is unknown, adapters are merged, or as for `unload`.
@@ -227,13 +227,13 @@ class AdaptedModel(MergingModel):
             self._biases.pop(adapter_name).release()
         left = self._logs()
         if any(log.has_computed() for log in logs if log not in left):
-            # Removed layers cannot notice that they are missing when a block is recomputed, so the remaining ones do.
+            # A removed layer cannot detect its absence when a block is recomputed, so the remaining layers have to.
             for log in left:
                 log.void()
         del self.peft_config[adapter_name], self._schemes[adapter_name]
 
     def _unwraps_computed(self, adapter_name: str) -> bool:
-        """Return whether removing an adapter unwraps modules, or restores biases, that have computed with it."""
+        """Return whether removing an adapter unwraps modules, or restores biases, that have already run with it."""
         logs = [layer._log for layer in self._layers() if set(layer.entries) == {adapter_name}]
         saved = [module for module in self.modules() if isinstance(module, SavedModule)]
         logs += [module._log for module in saved if set(module.modules_to_save) == {adapter_name}]
@@ -241,21 +241,21 @@ class AdaptedModel(MergingModel):
         return any(log.has_computed() for log in logs)
 
     def _logs(self) -> list[StateLog]:
-        """Return the logs of the states in which layers, saved modules and biases have computed."""
+        """Return the logs that record in which states layers, saved modules and biases have run."""
         owners = [*self.modules(), *self._biases.values()]
         return [log for owner in owners for log in vars(owner).values() if isinstance(log, StateLog)]
 
     # Training
 
     def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
-        """Enable gradient checkpointing in the model, and make its inputs require gradients, which it needs."""
+        """Enable gradient checkpointing in the model, and make its inputs require gradients, as checkpointing needs."""
         model: Any = self.base_model
         model.gradient_checkpointing_enable(*args, **kwargs)
         self._let_inputs_require_grad()
 
 
 def _layer_for(target: Target, replacements: dict[int, nn.Module]) -> VeraLayer:
-    """Return the adapted layer of a target. Add new wrappers to `replacements`."""
+    """Return a target's adapted layer; add any new wrapper to `replacements`."""
     module = target.module
     if target.parameter is None:
         if isinstance(module, VeraLayer):

@@ -59,7 +59,7 @@ class AdapterSet(ModelWrapper):
             remedy = (
                 "give adapter_name, or choose one with set_adapter" if self.peft_config else "all adapters were removed"
             )
-            raise ValueError(f"there is no single active adapter: active_adapters is {self._active}: {remedy}")
+            raise ValueError(f"there is no single active adapter (active_adapters is {self._active}): {remedy}")
         return self._active[0]
 
     @property
@@ -139,15 +139,15 @@ class AdapterSet(ModelWrapper):
     def _check_outside(self, operation: str) -> None:
         if self._disabled:
             raise ValueError(
-                f"{operation} cannot work within disable_adapter() or only(), which restore the active and merged"
-                " adapters at their end"
+                f"{operation} cannot be used within disable_adapter() or only(), which restore the active and merged"
+                " adapters on exit"
             )
 
     def _check_unmerged(self, operation: str) -> None:
         merged = self.merged_adapters
         if merged:
             raise ValueError(
-                f"{operation} cannot work while the adapters {merged} are merged: call unmerge_adapter first"
+                f"{operation} cannot be used while the adapters {merged} are merged: call unmerge_adapter first"
             )
 
     def _check_together(self, names: Sequence[str]) -> None:

@@ -59,8 +59,8 @@ def check_adapter_name(name: str) -> None:
     """Raise ValueError unless the name can be part of a parameter name, and the name of a directory."""
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise ValueError(
-            f"adapter_name={name!r} is not allowed: it must be 1 to 128 letters, digits, '_' or '-', as it becomes part"
-            " of parameter names and the name of a directory"
+            f"adapter_name={name!r} is not allowed: it must be 1 to 128 letters, digits, '_' or '-', because it"
+            " becomes part of parameter names and the name of a directory"
         )
     if len(name.encode("utf-8", "surrogatepass")) > _MOST_NAME_BYTES:
         raise ValueError(

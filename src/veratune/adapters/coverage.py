@@ -29,10 +29,10 @@ class WeightInfo:
     """One weight of a model.
 
     Attributes:
-        name: its dotted name; that of the layer if its weight is not a plain parameter.
+        name: its dotted name; the layer's name if the weight is not a plain parameter.
         kind: the layer kind ("linear", "convolution", "embedding"), "parameter" (read by its module's forward) or
             "vector".
-        module: the class of the module that has it.
+        module: the class of the module that holds it.
         shape: its shape; for a quantized layer, that of the dequantized matrix.
         by: the setting that adapts it: "all-linear"; "target_modules" or "target_parameters", in which it has to be
             named; "bias", which trains it in full; or "" if it cannot be adapted.
@@ -89,7 +89,7 @@ def supported(model: nn.Module) -> SupportTable:
     for name, module in base_modules(model).items():
         base = unwrapped(module)
         if any(name.startswith(f"{layer}.parametrizations") for layer in computed):
-            continue  # listed with the weight that is computed from it
+            continue  # already listed with the weight computed from it
         if why_not_adaptable(base) is None and base._parameters.get(weight_name(base)) is None and id(base) not in seen:
             size = geometry(base)
             by: By = "all-linear" if name in reached else "target_modules"

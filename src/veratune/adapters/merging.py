@@ -26,7 +26,7 @@ class MergingModel(AdapterSet):
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
-        """Disable all adapters within this context; merged ones are unmerged, and merged again at its end."""
+        """Disable all adapters within this context; merged ones are unmerged, and merged again on exit."""
         with self.only([]):
             yield
 
@@ -34,7 +34,7 @@ class MergingModel(AdapterSet):
     def only(self, adapter_names: Sequence[str]) -> Iterator[None]:
         """Activate only these adapters within this context. Which parameters are trainable does not change.
 
-        Merged adapters are unmerged, and merged again at the end.
+        Merged adapters are unmerged, and merged again on exit.
 
         Raises:
             ValueError: a name is unknown, or the adapters cannot be active together.
@@ -56,17 +56,17 @@ class MergingModel(AdapterSet):
                 self.merge_adapter(adapter_names=[name for name in merged if name in self.peft_config])
 
     def merge_adapter(self, adapter_names: str | Sequence[str] | None = None, safe_merge: bool = False) -> None:
-        """Add the deltas of adapters to the weights, so that they cost nothing in the forward pass.
+        """Add the deltas of adapters to the weights, so that the adapters cost nothing in the forward pass.
 
-        A merged adapter does not learn: its vectors get no gradients until `unmerge_adapter`. Its modules trained in
-        full, and its biases, are used while it is merged, even if it is not active.
+        A merged adapter does not learn: its vectors get no gradients until `unmerge_adapter`. The modules and biases
+        that it trains in full are used while it is merged, even if it is not active.
 
         The original weights are kept in addition to the merged ones (this doubles the memory of the adapted layers),
         and `unmerge_adapter` restores them bit for bit. Modules that share a merged weight keep the original.
 
-        A quantized weight of bitsandbytes is dequantized, added to and quantized again, which loses a part of the
-        adapter; one of torchao becomes a plain tensor. A warning says so. Other quantized layers cannot be merged into,
-        as their formats are not known here.
+        A bitsandbytes weight is dequantized, the delta is added, and the sum is quantized again, which loses part of
+        the adapter; a torchao weight becomes a plain tensor. Both cause a warning. Other quantized layers cannot be
+        merged into, because veratune does not know their formats.
 
         `state_dict` still has the original weights, as if nothing were merged: a model that it is loaded into adds the
         deltas itself. `save_pretrained` writes the same adapter, merged or not.
@@ -152,7 +152,7 @@ class MergingModel(AdapterSet):
             model_config: Any = getattr(self.base_model, "config", None)
             if self._tied_weights(names) and getattr(model_config, "tie_word_embeddings", False):
                 model_config.tie_word_embeddings = False
-            # Not undone on errors, as that would need the memory of the original weights.
+            # Not undone on errors, because that would need memory for the original weights.
             for done, layer in enumerate(remaining, start=1):
                 merged = [name for name in names if name in layer.entries]
                 if merged:
@@ -169,11 +169,11 @@ class MergingModel(AdapterSet):
     def unload(self) -> nn.Module:
         """Remove all adapters and return the model as it was before.
 
-        If the backward pass of a checkpointed block is still to come, it raises RuntimeError.
+        If a checkpointed block's backward pass is still pending, that backward pass raises RuntimeError.
 
         Raises:
-            ValueError: such a pass is still to come in a model that reads adapted weights without calling layers, where
-                nothing could notice that the adapters are missing.
+            ValueError: such a backward pass is pending in a model that reads adapted weights without calling their
+                layers, where nothing could detect that the adapters are missing.
         """
         with removal_noticed(self.base_model, "unload"), self.undone_on_error():
             self.unmerge_adapter()
@@ -181,7 +181,7 @@ class MergingModel(AdapterSet):
             return self._take_apart()
 
     def _take_apart(self) -> nn.Module:
-        """Replace each wrapper by the module it currently computes with, remove all adapters, and return the model."""
+        """Replace each wrapper with the module it currently uses, remove all adapters, and return the model."""
         replacements: dict[int, nn.Module] = {}
         for module in self.modules():
             if isinstance(module, VeraLayer) and module.of_parameter:
@@ -229,7 +229,7 @@ class MergingModel(AdapterSet):
         for name in names:
             values = (value for value in self.adapter_state(name).parameters() if describe_sharding(value) is None)
             if not all(map(is_finite, values)):
-                notify(f"adapter {name!r} holds NaN or infinity, and so will the weights or files made from it")
+                notify(f"adapter {name!r} contains NaN or infinity, and so will any weights or files made from it")
 
     def _warn_of_losses(self, names: Sequence[str]) -> None:
         self._warn_of_nonfinite(names)

@@ -57,7 +57,7 @@ def base_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Return the model's modules by dotted name, ignoring adapters and the wrappers of torch.
 
     A module that is used several times has several names. Adapted layers and saved modules have the names of the
-    modules they wrap; of what is inside them, only the submodules of a saved module's original are listed.
+    modules they wrap; of the modules inside them, only the submodules of a saved module's original are listed.
     """
     found: dict[str, nn.Module] = {}
 
@@ -104,7 +104,7 @@ def base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def module_names(model: nn.Module) -> dict[str, ModuleName]:
-    """Return the names of all modules, including adapters and wrappers, by their names in `named_modules`.
+    """Return the names of all modules, including adapters and wrappers, keyed by their names in `named_modules`.
 
     A module that is used several times has several names.
     """
@@ -129,7 +129,7 @@ def module_names(model: nn.Module) -> dict[str, ModuleName]:
 
 
 def public_state(module: nn.Module) -> dict[str, Tensor]:
-    """Return a module's state dict by keys without torch's wrappers; its parameters are those of the module itself."""
+    """Return a module's state dict without torch's wrappers in the keys; its tensors are the module's, not copies."""
     names = {name.state: name.public for name in module_names(module).values()}
     return {public_key(key, names): tensor for key, tensor in module.state_dict(keep_vars=True).items()}
 
@@ -145,7 +145,7 @@ def public_key(key: str, names: Mapping[str, str]) -> str:
 
     Args:
         key: the key.
-        names: prefixes of the modules' keys, to the modules' public names.
+        names: the modules' key prefixes, mapped to the modules' public names.
     """
     owner, rest = key, ""
     while owner and owner not in names:

@@ -29,7 +29,7 @@ class AdapterPlan:
         config: the configuration, with everything that depends on the model filled in.
         targets: the layers it adapts.
         scheme: its projections.
-        bias_owners: name of each bias it trains to the modules that hold it.
+        bias_owners: the name of each bias it trains, mapped to the modules that hold that bias.
     """
 
     config: VeraConfig

@@ -19,7 +19,7 @@ class LayerRoutes:
     Attributes:
         layer: its name.
         shape: its dimensions, the adapter's rank, and the tokens.
-        chosen: the estimate of the route that it takes.
+        chosen: the estimate of the route that the layer takes.
         alternatives: the estimates of all routes that its configuration allows, fastest first.
     """
 
@@ -30,7 +30,7 @@ class LayerRoutes:
 
 
 class RouteTable(list[LayerRoutes]):
-    """The routes of an adapter's layers. In print, layers whose names differ in numbers alone share a row."""
+    """The routes of an adapter's layers. When printed, layers whose names differ only in numbers share a row."""
 
     def __str__(self) -> str:
         header = ("layer", "in", "out", "r", "tokens", "route", "GFLOP", "saved MB", "est. ms")

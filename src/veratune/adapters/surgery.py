@@ -36,9 +36,9 @@ def prepare(model: nn.Module) -> None:
 def undone_on_error(model: nn.Module, *others: object) -> Iterator[None]:
     """Undo all changes to a model's structure if anything is raised, including out-of-memory errors and Ctrl-C.
 
-    The attributes of each module are restored, the contents of its dicts, lists and sets (modules, parameters, buffers,
-    hooks, names of adapters), and `requires_grad` of parameters. Values of tensors are not: code that writes them in
-    place has to keep the old ones.
+    This restores each module's attributes, the contents of its dicts, lists and sets (modules, parameters, buffers,
+    hooks, names of adapters), and the `requires_grad` of parameters. It does not restore tensor values: code that
+    writes to tensors in place has to keep the old values.
 
     Args:
         model: the root of all modules that may change.

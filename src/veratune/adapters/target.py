@@ -21,7 +21,7 @@ class Target:
         parameter: the parameter's name in its module; None for a layer.
         r: the adapter's rank on it.
         geometry: its dimensions.
-        parts: the outputs of each part, for a fused layer such as query, key and value in one.
+        parts: the number of outputs of each part of a fused layer, such as query, key and value in one.
     """
 
     name: str
@@ -48,13 +48,13 @@ class TargetError(ValueError):
 
 
 def above_largest_rank(targets: Sequence[Target]) -> tuple[Target, int] | None:
-    """Return the first target whose rank is above the largest that any of them allows, and that largest; or None."""
+    """Return the first target whose rank exceeds the largest that any target allows, and that limit; or None."""
     most = max(target.geometry.largest_rank for target in targets)
     return next(((target, most) for target in targets if target.r > most), None)
 
 
 def parts_of(name: str, size: Geometry, config: VeraConfig) -> tuple[int, ...]:
-    """Return the outputs of each part of a layer by the configuration's `fused_parts`, empty if it is not in there.
+    """Return the number of outputs of each part of a layer, from `fused_parts`; empty if that does not list the layer.
 
     Raises:
         TargetError: the parts do not add up to the layer's outputs.

@@ -47,7 +47,7 @@ def check_settings(config: VeraConfig, targets: list[Target]) -> None:
         if config.vera_dropout > 0.0 and not kind.supports_dropout(module):
             raise TargetError(
                 f"vera_dropout={config.vera_dropout!r} is not supported on {target.name}: its adapter has no separate"
-                " input to apply dropout to. Use vera_dropout=0.0, or name it in exclude_modules"
+                " input to apply dropout to. Use vera_dropout=0.0, or add it to exclude_modules"
             )
     check_scheme(config.projection, targets)
 
@@ -83,7 +83,9 @@ def check_not_sharded(targets: list[Target]) -> None:
 
 
 def check_conflicts(modules: Mapping[str, nn.Module], saved: list[str], adapted: list[str]) -> None:
-    """Raise TargetError if a module to save is adapted by another adapter or cannot be saved, or the reverse.
+    """Raise TargetError if an adapter cannot train these modules in full, or adapt these layers.
+
+    A module cannot be adapted by one adapter and trained in full by another, and some modules cannot be saved.
 
     Args:
         modules: the result of `base_modules` for the model.
@@ -117,7 +119,7 @@ def check_conflicts(modules: Mapping[str, nn.Module], saved: list[str], adapted:
 
 
 def warn_of_ties(model: nn.Module, targets: list[Target], notify: Callable[[str], None]) -> None:
-    """Warn of adapted weights that are shared with other modules, which the adapter does not change."""
+    """Warn about adapted weights that are shared with other modules, which the adapter does not affect."""
     holders: dict[int, list[tuple[str, nn.Module]]] = {}
     for name, module in base_modules(model).items():
         for parameter_name, parameter in unwrapped(module)._parameters.items():
@@ -129,15 +131,15 @@ def warn_of_ties(model: nn.Module, targets: list[Target], notify: Callable[[str]
         others = [name for name, module in holders.get(id(weight), []) if module is not target.module]
         if others:
             notify(
-                f"{target.name} shares its weight with {', '.join(others)}: the adapter changes what {target.name}"
-                " computes and nothing else, and merging it unties the weights"
+                f"{target.name} shares its weight with {', '.join(others)}: the adapter affects only"
+                f" {target.name}, and merging it unties the weights"
             )
 
 
 def check_narrowing(
     modules: dict[str, nn.Module], config: VeraConfig, matched: list[str], notify: Callable[[str], None]
 ) -> None:
-    """Warn of an exclusion that matches nothing, and raise TargetError for an index that no layer has."""
+    """Warn about an exclusion that matches nothing, and raise TargetError for an index that no layer has."""
     parameters = [joined(name, p) for name, module in modules.items() for p in unwrapped(module)._parameters]
     names = [*modules, *parameters]
     if config.exclude_modules is not None and not any(map(matcher(config.exclude_modules), names)):
@@ -153,8 +155,8 @@ def check_narrowing(
         if absent:
             present = sorted(index for index in indices if index is not None)
             raise TargetError(
-                f"layers_to_transform={config.layers_to_transform!r}: there is no layer {absent[0]} among what"
-                f" target_modules={config.target_modules!r} matches, only {present}"
+                f"layers_to_transform={config.layers_to_transform!r}: no module that"
+                f" target_modules={config.target_modules!r} matches is in layer {absent[0]}, only in {present}"
             )
 
 
@@ -193,8 +195,8 @@ def check_each_pattern(
         if len(wanted) > 1 and not outside:
             raise TargetError(
                 f"target_modules={wanted!r}: {suffix!r} matches only modules that are trained in full, such as"
-                f" {matching[0]} (modules_to_save): leave it out of one of the two; modules_to_save=[] trains none in"
-                " full"
+                f" {matching[0]} (modules_to_save): remove it from target_modules or modules_to_save;"
+                " modules_to_save=[] trains none in full"
             )
         if len(wanted) > 1 and not any(_usable(modules[name]) for name in outside):
             raise TargetError(
@@ -225,13 +227,13 @@ def nothing_to_adapt(
         shown = "".join(f"\n  {name}: {reason_against(modules[name])}" for name in considered[:10])
         rest = f"\n  and {len(considered) - 10} more" if len(considered) > 10 else ""
         return (
-            f"{start} matches only modules that cannot be adapted:{shown}{rest}\nLeave them out, or name them in"
+            f"{start} matches only modules that cannot be adapted:{shown}{rest}\nLeave them out, or add them to"
             " exclude_modules." + _adaptable_names(modules)
         )
     if matched and all(name in inside_saved for name in matched):
         return (
             f"{start} matches only modules that are trained in full (modules_to_save={config.modules_to_save!r}): "
-            "leave them out of one of the two; modules_to_save=[] trains none in full"
+            "remove them from target_modules or modules_to_save; modules_to_save=[] trains none in full"
         )
     if matched:
         narrowing = {

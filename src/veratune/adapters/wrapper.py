@@ -14,7 +14,7 @@ def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     return self.base_model(*args, **kwargs)
 
 
-# Trainers look for the names of labels in the class, which does not know the wrapped model. Most models have this.
+# Trainers read label names from the class's `forward`, which cannot know the wrapped model. Most have `labels`.
 _forward.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
     [
         inspect.Parameter("self", _POSITIONAL),
@@ -52,7 +52,7 @@ class ForwardOfBase:
 
 
 class ModelWrapper(nn.Module):
-    """A wrapper of a model. Attributes it does not define are read from, and set on, the model.
+    """A wrapper around a model. Attributes it does not define are read from, and set on, the model.
 
     Attributes:
         base_model: the model.
@@ -64,14 +64,14 @@ class ModelWrapper(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            # The hooks of accelerate belong to the model inside. Without a model, this is being copied or unpickled.
+            # accelerate's hooks belong to the wrapped model. A wrapper without a model is being copied or unpickled.
             inside = "base_model" in self.__dict__.get("_modules", {})
             if name.startswith("__") or name in ("_hf_hook", "_old_forward") or not inside:
                 raise
             return getattr(self.base_model, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        # Methods of the model, such as generate, only see attributes of the model.
+        # The model's methods, such as generate, see only the model's attributes.
         defined_here = name == "base_model" or name in self.__dict__ or hasattr(type(self), name)
         if defined_here or "base_model" not in self.__dict__.get("_modules", {}) or not hasattr(self.base_model, name):
             super().__setattr__(name, value)

@@ -1,8 +1,8 @@
 """Export as a LoRA in a GGUF file, for llama.cpp and programs built on it.
 
-The matrices are those of the LoRA export, changed as llama.cpp's conversion changes the base model: tensors are
-renamed, the rows of some queries and keys are reordered, and gate and up matrices of experts are separate tensors. Only
-architectures with a known conversion are written: see docs/engines.md.
+The matrices are those of the LoRA export, transformed the way llama.cpp's converter transforms the base model: tensors
+are renamed, the rows of some queries and keys are reordered, and the experts' gate and up matrices are split. Only
+architectures whose conversion is known are supported: see docs/engines.md.
 """
 
 from collections import Counter
@@ -22,9 +22,9 @@ from veratune.utils.atomic import replacing
 
 GGUF_NAME = "adapter_model.gguf"
 
-# The model's class in transformers, its architecture in llama.cpp, and how the conversion of the base model reorders
-# rows: "pairs" brings queries and keys from the halves of each head, which are rotated together, into pairs; "parts" a
-# fused layer from query, key and value of each head into all queries, all keys and all values.
+# The model's class in transformers, its architecture in llama.cpp, and how converting the base model reorders rows.
+# "pairs": rows of queries and keys that are rotated together, one in each half of a head, become adjacent. "parts": a
+# fused layer that has query, key and value head by head gets all queries, then all keys, then all values.
 _ARCHITECTURES: dict[str, tuple[str, Literal["pairs", "parts"] | None]] = {
     "ArceeForCausalLM": ("arcee", "pairs"),
     "BloomForCausalLM": ("bloom", "parts"),
@@ -90,8 +90,8 @@ def export_gguf(host: AdaptedModel, adapter_name: str, directory: Path, *, dtype
         The path of the file.
 
     Raises:
-        ImportError: the package gguf is missing.
-        ValueError: llama.cpp does not support this model or a part of the adapter, or dtype is another one.
+        ImportError: the gguf package is not installed.
+        ValueError: llama.cpp does not support this model or a part of the adapter, or dtype is none of the three.
     """
     try:
         import gguf
@@ -99,9 +99,9 @@ def export_gguf(host: AdaptedModel, adapter_name: str, directory: Path, *, dtype
         raise ImportError(f"writing a GGUF file needs gguf: pip install 'veratune[gguf]' ({error})") from None
     check_dtype(dtype)
     if dtype not in _GGML_TYPES:
-        raise ValueError(f"dtype={dtype} is not allowed in a GGUF file here: use one of {list(map(str, _GGML_TYPES))}")
+        raise ValueError(f"dtype={dtype} is not allowed in GGUF files: use one of {list(map(str, _GGML_TYPES))}")
     architecture, order = _architecture(host.base_model)
-    check_vectors_only(host, adapter_name, "a LoRA of llama.cpp", "convert the model")
+    check_vectors_only(host, adapter_name, "llama.cpp's LoRA", "convert the model")
     layers = {name: layer for name, layer in host.vera_layers().items() if adapter_name in layer.entries}
     config: Any = without_wrappers(host.base_model).config
     architectures = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
@@ -130,14 +130,14 @@ def _architecture(model: nn.Module) -> tuple[str, Literal["pairs", "parts"] | No
     kind = type(without_wrappers(model)).__name__
     if kind not in _ARCHITECTURES:
         raise ValueError(
-            f"{kind} cannot be exported for llama.cpp: known are {', '.join(_ARCHITECTURES)}. If llama.cpp has it,"
-            " merge the adapter (merge_and_unload), save the model, and convert that"
+            f"{kind} cannot be exported for llama.cpp, only {', '.join(_ARCHITECTURES)}. If llama.cpp supports the"
+            " model, merge the adapter (merge_and_unload), save the merged model, and convert it"
         )
     return _ARCHITECTURES[kind]
 
 
 def _places(name: str, layer: VeraLayer, names: Any, *, tied: bool) -> list[str]:
-    """Return the tensors of a GGUF file that one weight becomes: one, or two for the experts' gate and up.
+    """Return the names of the GGUF tensors that one weight becomes: one, or two for the experts' gate and up.
 
     Raises:
         ValueError: llama.cpp has no such tensor, or no LoRA for it.
@@ -154,19 +154,19 @@ def _places(name: str, layer: VeraLayer, names: Any, *, tied: bool) -> list[str]
     found = [names.get_name(place) for place in places]
     reason = layer.why_not_lora()
     if not found or None in found:
-        reason = f"it has no counterpart there that takes a LoRA ({layer.kind})"
+        reason = f"no tensor there that supports LoRA corresponds to it ({layer.kind})"
     elif tied and found[0] in ("output", "token_embd"):
-        reason = "the head and the table of tokens are one tensor there"
+        reason = "the output head and the token embedding are one tensor there"
     if reason is not None:
         raise ValueError(
-            f"llama.cpp's LoRA cannot hold the adapter on {name}: {reason}. Leave it out with exclude_modules, or merge"
-            " the adapter (merge_and_unload) and convert the model"
+            f"llama.cpp's LoRA cannot hold the adapter on {name}: {reason}. Exclude the layer (exclude_modules), or"
+            " merge the adapter (merge_and_unload) and convert the model"
         )
     return [f"{place}.weight" for place in found]
 
 
 def _orders(config: Any, order: str | None) -> dict[str, _Order]:
-    """Return how the rows of layers are reordered, by the last part of their names."""
+    """Return the row permutation of each layer that is reordered, keyed by the last part of its name."""
     heads = int(config.num_attention_heads)
     if order == "parts":
         return {"query_key_value": _Order((heads, 3), (0, 1))}
@@ -177,7 +177,7 @@ def _orders(config: Any, order: str | None) -> dict[str, _Order]:
 
 
 def _pairs(layer: VeraLayer, adapter_name: str, places: list[str], alpha: int, order: _Order | None) -> Iterator[_Pair]:
-    """Yield the float32 matrices for each tensor of one weight, with llama.cpp's scale alpha / r equal to one."""
+    """Yield the float32 matrices of each tensor of one weight, scaled so that llama.cpp's factor alpha / r cancels."""
     a, b = layer.lora_factors(adapter_name)
     rank, count = layer.entries[adapter_name].rank, layer.geometry.count
     if rank != alpha:  # the file has one alpha for all layers

@@ -56,7 +56,7 @@ def export_lora(
     for name, layer in layers.items():
         reason = layer.why_not_lora()
         if reason is not None:
-            raise ValueError(f"PEFT's LoRA cannot hold the adapter on {name}: {reason}. Merge it instead")
+            raise ValueError(f"PEFT's LoRA cannot hold the adapter on {name}: {reason}. Merge the adapter instead")
     check_called(host.base_model, layers, "PEFT's LoRA")
     check_places(host.base_model, layers, "PEFT's LoRA")
     as_parameters = _as_parameters(host, layers)
@@ -81,7 +81,7 @@ def export_lora(
         "lora_alpha": usual,
         "rank_pattern": other_ranks,
         "alpha_pattern": other_ranks,
-        "lora_dropout": 0.0 if as_parameters else config.vera_dropout,  # PEFT does not support it for parameters
+        "lora_dropout": 0.0 if as_parameters else config.vera_dropout,  # PEFT does not support dropout for parameters
         "bias": _BIASES[config.bias],
         "use_rslora": False,
         "use_dora": False,
@@ -95,7 +95,7 @@ def export_lora(
 
 
 def _as_parameters(host: AdaptedModel, layers: dict[str, VeraLayer]) -> dict[str, str]:
-    """Return the linear layers that PEFT would not find by their names, and the names of their weights."""
+    """Return the linear layers that PEFT would not find by name, mapped to the names of their weights."""
     found: dict[str, str] = {}
     for name, layer in layers.items():
         if layer.of_parameter or not taken_for_experts(host.base_model, name):
@@ -103,8 +103,8 @@ def _as_parameters(host: AdaptedModel, layers: dict[str, VeraLayer]) -> dict[str
         reason = why_not_as_parameter(layer)
         if reason is not None:
             raise ValueError(
-                f"PEFT's LoRA cannot hold the adapter on {name}: PEFT takes layers of this name in this type of model"
-                f" for experts, and cannot adapt its weight as a parameter, because {reason}. Merge the adapter"
+                f"PEFT's LoRA cannot hold the adapter on {name}: in this type of model, PEFT treats a layer of this"
+                f" name as experts, and it cannot adapt the weight as a parameter, because {reason}. Merge the adapter"
                 " (merge_and_unload) instead"
             )
         found[name] = joined(name, layer.weight_name)
@@ -123,13 +123,14 @@ def check_vectors_only(host: AdaptedModel, adapter_name: str, whose: str, instea
     Args:
         host: the model.
         adapter_name: which adapter.
-        whose: name of that LoRA in the message.
+        whose: the name of that LoRA, for the message.
         instead: what to do with the merged model, for the message.
     """
     state = host.adapter_state(adapter_name)
     whole = [*state.saved, *state.biases]
     if whole:
         raise ValueError(
-            f"{whose} has no place for what adapter {adapter_name!r} trains in full: {', '.join(whole)}. Merge the"
-            f" adapter (merge_and_unload) and {instead}, or train with bias='none' and modules_to_save=[]"
+            f"{whose} cannot hold the modules and biases that adapter {adapter_name!r} trains in full:"
+            f" {', '.join(whole)}. Merge the adapter (merge_and_unload) and {instead}, or train with bias='none' and"
+            " modules_to_save=[]"
         )

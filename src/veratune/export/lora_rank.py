@@ -6,10 +6,10 @@ from torch.nn.functional import pad
 
 
 def with_rank(name: str, a: Tensor, b: Tensor, count: int, rank: int) -> tuple[Tensor, Tensor]:
-    """Return LoRA matrices of a given rank with the same product, float32.
+    """Return float32 LoRA matrices of the given rank with the same product.
 
-    A larger rank is padded with zeros. A smaller one is exact if enough elements of d or b are zero, or if it is at
-    least the number of inputs or outputs: then one of the matrices becomes the product, rounded once.
+    For a larger rank, the matrices are padded with zeros. A smaller rank is exact if enough elements of d or b are
+    zero, or if it is at least the number of inputs or outputs: one matrix is then the product itself, rounded once.
 
     Args:
         name: the layer's name, for the message.
@@ -32,7 +32,7 @@ def with_rank(name: str, a: Tensor, b: Tensor, count: int, rank: int) -> tuple[T
 
 
 def exact_rank(a: Tensor, b: Tensor, count: int) -> int:
-    """Return the smallest rank that `with_rank` can write these matrices with."""
+    """Return the smallest rank that `with_rank` accepts for these matrices."""
     inner = a.reshape(count, len(a) // count, -1)
     outer = b.reshape(len(b), -1, count).permute(2, 0, 1)
     return max(_exact_rank(*pair) for pair in zip(inner, outer, strict=True))
@@ -50,9 +50,7 @@ def _exact_rank(a: Tensor, b: Tensor) -> int:
 def _with_rank(name: str, a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     smallest = _exact_rank(a, b)
     if rank < smallest:
-        raise ValueError(
-            f"rank={rank} cannot hold the adapter on {name} without an approximation: its delta has rank {smallest}"
-        )
+        raise ValueError(f"rank={rank} cannot hold the adapter on {name} exactly: its delta has rank {smallest}")
     if rank < len(a):
         used, rows = _used(a, b), (b != 0).any(1)
         if int(used.sum()) <= rank:

@@ -1,11 +1,11 @@
-"""sentence-transformers' trainer for a model with a `VeraModel` in it.
+"""sentence-transformers' trainer for a model that contains a `VeraModel`.
 
     model = SentenceTransformer("all-MiniLM-L6-v2")
-    model[0].model = get_peft_model(model[0].model, VeRAConfig(target_modules="all-linear"))
+    model[0].model = get_peft_model(model[0].model, VeraConfig(target_modules="all-linear"))
     VeraSentenceTransformerTrainer(model, ...).train()
     model[0].model.save_pretrained("my-adapter")
 
-Checkpoints hold the adapters alone and are resumed from, as those of `VeraTrainer`.
+Checkpoints hold only the adapters, and training resumes from them, as with `VeraTrainer`.
 """
 
 try:

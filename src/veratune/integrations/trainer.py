@@ -1,4 +1,4 @@
-"""transformers' `Trainer` with checkpoints that hold adapters alone.
+"""transformers' `Trainer` with checkpoints that hold only the adapters.
 
     class MyTrainer(VeraTrainerMixin, Trainer): ...
 
@@ -40,15 +40,15 @@ else:
 
 
 class VeraTrainerMixin(_TrainerAfterMixin):
-    """Makes a `transformers.Trainer`, or a class derived from it, train a `VeraModel`; it is the first base class.
+    """Mixin that makes a subclass of `transformers.Trainer` train a `VeraModel`; it must be the first base class.
 
-    Checkpoints hold the adapters, with what they train in full, as `save_pretrained` writes them, and the state of the
-    optimizer. `train(resume_from_checkpoint=...)` and `load_best_model_at_end` put their values into the adapters that
-    the model has.
+    Checkpoints hold the adapters and the modules they train in full, as `save_pretrained` writes them, and the state of
+    the optimizer. `train(resume_from_checkpoint=...)` and `load_best_model_at_end` load these values into the adapters
+    that the model already has.
     """
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Check that no trainer's methods hide those of the mixin.
+        """Check that no trainer's methods override those of the mixin.
 
         Raises:
             TypeError: a trainer is named before the mixin in the base classes.
@@ -62,20 +62,20 @@ class VeraTrainerMixin(_TrainerAfterMixin):
                 )
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """Make a trainer, as the class after the mixin.
+        """Create the trainer, with the arguments of the class after the mixin.
 
         Raises:
-            TypeError: the model is no `VeraModel`.
+            TypeError: the model is not a `VeraModel`.
         """
         super().__init__(*args, **kwargs)
         self._vera_model()
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train, as `transformers.Trainer.train`.
+        """Train, as `transformers.Trainer.train` does.
 
         Raises:
             ValueError: adapters are merged, and would not learn.
-            CheckpointError: a file of the checkpoint to go on from is missing or damaged; nothing is changed then.
+            CheckpointError: a file of the checkpoint to resume from is missing or damaged; nothing is changed.
         """
         merged = self._vera_model().merged_adapters
         if merged:
@@ -86,11 +86,11 @@ class VeraTrainerMixin(_TrainerAfterMixin):
             return super().train(*args, **kwargs)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
-        """Make the optimizer where none was given, with a learning rate each for the vectors and for all else.
+        """Create the optimizer if none was given, with separate learning rates for the vectors and the rest.
 
-        The vectors have that of the arguments, heads and biases a tenth of it. Where the arguments have transformers'
-        default, which is for full fine-tuning, both have those of `parameter_groups`, and a warning says so. Rates that
-        the trainer's own class has chosen stay.
+        The vectors get the `learning_rate` of the arguments, heads and biases a tenth of it. If that is transformers'
+        default, which is meant for full fine-tuning, both get the defaults of `parameter_groups` instead, with a
+        warning. Learning rates that the trainer's class has set itself are kept.
         """
         vectors, rest = trained_parts(self._vera_model())  # raises for a model without anything to train
         if self.optimizer is not None:
@@ -102,28 +102,28 @@ class VeraTrainerMixin(_TrainerAfterMixin):
             return optimizer
         if rate == type(self.args).__dataclass_fields__["learning_rate"].default:
             notify(
-                f"learning_rate={rate} is the default of {type(self.args).__name__}, and not for VeRA: the vectors are"
-                f" trained with {VECTOR_RATE:g}, heads and biases with {HEAD_RATE:g}. Give another learning_rate, or"
-                " an optimizer made with parameter_groups"
+                f"learning_rate={rate} is the default of {type(self.args).__name__}, which does not suit VeRA: the"
+                f" vectors are trained with {VECTOR_RATE:g}, heads and biases with {HEAD_RATE:g}. Set another"
+                " learning_rate, or pass an optimizer made with parameter_groups"
             )
             rate = VECTOR_RATE
         elif (advice := rate_advice(rate)) is not None and vectors:
-            notify(f"{advice}; give another one in the arguments, or an optimizer made with parameter_groups")
+            notify(f"{advice}; set another learning_rate, or pass an optimizer made with parameter_groups")
         others = {id(parameter) for parameter in rest}
         _set_rates(optimizer, groups, others, rate, rate * HEAD_RATE / VECTOR_RATE)
         return optimizer
 
     def _vera_model(self) -> VeraModel:
-        """Return the model that is trained, or the one inside it that has the adapters."""
+        """Return the `VeraModel`: the trained model itself, or the one inside it."""
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         found = [module for module in model.modules() if isinstance(module, VeraModel)]
         if len(found) != 1:
-            remedy = "give it one, or use its own trainer" if not found else f"it holds {len(found)} of them"
+            remedy = "pass one, or use another trainer" if not found else f"it contains {len(found)} of them"
             raise TypeError(f"{type(self).__name__} trains a VeraModel, not a {type(model).__name__}: {remedy}")
         return found[0]
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write the adapters, once; all processes have to call this, as their parts are gathered (FSDP2)."""
+        """Write the adapters once. All processes have to call this, because their shards are gathered (FSDP2)."""
         _write(self, self._vera_model(), output_dir)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
@@ -133,7 +133,7 @@ class VeraTrainerMixin(_TrainerAfterMixin):
         self._vera_model().restore(resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
-        if self.is_deepspeed_enabled:  # whose engine has parts of the parameters, and puts them back itself
+        if self.is_deepspeed_enabled:  # the engine holds shards of the parameters, and restores them itself
             super()._load_best_model()
             return
         best = self.state.best_model_checkpoint
@@ -149,7 +149,7 @@ class VeraTrainerMixin(_TrainerAfterMixin):
             super()._save_optimizer_and_scheduler(output_dir)
             return
         engine: Any = self.model_wrapped
-        # As transformers asks DeepSpeed to where the model is PEFT's. It leaves one name of tied weights in.
+        # transformers asks DeepSpeed for the same if the model is PEFT's. DeepSpeed keeps one name of tied weights.
         engine.save_checkpoint = functools.partial(engine.save_checkpoint, exclude_frozen_parameters=True)
         handle = engine.module.register_state_dict_post_hook(_leave_out_frozen)
         try:
@@ -164,7 +164,7 @@ class VeraTrainer(VeraTrainerMixin, transformers.Trainer):
 
 
 def _set_rates(optimizer: Any, groups: list[Any], others: set[int], rate: float, other_rate: float) -> None:
-    """Give the parameters of some of an optimizer's groups their rates; a group that has both kinds becomes two."""
+    """Set the learning rates of these groups; split a group that has both vectors and other parameters."""
     for group in groups:
         rest = [parameter for parameter in group["params"] if id(parameter) in others]
         vectors = [parameter for parameter in group["params"] if id(parameter) not in others]
@@ -181,11 +181,11 @@ def _write(trainer: Any, model: VeraModel, output_dir: str | None) -> None:
     tokenizer: Any = trainer.processing_class or getattr(trainer.data_collator, "tokenizer", None)
     if tokenizer is not None and trainer.args.should_save:
         tokenizer.save_pretrained(directory)
-    trainer.accelerator.wait_for_everyone()  # none may read it before it is there
+    trainer.accelerator.wait_for_everyone()  # no process may read the files before they are written
 
 
 def _frozen(model: nn.Module) -> set[str]:
-    """Return all names of the parameters that are not trained."""
+    """Return all names of the frozen parameters."""
     return {name for name, value in model.named_parameters(remove_duplicate=False) if not value.requires_grad}
 
 
@@ -196,7 +196,7 @@ def _leave_out_frozen(module: nn.Module, state: dict[str, Any], prefix: str, *_:
 
 @contextmanager
 def _frozen_may_be_missing(model: nn.Module) -> Iterator[None]:
-    """Make a model's `load_state_dict` accept one without frozen parameters, such as DeepSpeed's."""
+    """Make a model's `load_state_dict` accept a state dict without frozen parameters, such as DeepSpeed's."""
 
     def forgive(module: nn.Module, incompatible: Any) -> None:
         frozen = _frozen(module)
@@ -210,10 +210,10 @@ def _frozen_may_be_missing(model: nn.Module) -> Iterator[None]:
 
 
 def _write_digests(trainer: Any, checkpoint: Path) -> None:
-    """Write the SHA-256 of what goes with the adapters, which `_check_files` compares before anything is restored."""
+    """Write the SHA-256 of the checkpoint's other files, which `_check_files` verifies before anything is restored."""
     if trainer.args.save_only_model or trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
-        return  # nothing to resume with, or files that an engine writes and checks itself
-    trainer.accelerator.wait_for_everyone()  # each process writes the state of its random numbers
+        return  # nothing to resume from, or files that an engine writes and checks itself
+    trainer.accelerator.wait_for_everyone()  # each process writes the state of its random number generators
     if trainer.args.should_save and checkpoint.is_dir():
         write_json(checkpoint / DIGESTS_NAME, {path.name: _digest(path) for path in _states(checkpoint)})
 
@@ -231,9 +231,9 @@ def _digest(path: Path) -> str:
 
 
 def _check_files(trainer: Any, checkpoint: Path) -> None:
-    """Raise CheckpointError if another file of the checkpoint is missing or damaged."""
+    """Raise CheckpointError if a file of the checkpoint other than the adapters' is missing or damaged."""
     if not checkpoint.is_dir():
-        raise CheckpointError(f"{checkpoint} is not a directory, so there is no checkpoint to go on from")
+        raise CheckpointError(f"{checkpoint} is not a directory, so there is no checkpoint to resume from")
     read_json(checkpoint / TRAINER_STATE_NAME, finite=False, largest=_LARGEST_STATE)
     if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
         _check_archives(checkpoint)
@@ -241,7 +241,7 @@ def _check_files(trainer: Any, checkpoint: Path) -> None:
     if os.path.lexists(checkpoint / DIGESTS_NAME):
         _check_digests(checkpoint)
         return
-    # A checkpoint from before there were digests, or of another trainer.
+    # A checkpoint without digests, from an older version or another trainer.
     for name in (OPTIMIZER_NAME, SCHEDULER_NAME):
         if not (checkpoint / name).is_file() and not (checkpoint / Path(name).with_suffix(".bin")).is_file():
             raise _missing(checkpoint / name)
@@ -252,30 +252,30 @@ def _check_digests(checkpoint: Path) -> None:
     for name, digest in read_json(checkpoint / DIGESTS_NAME).items():
         path = checkpoint / name
         if path.parent != checkpoint or not isinstance(digest, str):
-            raise CheckpointError(f"{checkpoint / DIGESTS_NAME} is damaged: go on from an older checkpoint")
+            raise CheckpointError(f"{checkpoint / DIGESTS_NAME} is damaged: resume from an older checkpoint")
         if not path.exists():
             raise _missing(path)
         try:
             found = _digest(path)
         except (OSError, ValueError) as error:
-            raise CheckpointError(f"{path} cannot be read: {error}: go on from an older checkpoint") from None
+            raise CheckpointError(f"{path} cannot be read: {error}: resume from an older checkpoint") from None
         if found != digest:
-            raise CheckpointError(f"{path} is damaged: its SHA-256 does not fit. Go on from an older checkpoint")
+            raise CheckpointError(f"{path} is damaged: its SHA-256 does not match. Resume from an older checkpoint")
 
 
 def _missing(path: Path) -> CheckpointError:
     return CheckpointError(
-        f"{path} does not exist, and training would go on with other values without it: go on from an older checkpoint"
+        f"{path} does not exist, and without it training would continue differently: resume from an older checkpoint"
     )
 
 
 def _check_archives(checkpoint: Path) -> None:
-    # torch writes zip archives with checksums, which tell of damage without anything being unpickled.
+    # torch writes zip archives with checksums, which reveal damage without unpickling anything.
     for path in _states(checkpoint):
         try:
             with opened(path) as (file, _), zipfile.ZipFile(file) as archive:
                 damaged = archive.testzip()
-        # A damaged archive also raises what its reader stumbles over.
+        # Reading a damaged archive can raise any of these.
         except (
             OSError,
             ValueError,
@@ -285,6 +285,6 @@ def _check_archives(checkpoint: Path) -> None:
             zipfile.BadZipFile,
             zlib.error,
         ) as error:
-            raise CheckpointError(f"{path} is damaged: {error}: go on from an older checkpoint") from None
+            raise CheckpointError(f"{path} is damaged: {error}: resume from an older checkpoint") from None
         if damaged is not None:
-            raise CheckpointError(f"{path} is damaged in {damaged}: go on from an older checkpoint")
+            raise CheckpointError(f"{path} is damaged in {damaged}: resume from an older checkpoint")

@@ -1,7 +1,7 @@
 """TRL's trainers for a `VeraModel`: supervised fine-tuning, and DPO without a second model.
 
-Checkpoints hold adapters alone and are resumed from, as those of `VeraTrainer`. For TRL's own trainers there is
-`peft_config=VeratuneConfig(...)` of `veratune.integrations.peft`.
+Checkpoints hold only the adapters, and training resumes from them, as with `VeraTrainer`. With TRL's own trainers, use
+`peft_config=VeratuneConfig(...)` from `veratune.integrations.peft`.
 """
 
 from typing import Any
@@ -22,9 +22,9 @@ REFERENCE_ADAPTER = "ref"
 
 
 class _VeraTrlTrainer(VeraTrainerMixin):
-    """Hands TRL the model inside a `VeraModel`.
+    """Passes TRL the model inside a `VeraModel`.
 
-    TRL replaces the `forward` of what it trains, and that has to be the language model. The adapters are in there.
+    TRL replaces the `forward` of the model it trains, which has to be the language model. The adapters are inside it.
     """
 
     def __init__(self, model: VeraModel, *args: Any, **kwargs: Any) -> None:
@@ -35,13 +35,13 @@ class _VeraTrlTrainer(VeraTrainerMixin):
         self._adapted = model
         base: Any = model.get_base_model()
         trained = [(parameter, parameter.data) for parameter in model.parameters() if parameter.requires_grad]
-        base._hf_peft_config_loaded = True  # a quantized model has something to train
+        base._hf_peft_config_loaded = True  # makes TRL accept a quantized model, which has trainable parameters
         try:
             super().__init__(base, *args, **kwargs)
         finally:
             del base._hf_peft_config_loaded
             for parameter, values in trained:
-                if parameter.dtype != values.dtype:  # TRL rounds what is trained on a quantized model to bfloat16
+                if parameter.dtype != values.dtype:  # TRL casts trainable parameters of a quantized model to bfloat16
                     parameter.data = values.to(parameter.device)
         if self.args.gradient_checkpointing:
             model._let_inputs_require_grad()
@@ -57,12 +57,12 @@ class VeraSFTTrainer(_VeraTrlTrainer, SFTTrainer):
 class VeraDPOTrainer(_VeraTrlTrainer, DPOTrainer):
     """`trl.DPOTrainer` for a `VeraModel`; all other arguments are the same.
 
-    Without a `ref_model` the reference is the model as it is when the trainer is made: without its adapter where that
-    is new, and otherwise with a frozen copy of it, an adapter called "ref". No second model is loaded.
+    Without a `ref_model`, the reference is the model as it is when the trainer is created: without its adapter if that
+    is new, otherwise with a frozen copy of the adapter, called "ref". No second model is loaded.
 
     Raises:
-        TypeError: the model is no `VeraModel`.
-        ValueError: a copy is needed, and several adapters are active, or one is called "ref".
+        TypeError: the model is not a `VeraModel`.
+        ValueError: a copy is needed, but several adapters are active, or an adapter is already called "ref".
     """
 
     def __init__(self, model: VeraModel, ref_model: Any = None, *args: Any, **kwargs: Any) -> None:
@@ -76,7 +76,7 @@ class _Reference(nn.Module):
 
     def __init__(self, model: VeraModel) -> None:
         super().__init__()
-        # In a tuple, so that the model is not a module of this one: nothing may train, move or wrap it twice.
+        # In a tuple, so that the model is not a submodule: nothing may train, move or wrap it twice.
         self._model = (model,)
         self._adapters = [] if _is_new(model) else [_frozen_copy(model)]
 
@@ -86,14 +86,14 @@ class _Reference(nn.Module):
 
     @property
     def base_model(self) -> Any:
-        """The part before the head, which TRL calls by itself."""
+        """The part before the head, which TRL calls separately."""
         return self._model[0].base_model.base_model
 
     def get_output_embeddings(self) -> Any:
         return self._model[0].get_output_embeddings()
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the model's, from which TRL sees whether it has computed this reference before."""
+        """Return the model's state dict, from which TRL sees whether it has computed this reference before."""
         return self._model[0].state_dict(*args, **kwargs)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -106,7 +106,7 @@ class _Reference(nn.Module):
 
 
 def _is_new(model: VeraModel) -> bool:
-    """Return whether the active adapters compute nothing yet, and train nothing else."""
+    """Return whether the active adapters have no effect yet, and train no modules or biases."""
     states = [model.adapter_state(name) for name in model.active_adapters]
     return not any(
         state.saved or state.biases or any(bool(vectors["b"].any()) for vectors in state.vectors.values())

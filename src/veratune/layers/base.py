@@ -37,13 +37,13 @@ class VeraLayer(MergeableLayer):
     def weight(self) -> Tensor:
         """The weight for code that reads it without calling the layer: W0, with the deltas of active adapters added.
 
-        Some models compute with it themselves (Mamba's dt_proj, WavLM's attention). It is differentiable with respect
-        to the vectors, and computed only when an operation needs its values: its dtype or shape cost nothing.
+        Some models use it directly (Mamba's dt_proj, WavLM's attention). It is differentiable with respect to the
+        vectors, and computed only when an operation needs its values: reading its dtype or shape costs nothing.
         """
         return self.weight_over(self.base_weight, outside=True)
 
     def weight_over(self, base: Tensor, *, outside: bool = False) -> Tensor:
-        """Return the same for a given W0, such as a replica's.
+        """Return the adapted weight for a given W0, such as a replica's.
 
         Args:
             base: W0.
@@ -67,15 +67,15 @@ class VeraLayer(MergeableLayer):
         return self.added_up(self.full_weight())
 
     def added_up(self, base: Tensor) -> Tensor:
-        """Return a given W0 in its layout with the deltas that `forward` adds."""
+        """Return a given W0 with the deltas that `forward` adds, in the layout of W0."""
         return self.like_weight(self.adapted_part(self.matrix(base), None))
 
     def adapted_part(self, base: Tensor, index: Any) -> Tensor:
         """Return W0 with the deltas that `forward` adds.
 
         Args:
-            base: W0 as `matrix` returns it, or some matrices of the stack.
-            index: which matrices of the stack `base` is; None for all, or if there is no stack.
+            base: W0 as `matrix` returns it, or selected matrices of the stack.
+            index: which matrices of the stack `base` contains; None for all, or if there is no stack.
         """
         weight = self._outputs_first(base)
         for name in self.added_adapters:
@@ -94,9 +94,9 @@ class VeraLayer(MergeableLayer):
 
         Args:
             x: (..., in).
-            base: W0 as `matrix` returns it, or some matrices of the stack.
-            index: which matrices of the stack `base` is; None for all, or if there is no stack.
-            bias: (out,) or None; None where `base` is a stack.
+            base: W0 as `matrix` returns it, or selected matrices of the stack.
+            index: which matrices of the stack `base` contains; None for all, or if there is no stack.
+            bias: (out,) or None; must be None if `base` is a stack.
         """
         dtype = compute_dtype(x, base.dtype)
         if dtype is None or self.entries[self.added_adapters[0]].parts:
@@ -108,13 +108,13 @@ class VeraLayer(MergeableLayer):
         if x.ndim < 3 or len(x) != len(base):
             x = x.expand(*output.shape[:-1], self.in_features)
         chosen = torch.arange(len(base), device=x.device) if index is None else index.to(torch.int64)
-        # Each index of the second to last dimension but one is one matrix, which its rows belong to.
+        # The third-to-last dimension of the output indexes the matrices; all rows at one index use the same matrix.
         groups = chosen.repeat_interleave(output.shape[-2]).repeat(math.prod(output.shape[:-3]))
         rows = output.reshape(-1, self.out_features)
         return self.add_rows(rows, x.reshape(-1, self.in_features), groups).view(output.shape)
 
     def _matrix_product(self, x: Tensor, weight: Tensor, index: Any, bias: Tensor | None) -> Tensor:
-        """Return x W^T + bias for one matrix of the stack, or the only one. All are in the compute dtype."""
+        """Return x W^T + bias for one matrix of the stack, or the only matrix. All tensors are in the compute dtype."""
         flat = x.reshape(math.prod(x.shape[:-1]), self.in_features)
         output = None
         for name in self.added_adapters:
@@ -143,7 +143,7 @@ class VeraLayer(MergeableLayer):
         return start
 
     def weight_readable(self, name: str) -> bool:
-        """Return whether an adapter's output may be computed from the weight itself, if it is the only active one."""
+        """Return whether an adapter may be computed with W0 itself if it is the only active one."""
         return False
 
     # Export as a LoRA
@@ -168,7 +168,7 @@ class VeraLayer(MergeableLayer):
 
 
 class TransparentLayer(VeraLayer):
-    """A layer that shows its base layer's attributes, which models read: a convolution's stride, for example."""
+    """A layer that exposes its base layer's attributes, which models read (for example a convolution's stride)."""
 
     def __getattr__(self, name: str) -> Any:
         try:

@@ -1,4 +1,4 @@
-"""Calling a base layer with other tensors as its parameters, and what its class and hooks do in a call."""
+"""Call a base layer with other tensors as its parameters, and inspect what its class and hooks do in a call."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -23,7 +23,7 @@ def only_computes(module: nn.Module) -> bool:
 
 
 def has_own_forward(module: nn.Module) -> bool:
-    """Return whether a layer with an ordinary weight is of a subclass whose `forward` is not torch's."""
+    """Return whether a layer with an ordinary weight has a class whose `forward` is not one of torch's."""
     return not is_quantized(module) and not type(module).forward.__module__.startswith("torch.nn.")
 
 
@@ -57,9 +57,9 @@ def call_with(
 ) -> Any:
     """Call a module with other tensors as some of its parameters.
 
-    A shallow copy is called. Nothing is written to the module itself, so that several threads may do this at once. A
-    `forward` that is bound to the module would not see the copy, and a compiler would not follow it: there the
-    parameters are exchanged during the call. With accelerate's hooks, `weights` is called after they have loaded the
+    This calls a shallow copy and leaves the module's parameters in place, so several threads may do this at once. A
+    `forward` that is bound to the module would not see the copy, and a compiler could not trace it: in these cases, the
+    parameters are swapped during the call. With accelerate's hooks, `weights` is called after they have loaded the
     module's parameters.
 
     Args:

@@ -1,4 +1,4 @@
-"""Biases that an adapter trains (`bias="all"` or `"vera_only"`), which replace the model's while it is active."""
+"""Biases that an adapter trains (`bias="all"` or `"vera_only"`); while it is active, they replace the model's."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -14,9 +14,9 @@ from veratune.utils.sharding import whole
 
 
 class BiasCheck:
-    """A forward pre-hook of a module whose bias adapters replace.
+    """A forward pre-hook on a module whose bias adapters replace.
 
-    It raises RuntimeError if the bias is not that of the pass that is recomputed, or could not be trained.
+    It raises RuntimeError if a pass is recomputed with a different bias, or if a trainable bias is offloaded.
     """
 
     def __init__(self, log: StateLog, name: str) -> None:
@@ -40,12 +40,12 @@ class BiasCheck:
 
 
 def only_bias_checks(module: nn.Module) -> bool:
-    """Return whether all forward pre-hooks of a module are checks of its bias."""
+    """Return whether all forward pre-hooks of a module are `BiasCheck`s."""
     return all(type(hook) is BiasCheck for hook in module._forward_pre_hooks.values())
 
 
 def check_biases(module: nn.Module) -> None:
-    """Run the checks of a module's bias without calling the module."""
+    """Run the `BiasCheck`s of a module without calling the module."""
     for hook in module._forward_pre_hooks.values():
         if isinstance(hook, BiasCheck):
             hook.check(module)
@@ -55,11 +55,12 @@ def check_biases(module: nn.Module) -> None:
 class AdapterBiases:
     """One adapter's biases, which are in the model while the adapter is active and kept here while it is not.
 
-    Meanwhile the base model's biases are kept here, so that disabling the adapter restores the base model exactly.
+    While the adapter is active, the base model's biases are kept here instead, so that disabling the adapter restores
+    the base model exactly.
 
     Attributes:
         owners: dotted name of each bias (as in the model without adapters) to the modules that have it as `bias`.
-        waiting: name to the parameter that is not in the model at the moment.
+        waiting: name to the parameter that is currently not in the model.
         installed: whether the adapter's biases are in the model.
         log: when they were installed and removed.
         handles: the hooks of the modules.
@@ -91,14 +92,14 @@ class AdapterBiases:
         self.handles.clear()
 
     def check_swappable(self) -> None:
-        """Raise ValueError if biases have been offloaded and cannot be exchanged; nothing is changed."""
+        """Raise ValueError if biases are offloaded and so cannot be swapped; nothing is changed."""
         for name, modules in self.owners.items():
             for module in modules:
                 if is_offloaded(module, "bias"):
-                    raise ValueError(f"{name} cannot be exchanged for another: {why_no_values(module, 'bias')}")
+                    raise ValueError(f"{name} cannot be swapped for another bias: {why_no_values(module, 'bias')}")
 
     def swap(self, *, install: bool) -> None:
-        """Put the adapter's biases, or the base model's, into the model."""
+        """Install the adapter's biases in the model, or restore the base model's."""
         if install == self.installed:
             return
         self.check_swappable()

@@ -1,4 +1,4 @@
-"""VeRA on `torch.nn.Conv1d`, `Conv2d` and `Conv3d`, seen as linear layers on patches (im2col)."""
+"""VeRA for `torch.nn.Conv1d`, `Conv2d` and `Conv3d`, treated as linear layers on patches (im2col)."""
 
 import math
 from typing import Any, ClassVar
@@ -17,8 +17,9 @@ from veratune.utils.sharding import shape_of
 class VeraConv(TransparentLayer):
     """A convolution with VeRA adapters.
 
-    Its weight (out, in / groups, *kernel) is one matrix with in = in / groups * kernel inputs. W0 + delta W costs a
-    small product, and the convolution runs once with it: the number of patches is almost always far above the rank.
+    Its weight (out, in / groups, *kernel) is treated as one matrix with in / groups * prod(kernel) inputs. Computing
+    W0 + delta W takes a small product, and the convolution then runs once: the number of patches is almost always far
+    above the rank.
     """
 
     kind = "convolution"
@@ -31,7 +32,7 @@ class VeraConv(TransparentLayer):
 
     @classmethod
     def why_not_adaptable(cls, module: nn.Module) -> str | None:
-        if module._parameters.get("weight") is None:  # normalized, as in wav2vec 2.0
+        if module._parameters.get("weight") is None:  # weight-normalized, as in wav2vec 2.0
             return "its weight is computed from other parameters"
         return super().why_not_adaptable(module)
 
@@ -60,7 +61,7 @@ class VeraConv(TransparentLayer):
                 self.base_layer, lambda: {"weight": self.adapted_weight()}, (input, *args), kwargs
             )
             return adapted
-        # The base layer's input has no dropout.
+        # Dropout must not act on the base layer's input.
         output: Tensor = self.base_layer(input, *args, **kwargs)
         for name in added:
             x = self.vera_dropout[name](input) if name in dropped else input
@@ -73,14 +74,14 @@ class VeraConv(TransparentLayer):
         (block,) = self.blocks(name, device, weight.dtype)
         delta = add_delta(torch.zeros(weight.shape, dtype=weight.dtype, device=device), block.factors)
         stand_in = stand_in_for(self.base_layer, {"weight": self.like_weight(delta), "bias": None})
-        alone: Tensor = stand_in.forward(x)  # without hooks, which have been called with the base layer's output
+        alone: Tensor = stand_in.forward(x)  # without hooks, which ran when the base layer was called
         return alone
 
     # Export as a LoRA: lora_A (r, in / groups, *kernel), lora_B (out, r, 1, ...)
 
     def why_not_lora(self) -> str | None:
         if getattr(self.base_layer, "groups", 1) != 1:
-            return "its LoRA of a grouped convolution has no entries between groups, and A is shared by all groups"
+            return "its LoRA of a grouped convolution is grouped as well, but an adapter's A is shared by all groups"
         if any(step != 1 for step in getattr(self.base_layer, "dilation", ())):
             return f"its LoRA of a convolution has no dilation, and the layer has {self.base_layer.dilation}"
         if getattr(self.base_layer, "padding_mode", "zeros") != "zeros":

@@ -1,4 +1,4 @@
-"""VeRA on `torch.nn.Embedding`: a linear layer whose input is one-hot."""
+"""VeRA for `torch.nn.Embedding`, treated as a linear layer whose input is one-hot."""
 
 from collections.abc import Collection
 from typing import Any, ClassVar
@@ -17,15 +17,15 @@ from veratune.utils.torch_private import transformations_active
 
 # Rows of the delta that are computed at a time when merging.
 _ROWS = 4096
-# Rows of an embedding beyond which its lora_A is not exported.
+# The largest number of rows of an embedding whose lora_A is exported.
 _LARGEST_TABLE = 1 << 20
 
 
 class VeraEmbedding(TransparentLayer):
     """An embedding with VeRA adapters.
 
-    A row e of the table becomes W0[e] + b * (B (d * A[:, e])). A has a column for each row of the table: only the
-    columns of the tokens that occur are drawn, at each call, and never all of them.
+    Row e of the table becomes W0[e] + b * (B (d * A[:, e])). A has a column for each row of the table: each call draws
+    only the columns of the tokens that occur, never all of them.
     """
 
     kind = "embedding"
@@ -41,7 +41,7 @@ class VeraEmbedding(TransparentLayer):
     def why_not_adaptable(cls, module: nn.Module) -> str | None:
         assert isinstance(module, nn.Embedding)
         if module.max_norm is not None:
-            return "its max_norm scales rows of the table itself when they are looked up"
+            return "its max_norm rescales rows of the table in place when they are looked up"
         if type(module).forward is not nn.Embedding.forward and not hasattr(module, "embed_scale"):
             return f"it is a {type(module).__name__}, which does more than look up rows"
         return super().why_not_adaptable(module)
@@ -83,7 +83,9 @@ class VeraEmbedding(TransparentLayer):
         output: Tensor = self.base_layer(input, *args, **kwargs)
         if not self.added_adapters:
             return output
-        if torch.compiler.is_compiling() or transformations_active():  # the number of different tokens is not known
+        if (
+            torch.compiler.is_compiling() or transformations_active()
+        ):  # the number of distinct tokens is unknown while tracing
             tokens, inverse = input.flatten(), torch.arange(input.numel(), device=input.device).view(input.shape)
         else:
             tokens, inverse = torch.unique(input, return_inverse=True)

@@ -11,7 +11,7 @@ from veratune.ops.factors import Factors
 from veratune.ops.planning import MemoryName, RouteName, TableCache
 from veratune.projections.pool import ProjectionView
 
-# The names of an adapter's vectors on one weight. Parameters, and keys in files, are the prefix and a name.
+# The names of an adapter's vectors on one weight. Parameters and keys in files are the prefix and one of these.
 VECTORS = ("b", "d")
 VECTOR_PREFIX = "vera_lambda_"
 
@@ -44,11 +44,11 @@ class VectorInit:
 
 @dataclass(frozen=True)
 class InputGroup:
-    """What an adapter's layers share that may read the same input (query, key and value).
+    """The data that an adapter's layers share if they may read the same input (query, key and value).
 
     Attributes:
         a: the view of A.
-        cache: the last product with A.
+        cache: the cache of the last product with A.
         size: the number of layers.
     """
 
@@ -59,7 +59,7 @@ class InputGroup:
 
 @dataclass(frozen=True)
 class ComputeSettings:
-    """The settings that decide how an adapter is computed.
+    """The settings that determine how an adapter is computed.
 
     Attributes:
         vera_dropout: probability of dropout on the adapter's input.
@@ -78,7 +78,7 @@ class AdapterEntry:
 
     Attributes:
         name: the layer's name, which identifies it within its group.
-        group: what it shares with layers that may read the same input.
+        group: the data shared by layers that may read the same input.
         b: the view of B for each block of outputs; one if the layer is not fused.
         scale: the constant factor of B.
         settings: how it is computed.

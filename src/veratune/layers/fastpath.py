@@ -1,4 +1,4 @@
-"""Disabling torch's fused transformer encoder, which reads weights without calling layers, while it has adapters."""
+"""Disable torch's fused transformer encoder, which reads weights without calling layers, while it has adapters."""
 
 from typing import Any
 
@@ -6,8 +6,8 @@ from torch import nn
 
 from veratune.layers.base import VeraLayer
 
-# The attribute by which each class decides: torch takes the fused path only for an activation that it knows, and passes
-# nested tensors, which only that path supports, only on request. The attributes have no other effect.
+# The attribute that disables the fused path in each class: torch takes the path only for activations that it knows, and
+# creates nested tensors, which only this path supports, only if asked to. The attributes have no other effect.
 _SWITCHES: tuple[tuple[type[nn.Module], str, Any], ...] = (
     (nn.TransformerEncoderLayer, "activation_relu_or_gelu", 0),
     (nn.TransformerEncoder, "use_nested_tensor", False),

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-# A rank that is allowed for matrices of any size. Published ranks are at most 1,024.
+# Ranks up to this are allowed for matrices of any size. Published ranks are at most 1,024.
 _ANY_RANK = 4096
 
 
@@ -22,7 +22,7 @@ class Geometry:
 
     @property
     def largest_rank(self) -> int:
-        """The largest allowed rank, which limits A and B to a few times the memory of the matrix."""
+        """The largest allowed rank; it limits A and B of a large matrix to a few times its memory."""
         return max(_ANY_RANK, 4 * min(self.in_features, self.out_features))
 
     @property
@@ -38,6 +38,6 @@ class Geometry:
 
 
 def slices(parts: tuple[int, ...]) -> list[slice]:
-    """Return the outputs of each part, given their numbers."""
+    """Return the slice of outputs of each part, given the number of outputs of each."""
     ends = [sum(parts[: i + 1]) for i in range(len(parts))]
     return [slice(end - size, end) for end, size in zip(ends, parts, strict=True)]

@@ -1,4 +1,4 @@
-"""Refusing operations that would bypass adapters: loading into merged weights, and replacing adapted layers."""
+"""Refuse operations that would bypass adapters: loading into merged weights, and replacing adapted layers."""
 
 import inspect
 from collections.abc import Callable, Iterator
@@ -20,7 +20,7 @@ class _Written(NamedTuple):
     Attributes:
         name: its name in the state of the guarded module.
         layer: the layer that it belongs to.
-        adapter: the adapter of the vector; None for the weight.
+        adapter: the adapter that the vector belongs to; None for the weight.
     """
 
     name: str
@@ -33,7 +33,7 @@ class _Written(NamedTuple):
 
 
 class LoadGuard:
-    """A hook of `load_state_dict` that refuses to write the weights and vectors of merged adapters."""
+    """A `load_state_dict` pre-hook that refuses to overwrite merged weights and the vectors of merged adapters."""
 
     def __init__(self, written: list[_Written]) -> None:
         self._written = written
@@ -43,16 +43,16 @@ class LoadGuard:
             if prefix + written.name in state_dict and written.in_use():
                 raise ValueError(
                     f"load_state_dict cannot write {prefix}{written.name} while the adapters"
-                    f" {written.layer.merged_adapters} are merged, as the weights computed with would stay the old"
-                    " ones: call unmerge_adapter first"
+                    f" {written.layer.merged_adapters} are merged, because the merged weights would no longer match"
+                    " W0 and the vectors: call unmerge_adapter first"
                 )
 
 
 def guard_loading(model: nn.Module) -> None:
-    """Refuse `load_state_dict` of a model and of all modules in it where it would write to merged layers.
+    """Make `load_state_dict` of a model, and of every module in it, refuse to write to merged layers.
 
-    Call it after each merge and unmerge. `load_state_dict` visits the module that it was called on first, so that
-    nothing is written before it is refused.
+    Call this after each merge and unmerge. `load_state_dict` runs the hooks of the module that it was called on before
+    it writes anything, so a refused call changes nothing.
     """
     for module in model.modules():
         hooks: dict[int, Any] = module._load_state_dict_pre_hooks
@@ -86,7 +86,7 @@ def _guard(module: nn.Module, written: list[_Written]) -> None:
 
 
 def _state_name(module: nn.Module, name: str) -> str:
-    """Return the name in a state dict of something in a module, without the wrappers that do not show there."""
+    """Return the state dict key of a name in a module, without wrappers that do not appear in state dicts."""
     parts: list[str] = []
     current: nn.Module | None = module
     for part in name.split("."):
@@ -116,7 +116,7 @@ def _merged_tensors(model: nn.Module) -> Iterator[_Written]:
 
 
 class GuardedMethod:
-    """A method of a model that replaces its layers, preceded by a check that no adapters would be lost."""
+    """A model's method that replaces layers, with a check beforehand that no adapters would be lost."""
 
     def __init__(self, model: nn.Module, name: str) -> None:
         self._model, self._name = model, name
@@ -131,7 +131,7 @@ class GuardedMethod:
 
 
 def guard_surgeries(model: nn.Module) -> None:
-    """Guard the methods that replace layers in a model with adapters and in all models inside it; unguard others."""
+    """Guard the layer-replacing methods of an adapted model and of all models inside it; unguard other models."""
     adapted = any(_is_wrapper(module) for module in model.modules())
     for module in model.modules():
         for name in _GUARDS:
@@ -143,7 +143,7 @@ def guard_surgeries(model: nn.Module) -> None:
 
 
 def _is_wrapper(module: Any) -> bool:
-    """Return whether a module replaces one of the model: an adapted layer, or a module of modules_to_save."""
+    """Return whether a module wraps one of the model's modules: an adapted layer, or a module of modules_to_save."""
     return isinstance(module, VeraLayer | VeraModule | SavedModule) or "original_module" in module._modules
 
 
@@ -169,7 +169,7 @@ def _inner(module: Any) -> Any:
 
 
 def _tied_wrapper(model: nn.Module, embeddings: nn.Module) -> nn.Module | None:
-    """Return the wrapper that the embeddings are, or that shares their weight."""
+    """Return the embeddings if they are a wrapper, or else the wrapper that shares their weight, or None."""
     if _is_wrapper(embeddings):
         return embeddings
     weight = embeddings._parameters.get("weight")
@@ -222,15 +222,15 @@ def _tie(model: Any, method: Callable[..., Any], *args: Any, **kwargs: Any) -> A
 def _refusal(method: str, model: nn.Module, wrapper: nn.Module) -> ValueError:
     state = "has adapters" if isinstance(wrapper, VeraLayer | VeraModule) else "is trained in full by an adapter"
     return ValueError(
-        f"{method} cannot replace layers of this model while {_names_of(model, wrapper)} {state}, which fit its"
-        " present size and would be lost: call it before the model is adapted, or remove the adapters first"
+        f"{method} cannot replace layers of this model while {_names_of(model, wrapper)} {state}: the trained values"
+        " fit its current size and would be lost. Call it before adapting the model, or remove the adapters first"
         " (unload or merge_and_unload)"
     )
 
 
 @contextmanager
 def _without_adapters(model: nn.Module) -> Iterator[None]:
-    """Put the base model's weights in place within this context, as if there were no adapters."""
+    """Restore the base model's weights within this context, as if there were no adapters."""
     layers = [module for module in model.modules() if isinstance(module, VeraLayer)]
     saved = [(module, module.active_adapters) for module in model.modules() if isinstance(module, SavedModule)]
     before = [(layer, list(layer.merged_adapters), list(layer.added_adapters)) for layer in layers]

@@ -21,7 +21,7 @@ from veratune.utils.torch_private import parameter_of
 
 
 def vector_device(base_layer: nn.Module, weight: Tensor) -> torch.device:
-    """Return the device for a layer's vectors: the weight's, or that to which accelerate moves an offloaded weight."""
+    """Return the device for a layer's vectors: the weight's, or where accelerate moves an offloaded weight."""
     device = execution_device(base_layer) if weight.is_meta else None
     return weight.device if device is None else device
 
@@ -31,13 +31,13 @@ class AdapterHolder(LayerKind):
 
     Attributes:
         base_layer: the module that holds the weight, unchanged.
-        geometry: the dimensions of the weight, seen as matrices.
+        geometry: the dimensions of the weight, viewed as matrices.
         vera_lambda_b: adapter name to b, (out,); for a stack (count, out).
         vera_lambda_d: adapter name to d, (r,); for a stack (count, r), for a fused layer (parts, r).
         vera_dropout: adapter name to the dropout on that adapter's input, if it has any.
-        entries: adapter name to its projections and settings; plain attributes, in no state dict.
+        entries: adapter name to its projections and settings; a plain attribute that is not in state dicts.
         active_adapters: the active adapters that this layer has, in order.
-        merged_adapters: the adapters whose deltas are in the base layer's weight at the moment.
+        merged_adapters: the adapters whose deltas are currently in the base layer's weight.
         added_adapters: the adapters whose deltas `forward` adds: the active ones that are not merged.
     """
 
@@ -67,15 +67,15 @@ class AdapterHolder(LayerKind):
 
     @property
     def base_weight(self) -> Tensor:
-        """The base layer's weight at the moment: W0 or, while adapters are merged, the merged weight."""
+        """The base layer's current weight: W0 or, while adapters are merged, the merged weight."""
         weight: Tensor | None = parameter_of(self.base_layer, self.weight_name)
-        if not isinstance(weight, Tensor):  # kept in another form, of which this is a part
+        if not isinstance(weight, Tensor):  # stored in another form: use one of its tensors
             weight = next(itertools.chain(self.base_layer.parameters(), self.base_layer.buffers()), None)
         if weight is None:
             raise ValueError(
                 f"the {type(self.base_layer).__name__} of an adapted layer was converted to a form whose weight"
-                " veratune does not read (torch's quantize_dynamic does that): call merge_and_unload before you convert"
-                " the model"
+                " veratune cannot read (as by torch's quantize_dynamic): call merge_and_unload before converting the"
+                " model"
             )
         return weight
 
@@ -155,7 +155,7 @@ class AdapterHolder(LayerKind):
             scheme: the adapter's projections.
             init: the rank, and how the vectors start.
             settings: how the adapter is computed.
-            group: what it shares with layers that may read the same input.
+            group: the data shared by layers that may read the same input.
             parts: the number of outputs of each block of a fused layer.
 
         Raises:
@@ -204,12 +204,12 @@ class AdapterHolder(LayerKind):
         self.activate(self.active_adapters)
 
     def activate(self, names: Sequence[str]) -> None:
-        """Make those of these adapters active that the layer has, and all others inactive."""
+        """Activate those of these adapters that the layer has, and deactivate all others."""
         self.active_adapters = [name for name in names if name in self.entries]
         self._choose_added()
 
     def _computing(self) -> list[str]:
-        """Return the active adapters, unless something disables them."""
+        """Return the adapters that compute: the active ones, unless they are disabled."""
         return self.active_adapters
 
     def _choose_added(self) -> None:
@@ -259,7 +259,7 @@ class AdapterHolder(LayerKind):
             if name == "weight" and self.merged_adapters:
                 raise ValueError(
                     f"the weight cannot be set while the adapters {self.merged_adapters} are merged into it, as"
-                    " unmerging would put the old one back: call unmerge_adapter first"
+                    " unmerging would restore the old weight: call unmerge_adapter first"
                 )
             setattr(self.base_layer, self.weight_name if name == "weight" else name, value)
         else:

@@ -37,7 +37,7 @@ class _Entry(NamedTuple):
 class InputCache:
     """One-entry cache of x A^T for a group of layers, keyed by the identity and version of x and the identity of A.
 
-    Each layer is served once for an entry: a second request is another pass. The cache is therefore correct under
+    Each layer is served once per entry: a second request belongs to another pass. The cache is therefore correct under
     checkpointing (which brings new tensors), in several threads (which at worst compute twice) and in replicas. The
     entry lives no longer than x, and is not copied or pickled.
     """

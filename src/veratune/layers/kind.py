@@ -1,4 +1,4 @@
-"""What a layer kind states about itself, so that other packages need not know its class."""
+"""The interface with which a layer kind describes itself, so that other packages need not know its class."""
 
 from collections.abc import Collection
 from typing import ClassVar, Literal
@@ -14,15 +14,15 @@ Export = Literal["peft", "lora", "vllm", "gguf"]
 class LayerKind(nn.Module):
     """The class attributes and class methods that describe a layer kind.
 
-    The defaults refuse: a kind that says nothing is trained, saved, loaded and merged, and everything else raises an
-    error that names the kind.
+    The defaults are restrictive: a kind that overrides nothing can be trained, saved, loaded and merged, and everything
+    else raises an error that names the kind.
 
     Attributes:
         kind: its name in tables and messages.
         weight_name: the name of the weight in the base layer.
-        out_axis: the weight's axis of output features, as `matrix` sees it: 0 for (..., out, in), 1 for (..., in, out).
-        of_parameter: whether it adapts a parameter that its module reads itself, instead of replacing the module.
-        one_hot: whether its input is a set of indices that select columns of A. A is then never drawn completely.
+        out_axis: the axis of the output features in the result of `matrix`: 0 for (..., out, in), 1 for (..., in, out).
+        of_parameter: whether it adapts a parameter that its module reads directly, instead of replacing the module.
+        one_hot: whether its inputs are indices that select columns of A. A is then never drawn completely.
         in_all_linear: whether target_modules="all-linear" includes it.
         chooses_route: whether it computes with the route that the cost model chooses, for `explain_routes`.
         supports_parts: whether its outputs may be split by `fused_parts`.
@@ -45,12 +45,12 @@ class LayerKind(nn.Module):
 
     @classmethod
     def adapts(cls, module: nn.Module) -> bool:
-        """Return whether this is the layer kind of a module, even if the module cannot be adapted in its state."""
+        """Return whether this layer kind is for a module, even if the module cannot be adapted in its current state."""
         return False
 
     @classmethod
     def why_not_adaptable(cls, module: nn.Module) -> str | None:
-        """Return None if a module of this kind can be adapted, otherwise the reason, to follow "because"."""
+        """Return None if a module of this kind can be adapted, otherwise the reason, phrased to follow "because"."""
         size = cls.geometry_of(module)
         if not (size.in_features and size.out_features):
             return f"it has {size.in_features} inputs and {size.out_features} outputs"
@@ -66,14 +66,14 @@ class LayerKind(nn.Module):
 
     @classmethod
     def supports_dropout(cls, module: nn.Module) -> bool:
-        """Return whether the adapter has an input that differs from the base layer's, for `vera_dropout`."""
+        """Return whether the adapter's input can differ from the base layer's, as `vera_dropout` requires."""
         return False
 
     # Export as a LoRA
 
     def why_not_lora(self) -> str | None:
         """Return None if PEFT's LoRA can hold an adapter on this layer, otherwise the reason."""
-        return None if "lora" in self.exports else f"it has no LoRA of this kind of layer ({self.kind})"
+        return None if "lora" in self.exports else f"it does not support this kind of layer ({self.kind})"
 
     def lora_keys(self, name: str, beside: Collection[str]) -> tuple[str, str]:
         """Return the names of lora_A and lora_B in PEFT's file, without the prefix.

@@ -1,8 +1,8 @@
 """A stand-in for an adapted weight that computes only as much of it as an operation needs.
 
 Some modules do not call a linear layer but read a weight and compute with it: Mamba's projections, experts in one 3-D
-tensor, `torch.nn.MultiheadAttention`. They read a tensor that looks like the weight. Products with it go through the
-rank or use W0 + delta W, whichever is cheaper; selecting matrices of a stack computes nothing; any other operation gets
+tensor, `torch.nn.MultiheadAttention`. They read a tensor that looks like the weight. Products with it use the low-rank
+factors or W0 + delta W, whichever is cheaper; selecting matrices of a stack computes nothing; any other operation gets
 W0 + delta W. So every operation is correct, and the usual ones are cheap.
 """
 
@@ -26,9 +26,9 @@ class View:
     Attributes:
         layer: the layer.
         base: that part of W0, in the layer's layout.
-        index: the index into the stack of matrices, or None for all of it.
+        index: the index into the stack of matrices, or None for the entire stack.
         flipped: whether the last two dimensions are exchanged relative to `base`.
-        outside: whether it was read from the layer by code that may not call the layer.
+        outside: whether code that may not call the layer has read it from the layer.
     """
 
     layer: ReadableLayer
@@ -125,7 +125,7 @@ class AdaptedWeight(Tensor):
             return func(args[0]._in_memory(), *args[1:], **kwargs)
         scales = getattr(func, "__name__", "") in ("mul_", "div_") and isinstance(args[0], AdaptedWeight)
         if scales and len(args) > 1 and isinstance(args[1], int | float) and args[1] == 1:
-            return args[0]  # RWKV rescales its first layers by one
+            return args[0]  # RWKV rescales its first layers by a factor of one
         check_not_written(func, args, kwargs)
         cheap = _CHEAP.get(func)
         if cheap is not None:
@@ -159,7 +159,7 @@ def _added_up(value: Any, weights: list[tuple[View, Tensor]]) -> Any:
 
 
 def _choose(func: Any, weight: Any, index: Any) -> Any:
-    """Return weight[index], some matrices of a stack, for an integer or a vector of integers."""
+    """Return weight[index], one or more matrices of a stack, for an integer or a vector of integers."""
     if not isinstance(weight, AdaptedWeight) or isinstance(index, AdaptedWeight):
         return NotImplemented
     view = weight._view
@@ -208,7 +208,7 @@ def _right_matmul(func: Any, right: Any, left: Any) -> Any:
 
 
 def _grouped_mm(func: Any, left: Any, right: Any, *, offs: Any = None, bias: Any = None, **settings: Any) -> Any:
-    """Return the products of consecutive rows with one matrix of a stack for each group of rows."""
+    """Return the product of each group of consecutive rows with its matrix of a stack."""
     if not isinstance(right, AdaptedWeight) or isinstance(left, AdaptedWeight) or offs is None or bias is not None:
         return NotImplemented
     view = right._view
@@ -218,14 +218,14 @@ def _grouped_mm(func: Any, left: Any, right: Any, *, offs: Any = None, bias: Any
     start = func(left, view.shown(), offs=offs, **settings)
     rows = torch.arange(len(left), device=left.device)
     groups = torch.searchsorted(offs.long(), rows, right=True).clamp_(max=len(offs) - 1)
-    # Rows after the last group have no result; their contents must not change.
+    # Rows after the last group have no result, so their contents are left as they are.
     beyond = rows >= offs[-1]
     added = view.layer.add_rows(torch.zeros_like(start), left, groups)
     return start + added.masked_fill(beyond[:, None], 0.0)
 
 
 def _product(x: Tensor, view: View, bias: Tensor | None = None) -> Any:
-    """Return x W^T + bias, (..., out), with W the adapted weight, or x W^T with a stack of them."""
+    """Return x W^T + bias, (..., out), where W is the adapted weight, or x W^T with a stack of them."""
     if type(x) is not Tensor or x.shape[-1] != view.layer.in_features:
         return NotImplemented
     view.note_use()

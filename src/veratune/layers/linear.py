@@ -1,4 +1,4 @@
-"""VeRA on `torch.nn.Linear` and on `transformers`' `Conv1D`, which stores its weight as (in, out)."""
+"""VeRA for `torch.nn.Linear`, and for `Conv1D` of transformers, which stores its weight as (in, out)."""
 
 import math
 import sys
@@ -41,7 +41,7 @@ def is_out_proj(module: nn.Module) -> bool:
 
 
 def _says_it_is_linear(module: nn.Module) -> bool:
-    """Return whether a module has the attributes of a linear layer, as quantized ones do: its dimensions."""
+    """Return whether a module has the dimensions of a linear layer as attributes, as quantized ones do."""
     sizes = [getattr(module, name, None) for name in ("in_features", "out_features")]
     if not all(isinstance(size, int) and not isinstance(size, bool) and size > 0 for size in sizes):
         return False
@@ -52,9 +52,9 @@ def _says_it_is_linear(module: nn.Module) -> bool:
 class VeraLinear(VeraLayer):
     """A linear layer with VeRA adapters.
 
-    The base layer and an adapter are computed together if the output depends on nothing but the weight and the bias. A
-    subclass with a different `forward` is called and reads the adapted weight. With hooks, a quantized weight or
-    dropout, the base layer is called as it is and the adapter's output is added.
+    The base layer and an adapter are computed together if the output depends only on input, weight and bias. A base
+    layer with a different `forward` is called with the adapted weight. With hooks, a quantized weight or dropout, the
+    base layer is called unchanged and the adapter's output is added.
     """
 
     kind = "linear"
@@ -87,7 +87,7 @@ class VeraLinear(VeraLayer):
         self._plain_class = f"{forward.__module__}.{forward.__qualname__}" in self.plain_forwards
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        x = input  # torch.nn.Linear's name, by which it may be passed
+        x = input  # `input` is torch.nn.Linear's name for it, which callers may use as a keyword
         self.check_recomputation()
         output: Tensor
         names, base = self.added_adapters, self._modules["base_layer"]
@@ -126,7 +126,7 @@ class VeraLinear(VeraLayer):
         return output
 
     def _weight_can_be_replaced(self) -> bool:
-        """Return whether the base layer can be called with the adapted weight, which excludes dropout."""
+        """Return whether the base layer can be called with the adapted weight, which dropout rules out."""
         weight = self.base_layer._parameters.get("weight")
         if weight is None or is_quantized(self.base_layer) or weight.dtype.itemsize < 2:
             return False
@@ -140,9 +140,9 @@ class VeraLinear(VeraLayer):
         if not isinstance(output, Tensor) or output.shape != (*x.shape[:-1], self.out_features):
             result = tuple(output.shape) if isinstance(output, Tensor) else f"a {type(output).__name__}"
             raise RuntimeError(
-                f"{type(self.base_layer).__name__} turned an input of shape {tuple(x.shape)} into {result}, which a"
-                f" linear layer of {self.in_features} inputs and {self.out_features} outputs does not do, so VeRA"
-                " cannot be added to it: name it in exclude_modules"
+                f"{type(self.base_layer).__name__} turned an input of shape {tuple(x.shape)} into {result}, unlike a"
+                f" linear layer with {self.in_features} inputs and {self.out_features} outputs, so VeRA cannot adapt"
+                " it: add it to exclude_modules"
             )
         return output
 
@@ -182,7 +182,7 @@ class VeraLinear(VeraLayer):
         return output if x.ndim == 2 else output.view(*x.shape[:-1], self.out_features)
 
     def _plus_adapter(self, output: Tensor, x: Tensor, name: str, choices: Sequence[RouteChoice]) -> Tensor:
-        """Return the output plus that of one adapter."""
+        """Return the output plus one adapter's output."""
         tokens = math.prod(x.shape[:-1])
         flat = x.to(output.dtype).reshape(tokens, self.in_features)
         blocks = self.blocks(name, flat.device, flat.dtype)
@@ -207,7 +207,7 @@ class VeraLinear(VeraLayer):
         return not self._drops(name) and self._is_plain()
 
     def _is_plain(self) -> bool:
-        """Return whether the output depends on nothing but the weight and the bias."""
+        """Return whether the output depends only on the input, the weight and the bias."""
         return self._plain_weight(self.base_layer) is not None
 
     def _plain_weight(self, base: nn.Module) -> Tensor | None:
@@ -270,14 +270,14 @@ class VeraLinear(VeraLayer):
 
 
 class VeraConv1D(VeraLinear):
-    """VeRA on `transformers.pytorch_utils.Conv1D` (GPT-2): a linear layer whose weight is (in, out)."""
+    """VeRA for `transformers.pytorch_utils.Conv1D` (GPT-2), a linear layer whose weight is (in, out)."""
 
     out_axis = 1
     plain_forwards = ("transformers.pytorch_utils.Conv1D.forward",)
 
     @classmethod
     def adapts(cls, module: nn.Module) -> bool:
-        # A model that has a Conv1D has imported it.
+        # If a model has a Conv1D, the module that defines it has been imported.
         conv1d = getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", None)
         return conv1d is not None and isinstance(module, conv1d)
 
@@ -286,6 +286,6 @@ class VeraConv1D(VeraLinear):
         assert isinstance(module.weight, nn.Parameter)
         return Geometry(*shape_of(module.weight))
 
-    # Conv1D's name for its argument.
+    # `x` is Conv1D's name for its argument.
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
         return super().forward(x, *args, **kwargs)

@@ -26,9 +26,9 @@ class MergeableLayer(AdapterHolder):
         self._merged_values: tuple[torch.dtype, torch.Size, tuple[int, int] | None] | None = None
 
     def get_delta_weight(self, name: str) -> Tensor:
-        """Return an adapter's delta of the weight, in the weight's layout, in the vectors' dtype, without a graph.
+        """Return an adapter's delta of the weight, in the weight's layout and the vectors' dtype, without a graph.
 
-        The dtype is float32 at least, so that merging into a half-precision weight rounds once.
+        The dtype is at least float32 and at least the weight's, so that merging into the weight rounds once.
         """
         dtype = torch.promote_types(self.vectors(name)["b"].dtype, torch.float32)
         if self.base_weight.is_floating_point() and self.base_weight.dtype.itemsize > 1:
@@ -43,7 +43,7 @@ class MergeableLayer(AdapterHolder):
             factors = block.factors._replace(b=block.factors.b.to(dtype), d=block.factors.d.to(dtype))
             if self.geometry.count is None:
                 deltas.append(delta_weight(factors))
-            else:  # one by one, which takes less memory
+            else:  # one at a time, which takes less memory
                 deltas += [delta_weight(factors.at(matrix)) for matrix in range(self.geometry.count)]
         return torch.cat(deltas) if self.geometry.count is None else torch.stack(deltas)
 
@@ -88,7 +88,7 @@ class MergeableLayer(AdapterHolder):
         Args:
             names: the adapters to merge; those that are not on this layer are ignored.
             safe: also refuse a result that is not finite.
-            called: the layer's name in the message.
+            called: the layer's name, for the message.
         """
         names = [name for name in names if name in self.entries and name not in self.merged_adapters]
         if not names:
@@ -98,24 +98,23 @@ class MergeableLayer(AdapterHolder):
         sharding = next((how for how in map(describe_sharding, tensors) if how is not None), None)
         if sharding is not None:
             raise ValueError(
-                f"cannot merge into {called}: its weight or its vectors are spread over processes ({sharding}). Call"
-                " save_pretrained in all of them, and merge the adapter after loading it in one process"
+                f"cannot merge into {called}: its weight or its vectors are sharded over processes ({sharding}). Call"
+                " save_pretrained in all of them, then load the adapter in one process and merge it there"
             )
         reason = self.why_not_mergeable()
         if reason is not None:
             raise ValueError(f"cannot merge into {called}: {reason}")
         if safe and not torch.isfinite(self.merged_weight(names)).all():
             raise ValueError(
-                f"merging {names} into {called} gives NaNs or infinities, weights that are not finite; nothing was"
-                " merged"
+                f"merging {names} into {called} gives weights that are not finite (NaN or infinity); nothing was merged"
             )
 
     def loss_of_merging(self) -> str | None:
-        """Return what merging loses besides rounding to the weight's dtype, to follow "merging"; usually None."""
+        """Return the loss of merging besides rounding to the weight's dtype, phrased to follow "merging", or None."""
         return None
 
     def merge(self, names: Sequence[str]) -> None:
-        """Replace the weight by a new parameter with these adapters' deltas added.
+        """Replace the weight with a new parameter that includes these adapters' deltas.
 
         The original parameter is kept: modules that share it are not changed, and `unmerge` restores the same bits.
 
@@ -144,7 +143,7 @@ class MergeableLayer(AdapterHolder):
         self._merged_values = None if found is None else (weight.dtype, weight.shape, found)
 
     def merged_weight_changed(self) -> bool:
-        """Return whether the merged weight has been written to; quantized and sharded weights are not checked."""
+        """Return whether the merged weight has been written to. Quantized and sharded weights are not checked."""
         if self._merged_values is None or not self._unmerged:
             return False
         (dtype, shape, before), weight = self._merged_values, self.base_weight
@@ -163,7 +162,7 @@ class MergeableLayer(AdapterHolder):
         return result
 
     def merge_again(self, names: Sequence[str]) -> None:
-        """Merge adapters that were merged before, after `unmerge`."""
+        """Merge adapters again after `unmerge`."""
         self.merge(names)
 
     def _as_parameter(self, merged: Tensor, original: nn.Parameter) -> nn.Parameter:
@@ -175,13 +174,13 @@ class MergeableLayer(AdapterHolder):
         return bool(self.merged_adapters) and not self._unmerged
 
     def unmerge(self) -> None:
-        """Put the weight from before `merge` back, on the layer's current device and in its current dtype."""
+        """Restore the weight from before `merge`, on the layer's current device and in its current dtype."""
         if not self.merged_adapters:
             return
         if self.merged_for_good:
             raise ValueError(
-                f"{self.merged_adapters} cannot be unmerged, because an interrupted merge_and_unload has dropped the"
-                " original weights: call merge_and_unload again, which continues from there"
+                f"{self.merged_adapters} cannot be unmerged, because an interrupted merge_and_unload has discarded"
+                " the original weights: call merge_and_unload again, which continues from there"
             )
         self.check_unmergeable()
         original, merged = self._unmerged["weight"], self.base_weight
@@ -219,16 +218,16 @@ class MergeableLayer(AdapterHolder):
         return state
 
     def check_unmergeable(self) -> None:
-        """Raise ValueError if the merged weight was offloaded or written to since merging; nothing is changed."""
+        """Raise ValueError if the merged weight has been offloaded or written to since merging; nothing is changed."""
         if self.merged_adapters and self.base_weight.is_meta and not self._unmerged["weight"].is_meta:
             reason = why_no_values(self.base_layer, self.weight_name)
             raise ValueError(f"cannot unmerge {self.merged_adapters}: {reason}")
         if self.merged_weight_changed():
             raise ValueError(
                 f"cannot unmerge {self.merged_adapters}: the merged weight of"
-                f" {next(iter(self.entries.values())).name or 'the model'} was written to since, and restoring the"
-                " original would lose that. merge_and_unload keeps the weights as they are now; to change the original"
-                " weight, write to it while nothing is merged"
+                f" {next(iter(self.entries.values())).name or 'the model'} was written to since merging, and restoring"
+                " the original would lose that change. merge_and_unload keeps the weights as they are now; to change"
+                " the original weight, write to it while nothing is merged"
             )
 
 

@@ -13,12 +13,12 @@ from veratune.utils.torch_private import tree_leaves
 
 
 class SavedModule(nn.Module):
-    """A module and a trainable copy of it for each adapter, of which the active adapter's computes.
+    """A module with a trainable copy for each adapter; the active adapter's copy is called.
 
     Attributes:
         original_module: the base model's module, used while no adapter with a copy is active.
         modules_to_save: adapter name to that adapter's copy.
-        active_adapters: a list of the adapter whose copy computes, or an empty list.
+        active_adapters: a list of the adapter whose copy is called, or an empty list.
     """
 
     def __init__(self, original_module: nn.Module) -> None:
@@ -39,12 +39,12 @@ class SavedModule(nn.Module):
         self.activate(self.active_adapters)
 
     def activate(self, names: Sequence[str]) -> None:
-        """Compute with the copy of the one of these adapters that has a copy, or with the original module."""
+        """Use the copy of whichever of these adapters has one, or the original module if none has."""
         self.active_adapters = [name for name in names if name in self.modules_to_save]
         self._log.record(State(tuple(self.active_adapters)))
 
     def current(self) -> nn.Module:
-        """Return the module that computes now."""
+        """Return the module that is currently used."""
         return self.modules_to_save[self.active_adapters[0]] if self.active_adapters else self.original_module
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -64,7 +64,7 @@ class SavedModule(nn.Module):
         return module[index]
 
     def __setattr__(self, name: str, value: Any) -> None:
-        # Setting a weight or a bias is meant for the module that computes, as reading them is.
+        # Setting a weight or a bias is meant for the module that is currently used, from which they are also read.
         if name in ("weight", "bias"):
             setattr(self.current(), name, value)
         else:
@@ -74,7 +74,7 @@ class SavedModule(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            # accelerate's hooks are those of the module inside. Without adapters, this is being copied or unpickled.
+            # accelerate's hooks belong to the inner module. Without active_adapters, this is being copied or unpickled.
             if name.startswith("__") or name in HOOK_ATTRIBUTES or "active_adapters" not in self.__dict__:
                 raise
             return getattr(self.current(), name)
@@ -91,5 +91,6 @@ def _refuse_gradient(gradient: Tensor) -> Tensor:
         return gradient
     raise RuntimeError(
         "a module of modules_to_save is offloaded by accelerate, which loses its gradients: call"
-        " accelerate.hooks.remove_hook_from_submodules(model) before training, or offload before adding the adapter"
+        " accelerate.hooks.remove_hook_from_submodules(model) before training, or offload the model before adding the"
+        " adapter"
     )

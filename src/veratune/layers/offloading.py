@@ -1,7 +1,7 @@
-"""Parameters that accelerate's hooks empty between the calls of their module.
+"""Parameters that accelerate's hooks empty between calls of their module.
 
 Between calls such a parameter is on the meta device, and its values are in the hook's `weights_map`. torch computes
-wrong results from one meta operand and one with values, so no such parameter may reach an operation.
+wrong results if only one operand is on the meta device, so no such parameter may reach an operation.
 """
 
 import copy
@@ -69,7 +69,7 @@ def check_at_hand(named: Mapping[str, Tensor], operation: str) -> None:
 
     Args:
         named: tensors by name.
-        operation: the operation that needs the values, for the message.
+        operation: the operation that needs their values, for the message.
     """
     missing = next((name for name, tensor in named.items() if tensor.is_meta), None)
     if missing is not None:
@@ -96,20 +96,20 @@ def resident_copy(module: nn.Module) -> nn.Module:
 
 
 def is_hooked(module: nn.Module) -> bool:
-    """Return whether accelerate's hooks surround the `forward` of the module's class."""
+    """Return whether accelerate's hooks wrap the module's `forward`."""
     return "_hf_hook" in module.__dict__
 
 
 def through_hooks(module: nn.Module, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Run accelerate's hooks of a module, which load its parameters, around another function than its `forward`.
+    """Run a module's accelerate hooks, which load its parameters, around a function other than its `forward`.
 
     Raises:
         RuntimeError: the module's `forward` is not its class's.
     """
     if getattr(module.__dict__.get("_old_forward"), "__func__", None) is not type(module).forward:
         raise RuntimeError(
-            f"a {type(module).__name__} has a forward that is not its class's, and accelerate's hooks: VeRA cannot"
-            " compute it with another weight. Name it in exclude_modules"
+            f"a {type(module).__name__} with accelerate's hooks has a forward that is not its class's, so VeRA cannot"
+            " call it with the adapted weight: add it to exclude_modules"
         )
     hook: Any = module.__dict__["_hf_hook"]
     args, kwargs = hook.pre_forward(module, *args, **kwargs)
@@ -119,10 +119,10 @@ def through_hooks(module: nn.Module, call: Callable[..., Any], args: tuple[Any, 
 
 
 class ResidentParameters(nn.ParameterDict):
-    """Parameters that accelerate does not offload: its hooks load parameters for calls, and these are only read.
+    """Parameters that accelerate must not offload: its hooks load them for calls of this module, which is never called.
 
-    They are small. A hook that is attached to this module is dropped, and the parameters that it has emptied are put
-    back, the same objects as before, on the hook's execution device.
+    They are small. A hook that is attached to this module is dropped, and the parameters that it emptied are restored,
+    as the same objects, on the hook's execution device.
     """
 
     def __setattr__(self, name: str, value: Any) -> None:

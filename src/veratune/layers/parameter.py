@@ -1,4 +1,4 @@
-"""VeRA on parameters that their module's forward reads itself: expert tensors, packed attention weights."""
+"""VeRA for parameters that a module's forward reads directly: expert tensors, packed attention weights."""
 
 import inspect
 from collections.abc import Collection
@@ -42,14 +42,14 @@ class VeraParameter(VeraLayer):
 
     @property
     def bias(self) -> None:
-        """None: the module's biases are not this parameter's."""
+        """None, as the module's biases do not belong to this parameter."""
         return None
 
     # Export as a LoRA: lora_A (n r, in), lora_B (out, r n) for a stack of n matrices
 
     def why_not_lora(self) -> str | None:
         if isinstance(self.base_layer, nn.MultiheadAttention):
-            return "its LoRA of torch.nn.MultiheadAttention takes the projections of query, key and value as one"
+            return "its LoRA of torch.nn.MultiheadAttention treats the projections of query, key and value as one"
         return super().why_not_lora()
 
     def lora_keys(self, name: str, beside: Collection[str]) -> tuple[str, str]:
@@ -66,12 +66,12 @@ class VeraParameter(VeraLayer):
         if self.out_axis == 1 and not getattr(self.base_layer, "is_transposed", False):
             # PEFT relies on that flag alone, and swaps inputs and outputs if a module lacks it.
             inner, outer = outer.mT, inner.mT
-        # The stack's index is the slowest in the first and the fastest in the second.
+        # The stack's index varies slowest in lora_A and fastest in lora_B.
         return inner.flatten(0, 1).float(), outer.permute(1, 2, 0).flatten(1).float()
 
 
 class VeraModule(nn.Module):
-    """A module that reads some adapted parameters itself.
+    """A module that reads some adapted parameters directly.
 
     Attributes:
         base_layer: the module, unchanged.
@@ -93,7 +93,7 @@ class VeraModule(nn.Module):
         return layers
 
     def delete_adapter(self, name: str) -> None:
-        """Remove an adapter from all parameters, and the layers that have no adapters then."""
+        """Remove an adapter from all parameters, and the layers of parameters that have no adapters left."""
         for parameter, layer in self.parameter_layers().items():
             if name in layer.entries:
                 layer.delete_adapter(name)

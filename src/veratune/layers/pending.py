@@ -1,7 +1,7 @@
-"""Blocks under gradient checkpointing that wait for their backward pass while adapters are removed from their model.
+"""Detect adapters that were removed from a model while a backward pass with gradient checkpointing is pending.
 
-Such a block is computed again in the backward pass. Adapted layers notice there that they compute otherwise than in the
-forward pass, but what was taken out of the model cannot notice anything. The model's own modules do that then.
+Such a pass recomputes the checkpointed blocks. Adapted layers then raise an error if they compute differently than in
+the forward pass, but layers that were removed from the model cannot. Hooks on the remaining modules do so instead.
 """
 
 import gc
@@ -24,30 +24,31 @@ from veratune.utils.torch_private import (
     pending_checkpoint,
 )
 
-# Objects that are looked at to find the modules that a block computes with.
+# The largest number of objects to search for the modules that a block computes with.
 _MOST = 10_000
 
 
 @contextmanager
 def removal_noticed(model: nn.Module, operation: str) -> Iterator[None]:
-    """Make a model notice in pending backward passes that adapters were removed from it within this context.
+    """Make pending backward passes detect that adapters were removed from a model within this context.
 
-    Modules that are called notice it themselves: they raise RuntimeError where a block is computed again. They are left
-    as they are where no pass is pending, which is the rule.
+    Hooks on the model's modules then raise RuntimeError when a block is recomputed. If no pass is pending, as is usual,
+    no hooks are added.
 
     Args:
-        model: the model without a wrapper.
-        operation: what removes adapters.
+        model: the unwrapped model.
+        operation: the operation that removes adapters, for the message.
 
     Raises:
-        ValueError: a pass is pending in which a weight is read without a call, so that nothing could notice it.
+        ValueError: a pass is pending in which a weight is read without calling a module, so that no hook could detect
+            the removal.
     """
     blocks = _pending_blocks(model)
     if blocks and any(isinstance(module, VeraLayer) and module.weight_was_read for module in model.modules()):
         raise ValueError(
             f"{operation} cannot work between a forward pass with gradient checkpointing and its backward pass in a"
-            " model that reads adapted weights itself, as it would compute blocks again without the adapters: call"
-            " backward() first, or delete the outputs of that forward pass"
+            " model that reads adapted weights directly, because the backward pass would recompute blocks without the"
+            " adapters: call backward() first, or delete the outputs of that forward pass"
         )
     yield
     if blocks:
@@ -55,10 +56,10 @@ def removal_noticed(model: nn.Module, operation: str) -> Iterator[None]:
 
 
 class RemovalCheck:
-    """A hook before the forward of all modules of a model, which goes once no block is pending any more.
+    """A forward pre-hook for all modules of a model, which removes itself when no block is pending any more.
 
     Args:
-        blocks: what gradient checkpointing keeps of the pending blocks.
+        blocks: the objects that gradient checkpointing keeps for the pending blocks.
     """
 
     def __init__(self, blocks: list[Any]) -> None:
@@ -76,9 +77,9 @@ class RemovalCheck:
         number = node_number_of_backward()
         if number is not None and number < self._number:
             raise RuntimeError(
-                f"a {type(module).__name__} is computed again for a backward pass, as gradient checkpointing does, but"
-                " with other adapters than in the forward pass: some were removed from the model since. Call backward()"
-                " before you remove adapters, or train without gradient checkpointing"
+                f"gradient checkpointing recomputes a {type(module).__name__} in the backward pass, but with other"
+                " adapters than in the forward pass: some have been removed from the model since. Call backward()"
+                " before removing adapters, or train without gradient checkpointing"
             )
 
     def _leave_when_done(self, module: nn.Module) -> None:
@@ -87,7 +88,7 @@ class RemovalCheck:
             return
         for handle in self._handles:
             handle.remove()
-        for key in [key for key, hook in module._forward_pre_hooks.items() if hook is self]:  # of a copied module
+        for key in [key for key, hook in module._forward_pre_hooks.items() if hook is self]:  # `module` may be a copy
             del module._forward_pre_hooks[key]
 
     def __deepcopy__(self, memo: Any) -> "RemovalCheck":
@@ -98,18 +99,18 @@ class RemovalCheck:
 
 
 def _pending_blocks(model: nn.Module) -> list[Any]:
-    """Return what gradient checkpointing keeps of the blocks of a model that have yet to be computed again."""
+    """Return the objects that gradient checkpointing keeps for a model's blocks that are still to be recomputed."""
     holders = list(model.modules())
     logs = [value for holder in holders for value in vars(holder).values() if isinstance(value, StateLog)]
     own = {id(module) for module in holders}
     if not any(log.has_computed() for log in logs) or next(_blocks_of(own), None) is None:
         return []
-    gc.collect()  # graphs of earlier passes may wait in cycles
+    gc.collect()  # graphs of earlier passes may be alive in reference cycles
     return list(_blocks_of(own))
 
 
 def _blocks_of(own: set[int]) -> Iterator[Any]:
-    """Yield what is kept of each pending block that computes with one of these modules, given by id."""
+    """Yield the object that is kept for each pending block that computes with one of these modules, given by id."""
     kinds: dict[type, bool] = {}  # there may be millions of objects, of few types
     for candidate in gc.get_objects():
         kind = type(candidate)
@@ -121,7 +122,7 @@ def _blocks_of(own: set[int]) -> Iterator[Any]:
 
 
 def _computes_with(block: Any, own: set[int]) -> bool:
-    """Return whether a function reaches one of these modules, or whether that cannot be seen."""
+    """Return whether a function refers to one of these modules, or True if that cannot be determined."""
     seen: set[int] = set()
     waiting, any_module = [block], False
     while waiting:
@@ -141,7 +142,7 @@ def _computes_with(block: Any, own: set[int]) -> bool:
 
 
 def _parts(value: Any) -> list[Any]:
-    """Return what a function or container holds."""
+    """Return the objects that a function or container refers to."""
     if isinstance(value, MethodType):
         return [value.__self__, value.__func__]
     if isinstance(value, partial):

@@ -1,4 +1,4 @@
-"""Deciding how a layer computes an input: whether it reads the weight, in which dtype, and by which routes."""
+"""Decide how a layer computes an input: whether it reads the weight, in which dtype, and by which routes."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -16,7 +16,7 @@ from veratune.utils.tensors import gradients_wanted
 
 
 def compute_dtype(x: Tensor, weight_dtype: torch.dtype) -> torch.dtype | None:
-    """Return the dtype in which torch computes a linear layer here, or None where it refuses to."""
+    """Return the dtype in which torch would compute a linear layer, or None if it would raise an error."""
     device, dtype = x.device.type, x.dtype
     if (
         device != "meta"
@@ -74,7 +74,8 @@ class LinearPlan(NamedTuple):
 
     Attributes:
         how: "weight" calls the base layer with the adapted weight; "together" computes the base layer and the first
-            adapter in one product, "residual" calls the base layer as it is. The other adapters are then added.
+            adapter in one product, then adds the others; "residual" calls the unchanged base layer, then adds all
+            adapters.
         dtype: the compute dtype.
         choices: the routes of each adapter, one for each block of outputs.
     """
@@ -95,9 +96,9 @@ def plan_linear(
     """Decide how a linear layer computes an input with its active adapters.
 
     Args:
-        adapters: the entry and the vectors of each, of which there is at least one.
+        adapters: the entry and the vectors of each active adapter; there is at least one.
         x: (..., in).
-        weight_dtype: W0's dtype if the output depends on nothing but x, W0 and the bias; otherwise None.
+        weight_dtype: W0's dtype if the output depends only on x, W0 and the bias; otherwise None.
         replaceable: whether the base layer may be called with the adapted weight instead.
         together: whether the base layer and the first adapter may be computed in one product.
     """

@@ -1,4 +1,4 @@
-"""The output of one layer with one adapter, by the chosen route."""
+"""Compute the output of one layer with one adapter, by the chosen route."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -46,14 +46,14 @@ def add(
     index: Any = None,
     xa: Callable[[bool], Tensor] | None = None,
 ) -> Tensor:
-    """Return output + x delta W^T, (T, out), for one adapter, through the rank.
+    """Return output + x delta W^T, (T, out), for one adapter, through the low-rank factors.
 
     Args:
         output: (T, out).
         x: (T, in), of the output's dtype.
         blocks: the adapter's factors for each block of outputs.
         choices: the route for each block.
-        index: which matrix of a stack is meant.
+        index: the index of the matrix in the stack; None if there is no stack.
         xa: returns x A^T, if layers share it; in float32 if called with True.
     """
     factors = blocks[0].factors

@@ -1,6 +1,6 @@
-"""Quantized weights: dequantizing them, and quantizing merged weights.
+"""Dequantize weights, and quantize merged weights.
 
-Supported are bitsandbytes' 4-bit and 8-bit weights, and tensor subclasses that have a `dequantize` method (torchao).
+This supports bitsandbytes' 4-bit and 8-bit weights, and tensor subclasses with a `dequantize` method (torchao).
 Adapters on any other quantized linear layer can be trained, but not merged.
 """
 
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# The attribute by which bitsandbytes' 4-bit layers decide whether they pack.
+# The attribute by which bitsandbytes' 4-bit layers decide whether to pack their weight.
 _PACKS = "support_avx512bf16_for_cpu"
 
 
@@ -24,7 +24,7 @@ def why_not_readable(module: nn.Module) -> str | None:
     """Return None if `dequantized` can read a module's weight, otherwise the reason."""
     weight: Any = module._parameters.get("weight")
     if weight is None:
-        return f"{type(module).__name__} stores its weight in a form that veratune does not know"
+        return f"{type(module).__name__} stores its weight in a form that veratune cannot read"
     if weight.is_meta:
         return "its weight is on the meta device and has no values"
     name = type(weight).__name__
@@ -58,10 +58,10 @@ def dequantized(module: nn.Module) -> Tensor:
 
 
 class _Unpacking:
-    """A forward pre-hook of a 4-bit layer that restores the weight from before evaluation for training.
+    """A forward pre-hook on a 4-bit layer that, for training, restores the weight from before evaluation.
 
-    In evaluation on a CPU, bitsandbytes replaces codes and scales by others that only an inference kernel reads, with
-    scales rounded to bfloat16. Later backward passes, and those of graphs that exist, would misread them.
+    In evaluation on a CPU, bitsandbytes replaces codes and scales with packed ones that only an inference kernel reads,
+    and rounds the scales to bfloat16. Later backward passes, and those of existing graphs, would misread them.
     """
 
     def __init__(self) -> None:
@@ -80,7 +80,7 @@ class _Unpacking:
         elif self._kept is not None and weight is self._kept[0] and weight.device == self._kept[1].device:
             _, weight.data, weight.quant_state = self._kept
             self._kept = None
-        elif _is_packed(weight):  # in a copy, say
+        elif _is_packed(weight):  # for example in a copy
             weight.data, weight.quant_state = _usual_form(weight)
 
     def __deepcopy__(self, memo: Any) -> "_Unpacking":
@@ -120,7 +120,7 @@ def _is_packed(weight: Any) -> bool:
 
 
 def _usual_form(weight: Any) -> tuple[Tensor, Any]:
-    """Return the codes and the state, with scales in float32, of a 4-bit weight from before it was packed for a CPU."""
+    """Return a packed 4-bit weight's codes and state in the form from before packing, with scales in float32."""
     from bitsandbytes import functional
 
     state = copy.copy(weight.quant_state)
@@ -131,14 +131,14 @@ def _usual_form(weight: Any) -> tuple[Tensor, Any]:
 
 
 def loss_of_merging(module: nn.Module) -> str:
-    """Return the effect of merging on a quantized weight, to follow "merging"."""
+    """Return the effect of merging on a quantized weight, phrased to follow "merging"."""
     if type(module._parameters.get("weight")).__name__ in ("Params4bit", "Int8Params"):
-        return "rounds their weights to the quantized values again"
-    return "turns their weights into ordinary tensors, of the size that they had before they were quantized"
+        return "rounds their weights by quantizing them again"
+    return "turns their weights into ordinary tensors, as large as before quantization"
 
 
 def requantized(module: nn.Module, full: Tensor) -> nn.Parameter:
-    """Return a floating-point weight in the form of a module's: quantized by bitsandbytes, or as it is."""
+    """Return a floating-point weight as a parameter for a module: quantized again for bitsandbytes, otherwise as is."""
     weight: Any = module._parameters["weight"]
     name = type(weight).__name__
     if name not in ("Params4bit", "Int8Params"):
@@ -175,7 +175,7 @@ def codes_of(module: nn.Module) -> tuple[Tensor, Tensor] | None:
 
 
 def hand_back(module: nn.Module, codes: tuple[Tensor, Tensor] | None) -> None:
-    """Give a weight of bitsandbytes its 8-bit codes back, which the layer had moved into its state."""
+    """Restore the 8-bit codes of a bitsandbytes weight, which the layer had moved into its state."""
     if codes is not None:
         weight: Any = module._parameters["weight"]
         weight.CB, weight.SCB = codes

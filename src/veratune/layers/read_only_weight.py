@@ -1,4 +1,4 @@
-"""Adapted weights for code that reads them without calling their layer. Values written to one would be lost."""
+"""Adapted weights for code that reads them without calling their layer; writing to one raises an error."""
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, Protocol
@@ -27,12 +27,12 @@ _WRITING = {
     *("__iadd__", "__isub__", "__imul__", "__idiv__", "__itruediv__", "__ifloordiv__", "__imod__", "__ipow__"),
     *("__iand__", "__ior__", "__ixor__", "__ilshift__", "__irshift__"),
 }
-# Models use some of these to keep weights within a range, in which they usually are already.
+# Models use some of these to keep weights within a range that usually contains them already.
 _LIMITING = {"clamp_", "clamp_min_", "clamp_max_", "clip_"}
 
 
 class ReadableLayer(Protocol):
-    """The part of a `VeraLayer` that its weight's stand-ins use.
+    """The part of a `VeraLayer`'s interface that stand-ins for its weight use.
 
     Attributes:
         out_axis, weight_name, geometry, in_features, entries, added_adapters: as in `VeraLayer`.
@@ -119,10 +119,10 @@ def read_only(weight: Tensor, layer: ReadableLayer, *, outside: bool) -> ReadOnl
 
 
 def protected(result: Any, weight: Tensor, layer: ReadableLayer, *, outside: bool) -> Any:
-    """Return the result of an operation on W0 + delta W, as read-only if it is a view of it.
+    """Return the result of an operation on W0 + delta W, made read-only if it is a view of W0 + delta W.
 
     Args:
-        result: a tensor, several, or anything else.
+        result: a tensor, several tensors, or anything else.
         weight: W0 + delta W.
         layer, outside: as for `read_only`.
     """
@@ -138,7 +138,7 @@ def protected(result: Any, weight: Tensor, layer: ReadableLayer, *, outside: boo
 
 
 def _changes_nothing(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
-    """Return whether a call clamps W0 + delta W to a range that already contains all values."""
+    """Return whether a call clamps W0 + delta W to a range that already contains all of its values."""
     if getattr(func, "__name__", "") not in _LIMITING or not isinstance(args[0], ReadOnlyWeight):
         return False
     with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
@@ -165,8 +165,8 @@ def check_not_written(func: Callable[..., Any], args: tuple[Any, ...], kwargs: M
                 entry = next(iter(layer.entries.values()), None)
                 raise RuntimeError(
                     f"{name} would write to {layer.weight_name} of {entry.name if entry else 'a layer'}, which has"
-                    " adapters, and the values would be lost: write to the base_layer's, exclude the layer, or remove"
-                    " the adapters first"
+                    " adapters, and the values would be lost: write to the parameter of its base_layer, exclude the"
+                    " layer, or remove the adapters first"
                 )
 
 

@@ -16,7 +16,7 @@ from torch import nn
 
 from veratune.utils.torch_private import in_backward, may_be_recomputed, next_node_number, node_number_of_backward
 
-# Changes that are recorded; a graph older than all of them is refused.
+# The number of changes to record; recomputing a graph older than all of them is refused.
 _KEPT = 256
 _MOST_THREADS = 8
 
@@ -43,7 +43,7 @@ class State(NamedTuple):
 
 
 def recomputing() -> bool:
-    """Return whether this runs within a backward pass. A compiler plans recomputations itself."""
+    """Return whether this is called within a backward pass. A compiler plans recomputations itself."""
     return not torch.compiler.is_compiling() and in_backward()
 
 
@@ -168,7 +168,7 @@ class StateLog:
         return self._computed
 
     def void(self) -> None:
-        """Record that no earlier pass can be recomputed, whatever the module did in it."""
+        """Record that no earlier pass can be recomputed, whatever state the module was in."""
         self._first, now = _Entry(None), _Entry(self._state)
         for thread in list(self._histories):
             self._histories[thread] = _History.of(self._first)

@@ -1,4 +1,4 @@
-"""Which layer kind adapts which module, and which parameters can be adapted where their module reads them."""
+"""Find the layer kind that adapts a module, and the parameters that can be adapted where a module reads them."""
 
 import re
 
@@ -28,7 +28,7 @@ _ATTENTION_WEIGHTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_pro
 
 
 def find_layer_class(module: nn.Module) -> type[VeraLayer] | None:
-    """Return the class of the adapted layer for a module, even if the module cannot be adapted in its state."""
+    """Return the class of the adapted layer for a module, even if the module cannot be adapted in its current state."""
     return next((kind for kind in LAYER_KINDS if kind.adapts(module)), None)
 
 
@@ -40,9 +40,9 @@ def layer_class(module: nn.Module, parameter: str | None = None) -> type[VeraLay
 
 
 def why_not_adaptable(module: nn.Module) -> str | None:
-    """Return None if VeRA can adapt a module as a layer, otherwise the reason, to follow "because".
+    """Return None if VeRA can adapt a module as a layer, otherwise the reason, phrased to follow "because".
 
-    Modules that read weights themselves have `adaptable_parameters` instead.
+    Modules that read weights directly have `adaptable_parameters` instead.
     """
     if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():
         return "it is lazy and has no shape before its first input"
@@ -50,9 +50,9 @@ def why_not_adaptable(module: nn.Module) -> str | None:
     if kind is not None:
         return kind.why_not_adaptable(module)
     if adaptable_parameters(module):
-        return f"{type(module).__name__} reads its weights itself: they are adapted as parameters"
+        return f"{type(module).__name__} reads its weights directly: they are adapted as parameters"
     return (
-        f"{type(module).__name__} is none of the kinds that VeRA adapts: linear layers, convolutions that are not"
+        f"{type(module).__name__} is not one of the kinds that VeRA adapts: linear layers, convolutions that are not"
         " transposed, embeddings"
     )
 
@@ -79,7 +79,7 @@ def adapt(module: nn.Module) -> VeraLayer:
     return layer_class(module)(module, geometry(module))
 
 
-# Weights that a module reads itself
+# Weights that a module reads directly
 
 
 def adaptable_parameters(module: nn.Module) -> list[str]:
@@ -121,7 +121,7 @@ def why_not_parameter(module: nn.Module, name: str) -> str | None:
 
 
 def parameter_layout(module: nn.Module, name: str) -> tuple[Geometry, bool]:
-    """Return (geometry, whether matrices are stored as (in, out)) of a parameter that its module reads itself."""
+    """Return (geometry, whether matrices are stored as (in, out)) of a parameter that its module reads directly."""
     parameter = module._parameters[name]
     assert parameter is not None
     shape = shape_of(parameter)
@@ -145,8 +145,8 @@ def _stored_transposed(module: nn.Module) -> bool:
     pairs = [(stacks[up], stacks[down]) for up in _UP for down in _DOWN if up in stacks and down in stacks]
     if hidden is not None and pairs and all((up[1] == hidden) != (up[2] == hidden) for up, _ in pairs):
         return all(up[1] == hidden for up, _ in pairs)
-    # The inputs of the first are the outputs of the second; the outputs of the first, gate and up together or one of
-    # them, are the inputs of the second.
+    # The up projection's inputs are the down projection's outputs; the up projection's outputs, of gate and up together
+    # or of one of them, are the down projection's inputs.
     straight = [up[2] == down[1] and up[1] in (down[2], 2 * down[2]) for up, down in pairs]
     turned = [up[1] == down[2] and up[2] in (down[1], 2 * down[1]) for up, down in pairs]
     return bool(pairs) and not any(straight) and all(turned)

@@ -19,11 +19,11 @@ from veratune.utils.outside_files import parse_json, read_text
 from veratune.utils.text import notify
 from veratune.utils.torch_private import returns_sums
 
-# Rates, bandwidth and launch times of ordinary devices: two cores of a server CPU, and an NVIDIA H200, as measured on
+# Rates, bandwidths and launch times of typical devices: two cores of a server CPU, and an NVIDIA H200 as measured on
 # 2026-11-28 with torch 2.11 (its float64 rate was not measured and is an assumption). The GPU's launch time, which is
-# mostly Python's, is the one with which the chosen routes of 50 cases are closest to the fastest; of 200 cases measured
-# after that, 60 % are within 5 % of the fastest (`benchmarks/gpu/fit.py`). The choice of a route depends mostly on the
-# ratio of the first two, and on a GPU with few tokens on the number of launches.
+# mostly Python overhead, was fitted to 50 cases so that the chosen routes come closest to the fastest ones; in 60 % of
+# 200 cases measured later, the chosen route is within 5 % of the fastest (`benchmarks/gpu/fit.py`). The choice of a
+# route depends mostly on the ratio of rate to bandwidth, and for few tokens on a GPU on the number of launches.
 _DEFAULTS = {
     "cpu": {torch.float32: 1.5e11, torch.bfloat16: 3e11, torch.float16: 5e10, torch.float64: 7e10},
     "cuda": {torch.float32: 5e13, torch.bfloat16: 6.9e14, torch.float16: 6.9e14, torch.float64: 3e13},
@@ -62,7 +62,7 @@ def _returns_sums(device_type: str, dtype: torch.dtype) -> bool:
 def calibrate(
     device: torch.device | str = "cpu", dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
 ) -> dict[torch.dtype, DeviceProfile]:
-    """Measure a device (a few seconds), use the result from now on, and store it for later processes.
+    """Measure a device, which takes a few seconds, use the result from now on, and store it for later processes.
 
     The file is `veratune/calibration.json` in the user's cache directory (or in `VERATUNE_CACHE`). It applies
     only to the same device, torch version and number of threads.

@@ -8,10 +8,10 @@ class DeviceProfile:
     """Constants of the cost model for a device and a dtype.
 
     Attributes:
-        flops: floating-point operations per second of matrix products.
+        flops: floating-point operations per second in matrix products.
         bandwidth: bytes read or written per second.
-        launch: minimum seconds of any operation.
-        itemsize: bytes of one element.
+        launch: minimum seconds that any operation takes.
+        itemsize: bytes per element.
         device_type: "cpu" or "cuda".
         triton_flops: operations per second of the Triton kernel (`ops.triton_kernel`); 0 if it was not measured.
         wide_flops: operations per second of products in float32.
@@ -33,7 +33,7 @@ class LayerShape:
     """The dimensions of one call of a layer.
 
     Attributes:
-        in_features, out_features: of the layer.
+        in_features, out_features: the layer's dimensions.
         rank: r.
         tokens: T, the product of all leading dimensions of the input.
         sharing: number of layers that share one x A^T.
@@ -47,7 +47,7 @@ class LayerShape:
     sharing: int = 1
     density: float = 1.0
     key: str = field(init=False, repr=False, compare=False)
-    """All but the tokens as a string, which a compiler takes as a constant."""
+    """All fields except `tokens`, as a string, which a compiler treats as a constant."""
 
     def __post_init__(self) -> None:
         numbers = (self.in_features, self.out_features, self.rank, self.sharing, self.density)
@@ -55,7 +55,7 @@ class LayerShape:
 
     @classmethod
     def of_key(cls, key: str) -> "LayerShape":
-        """Return the shape with this key, with no tokens."""
+        """Return the shape with this key and zero tokens."""
         *numbers, density = key.split(" ")
         in_features, out_features, rank, sharing = map(int, numbers)
         return cls(in_features, out_features, rank, 0, sharing, float(density))
@@ -85,7 +85,7 @@ class Cost:
         self.seconds += (flops / profile.flops + touched / profile.bandwidth + profile.launch) / share
 
     def triton_kernel(self, flops: int) -> None:
-        """Add a launch of the Triton kernel, and one for the vector that it takes."""
+        """Add a launch of the Triton kernel, and one to compute the vector that it reads."""
         self.flops += flops
         self.seconds += flops / self.profile.triton_flops + 2 * self.profile.launch
 

@@ -1,4 +1,4 @@
-"""Compute the delta of a weight, for merging and for code that reads the weight."""
+"""Compute an adapter's delta of a weight, for merging and for code that reads the weight."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ from veratune.utils.torch_private import transformations_active
 def delta_weight(factors: Factors) -> Tensor:
     """Return delta W = scale * diag(b) B diag(d) A, (out, in), in the projections' dtype.
 
-    With leading dimensions of b and d, (..., out) and (..., r), one delta for each pair, (..., out, in).
+    If b and d have leading dimensions, (..., out) and (..., r), return one delta for each pair, (..., out, in).
     """
     check_values(factors.A.values, factors.B.values, factors.b, factors.d)
     return factors.folded().gram(factors.A)
@@ -25,7 +25,7 @@ def delta_weight(factors: Factors) -> Tensor:
 def plus_delta(weight: Tensor, folded: Matrix, A: Matrix, *, transposed: bool = False) -> Tensor:  # noqa: N803
     """Return W0 + C^T A, (out, in).
 
-    The result has W0's memory layout, so that products with it sum in the same order and C = 0 gives the same bits.
+    The result has W0's memory layout: products with it sum in the same order, and C = 0 gives bit-identical results.
 
     Args:
         weight: W0, (out, in), or (in, out) if `transposed`.
@@ -89,8 +89,8 @@ def weighted_by_gradient(factors: Factors, weight_gradient: Tensor, dtype: torch
 def add_delta(weight: Tensor, factors: Factors) -> Tensor:
     """Return W0 + delta W, (..., out, in), in W0's dtype, for code that reads the weight.
 
-    Differentiable once with respect to weight, b and d. Under a compiler or torch.func, the result is composed of
-    ordinary torch operations, which they differentiate themselves.
+    Differentiable once with respect to weight, b and d. Under a compiler or torch.func, the result is
+    computed with ordinary torch operations, which the compiler or torch.func differentiates itself.
 
     Args:
         weight: W0, (..., out, in).

@@ -1,4 +1,4 @@
-"""A, B, b, d and the scale of B, which occur together in every formula."""
+"""A, B, b, d and the scale of B, grouped because every formula uses them together."""
 
 from typing import Any, NamedTuple
 
@@ -10,16 +10,16 @@ from veratune.utils.tensors import cast, wide_dtype
 
 
 def check_values(x: Tensor, *operands: Tensor | None) -> None:
-    """Raise RuntimeError if an operand is on the meta device and x is not, or the reverse.
+    """Raise RuntimeError if an operand is on the meta device and x is not, or vice versa.
 
-    torch computes some products with such an operand from uninitialized memory, without an error.
+    For some products with such operands, torch returns values from uninitialized memory without raising an error.
     """
     for operand in operands:
         if operand is not None and operand.is_meta != x.is_meta:
             raise RuntimeError(
-                "a weight, a vector or an input of an adapted layer is on the meta device, without values, and the"
-                " others are not. If accelerate has offloaded it (preload_module_classes, say), call"
-                " accelerate.hooks.remove_hook_from_submodules(model), and offload before adding adapters"
+                "a weight, a vector or an input of an adapted layer is on the meta device, without values, but the"
+                " others are not. If accelerate offloaded it (for example with preload_module_classes), call"
+                " accelerate.hooks.remove_hook_from_submodules(model), and offload the model before adding adapters"
             )
 
 
@@ -31,7 +31,7 @@ class Factors(NamedTuple):
         B: stored rank-major, (r, out), frozen, in the compute dtype.
         b: the vector b, (out,), of any floating dtype.
         d: the vector d, (r,), of any floating dtype.
-        scale: the constant factor that B is stored without (see `projections.schemes`).
+        scale: the constant factor of B, which the stored B does not include (see `projections.schemes`).
     """
 
     A: Matrix
@@ -41,7 +41,7 @@ class Factors(NamedTuple):
     scale: float
 
     def at(self, index: Any) -> "Factors":
-        """Return the factors with b and d indexed, for some matrices of a stack."""
+        """Return the factors with b and d indexed, for selected matrices of a stack."""
         return self if index is None else self._replace(b=self.b[index], d=self.d[index])
 
     def scaled_d(self) -> Tensor:
@@ -49,9 +49,9 @@ class Factors(NamedTuple):
         return cast(self.d, wide_dtype(self.d.dtype)) * self.scale
 
     def folded(self) -> Matrix:
-        """Return C = scale * d b^T * B, (r, out), with which delta W = C^T A; rounded once, to B's dtype.
+        """Return C = scale * d b^T * B, (r, out), so that delta W = C^T A; rounded once, to B's dtype.
 
-        With leading dimensions of b and d, (..., out) and (..., r), one C for each pair.
+        If b and d have leading dimensions, (..., out) and (..., r), return one C for each pair.
         """
         wide = wide_dtype(self.b.dtype, self.B.dtype)
         if self.b.ndim == 1 and self.B.structure is DENSE:  # with few operations: each takes microseconds

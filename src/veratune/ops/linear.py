@@ -1,21 +1,21 @@
 """Autograd entry points of adapted linear layers, with exact hand-written gradients.
 
-One layer computes (Kopiczko et al., ICLR 2024, eq. 2), for a row x of T tokens,
+For each of T tokens x, a layer computes (Kopiczko et al., ICLR 2024, eq. 2)
 
     y = W0 x + bias + diag(b) B diag(d) A x.
 
-Here A is (r, in), B is stored rank-major, (r, out), and `scale` is the constant factor that B is stored without (see
-`projections.schemes`). The vectors are folded into one small matrix
+Here A is (r, in), B is stored rank-major, (r, out), and `scale` is the constant factor of B that the stored B does not
+include (see `projections.schemes`). The vectors are folded into one small matrix
 
     C = scale * d b^T * B        (r, out; * elementwise)        so that        delta W = C^T A,
 
-which costs r * out, not T * out: scaling activations instead pays only with fewer tokens than ranks. The gradients of
+which takes r * out multiplications instead of T * out: scaling the activations only pays off if T < r. The gradients of
 both vectors also come from one matrix,
 
     P = (A G^T) * B    with    G = g^T x  (out, in),        db = scale * P^T d,        dd = scale * P b,
 
 where A G^T (r, out) may be computed as u^T g, u = x A^T (T, r), or as written, whichever is cheaper. RunLoRA (ACL 2025)
-chooses the computation graph of a LoRA in the same spirit. The routes are in `ops.routes`.
+chooses the computation graph of a LoRA in a similar way. The routes are in `ops.routes`.
 
 Products run in the compute dtype (that of x); the vectors alone are handled in their own dtype, float32 at least. Where
 it costs little, the gradients of float32 vectors come from products that round nothing to a narrower compute dtype
@@ -40,7 +40,7 @@ from veratune.utils.torch_private import apply_function, transformations_active
 
 
 class _Constants(NamedTuple):
-    """The arguments of one call other than tensors."""
+    """The non-tensor arguments of one call."""
 
     choice: RouteChoice
     scale: float
@@ -67,7 +67,7 @@ class _AdaptedLinear(torch.autograd.Function):
     """y = start + x C^T A, where start is `x W0^T + bias`, or the output of another module.
 
     `xa` is u = x A^T, a constant for autograd: the complete gradient of x is computed here. The second output is the
-    tensor that the route keeps for the backward pass.
+    tensor that the route keeps for the backward pass, or None.
     """
 
     @staticmethod
@@ -135,8 +135,8 @@ class _NotDifferentiable(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, _: Tensor) -> Tensor:
         raise RuntimeError(
-            "veratune's layers cannot be differentiated twice: compute second derivatives on the merged model, or with"
-            " dense algebra"
+            "veratune's layers cannot be differentiated twice: compute second derivatives on the merged model, or"
+            " compute W0 + delta W with ordinary torch operations"
         )
 
 
@@ -154,7 +154,7 @@ class _EagerAdaptedLinear(_AdaptedLinear):
         _AdaptedLinear.save(ctx, arguments, kept)
         return output
 
-    # The default, as for a function that defines none.
+    # Restore the default, as in a function that does not define it.
     setup_context = torch.autograd.Function.setup_context
 
 
@@ -220,7 +220,7 @@ def adapted_linear(
 
 
 def residual(start: Tensor, x: Tensor, factors: Factors, choice: RouteChoice, *, xa: Tensor | None = None) -> Tensor:
-    """Return start + x delta W^T, (T, out), through the rank: for a base layer whose weight cannot be read.
+    """Return start + x delta W^T, (T, out), through the low-rank factors: for a base layer whose weight cannot be read.
 
     Args:
         start: (T, out), the base layer's output, in the compute dtype.

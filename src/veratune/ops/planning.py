@@ -56,7 +56,7 @@ RouteTable = tuple[tuple[int, RouteChoice], ...]
 
 @dataclass(frozen=True)
 class Estimate:
-    """The estimated cost of one choice in addition to the frozen layer.
+    """The estimated cost of one choice, on top of the frozen layer.
 
     Attributes:
         choice: the choice.
@@ -74,15 +74,15 @@ class Estimate:
 def estimate(
     choice: RouteChoice, shape: LayerShape, profile: DeviceProfile, *, training: bool, backward: bool | None = None
 ) -> Estimate:
-    """Estimate the cost of a choice in addition to the frozen layer: forward and, if `backward`, backward to the input.
+    """Estimate the cost of a choice on top of the frozen layer: forward and, if `backward`, backward to the input.
 
     Args:
         choice: the route.
         shape: the call's dimensions.
-        profile: the device's.
+        profile: the device's profile.
         training: whether the vectors' gradients are wanted.
-        backward: whether any gradient is wanted, such as the input's through a frozen adapter; as `training` by
-            default.
+        backward: whether any gradient is wanted, such as the input's through a frozen adapter; defaults to
+            `training`.
     """
     cost = Cost(profile)
     backward = training if backward is None else backward
@@ -117,9 +117,9 @@ def possible_choices(
             has at most `_FEW` elements, and activations that are small compared with the layer's weight.
         shape: the call's dimensions.
         training: whether the vectors' gradients will be wanted.
-        weight_readable: whether W0 can be read, which a dense output needs.
+        weight_readable: whether W0 can be read, as the routes with a dense output require.
         backward: as for `estimate`.
-        profile: the device's; by default, that of the CPU in float32.
+        profile: the device's profile; defaults to the CPU's in float32.
     """
     backward = training if backward is None else backward
     profile = profile or device_profile(torch.device("cpu"), torch.float32)
@@ -220,18 +220,18 @@ def exact_rows_pay(shape: LayerShape, profile: DeviceProfile) -> bool:
 
 
 # How much longer computing W0 + delta W takes in a complete model than in isolation (measured): neither its operands
-# nor its destination are in a cache, while those of products with a batch's tokens are.
+# nor its result are in a cache, whereas those of products with a batch's tokens are.
 _IN_A_MODEL = 2.5
 
 
 @lru_cache(maxsize=4096)
 def dense_pays(shape: LayerShape, profile: DeviceProfile, *, moved: bool) -> bool:
-    """Return whether rows with one adapter cost less with W0 + delta W than through the rank. For inference.
+    """Return whether W0 + delta W is cheaper than the low-rank factors for rows with one adapter. For inference.
 
     Args:
-        shape: the layer, and the number of tokens of those rows.
-        profile: the device's.
-        moved: whether the rows are not consecutive in the batch, so that they are gathered and scattered.
+        shape: the layer's dimensions, and the number of tokens in those rows.
+        profile: the device's profile.
+        moved: whether the rows are not consecutive in the batch, and so have to be gathered and scattered.
     """
     moving = Cost(profile)
     if moved:
@@ -319,7 +319,7 @@ def table_for(
     return found[1]
 
 
-# Every call of a layer looks here: hashing a shape and a profile would take longer than a small product.
+# Looked up on every call of a layer: hashing a shape and a profile would take longer than a small product.
 _tables: dict[tuple[Any, ...], tuple[DeviceProfile, RouteTable]] = {}
 
 
@@ -354,10 +354,10 @@ class TableCache:
 
 
 def representative_tokens(tokens: int) -> int:
-    """Return the number of tokens for which a compiled model chooses: few, some, or many.
+    """Return the number of tokens for which a compiled model chooses its routes: 8, 256 or 4096.
 
-    Each comparison of a symbolic number of tokens may trigger recompilation. A model with many shapes can afford two,
-    the same for all layers.
+    Each comparison of a symbolic number of tokens may trigger recompilation. A model with many shapes can afford only
+    two, the same for all layers.
     """
     if tokens <= 32:
         return 8

@@ -112,5 +112,5 @@ def row_residual(start: Tensor, xa: Tensor, B: Matrix, b: Tensor, d: Tensor) -> 
         d: the vectors d times the projections' scale, (rows, r), of any floating dtype.
     """
     z = _row_up(xa, B, d)
-    # In the wider dtype of the two, and rounded once.
+    # Computed in the wider dtype of the two, and rounded once.
     return cast(torch.addcmul(start, z, b.unsqueeze(1)), start.dtype)

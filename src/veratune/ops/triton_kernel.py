@@ -1,7 +1,7 @@
 """A Triton kernel that adds both products of an adapter to a base layer's output in one pass over x and the output.
 
-The kernel needs the `triton` package, which torch's builds for CUDA bring along. Import this module only where the
-kernel is used.
+The kernel needs the `triton` package, which torch's CUDA builds include. Import this module only where the kernel is
+used.
 """
 
 import os
@@ -15,7 +15,7 @@ from torch import Tensor
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _SMALLEST_DOT = 16
 _BLOCK_T, _BLOCK_N, _BLOCK_M = 64, 64, 64
-# The interpreter multiplies the bits of bfloat16 operands as if they were integers; as float32 the products are right.
+# The interpreter multiplies the bits of bfloat16 operands as if they were integers; in float32, products are correct.
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -128,7 +128,7 @@ def add_product_(
         middle: (r,), float32.
         input_scale: (n,), or None.
         output_scale: (m,), or None.
-        saved: (T, r), contiguous; the unscaled product with `first` is written into it. Or None.
+        saved: (T, r), contiguous, to which the unscaled product with `first` is written; or None.
     """
     if x.dtype not in _DTYPES or not x.dtype == out.dtype == first.dtype == second.dtype:
         raise TypeError(f"the Triton kernel computes in one of {_DTYPES}, not with {x.dtype} and {first.dtype}")
@@ -152,7 +152,7 @@ def _launch(
     if not tokens or not m:
         return
     tiles = triton.cdiv(tokens, _BLOCK_T)
-    # With few tokens, several programs share a tile's outputs, and each computes the first product again.
+    # With few tokens, several programs share a tile's outputs, and each recomputes the first product.
     splits = min(max(1, _processors(x.device) // tiles), triton.cdiv(m, _BLOCK_M))
     columns_each = triton.cdiv(triton.cdiv(m, splits), _BLOCK_M) * _BLOCK_M
     with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
@@ -189,7 +189,7 @@ def _launch(
         )
 
 
-# What a compiler sees of the kernel: an operation that writes to `out` and `saved`.
+# The kernel as a compiler sees it: an operation that writes to `out` and `saved`.
 _opaque = torch.library.custom_op("veratune::add_product_", _launch, mutates_args=("out", "saved"))
 
 

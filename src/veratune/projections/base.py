@@ -1,4 +1,4 @@
-"""What a scheme of projections is: a description from which A and B can be drawn at any time."""
+"""The interface of a projection scheme: a description from which A and B can be drawn at any time."""
 
 import dataclasses
 import hashlib
@@ -20,16 +20,16 @@ class Scheme(ABC):
     """A pair of frozen random matrices A and B, unbounded or of a fixed size, described by a few numbers.
 
     A subclass is a frozen dataclass, and is registered in `SCHEMES` if a configuration may name it. To add a scheme,
-    write the subclass in a file here and add it there.
+    write the subclass in a file here and add it to `SCHEMES`.
 
     Attributes:
         name: the value of `VeraConfig.projection` that selects it, and its name in files.
         one_rank_linear_only: whether it supports only unfused linear layers of one common rank, as in PEFT.
-        has_columns: whether single columns of A can be drawn, which embeddings need.
+        has_columns: whether individual columns of A can be drawn, which embeddings need.
         drawn_by_peft: whether PEFT draws the same A and B from the same key.
         ordered_by_rank: whether the structure orders rows differently for each rank, so that views of different ranks
             share no storage.
-        settings: the fields of `VeraConfig` that only this scheme has; `for_layers` takes them as keywords.
+        settings: the fields of `VeraConfig` that only this scheme uses; `for_layers` takes them as keywords.
     """
 
     name: ClassVar[str]
@@ -74,30 +74,30 @@ class Scheme(ABC):
             rank: number of rows.
             columns: int64 (n,), the column indices.
         """
-        raise NotImplementedError(f"{self.name!r} projections have no single columns")
+        raise NotImplementedError(f"{self.name!r} projections cannot be drawn column by column")
 
     @abstractmethod
     def scale(self, rank: int) -> float:
-        """Return the constant factor of B. B is stored without it; every formula multiplies d by it."""
+        """Return the constant factor of B. The stored B does not include it; every formula multiplies d by it."""
 
     @abstractmethod
     def fingerprint(self) -> str:
-        """Return 16 hexadecimal digits that differ if any of the projections would."""
+        """Return 16 hexadecimal digits that change whenever any of the projections would."""
 
     def scale_in_shared_pair(self, in_features: int, rank: int, max_in: int, max_rank: int) -> float | None:
-        """Return the factor for d if the layer slices the largest layer's A and B.
+        """Return the factor for d if a layer uses slices of the largest layer's A and B.
 
-        PEFT's VeRA stores projections that way: one pair, of which each layer takes the first rows and columns. None
-        if the projections of layers of different shapes are not slices of one pair.
+        PEFT's VeRA stores projections that way: one pair, of which each layer takes the first rows and columns. Return
+        None if the projections of layers with different shapes are not slices of one pair.
 
         Args:
-            in_features, rank: of the layer.
-            max_in, max_rank: of the shared A.
+            in_features, rank: the layer's width and rank.
+            max_in, max_rank: the width and rank of the shared A.
         """
         return None
 
     def reaches(self, side: Side, features: int) -> bool:
-        """Return whether a side is wide enough for a layer with this many features."""
+        """Return whether A or B is wide enough for a layer with this many features."""
         return True
 
     def largest_rank(self, rank: int) -> int:
@@ -115,7 +115,7 @@ class Scheme(ABC):
 
 
 def digest(header: dict[str, object], tensors: Sequence[Tensor]) -> str:
-    """Return 16 hexadecimal digits, a hash of a description and of some tensors' bytes."""
+    """Return the first 16 hexadecimal digits of a hash of a description and tensors' bytes."""
     sha = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
     for tensor in tensors:
         sha.update(bytes_of(tensor))

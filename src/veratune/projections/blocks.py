@@ -6,10 +6,10 @@ Rank k reads one block of consecutive inputs and writes one block of consecutive
     A[k, j] = sqrt(6 / (in / g)) u_A[k, i]    if block_in(j) = k mod g,              otherwise 0
     B[j, k] = sqrt(6 / (r / g)) u_B[k, i]     if block_out(j) = (k + k // g) mod g,  otherwise 0
 
-g ranks in a row read all inputs and write all outputs, and g^2 in a row join every block of inputs with every block
-of outputs. A width that g does not divide has gcd(g, width) blocks, and k counts modulo that number: a width without a
-common divisor is one block, which is dense. The rules depend on k alone, not on r: rank 64 is the first 64 rows of
-rank 256.
+Each run of g ranks (those with the same k // g) reads all inputs and writes all outputs, and each run of g^2 connects
+every block of inputs with every block of outputs. A width that g does not divide has gcd(g, width) blocks, and the
+conditions hold modulo that number: a width coprime to g is one block, and so dense. The rules depend on k alone, not on
+r: rank 64 is the first 64 rows of rank 256.
 """
 
 import math
@@ -44,9 +44,9 @@ _SAMPLED_WIDTH = 64
 def _order(blocks: int, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Return the rank index of each stored row, and the stored row of each rank index.
 
-    Rows are sorted by block of outputs p, then in rounds t over all blocks of inputs q: row (p, t, q). So the ranks of
-    an output block are consecutive rows, those of an input block every g-th row, and products need no permutation.
-    The number of rows is a multiple of g^2; indices from `rank` up are of rows that are zero.
+    Rows are sorted by output block p, then by round t, then by input block q: row (p, t, q). Therefore the ranks of an
+    output block are consecutive rows, those of an input block are every g-th row, and products need no permutation.
+    The number of rows is a multiple of g^2; rows whose rank index is `rank` or more are zero.
     """
     rounds = -(-rank // blocks**2)
     index = [
@@ -78,7 +78,7 @@ def _index(blocks: int, rank: int, device: torch.device, inverse: bool) -> Tenso
 
 
 def _in_place(*operands: Tensor) -> bool:
-    """Return whether products of these may be written into views: not while differentiated, transformed or traced."""
+    """Return whether products of these may be written into views, which autograd, torch.func and tracing rule out."""
     return (
         all(operand.ndim == 2 for operand in operands)
         and not gradients_wanted(*operands)
@@ -88,7 +88,7 @@ def _in_place(*operands: Tensor) -> bool:
 
 
 class Blocks(NamedTuple):
-    """The nonzero elements of A or B, a row of width / pieces for each rank, in the order of `_order`.
+    """The nonzero elements of A or B, one row of width / pieces elements for each rank, in the order of `_order`.
 
     Attributes:
         blocks: g.
@@ -120,7 +120,7 @@ class Blocks(NamedTuple):
     def restore(self, tensor: Tensor, dim: int = -1) -> Tensor:
         return tensor.index_select(dim, _index(self.blocks, self.rank, tensor.device, True))
 
-    # Rows (..., R, n) as (..., J, pieces, M, n): block c of the width belongs to the rows [:, c].
+    # Rows (..., R, n) are viewed as (..., J, pieces, M, n): block c of the width belongs to the rows [:, c].
 
     def _by_block(self, rows: Tensor) -> Tensor:
         *leading, total, n = rows.shape
@@ -157,7 +157,7 @@ class Blocks(NamedTuple):
         if dtype is not None:
             return self._from_blocks(product(by_block, columns.unsqueeze(-4), dtype)).mT
         if _in_place(values, x):
-            # Tokens are the inner dimension of u: then each block's rows of u are a matrix, whatever their order.
+            # Store u transposed, (R, T): then each block's rows form a matrix, whichever order they are in.
             result = x.new_empty(values.shape[0], x.shape[0])
             for out, block in zip(self._by_block(result), by_block, strict=True):
                 torch.bmm(block, columns, out=out)
@@ -181,8 +181,8 @@ class Blocks(NamedTuple):
         sums = product(self._by_block(z.mT), self._split(x).unsqueeze(-4), dtype)
         return self._from_blocks(sums * self._by_block(values))
 
-    # Products with another matrix of the same ranks. Of B and A, only ranks of both blocks count: row (p, t, q) is
-    # seen as (J, p, t, K, q), with p one of B's blocks of columns and q one of A's.
+    # Products with another matrix of the same ranks. For a block p of B's columns and a block q of A's, only the ranks
+    # that belong to both contribute: row (p, t, q) is viewed as (J, p, t, K, q).
 
     def _joint(self, values: Tensor, other: "Blocks") -> Tensor:
         """Return the rows of M, or of N, (..., R, w), as (..., J, p, t, K, q, w)."""
@@ -191,7 +191,7 @@ class Blocks(NamedTuple):
         return values.view(*values.shape[:-2], self.blocks // p, p, rounds, self.blocks // q, q, values.shape[-1])
 
     def _partner(self, other: Matrix) -> "Blocks | None":
-        """Return the structure of another matrix if it is the A to this B."""
+        """Return the structure of another matrix if this is a B and the other its A; otherwise None."""
         own = other.structure
         return own if self.consecutive and isinstance(own, Blocks) and not own.consecutive else None
 
@@ -202,7 +202,7 @@ class Blocks(NamedTuple):
         return self._blockwise_gram(values, other.values, partner).flatten(-4, -3).flatten(-2)
 
     def _blockwise_gram(self, values: Tensor, other: Tensor, partner: "Blocks") -> Tensor:
-        """Return M^T N as (..., p, m / p, q, n / q), a block of it for each pair (p, q)."""
+        """Return M^T N as (..., p, m / p, q, n / q), one block for each pair (p, q)."""
         left, right = self._joint(values, partner), self._joint(other, partner)
         return torch.einsum("...jptkqm,jptkqn->...pmqn", left, right)
 
@@ -236,10 +236,10 @@ class Blocks(NamedTuple):
 
 @dataclass(frozen=True)
 class BlockProjections(Scheme):
-    """The `blocks` scheme, as described above.
+    """The `blocks` scheme, as described at the top of this file.
 
-    B is stored as sqrt(gcd(g, out) / g) u_B, and sqrt(6 / (r / g)) is the `scale` folded into d. An embedding's A is
-    dense: its inputs are one-hot, so that zeros would spare nothing.
+    B is stored as sqrt(gcd(g, out) / g) u_B, and sqrt(6 / (r / g)) is the `scale` that multiplies d. An embedding's A
+    is dense: its inputs are one-hot, so zeros would save nothing.
     """
 
     name: ClassVar[str] = "blocks"
@@ -252,7 +252,7 @@ class BlockProjections(Scheme):
 
     def __post_init__(self) -> None:
         if not 1 <= self.g <= MOST_BLOCKS:
-            raise ValueError(f"'blocks' projections have from 1 to {MOST_BLOCKS} blocks, not g={self.g!r:.50}")
+            raise ValueError(f"'blocks' projections must have from 1 to {MOST_BLOCKS} blocks, not g={self.g!r:.50}")
 
     @classmethod
     def for_layers(cls, key: int, r: int, max_in: int, max_out: int, *, projection_blocks: int = 8) -> Self:

@@ -17,7 +17,7 @@ from veratune.utils.torch_private import transformations_active
 _ROUNDS = 10
 _MASK = 0xFFFFFFFF
 _WORD = 1 << 32
-# The published multipliers less 2^32. A product of a 32-bit word with the published ones overflows int64; with
+# The published multipliers minus 2^32. A product of a 32-bit word with the published ones overflows int64; with
 # these it cannot, and floor(a*M / 2^32) = floor(a*(M - 2^32) / 2^32) + a gives the same high word.
 _MULTIPLIERS = (0xD2511F53 - _WORD, 0xCD9E8D57 - _WORD)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
@@ -76,7 +76,7 @@ def symmetric_uniform(key: int, stream: tuple[int, int], rows: range, width: int
 
 
 def symmetric_uniform_columns(key: int, stream: tuple[int, int], rows: range, columns: Tensor) -> Tensor:
-    """Draw selected columns of the same matrix, without the others.
+    """Draw selected columns of the matrix of `symmetric_uniform`, without drawing the others.
 
     Args:
         key, stream, rows: as for `symmetric_uniform`.
@@ -98,7 +98,7 @@ def symmetric_uniform_columns(key: int, stream: tuple[int, int], rows: range, co
 
 
 def _blocks(key: int, stream: tuple[int, int], rows: range, blocks: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """Yield (position in rows, the words of these blocks (some rows, blocks, 4)), a few rows at a time."""
+    """Yield the words of these blocks, a few rows at a time, as (position in rows, words (rows, blocks, 4))."""
     key_words = (key & _MASK, (key >> 32) & _MASK)
     stream_words = [torch.tensor([[word]], dtype=torch.int64, device=blocks.device) for word in stream]
     step = max(1, _CHUNK_BLOCKS // blocks.numel())

@@ -1,7 +1,7 @@
 """The pool of projections: created on first use, shared by all layers of a width, freed with the last of them.
 
-Layers hold `ProjectionView`s as plain attributes, never as buffers. So projections are not in state dicts, and are not
-moved by `.to()`, copied, pickled, sharded or broadcast: a layer requests its projection for a device and dtype.
+Layers hold `ProjectionView`s as plain attributes, never as buffers. Projections are therefore not in state dicts, and
+not moved by `.to()`, copied, pickled, sharded or broadcast: a layer requests its projection for a device and dtype.
 """
 
 import itertools
@@ -33,7 +33,7 @@ class _Backing:
 
 @contextmanager
 def _plain_tensors() -> Iterator[None]:
-    """Create ordinary tensors in this context, whatever modes the caller is in.
+    """Create ordinary tensors within this context, whatever modes are active in the caller.
 
     A tensor created in inference mode cannot be saved for a backward pass, and one created inside a torch.func
     transformation is invalid after it.
@@ -70,7 +70,7 @@ class Projection:
                 tensor = view.structure.arrange(drawn, dim=0).to(dtype)
                 if backing is not None:
                     tensor = torch.cat([backing.tensor, tensor])
-                if type(tensor) is not Tensor:  # created under a tracing mode: not valid after it
+                if type(tensor) is not Tensor:  # created under a tracing mode: not valid outside it
                     return tensor[:, : view.columns]
                 backing = self._install(place, tensor)
             part = view.part_of(backing)
@@ -106,8 +106,8 @@ class ProjectionView:
     Attributes:
         rank: number of rows.
         features: the layer's width.
-        structure: how the numbers are stored.
-        columns: how many numbers are stored for each row; `features` for a dense projection.
+        structure: how the elements are stored.
+        columns: how many elements are stored for each row; `features` for a dense projection.
         tensors: the tensors that exist now, by (device, dtype); filled by `values`.
     """
 
@@ -119,20 +119,20 @@ class ProjectionView:
         self.columns = projection.scheme.stored_columns(projection.side, features)
         self.tensors: dict[_Place, Tensor] = {}
         self._held: dict[_Place, _Backing] = {}
-        # Compilers take strings as constants, but may replace an int that differs between views by a symbol.
+        # Compilers treat strings as constants, but may replace an int that differs between views with a symbol.
         self._key = f"view {next(_numbers)}"
         _views[self._key] = self
         projection.join(self)
 
     def matrix(self, device: torch.device, dtype: torch.dtype) -> Matrix:
-        """Return the projection, its rows in its structure's order, ready to compute with here and in this dtype."""
+        """Return the projection on a device and in a dtype, with its rows in the order of its structure."""
         return Matrix(self.values(device, dtype), self.structure)
 
     def values(self, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """Return the stored numbers, (rows, columns): a view of shared memory that must not be written to."""
+        """Return the stored elements, (rows, columns): a view of shared memory that must not be written to."""
         if torch.compiler.is_compiling():
-            # Drawing cannot be traced, and need not be: it happens once, while tracing. The read below is guarded, so
-            # that a compiled model notices a change of device, dtype or adapter.
+            # Drawing cannot be traced, and does not have to be: it happens once, at trace time. The read below is
+            # guarded, so that a compiled model notices a change of device, dtype or adapter.
             _fill_while_tracing(self._key, device, dtype)
             if (device, dtype) in self.tensors:
                 return self.tensors[(device, dtype)]
@@ -148,7 +148,7 @@ class ProjectionView:
         return self.structure.restore(self.structure.dense(stored), dim=0)
 
     def part_of(self, backing: _Backing) -> Tensor:
-        """Return this view's rows and columns."""
+        """Return this view's rows and columns of a backing tensor."""
         rows = backing.tensor if self.projection.scheme.ordered_by_rank else backing.tensor[: self.rank]
         return rows[:, : self.columns]
 

@@ -1,4 +1,4 @@
-"""How the frozen projections A and B are determined: descriptions from which they can be drawn at any time.
+"""Projection schemes: descriptions from which the frozen projections A and B can be drawn at any time.
 
 A scheme is immutable, hashable and cheap to compare; two layers whose schemes are equal share their tensors. All
 draws are rank-major, (rank, width), float32, whatever the base model's dtype.
@@ -30,14 +30,14 @@ _SAMPLED_WIDTH = 64
 
 @dataclass(frozen=True)
 class PerDimension(Scheme):
-    """The `per_dimension` scheme: each width takes its view of one infinite random matrix for each side.
+    """The `per_dimension` scheme: each width uses the first columns of one infinite random matrix per side.
 
     With u[k, j] uniform on (-1, 1), a function of (key, side, k, j) alone, Kaiming-uniform with gain sqrt(2) is
 
         A[k, j] = sqrt(6 / in) u_A[k, j]        and        B[j, k] = sqrt(6 / r) u_B[k, j].
 
     A is stored scaled, as its fan-in is its own width. B's fan-in is the rank, so B is stored as u_B and sqrt(6 / r)
-    is the `scale` folded into d: rank 64 is then, bit for bit, the first 64 rows of rank 256.
+    is the `scale` that multiplies d: rank 64 is then, bit for bit, the first 64 rows of rank 256.
     """
 
     name: ClassVar[str] = "per_dimension"
@@ -50,7 +50,7 @@ class PerDimension(Scheme):
         return cls(key % (1 << 64))
 
     def scale_in_shared_pair(self, in_features: int, rank: int, max_in: int, max_rank: int) -> float:
-        # A = sqrt(6 / in) u here and sqrt(6 / max_in) u there; the scales of B's ranks differ likewise.
+        # A = sqrt(6 / in) u here, but sqrt(6 / max_in) u in the shared pair; B's scale likewise depends on the rank.
         return math.sqrt(max_in / in_features) * (self.scale(rank) / self.scale(max_rank))
 
     def draw(self, side: Side, rows: range, width: int, device: torch.device) -> Tensor:
@@ -89,7 +89,7 @@ def _per_dimension_fingerprint(key: int) -> str:
 
 @dataclass(frozen=True)
 class PeftShared(Scheme):
-    """PEFT's scheme: one A (r, max_in) and one B (max_out, r) from a seeded torch generator, views for each layer.
+    """PEFT's scheme: one A (r, max_in) and one B (max_out, r) from a seeded torch generator; each layer has a view.
 
     The values depend on torch's CPU generator, and the fan-in of A is the widest layer's. It exists to load, train and
     write PEFT's VeRA checkpoints.
@@ -195,7 +195,7 @@ class Stored(Scheme):
         return min(rank, self.a.shape[0])
 
     def to_json(self) -> dict[str, int | str]:
-        raise ValueError("projections that were read from a file are known by their values alone, not by a key")
+        raise ValueError("projections that were read from a file cannot be described by a key, only by their values")
 
 
 SCHEMES: dict[str, type[Scheme]] = {scheme.name: scheme for scheme in (PerDimension, PeftShared, BlockProjections)}
@@ -208,20 +208,20 @@ def scheme_from_json(values: Mapping[str, Any]) -> Scheme:
         values: "scheme", the fields of that scheme (integers), and "fingerprint".
 
     Raises:
-        ValueError: unknown scheme; missing, unexpected or ill-typed fields; or a fingerprint of other values.
+        ValueError: unknown scheme; missing, unexpected or ill-typed fields; or a fingerprint that does not match.
     """
     name = values.get("scheme")
     kind = SCHEMES.get(name) if isinstance(name, str) else None
     if kind is None:
-        raise ValueError(f"projections of the scheme {name!r} are unknown: there are {sorted(SCHEMES)}")
+        raise ValueError(f"unknown projection scheme {name!r}: the schemes are {sorted(SCHEMES)}")
     fields = {key: value for key, value in values.items() if key not in ("scheme", "fingerprint")}
     names = {field.name for field in dataclasses.fields(cast("Any", kind))}
     if fields.keys() != names or not all(type(value) is int for value in fields.values()):
-        raise ValueError(f"{name!r} projections are described by the integers {sorted(names)}, not by {fields!r:.200}")
+        raise ValueError(f"{name!r} projections take the integers {sorted(names)}, not {fields!r:.200}")
     scheme = kind(**fields)
     if scheme.fingerprint() != values.get("fingerprint"):
         raise ValueError(
-            f"the projections {dict(values)!r:.300} are drawn otherwise here, with the fingerprint"
-            f" {scheme.fingerprint()}: adapters trained with them would compute something else"
+            f"the projections {dict(values)!r:.300} are drawn differently here, with the fingerprint"
+            f" {scheme.fingerprint()}: adapters trained with them would compute different outputs"
         )
     return scheme

@@ -20,18 +20,18 @@ class Structure(Protocol):
     In each method, `values` are M's stored elements, z is (T, r) or (r,), and x is (T, n) or (n,). For several vector
     pairs, the results of `scaled` and `outer` have leading dimensions, which `matmul`, `rmatmul` and `gram` accept.
 
-    A structure may store the rows of M in an order of its own, and zeros between them, the same for A and B of one
-    rank. Everything that has a rank dimension (z, the vector d, another matrix) is in that order as well: `arrange`
-    brings it there.
+    A structure may store the rows of M in a different order, with zero rows between them; A and B of one rank must use
+    the same order. Everything with a rank dimension (z, the vector d, another matrix) must be in that order as well:
+    `arrange` puts it there.
     """
 
     @property
     def density(self) -> float:
-        """The fraction of M's elements that are stored, which scales the cost of its products."""
+        """The fraction of M's elements that are stored, to which the cost of its products is proportional."""
         ...
 
     def arrange(self, tensor: Tensor, dim: int = -1) -> Tensor:
-        """Return a tensor whose dimension `dim` is the rank with the ranks in the order of the stored rows."""
+        """Reorder the rank dimension `dim` of a tensor to the order of the stored rows."""
         ...
 
     def restore(self, tensor: Tensor, dim: int = -1) -> Tensor:
@@ -63,12 +63,12 @@ class Structure(Protocol):
     def outer(self, values: Tensor, z: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
         """Return M * (z^T x) in this layout and in `dtype`, computing only the elements that M stores.
 
-        With leading dimensions of z or x, one result for each pair.
+        If z or x has leading dimensions, return one result for each pair.
         """
         ...
 
     def gram(self, values: Tensor, other: "Matrix") -> Tensor:
-        """Return M^T N, (n, width of N), for another matrix N of r rows."""
+        """Return M^T N, (n, width of N), for another matrix N with r rows."""
         ...
 
     def plus_gram(self, target: Tensor, values: Tensor, other: "Matrix") -> Tensor:
@@ -109,7 +109,7 @@ class Dense(NamedTuple):
         return target.addmm_(z, values) if in_place else torch.addmm(target, z, values)
 
     def scaled(self, values: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-        # Each operation on a small tensor costs a launch: of one pair, the product is a single operation.
+        # Each operation on a small tensor costs a launch; for one pair, the product is a single operation.
         scales = torch.outer(rows, columns) if rows.ndim == 1 else rows.unsqueeze(-1) * columns.unsqueeze(-2)
         return cast(scales.mul_(values), values.dtype)
 
@@ -147,7 +147,7 @@ class Matrix(NamedTuple):
         return self.structure.rmatmul(self.values, x)
 
     def gram(self, other: "Matrix") -> Tensor:
-        """Return M^T N for another matrix N of r rows."""
+        """Return M^T N for another matrix N with r rows."""
         return self.structure.gram(self.values, other)
 
     def dense(self) -> Tensor:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 
 def _machine() -> str:
-    """Return eight digits that identify this machine and its PID namespace (containers have different ones)."""
+    """Return eight hexadecimal digits that identify this machine and PID namespace (containers have different ones)."""
     try:
         numbers = str(Path("/proc/self/ns/pid").readlink())
     except OSError:
@@ -71,9 +71,9 @@ def remove_abandoned(path: Path) -> None:
 
 
 def _runs(process: int) -> bool:
-    """Return whether a process with this PID is running; true where the system cannot tell."""
+    """Return whether a process with this PID is running, or True if that cannot be determined."""
     if os.name != "posix":
-        return True  # there a signal of 0 would end it
+        return True  # on Windows, os.kill with signal 0 would terminate it
     try:
         os.kill(process, 0)
     except ProcessLookupError:
@@ -84,7 +84,7 @@ def _runs(process: int) -> bool:
 
 
 def is_there(path: Path) -> bool:
-    """Return whether a path is taken; not so where the system refuses to look, as it will refuse to make it as well."""
+    """Return whether a path exists; False if the system denies access, as it will then deny creating it as well."""
     try:
         return path.exists()
     except OSError:
@@ -92,13 +92,13 @@ def is_there(path: Path) -> bool:
 
 
 def publish(temporary: Path, path: Path) -> None:
-    """Give a finished file its name, in one step and only if no file has it.
+    """Atomically move a finished file to `path`, without overwriting an existing file.
 
     Raises:
-        FileExistsError: a file of that name exists.
-        OSError: the disk refuses.
+        FileExistsError: `path` exists.
+        OSError: the file system reported an error.
     """
-    os.link(temporary, path)  # fails where there is a file, unlike a renaming
+    os.link(temporary, path)  # fails if `path` exists, unlike a rename
     temporary.unlink()
     sync_directory(path.parent)
 

@@ -1,4 +1,4 @@
-"""Replace several files of a directory at once: a process killed at any moment leaves all old or all new ones."""
+"""Replace several files of a directory at once: a process killed at any moment leaves all old or all new files."""
 
 import ctypes
 import os
@@ -23,7 +23,7 @@ def replace_together(directory: Path, files: dict[str, bytes]) -> None:
 
     Args:
         directory: the destination; created if it does not exist.
-        files: name to contents. Last comes the file without which no reader accepts the others.
+        files: name to contents. The last one must be the file without which no reader accepts the others.
     """
     directory = directory.resolve()
     directory.parent.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,6 @@
 """Read untrusted files: regular files of bounded size, and strict JSON.
 
-The user who gives the path may not have written the file. A pipe or a device never ends, a sparse file claims a
+The user who passes the path may not have written the file. A pipe or a device never ends, a sparse file claims a
 terabyte while using no space, and JSON can nest deeper than Python's stack, repeat a key, or hold huge numbers.
 """
 
@@ -30,7 +30,7 @@ class OutsideFileError(ValueError):
 
 @contextmanager
 def opened(path: Path) -> Iterator[tuple[BufferedReader, int]]:
-    """Open a regular file for reading and yield it with its size. Opening never waits.
+    """Open a regular file for reading and yield it with its size. Opening never blocks.
 
     Raises:
         OutsideFileError: the file is missing, not a regular file, or cannot be opened.
@@ -62,13 +62,13 @@ def read_bounded(path: Path, largest: int = LARGEST_TEXT) -> bytes:
     """
     with opened(path) as (file, size):
         if size > largest:
-            raise OutsideFileError(f"{path} has {size:,} bytes; at most {largest:,} are read here")
+            raise OutsideFileError(f"{path} has {size:,} bytes; at most {largest:,} are allowed")
         try:
             data = file.read(largest + 1)
         except (OSError, MemoryError) as error:
             raise OutsideFileError(f"{path} cannot be read: {error or 'out of memory'}") from None
-    if len(data) > largest:  # it grew, or lies about its size as files of /proc do
-        raise OutsideFileError(f"{path} has more than the {largest:,} bytes that are read here")
+    if len(data) > largest:  # it grew, or misreports its size, as files in /proc do
+        raise OutsideFileError(f"{path} has more than the allowed {largest:,} bytes")
     return data
 
 
@@ -85,11 +85,11 @@ def read_text(path: Path, largest: int = LARGEST_TEXT) -> str:
 
 
 def parse_json(text: str | bytes, *, finite: bool = True) -> Any:
-    """Return the value of a JSON text.
+    """Parse a JSON text strictly and return its value.
 
     Args:
         text: the text.
-        finite: reject NaN and infinity, which are not JSON but accepted by Python's parser.
+        finite: reject NaN and infinity, which are not valid JSON but which Python's parser accepts.
 
     Raises:
         ValueError: the text is not JSON, repeats a key, nests too deeply, has a number that is too large, or has more

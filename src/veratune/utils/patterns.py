@@ -1,9 +1,9 @@
-r"""Regular expressions on names in bounded time, whatever the expression.
+r"""Match regular expressions against names in bounded time, whatever the expression.
 
 Python's `re` backtracks: "(\w+\.?)+!" on one name can take exponential time while holding the interpreter's lock. Here
-an expression is run on all positions of a name at once, with a set of positions as the bits of an integer, so that each
+an expression runs on all positions of a name at once, with the set of positions as the bits of an integer, so that each
 part visits a position at most once. The syntax is that of `re` without the features that need backtracking:
-backreferences, conditions, atomic groups and possessive quantifiers.
+backreferences, conditionals, atomic groups and possessive quantifiers.
 """
 
 import re
@@ -37,7 +37,7 @@ class Budget:
 
 
 class _Name:
-    """A name that an expression is run on; positions are between its characters, from 0 to its length."""
+    """A name to run an expression on; positions are between its characters, from 0 to its length."""
 
     def __init__(self, text: str) -> None:
         self.text, self.length = text, len(text)
@@ -52,7 +52,7 @@ class _Name:
             raise PatternError("the regular expression takes too long")
 
 
-# From a set of positions where a part of an expression may begin to those where it may end.
+# Maps the positions where a part of an expression may begin to those where it may end.
 _Part = Callable[[_Name, int], int]
 _Test = Callable[[str], bool]
 
@@ -66,15 +66,15 @@ class Pattern:
 
     @property
     def is_list(self) -> bool:
-        """Whether it is nothing but names joined by "|"."""
+        """Whether the expression consists only of names joined by "|"."""
         return self._names is not None
 
     def matches(self, name: str, budget: Budget | None = None) -> bool:
-        """Return whether it matches the whole of a name; `budget` is for expressions from files."""
+        """Return whether the expression matches a full name; `budget` limits expressions that come from files."""
         return self._runs(name, 1, budget)
 
     def matches_end(self, name: str, budget: Budget | None = None) -> bool:
-        """Return whether it matches a dotted name, or its end behind some dot."""
+        """Return whether the expression matches a dotted name, or the part of it after any dot."""
         return self._runs(name, 1 | sum(2 << i for i, character in enumerate(name) if character == "."), budget)
 
     def _runs(self, name: str, starts: int, budget: Budget | None) -> bool:
@@ -91,10 +91,10 @@ class Pattern:
 
 @lru_cache(maxsize=256)
 def pattern(text: str) -> Pattern:
-    """Return the expression that a text is.
+    """Compile a regular expression.
 
     Raises:
-        PatternError: it is no regular expression, or one that cannot be run here.
+        PatternError: the text is not a regular expression, or uses a feature that is not supported here.
     """
     return Pattern(text)
 
@@ -107,10 +107,10 @@ def _names_in(text: str) -> frozenset[str] | None:
 
 def _compiled(text: str) -> _Part:
     if len(text) > _LONGEST:
-        raise PatternError(f"it has {len(text):,} characters, and {_LONGEST:,} is the most")
+        raise PatternError(f"it has {len(text):,} characters; at most {_LONGEST:,} are allowed")
     try:
         parsed = sre_parser.parse(text)
-        re.compile(text)  # finds what the parser alone does not, such as a look behind of varying width
+        re.compile(text)  # finds errors that the parser alone does not, such as a variable-width lookbehind
     except (re.error, OverflowError, RecursionError) as error:
         raise PatternError(str(error) or "it nests too deeply") from None
     return _sequence(parsed, parsed.state.flags, 0)
@@ -199,7 +199,7 @@ def _part(kind: Any, value: Any, flags: int, depth: int) -> _Part:
         return _place(value, flags)
     if kind is getattr(sre, "FAILURE", None):
         return lambda name, starts: 0
-    raise PatternError("references to groups, conditions, atomic groups and possessive quantifiers are not supported")
+    raise PatternError("backreferences, conditionals, atomic groups and possessive quantifiers are not supported")
 
 
 def _branch(branches: Sequence[_Part]) -> _Part:
@@ -213,7 +213,7 @@ def _branch(branches: Sequence[_Part]) -> _Part:
 
 
 def _run_of(test: _Test, least: int) -> _Part:
-    """Return the part for any number of characters that pass a test, at least none or one."""
+    """Return the part for `least` (0 or 1) or more characters that pass a test."""
 
     def run(name: _Name, starts: int) -> int:
         where = _where(name, test)
@@ -248,7 +248,7 @@ def _repetition(inside: _Part, least: int, most: int) -> _Part:
         return ends
 
     def from_one(name: _Name, here: int) -> int:
-        # Positions only grow: after so many times nothing is left, or only what stays where it is.
+        # Positions never decrease: after this many repetitions, only those that a repetition does not move are left.
         for _ in range(min(least, 3 * name.length + 3)):
             here = once(name, here)
             if not here:
@@ -265,7 +265,7 @@ def _repetition(inside: _Part, least: int, most: int) -> _Part:
 
 
 def _look(inside: _Part, width: int | None, *, wanted: bool) -> _Part:
-    """Return the part for a look ahead, or behind where a width is given."""
+    """Return the part for a lookahead, or for a lookbehind if a width is given."""
 
     def run(name: _Name, starts: int) -> int:
         found = 0
@@ -308,7 +308,7 @@ def _place(where: Any, flags: int) -> _Part:
 
 
 def _test(kind: Any, value: Any, flags: int) -> _Test | None:
-    """Return the test that a part of one character makes, or None for other parts."""
+    """Return the test for a part that matches a single character, or None for other parts."""
     if kind is sre.ANY:
         return (lambda _: True) if flags & re.DOTALL else "\n".__ne__
     if kind in (sre.LITERAL, sre.NOT_LITERAL):

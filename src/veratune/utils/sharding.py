@@ -1,6 +1,6 @@
 """Parameters that are sharded over processes.
 
-DeepSpeed's ZeRO-3 keeps parameters empty between uses: after `deepspeed.initialize`, or, if transformers loads the
+DeepSpeed's ZeRO-3 keeps parameters empty between uses: from `deepspeed.initialize` on, or, if transformers loads the
 model for ZeRO-3, from the start.
 """
 
@@ -32,7 +32,7 @@ def is_engines(module: nn.Module) -> bool:
 
 
 def shape_of(tensor: Tensor) -> torch.Size:
-    """Return the shape of a tensor, also of an emptied one."""
+    """Return the shape of a tensor, even if ZeRO-3 has emptied it."""
     shape: torch.Size = getattr(tensor, "ds_shape", tensor.shape)
     return shape
 

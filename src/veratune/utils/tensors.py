@@ -32,9 +32,9 @@ def is_finite(tensor: Tensor) -> bool:
 
 
 def checksum(tensor: Tensor) -> tuple[int, int] | None:
-    """Return sums of a matrix's bits that depend on their places, or None for a tensor that is not an ordinary matrix.
+    """Return position-dependent sums of a matrix's bits, or None for a tensor that is not an ordinary matrix.
 
-    They are exact, and so the same on every device.
+    The sums are exact, and so the same on every device.
     """
     if type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.is_meta or tensor.ndim < 2 or not tensor.numel():
         return None
@@ -56,7 +56,7 @@ def float32_of(tensor: Tensor) -> npt.NDArray[np.float32]:
 
 
 def wide_dtype(*dtypes: torch.dtype) -> torch.dtype:
-    """Return the dtype to sum and scale in: float32, or wider if any of these is."""
+    """Return the dtype to sum and scale in: float32, or a wider one if any of these is wider."""
     wide = torch.float32
     for dtype in dtypes:
         if dtype not in _NARROW:
@@ -65,7 +65,7 @@ def wide_dtype(*dtypes: torch.dtype) -> torch.dtype:
 
 
 def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return a tensor in a dtype; without calling torch, which takes a microsecond, if it has that already."""
+    """Cast a tensor to a dtype. If it has that dtype, this skips the call into torch, which takes a microsecond."""
     return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
@@ -94,24 +94,24 @@ def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def gradients_wanted(*values: object) -> bool:
-    """Return whether autograd is on and any of these is a tensor that requires a gradient."""
+    """Return whether grad mode is enabled and any of these is a tensor that requires a gradient."""
     if torch.is_grad_enabled():
-        for value in values:  # each layer asks several times in every call
+        for value in values:  # a plain loop, as each layer calls this several times per forward
             if isinstance(value, Tensor) and value.requires_grad:
                 return True
     return False
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """Return a context in which autocast narrows no product on this device."""
+    """Return a context that disables autocast on this device."""
     device_type = device.type
     known = device_type in ("cpu", "cuda") or _supports_autocast(device_type)
     narrowing = known and torch.is_autocast_enabled(device_type)
     return torch.autocast(device_type, enabled=False) if narrowing else _NOTHING
 
 
-# torch before 2.13 cannot trace this question.
+# torch before 2.13 cannot trace this call.
 @constant_while_compiling
 def _supports_autocast(device_type: str) -> bool:
-    """Return whether autocast supports a device, rather than raise an error as for meta."""
+    """Return whether autocast supports a device type; for meta, torch would raise an error."""
     return device_type != "meta" and torch.amp.is_autocast_available(device_type)

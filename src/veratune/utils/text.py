@@ -1,4 +1,4 @@
-"""Text of messages: untrusted parts are bounded in length and have their control characters escaped."""
+"""Text for messages: untrusted parts are bounded in length, and their control characters are escaped."""
 
 import difflib
 import reprlib
@@ -13,7 +13,7 @@ _SHORT.maxlist = _SHORT.maxtuple = _SHORT.maxset = _SHORT.maxfrozenset = _SHORT.
 
 
 def clipped(text: str, longest: int = LONGEST_MESSAGE) -> str:
-    """Return a text with its middle removed if it is too long, and control characters escaped.
+    """Escape control characters in a text, and cut out its middle if it is too long.
 
     Names and values in messages come from files. The end is kept because it holds the remedy.
     """
@@ -26,7 +26,7 @@ def clipped(text: str, longest: int = LONGEST_MESSAGE) -> str:
 
 
 def shown(value: object) -> str:
-    """Return a value for a message, of bounded length: a file may hold anything."""
+    """Format a value for a message, in bounded length: a file may contain anything."""
     return _SHORT.repr(value)
 
 
@@ -41,5 +41,5 @@ def closest(name: str, known: Iterable[str], most: int = 3) -> list[str]:
 
 
 def notify(sentence: str) -> None:
-    """Warn of something that is not an error but may surprise."""
+    """Warn about something that is not an error but may be surprising."""
     warnings.warn(clipped(f"veratune: {sentence}"), UserWarning, stacklevel=2)

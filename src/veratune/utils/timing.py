@@ -71,7 +71,7 @@ def median_ratio(times: dict[str, list[float]], name: str, baseline: str) -> flo
 def peak_bytes(work: Work) -> int:
     """Return the peak increase of the bytes of all live CPU tensors during a call.
 
-    Counts every allocation and release of torch's CPU allocator that the profiler records, also within one operation.
+    Counts every allocation and release of torch's CPU allocator that the profiler records, even within one operation.
     Tensors that existed before the call count only if they are freed during it.
     """
     gc.collect()

@@ -25,13 +25,13 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 def constant_while_compiling(function: _Function) -> _Function:
-    """Call this function once while tracing, and treat its result as a constant.
+    """Mark a function to be called once while tracing, with its result treated as a constant.
 
-    Its arguments must be constants to a compiler: strings, booleans, devices and dtypes. Older versions of torch refuse
-    other objects, and any version may replace a number that differs between layers by a symbol.
+    Its arguments must be constants to a compiler: strings, booleans, devices and dtypes. Older versions of torch reject
+    other objects, and any version may replace a number that differs between layers with a symbol.
 
-    Same as `torch.compiler.assume_constant_result`, which imports the compiler and so would add a second to importing
-    this library.
+    Does the same as `torch.compiler.assume_constant_result`, which imports the compiler and so would add a second to
+    importing this library.
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
@@ -122,7 +122,7 @@ def node_number_of_backward() -> int | None:
 
 
 def may_be_checkpoint(kind: type) -> bool:
-    """Return whether objects of this type may be what gradient checkpointing keeps between the two passes."""
+    """Return whether gradient checkpointing may keep objects of this type from the forward to the backward pass."""
     frame = kind.__name__ == "_CheckpointFrame" and kind.__module__ == "torch.utils.checkpoint"
     return frame or issubclass(kind, torch.autograd.function.BackwardCFunction)
 
@@ -140,18 +140,18 @@ def pending_checkpoint(kept: Any) -> Any:
         kept.saved_tensors  # noqa: B018  # fails after the backward pass
     except RuntimeError:
         return None
-    # torch's and DeepSpeed's name, and another in use.
+    # The attribute's name in torch and DeepSpeed, and another one in use.
     return getattr(kept, "run_function", None) or getattr(kept, "forward_function", None)
 
 
 # The attribute in which wrappers hold the module, by the wrappers' class: torch.compile, checkpoint_wrapper (also
-# offload_wrapper), FSDP 1. A model may have a module of such a name itself.
+# offload_wrapper), FSDP 1. A model may also have a submodule of such a name.
 _WRAPPED = {
     "OptimizedModule": "_orig_mod",
     "ActivationWrapper": "_checkpoint_wrapped_module",
     "FullyShardedDataParallel": "_fsdp_wrapped_module",
 }
-# Those that do not appear in state dict keys.
+# Attributes that do not appear in state dict keys.
 _NOT_IN_STATE = ("_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 
 

@@ -165,7 +165,7 @@ def test_a_fused_layer_in_parts_has_a_d_for_each(tmp_path: Path) -> None:
 def test_what_cannot_be_is_refused_before_any_change() -> None:
     net = Attending()
     for settings, message in (
-        ({"target_modules": ["attention"]}, r"reads its weights itself.*target_parameters"),
+        ({"target_modules": ["attention"]}, r"reads its weights directly.*target_parameters"),
         ({"target_parameters": ["foo"]}, "no parameter is called 'foo'"),
         ({"target_parameters": ["out_proj.weight"]}, "name the module in target_modules"),
         ({"target_parameters": ["in_proj_weight"], "vera_dropout": 0.5}, "vera_dropout=0.5 is not supported on"),

@@ -21,7 +21,7 @@ except ImportError as error:
 # The classes used here are not a public interface of transformers, so untested versions are refused.
 if not transformers.__version__.startswith("5.23."):
     raise ImportError(
-        f"veratune.integrations.continuous_batching needs transformers 5.23, and this is {transformers.__version__}:"
+        f"veratune.integrations.continuous_batching needs transformers 5.23, not {transformers.__version__}:"
         " pip install 'veratune[hf]' 'transformers==5.23.*'"
     )
 

@@ -35,7 +35,7 @@ def generate_batch(
         max_new_tokens: the maximum number of tokens to generate; the generation config's by default.
         generation_config: as for `BankManager`.
         continuous_batching_config: as for `BankManager`.
-        record_timestamps: whether outputs have the time of each token.
+        record_timestamps: whether outputs contain the time of each token.
 
     Returns:
         request id to output, in the order of `inputs`; with `num_return_sequences`, a request's children precede it, as

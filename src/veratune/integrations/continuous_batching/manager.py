@@ -141,7 +141,7 @@ class BankManager(ContinuousBatchingManager):
             return self._add_all(checked_prompts(self.bank, inputs, lease, self.num_return_sequences), lease, settings)
 
     def _add_all(self, prompts: list[list[int]], lease: Lease, settings: dict[str, Any]) -> list[str]:
-        # Prompts that begin the same follow each other, so that the first one's memory is there for the next.
+        # Add prompts that begin alike one after another, so that later ones find the cached blocks of the first.
         order = sorted(range(len(prompts)), key=lambda i: (lease.digests[i], prompts[i]), reverse=True)
         ids = [self._new_id() for _ in prompts]
         for i in order:
@@ -149,16 +149,16 @@ class BankManager(ContinuousBatchingManager):
         return ids
 
     def _add(self, prompt: list[int], version: Version | None, request_id: str | None, **settings: Any) -> str:
-        if self.batch_processor is not None:  # otherwise nobody knows yet how large the cache will be
+        if self.batch_processor is not None:  # before that, the size of the cache is unknown
             most = settings.get("max_new_tokens")
             check_room(self.batch_processor, prompt, self.generation_config.max_new_tokens if most is None else most)
         request_id = self._new_id() if request_id is None else request_id
-        # Sequences that the request forks into outlive it.
+        # The sequences that a request forks into may outlive it.
         ids = [request_id, *children(request_id, self.num_return_sequences - 1)]
         with self._leases_lock:
             taken = [one for one in ids if one in self._leases]
             if taken:
-                raise BankError(f"request_id={taken[0]!r} is that of a request at work: give another one, or none")
+                raise BankError(f"request_id={taken[0]!r} belongs to an unfinished request: give another, or none")
             self._leases.update({one: self.bank.lease_versions([version]) for one in ids})
         try:
             added: str | None = super().add_request(prompt, request_id, **settings)
@@ -203,7 +203,7 @@ class BankManager(ContinuousBatchingManager):
         """Stop, as in transformers; requests that were too late for the last batch fail."""
         super().stop(*args, **kwargs)
         if not self.is_running():
-            self._fail_all_remaining_requests(RuntimeError("the manager was stopped before this request began"), None)
+            self._fail_all_remaining_requests(RuntimeError("the manager was stopped before this request started"), None)
             self._release(list(self._leases))  # of requests that a hard stop has dropped silently
 
     def destroy(self) -> None:

@@ -1,4 +1,4 @@
-"""veratune's layers inside the `peft` package, for everything that asks for a `peft.PeftModel`.
+"""veratune's layers inside the `peft` package, for code that needs a `peft.PeftModel`.
 
     from veratune.integrations.peft import VeratuneConfig, install
 
@@ -17,7 +17,7 @@ try:
 except ImportError:
     from veratune.integrations.peft.method import check_version
 
-    check_version()  # an unsupported version is the likely reason, and this names the supported ones
+    check_version()  # an unsupported version is the likely cause; this raises an error that names the supported ones
     raise
 
 __all__ = ["VeratuneConfig", "VeratuneTuner", "install"]

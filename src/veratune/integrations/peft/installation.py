@@ -1,4 +1,4 @@
-"""Making veratune's layers and files known to the `peft` package."""
+"""Registration of veratune's layers and files with the `peft` package."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -44,7 +44,7 @@ def install(*, replace_vera: bool = False) -> None:
 
 @contextmanager
 def _undone_if_adapted(model: nn.Module) -> Iterator[None]:
-    """Undo all changes to a model with veratune's layers, or that has got them, if anything is raised."""
+    """Undo all changes if anything is raised, provided the model has veratune's layers before or after."""
     before = StructureBefore(model)
     adapted = _is_adapted(model)
     try:

@@ -1,4 +1,4 @@
-"""veratune's layers with what the `peft` package wants of a layer."""
+"""veratune's layers with the layer interface of the `peft` package."""
 
 import warnings
 from collections.abc import Sequence
@@ -15,13 +15,13 @@ from veratune.utils.torch_private import follow_replacement
 
 
 class TunedLayer(BaseTunerLayer):
-    """What PEFT wants of a layer, on top of a `VeraLayer`."""
+    """Mixin that adds PEFT's layer interface to a `VeraLayer`."""
 
     adapter_layer_names = tuple(VECTOR_PREFIX + which for which in VECTORS)
     other_param_names = ("vera_dropout", "entries")
-    # What was merged when the adapters were disabled.
+    # The adapters that were merged when all adapters were disabled.
     _taken_out: Sequence[str] = ()
-    # What was trainable then.
+    # The adapters that were trainable at that moment.
     _frozen: Sequence[str] = ()
 
     @property
@@ -36,13 +36,13 @@ class TunedLayer(BaseTunerLayer):
 
     @property
     def vera_A(self) -> SharedProjections:  # noqa: N802
-        """PEFT's A of each adapter that has one for all layers, (r, max_in). For reading."""
+        """PEFT's A, (r, max_in), of each adapter that has one for all layers. Read-only."""
         layer: Any = self
         return SharedProjections("A", layer.entries)
 
     @property
     def vera_B(self) -> SharedProjections:  # noqa: N802
-        """PEFT's B of each adapter that has one for all layers, (max_out, r). For reading."""
+        """PEFT's B, (max_out, r), of each adapter that has one for all layers. Read-only."""
         layer: Any = self
         return SharedProjections("B", layer.entries)
 
@@ -55,7 +55,7 @@ class TunedLayer(BaseTunerLayer):
         return [] if self.disable_adapters else self.active_adapters
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
-        """Choose the active adapters, trainable unless for inference."""
+        """Set the active adapters, which become trainable unless `inference_mode` is true."""
         self._taken_out = self._frozen = []
         super().set_adapter(adapter_names, inference_mode=inference_mode)
         layer: Any = self
@@ -68,9 +68,9 @@ class TunedLayer(BaseTunerLayer):
         self._frozen = [name for name in self._frozen if name not in names]
 
     def enable_adapters(self, enabled: bool) -> None:
-        """Turn all adapters on or off; what was trainable or merged before is so again afterwards.
+        """Enable or disable all adapters; enabling restores which of them were trainable and merged.
 
-        PEFT's own makes active adapters trainable here that were frozen, and forgets what was merged.
+        PEFT's method would make frozen active adapters trainable, and forget which were merged.
         """
         layer: Any = self
         vectors = [(name, vector) for name in layer.entries for vector in layer.vectors(name).values()]
@@ -101,14 +101,14 @@ class TunedLayer(BaseTunerLayer):
             self._vera_class().merge(layer, names)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Remove an adapter; PEFT chooses another one if it was active."""
+        """Remove an adapter; if it was active, PEFT activates another one."""
         super().delete_adapter(adapter_name)
         layer: Any = self
         layer._log.forget(adapter_name)
         layer._choose_added()
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Let a weight with these adapters' deltas stand in for the layer's."""
+        """Replace the layer's weight with one that includes these adapters' deltas."""
         layer: Any = self
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in layer.entries]
         if not names:
@@ -117,13 +117,13 @@ class TunedLayer(BaseTunerLayer):
         if self.disable_adapters:  # until they are enabled
             self._taken_out = list(dict.fromkeys([*self._taken_out, *names]))
             return
-        # Merge all of them again into the original weight, which rounds once.
+        # Merge all of them into the original weight again, which rounds only once.
         before = list(layer.merged_adapters)
         self._vera_class().unmerge(layer)
         self._vera_class().merge(layer, [*before, *names])
 
     def unmerge(self) -> None:
-        """Put the layer's own weight back, to the bit."""
+        """Restore the layer's original weight, bit for bit."""
         layer: Any = self
         if self._taken_out:
             self._taken_out = []
@@ -146,13 +146,13 @@ class TunedLayer(BaseTunerLayer):
         return output
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Whether PEFT can turn an adapter here into a LoRA: yes, except for parameters."""
+        """Return whether PEFT can convert this layer's adapters to LoRA: yes, except for parameters."""
         layer: Any = self
         return not layer.of_parameter
 
 
 class TunedModule(VeraModule):
-    """A module that reads some adapted parameters itself, for PEFT, which sees the parameters' layers inside."""
+    """A module that reads adapted parameters itself, for PEFT, which sees these parameters' layers as submodules."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         for layer in self.parameter_layers().values():
@@ -173,16 +173,16 @@ _tuned_classes: dict[type[VeraLayer], type] = {}
 
 
 def _tuned_class(kind: type[VeraLayer]) -> type:
-    """Return the class for PEFT of a layer kind."""
+    """Return the subclass of a layer class that PEFT can use."""
     if kind not in _tuned_classes:
-        # PEFT's own properties do not know adapted weights.
+        # PEFT's properties would return the weight without the adapters.
         namespace = {"weight": kind.weight, "bias": kind.bias, "__module__": __name__}
         _tuned_classes[kind] = type(f"Tuned{kind.__name__}", (TunedLayer, kind), namespace)
     return _tuned_classes[kind]
 
 
 def __getattr__(name: str) -> type:
-    # Unpickling a layer looks its class up here.
+    # Unpickling a layer looks up its class here.
     for kind in (*LAYER_KINDS, VeraParameter):
         if name == f"Tuned{kind.__name__}":
             return _tuned_class(kind)
@@ -190,18 +190,18 @@ def __getattr__(name: str) -> type:
 
 
 def tuned_layer(module: nn.Module) -> Any:
-    """Return a layer for PEFT, without adapters yet, around an adaptable module."""
+    """Wrap an adaptable module in a layer for PEFT, without adapters yet."""
     return _tuned_class(layer_class(module))(module, geometry(module))
 
 
 def tuned_parameter(module: nn.Module, name: str) -> Any:
-    """Return a layer for PEFT, without adapters yet, for a parameter that its module reads itself."""
+    """Create a layer for PEFT, without adapters yet, for a parameter that its module reads itself."""
     size, transposed = parameter_layout(module, name)
     return _tuned_class(VeraParameter)(module, name, size, transposed=transposed)
 
 
 def put_in_place_of(model: nn.Module, module: nn.Module, other: nn.Module) -> None:
-    """Put another module wherever a module stands, but into the other one itself."""
+    """Replace a module with another one everywhere in a model, except inside the other one."""
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
             if child is module and parent is not other:

@@ -1,6 +1,6 @@
-"""PEFT's rules for which modules a configuration means, in bounded time.
+"""PEFT's rules for which modules a configuration selects, applied in bounded time.
 
-PEFT gives what a downloaded configuration holds to `re`, which may never return.
+PEFT passes the patterns of a downloaded configuration to `re`, which may never return.
 """
 
 from typing import Any
@@ -9,7 +9,7 @@ from veratune.utils.patterns import pattern
 
 
 def is_meant(config: Any, name: str) -> bool | None:
-    """Return whether PEFT adapts the module of this name for a configuration; None where that excludes it.
+    """Return whether PEFT adapts the module with this name, or None if the configuration excludes the module.
 
     Raises:
         PatternError: a regular expression of the configuration is invalid, or takes too long.
@@ -38,18 +38,18 @@ def _ends(name: str) -> set[str]:
 
 
 def _is_inside(name: str, saved: str) -> bool:
-    """Return whether a name is that of a module to save, or of something inside one, wherever that stands."""
+    """Return whether a name is that of a module to save, or of a module inside one, at any depth."""
     expression = pattern(f"(?:{saved})")
     parts = name.split(".")
     return any(expression.matches_end(".".join(parts[: i + 1])) for i in range(len(parts)))
 
 
 def _first_index(name: str, stacks: list[str] | str | None) -> int | None:
-    """Return the first number in a name that something follows, behind one of these stacks or behind any."""
+    """Return the first number in a name, before its last part, that follows one of these stacks, or any name."""
     parts = name.split(".")
     numbers = [place for place in range(1, len(parts) - 1) if parts[place].isdecimal()]
     if not stacks:
-        # What PEFT looks for has a dot before the stack's name.
+        # PEFT's pattern requires a dot before the stack's name.
         return next((int(parts[place]) for place in numbers if place >= 2), None)
     for stack in [stacks] if isinstance(stacks, str) else stacks:
         for place in numbers:

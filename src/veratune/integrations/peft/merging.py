@@ -19,14 +19,14 @@ class MergingTuner(BaseTuner):
     """PEFT's tuner with merging that either succeeds or changes nothing."""
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """Merge, after all layers have been checked."""
+        """Merge adapters, after checking all layers."""
         self._check_mergeable(adapter_names, safe_merge)
         with undone_on_error(self):
             super().merge_adapter(adapter_names, safe_merge=False)
             guard_loading(self)
 
     def unmerge_adapter(self) -> None:
-        """Undo `merge_adapter`, to the exact bits."""
+        """Undo `merge_adapter`, bit for bit."""
         with undone_on_error(self):
             super().unmerge_adapter()  # type: ignore[no-untyped-call]
             guard_loading(self)
@@ -34,12 +34,12 @@ class MergingTuner(BaseTuner):
     def merge_and_unload(
         self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
     ) -> nn.Module:
-        """Merge for good, after all layers have been checked."""
+        """Merge adapters permanently, after checking all layers."""
         self._check_mergeable(adapter_names, safe_merge, for_good=True)
         merged: nn.Module = super().merge_and_unload(progressbar, safe_merge=False, adapter_names=adapter_names)
         return merged
 
-    def _unload_and_optionally_merge(  # type: ignore[override]  # PEFT's says None, and returns the model
+    def _unload_and_optionally_merge(  # type: ignore[override]  # PEFT annotates None, but returns the model
         self,
         merge: bool = True,
         progressbar: bool = False,
@@ -76,7 +76,7 @@ class MergingTuner(BaseTuner):
                 )
 
     def _check_mergeable(self, adapter_names: list[str] | None, safe: bool, *, for_good: bool = False) -> None:
-        """Raise ValueError if adapters cannot be merged into some layer; nothing has been changed then."""
+        """Raise ValueError if adapters cannot be merged into one of the layers. Change nothing."""
         if isinstance(adapter_names, str):
             raise TypeError(f"adapter_names={adapter_names!r} is not allowed: give a list of names")
         self._check_known(adapter_names or ())
@@ -89,17 +89,17 @@ class MergingTuner(BaseTuner):
             layer.check_mergeable(new, safe=safe, called=called)
 
     def _check_saved(self, called: str, wrapper: Any, names: list[str], for_good: bool) -> None:
-        """Raise ValueError where merging would leave an adapter's vectors with another's copy of a module."""
+        """Raise ValueError if merging would combine an adapter's vectors with another adapter's copy of a module."""
         active = wrapper.active_adapters
         for name in names:
             if name in wrapper._get_available_adapters() and name not in active:
                 raise ValueError(
                     f"cannot merge {name!r} while it is inactive, because it trains {called} in full, and merging"
-                    f" would leave that out: call set_adapter({name!r}) first"
+                    f" would leave out its copy: call set_adapter({name!r}) first"
                 )
         for name in active if for_good else []:
             if name not in names:
                 raise ValueError(
-                    f"cannot merge {names} for good while {name!r} is active, because its copy of {called} would stay"
-                    f" in the model: call set_adapter({names!r}) first"
+                    f"cannot merge {names} permanently while {name!r} is active, because its copy of {called} would"
+                    f" stay in the model: call set_adapter({names!r}) first"
                 )

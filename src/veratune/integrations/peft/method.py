@@ -1,6 +1,6 @@
-"""Adding a method to the `peft` package, which has no public way for names of others.
+"""Adding a method to the `peft` package, which has no public API for third-party methods.
 
-Everything that reaches into PEFT's tables is here, with the versions that it was tried with.
+All code that changes PEFT's internal tables is here, with the versions it was tested with.
 """
 
 import sys
@@ -13,8 +13,8 @@ from typing import Any
 
 from torch import nn
 
-# The minor versions that the plug-in works in. From 0.21 on, PEFT asks a method's own class what its files hold; older
-# versions know their own methods by name, and leave trained biases of others out without a word.
+# The minor versions that the plug-in works with. Since 0.21, PEFT asks a method's class what to save; older versions
+# recognize only their own methods by name, and silently leave out the trained biases of other methods.
 OLDEST, NEWEST = (0, 21), (0, 21)
 
 
@@ -22,7 +22,7 @@ def peft_version() -> tuple[int, int]:
     """Return the major and minor version of the installed PEFT.
 
     Raises:
-        ImportError: it is not installed.
+        ImportError: PEFT is not installed.
     """
     try:
         installed = version("peft")
@@ -33,14 +33,14 @@ def peft_version() -> tuple[int, int]:
 
 
 def check_version() -> None:
-    """Raise ImportError unless PEFT is of a version that veratune's layers were tried in."""
+    """Raise ImportError unless the installed version of PEFT is supported."""
     installed = peft_version()
     if not OLDEST <= installed <= NEWEST:
         found, oldest, newest = (".".join(map(str, v)) for v in (installed, OLDEST, NEWEST))
         allowed = oldest if oldest == newest else f"{oldest} to {newest}"
         raise ImportError(
-            f"veratune.integrations.peft works with peft {allowed}, and {found} is installed: pip install"
-            " 'veratune[peft]' gets one that does, or use veratune.get_peft_model, which needs no peft"
+            f"veratune.integrations.peft works with peft {allowed}, but {found} is installed: pip install"
+            " 'veratune[peft]' installs a supported version, and veratune.get_peft_model does not need peft"
         )
 
 
@@ -61,10 +61,10 @@ def check_installed(name: str) -> None:
 
 
 def add_method(name: str, config_class: type, tuner_class: Any) -> None:
-    """Make a method known to PEFT under a name of its enumeration's style."""
+    """Register a method with PEFT under a name in the style of its enumeration."""
     from peft.utils import PeftType, register_peft_method
 
-    # `register_peft_method` insists on a member of the enumeration, and does not add it.
+    # `register_peft_method` requires a member of the enumeration, but does not add one.
     member = str.__new__(PeftType, name)
     member._name_, member._value_ = name, name
     PeftType._member_map_[name] = member
@@ -96,11 +96,11 @@ def add_reader(reading: Any, placing: Any, refusing: Any) -> None:
 
 
 def wrap_changes(undone: Callable[[Any], AbstractContextManager[None]], check_local: Callable[..., None]) -> None:
-    """Let what puts adapters on models in PEFT undo itself when it fails, and look at files before it reads them.
+    """Make PEFT's methods that add adapters undo their changes on errors, and check files before reading them.
 
     Args:
-        undone: returns a context that undoes changes to a model.
-        check_local: raises what is wrong with files, given what PEFT's functions that read them are given.
+        undone: returns a context that undoes changes to a model on errors.
+        check_local: raises an error if files are invalid; takes the path and subfolder that PEFT's methods are given.
     """
     from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftModel
 
@@ -116,7 +116,7 @@ def wrap_changes(undone: Callable[[Any], AbstractContextManager[None]], check_lo
 
 
 def _checking(method: Callable[..., Any], check_local: Callable[..., None], position: int = 0) -> Callable[..., Any]:
-    """Return a method that looks at the files at the place that is its argument in this position, or `model_id`."""
+    """Wrap a method to first check the files at the path in its argument at this position, or in `model_id`."""
 
     @wraps(method)
     def checked(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -128,7 +128,7 @@ def _checking(method: Callable[..., Any], check_local: Callable[..., None], posi
 
 
 def _within(method: Callable[..., Any], undone: Callable[[Any], Any], *, of_first: bool) -> Callable[..., Any]:
-    """Return a method that undoes its changes to its object, or to the model that is its first argument."""
+    """Wrap a method to undo its changes to `self`, or to the model that is its first argument, on errors."""
 
     @wraps(method)
     def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -142,13 +142,13 @@ def _within(method: Callable[..., Any], undone: Callable[[Any], Any], *, of_firs
 
 
 def let_trainer_find_best(tuner_class: type) -> None:
-    """Let transformers' `Trainer`, where it is in use, load the best values of an adapter not called "default".
+    """Make transformers' `Trainer`, if it is imported, load the best values of adapters not called "default".
 
-    It looks for files in the checkpoint's directory itself, where PEFT writes no other adapter, and so keeps the last
-    values, or takes those of "default".
+    The `Trainer` looks for files only directly in the checkpoint's directory, where PEFT writes only the adapter
+    "default". For other adapters, it would keep the last values or load those of "default".
 
     Args:
-        tuner_class: the tuner of the models that this is for.
+        tuner_class: the tuner of the models that this applies to.
     """
     trainer: Any = getattr(sys.modules.get("transformers.trainer"), "Trainer", None)
     if trainer is None or getattr(trainer._load_best_model, "_finds_adapters", False):
@@ -165,7 +165,7 @@ def let_trainer_find_best(tuner_class: type) -> None:
         best, names = Path(self.state.best_model_checkpoint), model.active_adapters
         missing = [name for name in names if name != "default" and not (best / name).is_dir()]
         if missing:
-            raise ValueError(f"{best} has no files of the adapters {missing}, so that their best values are lost")
+            raise ValueError(f"{best} has no files of the adapters {missing}, so their best values are lost")
         for name in names:
             model.load_adapter(str(best if name == "default" else best / name), name)
 
@@ -174,7 +174,7 @@ def let_trainer_find_best(tuner_class: type) -> None:
 
 
 def add_writer(saving: Any) -> None:
-    """Make of `PeftModel.save_pretrained` what `saving` returns for it."""
+    """Wrap `PeftModel.save_pretrained` with `saving`."""
     from peft import PeftModel
 
     kind: Any = PeftModel
@@ -182,7 +182,7 @@ def add_writer(saving: Any) -> None:
 
 
 def replace_vera(tuner_class: type) -> None:
-    """Let PEFT's own `VeraConfig` make a tuner of this class."""
+    """Make PEFT's own `VeraConfig` use this tuner class."""
     from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
     from peft.utils import PeftType
 

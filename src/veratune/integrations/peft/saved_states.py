@@ -1,4 +1,4 @@
-"""Which adapter's copy of a module trained in full PEFT computes with, noted for gradient checkpointing."""
+"""Record which adapter's copy of a module trained in full PEFT uses, for gradient checkpointing."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,7 +27,7 @@ class SavedCheck:
 
 @contextmanager
 def saved_states_noted(model: nn.Module, *, removed: str | None = None) -> Iterator[None]:
-    """Note what PEFT's wrappers in a model compute with before and after a change within this context.
+    """Record which copies PEFT's wrappers in a model use before and after a change within this context.
 
     Args:
         model: the model.

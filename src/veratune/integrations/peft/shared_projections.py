@@ -12,14 +12,14 @@ from veratune.projections.schemes import PeftShared, Side, Stored
 
 PeftScheme = PeftShared | Stored
 
-# Kept only as long as somebody uses them, so that adapters with equal projections return one tensor.
+# Held weakly: while a tensor is in use, all adapters with these projections return the same one.
 _tensors: WeakValueDictionary[tuple[Side, PeftScheme, int], Tensor] = WeakValueDictionary()
 
 
 def shared_projection(side: Side, entry: AdapterEntry) -> Tensor:
     """Return PEFT's A, (r, max_in), or its B, (max_out, r), of an adapter on one of its layers, in float32 on the CPU.
 
-    The result is an inference tensor: the layers compute with their own copy, and torch refuses to write to this one.
+    The result is an inference tensor: the layers use a separate copy, and torch refuses to write to this one.
     """
     scheme: Any = entry.a.projection.scheme
     key = side, scheme, entry.rank
@@ -33,7 +33,7 @@ def shared_projection(side: Side, entry: AdapterEntry) -> Tensor:
 
 
 class SharedProjections(Mapping[str, Tensor]):
-    """Adapter name to PEFT's A or B. Adapters have these with PEFT's own `VeraConfig` and with `projection="peft"`."""
+    """Adapter names, mapped to PEFT's A or B. Only PEFT's own `VeraConfig` and `projection="peft"` have these."""
 
     def __init__(self, side: Side, entries: Mapping[str, AdapterEntry]) -> None:
         self._side, self._entries = side, entries
@@ -41,7 +41,7 @@ class SharedProjections(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         entry = self._entries[name]
         if not isinstance(entry.a.projection.scheme, PeftScheme):
-            raise KeyError(f"adapter {name!r} has projections of its own for each width, not PEFT's")
+            raise KeyError(f"adapter {name!r} has separate projections for each width, not PEFT's")
         return shared_projection(self._side, entry)
 
     def __iter__(self) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""The tuner that `peft` makes of a model for a `VeratuneConfig`."""
+"""The tuner that `peft` creates for a `VeratuneConfig`."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -41,14 +41,14 @@ from veratune.utils.torch_private import follow_replacement, name_in_wrapper
 
 @dataclass(frozen=True)
 class _Plan:
-    """All that is needed to add one adapter, found before the model is changed.
+    """Everything needed to add one adapter, determined before the model is changed.
 
     Attributes:
         config: its settings.
         scheme: its projections.
-        layers: the layers to adapt, by the id of the module or of the tuned layer that another adapter made of it.
+        layers: the layers to adapt, by the id of the module, or of the tuned layer that wraps it for another adapter.
         parameters: the parameters to adapt that their modules read themselves.
-        groups: what layers of one input have in common, by the target's name.
+        groups: the input groups, which layers with the same input share, by the target's name.
     """
 
     config: VeraConfig
@@ -59,7 +59,7 @@ class _Plan:
 
 
 class VeratuneTuner(MergingTuner):
-    """What PEFT makes of a model for a `VeratuneConfig`."""
+    """PEFT's tuner for a `VeratuneConfig`."""
 
     prefix = VECTOR_PREFIX
     tuner_layer_cls = TunedLayer
@@ -74,12 +74,12 @@ class VeratuneTuner(MergingTuner):
 
     @property
     def vera_A(self) -> SharedProjections:  # noqa: N802
-        """PEFT's A of each adapter that has one for all layers, (r, max_in). For reading."""
+        """PEFT's A, (r, max_in), of each adapter that has one for all layers. Read-only."""
         return SharedProjections("A", self._entries())
 
     @property
     def vera_B(self) -> SharedProjections:  # noqa: N802
-        """PEFT's B of each adapter that has one for all layers, (max_out, r). For reading."""
+        """PEFT's B, (max_out, r), of each adapter that has one for all layers. Read-only."""
         return SharedProjections("B", self._entries())
 
     def _entries(self) -> dict[str, AdapterEntry]:
@@ -88,20 +88,20 @@ class VeratuneTuner(MergingTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *_: Any, **kwargs: Any) -> Iterator[None]:
-        """Refuse an adapter for each row, which PEFT would pass over in silence."""
+        """Refuse `adapter_names`, an adapter for each row, which PEFT would silently ignore."""
         if kwargs.get("adapter_names") is not None:
-            raise ValueError("veratune's layers in PEFT cannot take adapter_names: choose one adapter with set_adapter")
+            raise ValueError("veratune's layers in PEFT reject adapter_names: choose one adapter with set_adapter")
         yield
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the model, and refuse an adapter for each row here as well."""
+        """Call the model. `adapter_names` is refused here as well."""
         with self._enable_peft_forward_hooks(*args, **kwargs):
             return super().forward(*args, **kwargs)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """Add an adapter; whatever is wrong with it is found before the model is changed."""
+        """Add an adapter. Errors in its configuration are found before the model is changed."""
         check_adapter_name(adapter_name)
-        # What a file holds says which layers it is for, where PEFT is given it.
+        # If PEFT is given a file's state dict, its keys determine which layers to adapt.
         state = kwargs.get("state_dict")
         self._named = None if state is None else {key.rsplit(f".{self.prefix}", 1)[0] for key in state}
         before = _switched(model)
@@ -120,10 +120,10 @@ class VeratuneTuner(MergingTuner):
             self._plan = self._named = self._names = self._adding = None
         config: Any = self.peft_config[adapter_name]
         if isinstance(config, VeratuneConfig):
-            config._file = None  # what it is on has names in the configuration now
+            config._file = None  # the configuration now names the adapted layers
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
-        """Choose the active adapters; those that were loaded or configured for inference only stay frozen."""
+        """Set the active adapters; those that were loaded or configured for inference only stay frozen."""
         names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
         if self._adding is not None and self._adding not in names:
             return  # nothing else is chosen, and PEFT would unmerge, and forget what was trainable or merged before
@@ -149,7 +149,7 @@ class VeratuneTuner(MergingTuner):
         self._frozen = [parameter for parameter in self._frozen if id(parameter) not in chosen]
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Remove an adapter, or leave all as it is if that fails."""
+        """Remove an adapter. If that fails, change nothing."""
         with undone_on_error(self), saved_states_noted(self, removed=adapter_name):
             super().delete_adapter(adapter_name)
             for name in self.active_adapters:  # which PEFT has made trainable
@@ -172,7 +172,7 @@ class VeratuneTuner(MergingTuner):
         return [module for module in self.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
 
     def _enable_adapter_layers(self, enabled: bool = True) -> None:
-        # PEFT makes copies of modules trainable again that were frozen before.
+        # PEFT would make copies of modules trainable that were frozen before.
         copies = [parameter for wrapper in self._wrappers() for parameter in wrapper.parameters()]
         trainable = [*self._frozen, *(parameter for parameter in copies if parameter.requires_grad)]
         with undone_on_error(self), saved_states_noted(self):
@@ -196,7 +196,7 @@ class VeratuneTuner(MergingTuner):
         return super()._prepare_adapter_config(peft_config, model_config)
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
-        # PEFT calls this for every adapter, after it has filled the configuration in and before it looks for layers.
+        # PEFT calls this for every adapter, after completing the configuration and before searching for layers.
         file: NativeFile | None = getattr(peft_config, "_file", None)
         if file is not None:
             peft_files.name_targets(peft_config, file, model)
@@ -213,7 +213,7 @@ class VeratuneTuner(MergingTuner):
         if file is not None:
             peft_files.check_named(peft_config, file.loaded, {target.name for target in targets})
         if not targets:
-            return  # PEFT says so
+            return  # PEFT raises an error
         check_settings(config, targets)
         check_not_sharded(targets)
         scheme = make_scheme(config, targets)
@@ -221,7 +221,7 @@ class VeratuneTuner(MergingTuner):
         self._plan = _Plan(config, scheme, layers, parameters, input_groups(targets, scheme))
 
     def _matched_layers(self, peft_config: Any, config: VeraConfig, model: nn.Module) -> dict[int, Target]:
-        """Return the layers that PEFT is about to hand over, having checked that they can be adapted."""
+        """Return the layers that PEFT is about to replace, after checking that they can be adapted."""
         found: dict[int, Target] = {}
         names = self._names = module_names(model)
         inside: tuple[str, ...] = ()
@@ -237,8 +237,8 @@ class VeratuneTuner(MergingTuner):
                 continue
             if self._named is not None and (name.removeprefix("_orig_mod.") if compiled else name) != public:
                 raise ValueError(
-                    f"{public} is in a wrapper ({name}), where PEFT does not find it by the names of a state dict: put"
-                    " the adapter on the model before it is wrapped"
+                    f"{public} is in a wrapper ({name}), where PEFT does not find it by the names in a state dict: add"
+                    " the adapter before wrapping the model"
                 )
             base = unwrapped(module)
             reason = why_not_adaptable(base)
@@ -251,7 +251,7 @@ class VeratuneTuner(MergingTuner):
         return found
 
     def _check_target_module_exists(self, peft_config: Any, key: str) -> Any:  # type: ignore[override]
-        """Go by names without torch's wrappers, which are no targets themselves."""
+        """Match names without torch's wrappers, which are never targets themselves."""
         name = None if self._names is None else self._names.get(key)
         if name is None:
             return _means(peft_config, key)
@@ -265,7 +265,7 @@ class VeratuneTuner(MergingTuner):
         if any(target.module is model for target in found):
             raise ValueError(
                 f"target_parameters={config.target_parameters!r}: parameters of the outermost module cannot be adapted"
-                " in PEFT, which replaces modules: put the model into another module, or use veratune.get_peft_model"
+                " in PEFT, which replaces modules: wrap the model in another module, or use veratune.get_peft_model"
             )
         return [target for target in found if id(target.module) not in trained]
 
@@ -292,7 +292,7 @@ class VeratuneTuner(MergingTuner):
         self, peft_config: Any, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
     ) -> list[str]:
         plan = self._plan
-        if plan is None:  # nothing to adapt, which PEFT will say
+        if plan is None:  # nothing to adapt: PEFT raises an error
             return []
         made: dict[int, TunedModule] = {}
         with init_empty_weights() if low_cpu_mem_usage else nullcontext():
@@ -313,7 +313,7 @@ class VeratuneTuner(MergingTuner):
             adapter_name,
             target.name,
             plan.scheme,
-            # PEFT widens half-precision vectors itself, after this.
+            # PEFT casts half-precision vectors to float32 itself, after this.
             VectorInit(target.r, config.d_initial, config.init_weights, vector_dtype(weight.dtype, autocast=False)),
             ComputeSettings(config.vera_dropout, config.route, config.memory),
             plan.groups[target.name],
@@ -331,7 +331,7 @@ class VeratuneTuner(MergingTuner):
         state_dict: dict[str, Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
-        peft_method.let_trainer_find_best(VeratuneTuner)  # whose checkpoints are written by this
+        peft_method.let_trainer_find_best(VeratuneTuner)  # the Trainer's checkpoints are written through this method
         return tensors_to_save(model, config.bias, adapter_name, state_dict, unwanted_adapter_names)
 
     @classmethod
@@ -345,12 +345,12 @@ class VeratuneTuner(MergingTuner):
         return tensors_to_load(model, adapter_name, state_dict)
 
     def _settings(self, peft_config: Any) -> VeraConfig:
-        """Return a configuration's settings as veratune has them."""
+        """Return a PEFT configuration's settings as a `VeraConfig`."""
         settings: VeraConfig = peft_config.checked()
         return settings
 
     def _check_projections(self, peft_config: Any, scheme: Scheme) -> None:
-        """Note the projections' fingerprint, after making sure that they are those it was trained with."""
+        """Record the projections' fingerprint, and check that it is the one that the adapter was trained with."""
         peft_config.fingerprint = scheme.fingerprint()
         if peft_config._expected not in (None, peft_config.fingerprint):
             found = peft_config.fingerprint
@@ -376,6 +376,6 @@ def _switched(model: nn.Module) -> list[Any]:
 
 
 def _means(peft_config: Any, name: str) -> Any:
-    """Return whether PEFT's rules mean a module, as PEFT says it; its own way gives patterns from files to `re`."""
+    """Return whether PEFT's rules select a module, as PEFT's function does, but without passing patterns to `re`."""
     meant = is_meant(peft_config, name)
     return _ExcludedModule() if meant is None else meant

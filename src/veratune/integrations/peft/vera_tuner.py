@@ -22,7 +22,7 @@ _PROJECTION_KEYS = ("base_model.vera_A", "base_model.vera_B")
 
 
 class PeftVeraTuner(VeratuneTuner):
-    """What PEFT makes of a model for its own `VeraConfig` after `install(replace_vera=True)`."""
+    """PEFT's tuner for its own `VeraConfig`, after `install(replace_vera=True)`."""
 
     # As in PEFT: transformers' load_adapter and inject_adapter_in_model would ignore stored A and B.
     uses_shared_state = True
@@ -36,8 +36,8 @@ class PeftVeraTuner(VeratuneTuner):
         for target in found.values():
             if "peft" not in layer_class(unwrapped(target.module)).exports:
                 raise ValueError(
-                    f"{target.name} cannot be adapted with PEFT's own VeraConfig, whose files are for linear layers"
-                    " alone: exclude it, or use VeratuneConfig"
+                    f"{target.name} cannot be adapted with PEFT's own VeraConfig, whose files support only linear"
+                    " layers: exclude it, or use VeratuneConfig"
                 )
         return found
 
@@ -82,7 +82,7 @@ def _entries(model: nn.Module, adapter_name: str) -> list[AdapterEntry]:
 
 
 def _use_projections(model: nn.Module, adapter_name: str, a: Tensor, b: Tensor) -> None:
-    """Let an adapter use projections from a file where they are not those that its key gives here."""
+    """Make an adapter use projections from a file if they differ from those that its key gives here."""
     entries = _entries(model, adapter_name)
     stored = Stored.from_tensors(a, b)
     own = Stored.from_tensors(*(shared_projection(side, entries[0]) for side in _SIDES))

@@ -4,8 +4,9 @@ With T tokens and rank r:
 
     scaled   u = x A^T, then b * ((d * u) B^T): the vectors scale activations. For few tokens.
     folded   u = x A^T, then u C with C = d b^T * B folded once. For a moderate number of tokens.
-    dense    W0 + C^T A once, then one product as for a plain layer; vector gradients from g^T x. For high ranks.
-    triton   as scaled, in one kernel on a GPU. Where `calibrate` has measured the kernel.
+    dense    W0 + C^T A once, then one product as for a plain layer; vector gradients from g^T x. For many tokens; in
+             training, for high ranks.
+    triton   like scaled, in one kernel on a GPU. For devices on which `calibrate` measured the kernel.
     mixed    the output of `dense`, the vector gradients of `folded`. For training with many tokens.
 
 To add a route, write a class with the methods of `Route` in a file here and add it to `ROUTES`.

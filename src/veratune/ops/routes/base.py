@@ -89,7 +89,7 @@ class Route(Protocol):
         reads_weight: whether it computes with W0 itself, rather than adding to the base layer's output.
         gradients_from: the tensor saved for the gradients of b and d: x, or x A^T.
         keeps: the intermediate result that `forward` can keep: the adapted weight, (out, in), the product with B,
-            (T, out), or x A^T, (T, r); None if there is none.
+            (T, out), or x A^T, (T, r); None if it keeps nothing.
     """
 
     name: ClassVar[str]
@@ -98,11 +98,11 @@ class Route(Protocol):
     keeps: ClassVar[Keeps | None] = None
 
     def available(self, profile: DeviceProfile, shape: LayerShape) -> bool:
-        """Return whether it can compute a layer of this shape on a device."""
+        """Return whether the route can compute a layer of this shape on a device."""
         return True
 
     def uses_xa(self, training: bool) -> bool:
-        """Return whether it computes with x A^T."""
+        """Return whether the route computes with x A^T."""
         ...
 
     def forward(self, inputs: LinearInputs, keep: bool) -> tuple[Tensor, Tensor | None]:
@@ -124,10 +124,10 @@ class Route(Protocol):
         ...
 
     def cost(self, cost: Cost, shape: LayerShape, *, training: bool, backward: bool, keep: bool) -> None:
-        """Add its cost in addition to the frozen layer.
+        """Add the route's cost on top of the frozen layer.
 
         Args:
-            cost: the sum to add to.
+            cost: the running sum to add to.
             shape: the call's dimensions.
             training: whether the vectors' gradients are wanted.
             backward: whether any gradient is wanted.

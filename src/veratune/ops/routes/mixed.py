@@ -1,4 +1,4 @@
-"""The route for training with many tokens and a small rank: a dense output, vector gradients through the rank."""
+"""The route for training with many tokens and a small rank: a dense output, but vector gradients from x A^T."""
 
 from typing import ClassVar, Literal
 
