@@ -127,13 +127,13 @@ def check_places(model: nn.Module, layers: Mapping[str, VeraLayer], whose: str) 
         whose: what the message calls the layers that would lose it.
     """
     modules = base_modules(model)
-    places: dict[int, dict[tuple[int, str], str]] = {}
+    names_by_module: dict[int, dict[tuple[int, str], str]] = {}
     for name, module in modules.items():
         parent, _, own = name.rpartition(".")
-        places.setdefault(id(module), {})[id(modules.get(parent)), own] = name
+        names_by_module.setdefault(id(module), {})[id(modules.get(parent)), own] = name
     for name, layer in layers.items():
         module = modules[name.rpartition(".")[0] if layer.of_parameter else name]
-        names = list(places[id(module)].values())
+        names = list(names_by_module[id(module)].values())
         if len(names) > 1:
             raise ValueError(
                 f"{whose} cannot hold the adapter on {name}: it is one module in several places ({', '.join(names)}),"

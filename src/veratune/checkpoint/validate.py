@@ -73,7 +73,7 @@ def targets_of(modules: Mapping[str, nn.Module], loaded: LoadedAdapter) -> list[
         CheckpointError: a layer that the model does not have, or that has other dimensions or cannot be adapted.
     """
     found = {name: _module_and_parameter(name, modules) for name in loaded.vectors}
-    missing = [name for name, place in found.items() if place is None]
+    missing = [name for name, owner in found.items() if owner is None]
     if missing:
         raise CheckpointError(
             f"{loaded.origin} adapts {len(missing)} layers that this {type(modules['']).__name__} does not have: "
@@ -82,9 +82,9 @@ def targets_of(modules: Mapping[str, nn.Module], loaded: LoadedAdapter) -> list[
         )
     targets: list[Target] = []
     names: dict[tuple[int, str | None], str] = {}
-    for name, place in found.items():
-        assert place is not None
-        module, parameter = place
+    for name, owner in found.items():
+        assert owner is not None
+        module, parameter = owner
         b, d = (loaded.vectors[name][which] for which in VECTORS)
         size = _geometry(loaded.origin, name, module, parameter)
         twin = names.setdefault((id(module), parameter), name)

@@ -43,7 +43,7 @@ def check_new(directory: Path, otherwise: str = "choose another one") -> None:
 
 
 @contextmanager
-def writing(place: Path) -> Iterator[None]:
+def writing(path: Path) -> Iterator[None]:
     """Add the path to errors of a full disk that are raised in this context.
 
     Raises:
@@ -52,7 +52,7 @@ def writing(place: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        reason = why_not_written(error, place)
+        reason = why_not_written(error, path)
         if reason is None:
             raise
         raise CheckpointError(reason) from error
@@ -72,15 +72,15 @@ def writing_new(directory: Path) -> Iterator[None]:
         raise
 
 
-def why_not_written(error: Exception, place: Path | None = None) -> str | None:
+def why_not_written(error: Exception, path: Path | None = None) -> str | None:
     """Return a message if an error was caused by a full or failing disk, otherwise None."""
     number = error.errno if isinstance(error, OSError) else None
     words = str(error)
     if number not in _OF_SPACE and not any(theirs in words for theirs in _NOT_WRITTEN):
         return None
     named = getattr(error, "filename", None)
-    where = Path(os.fsdecode(named)) if named is not None else place
-    known = place or (where.parent if where is not None else None)
+    where = Path(os.fsdecode(named)) if named is not None else path
+    known = path or (where.parent if where is not None else None)
     free = None if known is None else _free_bytes(known)
     if number is None and (
         (free is not None and free < _NEARLY_NOTHING) or "os error 28" in words or "No space left" in words
@@ -91,9 +91,9 @@ def why_not_written(error: Exception, place: Path | None = None) -> str | None:
     return f"{where or 'the output'} cannot be written: {reason}{left}"
 
 
-def _free_bytes(place: Path) -> int | None:
+def _free_bytes(path: Path) -> int | None:
     try:
-        absolute = place.absolute()
+        absolute = path.absolute()
         return shutil.disk_usage(next(path for path in (absolute, *absolute.parents) if path.exists())).free
     except OSError:
         return None

@@ -143,15 +143,15 @@ def _places(name: str, layer: VeraLayer, names: Any, *, tied: bool) -> list[str]
         ValueError: llama.cpp has no such tensor, or no LoRA for it.
     """
     stem = name.removesuffix(".weight") if layer.of_parameter else name
-    places = [stem]
+    tensor_names = [stem]
     if "gguf" not in layer.exports:
-        places = []
+        tensor_names = []
     elif layer.geometry.count is not None:
         if layer.out_axis != 0 or not stem.endswith((".experts.gate_up_proj", ".experts.down_proj")):
-            places = []
+            tensor_names = []
         elif stem.endswith(".gate_up_proj"):
-            places = [stem.removesuffix("gate_up_proj") + part for part in ("gate_proj", "up_proj")]
-    found = [names.get_name(place) for place in places]
+            tensor_names = [stem.removesuffix("gate_up_proj") + part for part in ("gate_proj", "up_proj")]
+    found = [names.get_name(tensor_name) for tensor_name in tensor_names]
     reason = layer.why_not_lora()
     if not found or None in found:
         reason = f"no tensor there that supports LoRA corresponds to it ({layer.kind})"
@@ -162,7 +162,7 @@ def _places(name: str, layer: VeraLayer, names: Any, *, tied: bool) -> list[str]
             f"llama.cpp's LoRA cannot hold the adapter on {name}: {reason}. Exclude the layer (exclude_modules), or"
             " merge the adapter (merge_and_unload) and convert the model"
         )
-    return [f"{place}.weight" for place in found]
+    return [f"{tensor_name}.weight" for tensor_name in found]
 
 
 def _orders(config: Any, order: str | None) -> dict[str, _Order]:
@@ -176,7 +176,9 @@ def _orders(config: Any, order: str | None) -> dict[str, _Order]:
     return {}
 
 
-def _pairs(layer: VeraLayer, adapter_name: str, places: list[str], alpha: int, order: _Order | None) -> Iterator[_Pair]:
+def _pairs(
+    layer: VeraLayer, adapter_name: str, tensor_names: list[str], alpha: int, order: _Order | None
+) -> Iterator[_Pair]:
     """Yield the float32 matrices of each tensor of one weight, scaled so that llama.cpp's factor alpha / r cancels."""
     a, b = layer.lora_factors(adapter_name)
     rank, count = layer.entries[adapter_name].rank, layer.geometry.count
@@ -188,5 +190,5 @@ def _pairs(layer: VeraLayer, adapter_name: str, places: list[str], alpha: int, o
         a, b = a.view(count, rank, -1), b.view(-1, rank, count).permute(2, 0, 1)
     if order is not None:
         b = b.view(*order.outer, -1, rank).transpose(*order.swapped).reshape(b.shape)
-    for place, rows in zip(places, b.chunk(len(places), -2), strict=True):
-        yield _Pair(place, a, rows)
+    for tensor_name, rows in zip(tensor_names, b.chunk(len(tensor_names), -2), strict=True):
+        yield _Pair(tensor_name, a, rows)

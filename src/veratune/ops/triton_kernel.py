@@ -99,10 +99,10 @@ def _add_product(  # type: ignore[no-untyped-def]
         if SCALES_OUTPUT:
             scale = tl.load(output_scale + columns, mask=column_there, other=0.0).to(tl.float32)
             added = added * scale[None, :]
-        place = out + rows[:, None] * out_row + columns[None, :] * out_column
+        pointers = out + rows[:, None] * out_row + columns[None, :] * out_column
         there = row_there[:, None] & column_there[None, :]
-        before = tl.load(place, mask=there, other=0.0).to(tl.float32)
-        tl.store(place, (before + added).to(out.dtype.element_ty), mask=there)
+        before = tl.load(pointers, mask=there, other=0.0).to(tl.float32)
+        tl.store(pointers, (before + added).to(out.dtype.element_ty), mask=there)
 
 
 def add_product_(

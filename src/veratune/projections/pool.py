@@ -18,7 +18,7 @@ from veratune.projections.base import Scheme, Side
 from veratune.projections.structure import Matrix
 from veratune.utils.torch_private import constant_while_compiling, outside_transformations
 
-_Place = tuple[torch.device, torch.dtype]
+_DeviceDtype = tuple[torch.device, torch.dtype]
 _numbers = itertools.count()
 
 
@@ -50,54 +50,54 @@ class Projection:
         self.side = side
         self.width = width
         self._lock = lock
-        self._backings: WeakValueDictionary[_Place, _Backing] = WeakValueDictionary()
+        self._backings: WeakValueDictionary[_DeviceDtype, _Backing] = WeakValueDictionary()
         self._views: WeakSet[ProjectionView] = WeakSet()
 
     def join(self, view: "ProjectionView") -> None:
         with self._lock:
             self._views.add(view)
 
-    def fill(self, view: "ProjectionView", place: _Place) -> Tensor:
+    def fill(self, view: "ProjectionView", device_dtype: _DeviceDtype) -> Tensor:
         """Set the view's tensor for this device and dtype, drawing only the rows that do not exist yet."""
         with self._lock, _plain_tensors():
-            if place in view.tensors:
-                return view.tensors[place]
-            backing = self._backings.get(place)
+            if device_dtype in view.tensors:
+                return view.tensors[device_dtype]
+            backing = self._backings.get(device_dtype)
             held = 0 if backing is None else backing.tensor.shape[0]
             if backing is None or held < view.rank:
-                device, dtype = place
+                device, dtype = device_dtype
                 drawn = self.scheme.draw(self.side, range(held, view.rank), self.width, device)
                 tensor = view.structure.arrange(drawn, dim=0).to(dtype)
                 if backing is not None:
                     tensor = torch.cat([backing.tensor, tensor])
                 if type(tensor) is not Tensor:  # created under a tracing mode: not valid outside it
                     return tensor[:, : view.columns]
-                backing = self._install(place, tensor)
+                backing = self._install(device_dtype, tensor)
             part = view.part_of(backing)
             if type(part) is Tensor:
-                view.attach(place, backing, part)
+                view.attach(device_dtype, backing, part)
             return part
 
-    def _install(self, place: _Place, tensor: Tensor) -> _Backing:
+    def _install(self, device_dtype: _DeviceDtype, tensor: Tensor) -> _Backing:
         """Install the tensor for a device and dtype, and update every view that uses the previous one."""
         backing = _Backing(tensor)
-        self._backings[place] = backing
+        self._backings[device_dtype] = backing
         for view in self._views:
-            if place in view.tensors:
-                view.attach(place, backing, view.part_of(backing))
+            if device_dtype in view.tensors:
+                view.attach(device_dtype, backing, view.part_of(backing))
         return backing
 
     def trim(self) -> None:
         """Free the rows above the largest rank still in use."""
         with self._lock, _plain_tensors():
-            for place, backing in list(self._backings.items()):
-                rank = max((view.rank for view in self._views if place in view.tensors), default=0)
+            for device_dtype, backing in list(self._backings.items()):
+                rank = max((view.rank for view in self._views if device_dtype in view.tensors), default=0)
                 if 0 < rank < backing.tensor.shape[0] and not self.scheme.ordered_by_rank:
-                    self._install(place, backing.tensor[:rank].clone())
+                    self._install(device_dtype, backing.tensor[:rank].clone())
 
-    def tensors(self) -> dict[_Place, Tensor]:
+    def tensors(self) -> dict[_DeviceDtype, Tensor]:
         with self._lock:
-            return {place: backing.tensor for place, backing in self._backings.items()}
+            return {device_dtype: backing.tensor for device_dtype, backing in self._backings.items()}
 
 
 class ProjectionView:
@@ -117,8 +117,8 @@ class ProjectionView:
         self.features = features
         self.structure = projection.scheme.structure(projection.side, rank, features)
         self.columns = projection.scheme.stored_columns(projection.side, features)
-        self.tensors: dict[_Place, Tensor] = {}
-        self._held: dict[_Place, _Backing] = {}
+        self.tensors: dict[_DeviceDtype, Tensor] = {}
+        self._held: dict[_DeviceDtype, _Backing] = {}
         # Compilers treat strings as constants, but may replace an int that differs between views with a symbol.
         self._key = f"view {next(_numbers)}"
         _views[self._key] = self
@@ -136,9 +136,9 @@ class ProjectionView:
             _fill_while_tracing(self._key, device, dtype)
             if (device, dtype) in self.tensors:
                 return self.tensors[(device, dtype)]
-        place = (device, dtype)
-        held = self.tensors.get(place)
-        return self.projection.fill(self, place) if held is None else held
+        device_dtype = (device, dtype)
+        held = self.tensors.get(device_dtype)
+        return self.projection.fill(self, device_dtype) if held is None else held
 
     def drawn(self) -> Tensor:
         """Draw the projection, (rank, features), as a dense float32 tensor on the CPU, without caching it."""
@@ -152,14 +152,14 @@ class ProjectionView:
         rows = backing.tensor if self.projection.scheme.ordered_by_rank else backing.tensor[: self.rank]
         return rows[:, : self.columns]
 
-    def attach(self, place: _Place, backing: _Backing, part: Tensor) -> None:
-        self._held[place] = backing
-        self.tensors[place] = part
+    def attach(self, device_dtype: _DeviceDtype, backing: _Backing, part: Tensor) -> None:
+        self._held[device_dtype] = backing
+        self.tensors[device_dtype] = part
 
     def keep_only(self, device: torch.device) -> None:
         """Release tensors on other devices, after the layer has been moved to this one."""
-        for place in [place for place in self.tensors if place[0] != device]:
-            del self.tensors[place], self._held[place]
+        for device_dtype in [device_dtype for device_dtype in self.tensors if device_dtype[0] != device]:
+            del self.tensors[device_dtype], self._held[device_dtype]
 
     def release(self) -> None:
         """Release all tensors; the next use creates them again."""

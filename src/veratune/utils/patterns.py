@@ -196,7 +196,7 @@ def _part(kind: Any, value: Any, flags: int, depth: int) -> _Part:
         width = inside.getwidth()[0] if direction < 0 else None
         return _look(_sequence(inside, flags, depth), width, wanted=kind is sre.ASSERT)
     if kind is sre.AT:
-        return _place(value, flags)
+        return _anchor(value, flags)
     if kind is getattr(sre, "FAILURE", None):
         return lambda name, starts: 0
     raise PatternError("backreferences, conditionals, atomic groups and possessive quantifiers are not supported")
@@ -281,7 +281,7 @@ def _look(inside: _Part, width: int | None, *, wanted: bool) -> _Part:
     return run
 
 
-def _place(where: Any, flags: int) -> _Part:
+def _anchor(where: Any, flags: int) -> _Part:
     lines = bool(flags & re.MULTILINE)
 
     def is_word(name: _Name, position: int) -> bool:

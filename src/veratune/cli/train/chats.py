@@ -39,9 +39,9 @@ def chat_tokens(tokenizer: Any, messages: list[Message], *, every: bool) -> tupl
                 "the model's chat template writes the beginning of a chat otherwise once an answer follows, so that the"
                 " assistant's part cannot be told: --chat-loss all learns everything"
             )
-        for place, (start, end) in enumerate(encoded["offset_mapping"]):
+        for index, (start, end) in enumerate(encoded["offset_mapping"]):
             if len(before) <= start < end <= len(through):
-                labels[place] = ids[place]
+                labels[index] = ids[index]
     return ids, labels
 
 

@@ -247,21 +247,21 @@ def _names_of_classes(rows: list[Row], settings: TrainSettings) -> Iterator[str]
 def _check_labels(path: str, rows: list[Row], settings: TrainSettings) -> None:
     """Raise ValueError for labels that are not classes, or that only look equal."""
     kinds: dict[str, tuple[type, str]] = {}
-    names, places = [], []
+    names, sources = [], []
     for number, row in enumerate(rows, start=1):
         value = row[settings.label_column]
         where = f"{path}: row {number}: {settings.label_column!r}"
         for label in value if isinstance(value, list) else [value]:
             name = class_name(where, label)
             kind = int if isinstance(label, float) else type(label)
-            before, place = kinds.setdefault(name, (kind, where))
+            before, first_source = kinds.setdefault(name, (kind, where))
             if before is not kind:
                 raise ValueError(
-                    f"{where} is {describe(label)}, and {place} is a {before.__name__} that looks the same"
+                    f"{where} is {describe(label)}, and {first_source} is a {before.__name__} that looks the same"
                 )
             names.append(name)
-            places.append(where)
-    check_not_measured(places.__getitem__, names)
+            sources.append(where)
+    check_not_measured(sources.__getitem__, names)
 
 
 def digest(*parts: list[Row]) -> str:

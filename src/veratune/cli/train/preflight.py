@@ -23,14 +23,14 @@ _HIGH_HEAD_RATE = 1e-1
 _MANY_CLASSES = 50
 
 
-def check_vocabulary(model: nn.Module, examples: Examples, place: str) -> None:
+def check_vocabulary(model: nn.Module, examples: Examples, data: str) -> None:
     """Raise ValueError if the tokenizer returns tokens that the model has no embedding for."""
     described: Any = model
     rows = getattr(described.get_input_embeddings(), "num_embeddings", None)
     highest = max((token for example in examples for token in example["input_ids"]), default=0)
     if isinstance(rows, int) and highest >= rows:
         raise ValueError(
-            f"{place}: the tokenizer gives token {highest}, and the model knows {rows} tokens only: they do not belong"
+            f"{data}: the tokenizer gives token {highest}, and the model knows {rows} tokens only: they do not belong"
             " together"
         )
 
@@ -94,8 +94,8 @@ def warnings_of(
         )
     # A checkpoint has the trained parameters and two moments of each; at most three are kept, plus the adapter.
     needed = 4 * trainable * (3 * 3 + 1)
-    place = Path(settings.output).absolute()
-    free = shutil.disk_usage(next(path for path in (place, *place.parents) if path.exists())).free
+    output = Path(settings.output).absolute()
+    free = shutil.disk_usage(next(path for path in (output, *output.parents) if path.exists())).free
     if free < needed:
         yield f"checkpoints may need {bytes_text(needed)}, and {settings.output} has {bytes_text(free)} left"
 

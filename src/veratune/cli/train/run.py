@@ -145,9 +145,9 @@ def _rows(settings: TrainSettings) -> tuple[list[Row], list[Row]]:
         return split(rows, settings)
     if settings.eval_split is not None and Path(settings.eval_data or settings.data).exists():
         raise SettingsError("eval_split names a part of a data set on the hub: give --eval-data for a file")
-    place = settings.eval_data or settings.data
-    others = read_rows(place, settings.subset, settings.eval_split or settings.split)
-    check_columns(place, others, settings)
+    path = settings.eval_data or settings.data
+    others = read_rows(path, settings.subset, settings.eval_split or settings.split)
+    check_columns(path, others, settings)
     return rows, others
 
 

@@ -100,12 +100,12 @@ def _token_classification(settings: TrainSettings, tokenizer: Any, labels: list[
     def encode(row: Row) -> Row:
         words = row[settings.text_column]
         encoded = tokenizer(words, is_split_into_words=True, truncation=True, max_length=settings.max_length)
-        given, places = row[settings.label_column], encoded.word_ids()
+        given, word_ids = row[settings.label_column], encoded.word_ids()
         # The first token of a word carries its label.
-        first = [place is not None and (i == 0 or places[i - 1] != place) for i, place in enumerate(places)]
+        first = [word is not None and (i == 0 or word_ids[i - 1] != word) for i, word in enumerate(word_ids)]
         targets = [
-            numbers[class_name("a label", given[place])] if is_first else IGNORED
-            for place, is_first in zip(places, first, strict=True)
+            numbers[class_name("a label", given[word])] if is_first else IGNORED
+            for word, is_first in zip(word_ids, first, strict=True)
         ]
         return {**dict(encoded), "labels": targets}
 

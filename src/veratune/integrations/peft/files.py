@@ -35,13 +35,13 @@ _LOCATION = ("subfolder", "revision", "token", "cache_dir", "local_files_only")
 _PARTS = ("base_layer", "adapted", *(VECTOR_PREFIX + which for which in VECTORS), "vera_dropout")
 
 
-def read_for_peft(place: str, **location: Any) -> NativeFile:
+def read_for_peft(path_or_repo: str, **location: Any) -> NativeFile:
     """Return the adapter at a place that PEFT is given.
 
     Raises:
         CheckpointError: its files cannot be used.
     """
-    return read_native(find_directory(place, **{name: location[name] for name in _LOCATION if name in location}))
+    return read_native(find_directory(path_or_repo, **{name: location[name] for name in _LOCATION if name in location}))
 
 
 def task_type_for_peft(loaded: LoadedAdapter) -> str | None:
@@ -190,10 +190,14 @@ def refusing(load: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(load)
     def load_adapter(self: Any, peft_model_id: Any = None, *args: Any, **kwargs: Any) -> Any:
         given = kwargs.get("adapter_state_dict") is not None or len(args) > 2
-        place = peft_model_id or getattr(kwargs.get("load_config"), "pretrained_model_name_or_path", None)
-        if not given and place is not None and _type_of(place, **(kwargs.get("adapter_kwargs") or {})) == PEFT_TYPE:
+        path_or_repo = peft_model_id or getattr(kwargs.get("load_config"), "pretrained_model_name_or_path", None)
+        if (
+            not given
+            and path_or_repo is not None
+            and _type_of(path_or_repo, **(kwargs.get("adapter_kwargs") or {})) == PEFT_TYPE
+        ):
             raise CheckpointError(
-                f"{place} is a veratune adapter, which transformers' load_adapter cannot read: use"
+                f"{path_or_repo} is a veratune adapter, which transformers' load_adapter cannot read: use"
                 " peft.PeftModel.from_pretrained or veratune.VeraModel.from_pretrained"
             )
         return load(self, peft_model_id, *args, **kwargs)
@@ -201,10 +205,12 @@ def refusing(load: Callable[..., Any]) -> Callable[..., Any]:
     return load_adapter
 
 
-def _type_of(place: Any, **location: Any) -> Any:
+def _type_of(path_or_repo: Any, **location: Any) -> Any:
     """Return the type of the adapter at a place, or None where PEFT finds none."""
     try:
-        return PeftConfig._get_peft_type(place, **{name: location[name] for name in _LOCATION if name in location})
+        return PeftConfig._get_peft_type(
+            path_or_repo, **{name: location[name] for name in _LOCATION if name in location}
+        )
     except (ValueError, KeyError, TypeError):
         return None
 

@@ -47,12 +47,12 @@ def _is_inside(name: str, saved: str) -> bool:
 def _first_index(name: str, stacks: list[str] | str | None) -> int | None:
     """Return the first number in a name, before its last part, that follows one of these stacks, or any name."""
     parts = name.split(".")
-    numbers = [place for place in range(1, len(parts) - 1) if parts[place].isdecimal()]
+    numbers = [index for index in range(1, len(parts) - 1) if parts[index].isdecimal()]
     if not stacks:
         # PEFT's pattern requires a dot before the stack's name.
-        return next((int(parts[place]) for place in numbers if place >= 2), None)
+        return next((int(parts[index]) for index in numbers if index >= 2), None)
     for stack in [stacks] if isinstance(stacks, str) else stacks:
-        for place in numbers:
-            if pattern(f"(?:{stack})").matches_end(".".join(parts[:place])):
-                return int(parts[place])
+        for index in numbers:
+            if pattern(f"(?:{stack})").matches_end(".".join(parts[:index])):
+                return int(parts[index])
     return None

@@ -120,8 +120,8 @@ def _checking(method: Callable[..., Any], check_local: Callable[..., None], posi
 
     @wraps(method)
     def checked(self: Any, *args: Any, **kwargs: Any) -> Any:
-        place = args[position] if len(args) > position else kwargs.get("model_id")
-        check_local(place, subfolder=kwargs.get("subfolder"))
+        path_or_repo = args[position] if len(args) > position else kwargs.get("model_id")
+        check_local(path_or_repo, subfolder=kwargs.get("subfolder"))
         return method(self, *args, **kwargs)
 
     return checked

@@ -125,25 +125,25 @@ def _embeddings_unnamed(config: Any) -> Iterator[None]:
 
 
 def _write_card(peft_model: Any, directory: Path) -> None:
-    with tempfile.TemporaryDirectory() as place:
-        card, updated = directory / CARD_NAME, Path(place) / CARD_NAME
+    with tempfile.TemporaryDirectory() as temporary:
+        card, updated = directory / CARD_NAME, Path(temporary) / CARD_NAME
         if card.is_file():
             shutil.copyfile(card, updated)
-        peft_model.create_or_update_model_card(place)
+        peft_model.create_or_update_model_card(temporary)
         write_text(card, updated.read_text(encoding="utf-8"))
 
 
 def _exchanged(peft_model: Any, root: Path, save: Callable[..., Any]) -> Any:
     """Save PEFT's files to another place, and exchange them for the old ones when all are complete."""
-    with tempfile.TemporaryDirectory() as place:
+    with tempfile.TemporaryDirectory() as temporary:
         for card in root.glob(f"**/{CARD_NAME}") if root.is_dir() else ():  # which PEFT updates
             if card.is_file() and (card.parent == root or card.parent.name in peft_model.peft_config):
-                copy = Path(place) / card.relative_to(root)
+                copy = Path(temporary) / card.relative_to(root)
                 copy.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(card, copy)
-        result = save(place)
-        for folder in sorted({path.parent for path in Path(place).glob("**/*") if path.is_file()}):
+        result = save(temporary)
+        for folder in sorted({path.parent for path in Path(temporary).glob("**/*") if path.is_file()}):
             paths = sorted(folder.iterdir(), key=lambda path: (path.name == CONFIG_NAME, path.name))
             files = {path.name: path.read_bytes() for path in paths if path.is_file()}
-            replace_together(root / folder.relative_to(place), files)
+            replace_together(root / folder.relative_to(temporary), files)
     return result

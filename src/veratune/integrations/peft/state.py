@@ -178,8 +178,8 @@ def file_keys(model: nn.Module, adapter_name: str) -> dict[str, str]:
     keys: dict[str, str] = {}
     for name, layer in adapted_layers(base).items():
         if adapter_name in layer.entries:
-            place = names[raw_names[id(layer)]].public
-            keys |= {joined(place, which): f"{which}.{name}" for which in _VECTORS}
+            public_name = names[raw_names[id(layer)]].public
+            keys |= {joined(public_name, which): f"{which}.{name}" for which in _VECTORS}
     inside = dict(_inside_saved(model, adapter_name))
     for name, wrapper in saved_wrappers(modules, adapter_name).items():
         raw = raw_names[id(wrapper)]
