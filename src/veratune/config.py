@@ -9,6 +9,7 @@ from typing import Any, Literal, NoReturn, TypeVar
 from veratune import config_fields as check
 from veratune.config_fields import LONGEST_VALUE, setting, settings_of
 from veratune.ops.planning import MEMORY_NAMES, ROUTE_NAMES, MemoryName, RouteName
+from veratune.projections.base import KEYS
 from veratune.projections.blocks import MOST_BLOCKS
 from veratune.projections.schemes import SCHEMES
 from veratune.utils.patterns import pattern
@@ -19,7 +20,6 @@ PEFT_TYPE = "VERATUNE"
 Bias = Literal["none", "all", "vera_only"]
 
 _BIASES = ("none", "all", "vera_only")
-_KEY_RANGE = range(-(1 << 63), 1 << 64)
 
 _Config = TypeVar("_Config")
 
@@ -112,7 +112,7 @@ class VeraFields:
     bias: Bias = setting("none", check.choice(_BIASES), peft="vera", card=True)
     init_weights: bool = setting(True, check.boolean, peft="vera", train=False)
     projection_prng_key: int = setting(
-        0, check.integer(_KEY_RANGE, "an integer of 64 bits"), peft="vera", card=True, train=False
+        0, check.integer(KEYS, "an integer of 64 bits"), peft="vera", card=True, train=False
     )
     projection: str = setting("per_dimension", check.choice(SCHEMES), card=True)
     projection_blocks: int = setting(

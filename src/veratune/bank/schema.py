@@ -18,8 +18,7 @@ from typing import Any
 import torch
 
 from veratune.bank.layout import AdapterRow, BankError, scheme_from_json, scheme_to_json
-from veratune.projections.blocks import MOST_BLOCKS
-from veratune.projections.schemes import Scheme
+from veratune.projections.schemes import SCHEMES, Scheme
 from veratune.utils.outside_files import parse_json
 
 APPLICATION_ID = 0x56455242
@@ -40,7 +39,6 @@ TABLES = {
 _LARGEST_RANK = 1 << 16
 _LARGEST_NUMBER = 1 << 40
 _LONGEST_NAME = 256
-_KEYS = range(-(1 << 63), 1 << 64)
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 _CHECKSUM_BYTES = 16
 
@@ -251,20 +249,15 @@ def _check_digest(digest: object) -> None:
 
 def _is_scheme(scheme: Values, layout: Values) -> bool:
     """Return whether a layout can have these projections, before anything is drawn for them."""
-    sizes: dict[str, int] = {}
-    if scheme.get("scheme") == "peft":
-        widest_in, widest_out = (max(layer[side] for layer in layout["layers"]) for side in (1, 2))
-        sizes = {"r": layout["rank"], "max_in": widest_in, "max_out": widest_out}
-    elif scheme.get("scheme") == "blocks":
-        sizes = {"g": MOST_BLOCKS}
-    elif scheme.get("scheme") != "per_dimension":
+    name = scheme.get("scheme")
+    registered = SCHEMES.get(name) if isinstance(name, str) else None
+    if registered is None:
         return False
-    return (
-        type(scheme.get("key")) is int
-        and scheme["key"] in _KEYS
-        and all(type(scheme.get(name)) is int and 1 <= scheme[name] <= most for name, most in sizes.items())
-        and _is_hex(scheme.get("fingerprint"), 16)
-    )
+    widest_in, widest_out = (max(layer[side] for layer in layout["layers"]) for side in (1, 2))
+    allowed = registered.allowed_values(layout["rank"], widest_in, widest_out)
+    return all(
+        type(scheme.get(field)) is int and scheme[field] in values for field, values in allowed.items()
+    ) and _is_hex(scheme.get("fingerprint"), 16)
 
 
 # The checksum

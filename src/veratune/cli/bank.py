@@ -149,7 +149,7 @@ def show(file: FileArgument, as_json: JsonOption = False) -> None:
                 "digest": stored.digest,
                 "rank": stored.rank,
                 "scheme": stored.scheme["scheme"],
-                "key": stored.scheme["key"],
+                "key": stored.scheme.get("key"),
                 "fingerprint": stored.scheme["fingerprint"],
             }
             for name, stored in rows

@@ -14,6 +14,8 @@ from veratune.projections.structure import DENSE, Structure
 from veratune.utils.tensors import bytes_of
 
 Side = Literal["A", "B"]
+# Those that Philox and torch's generators take.
+KEYS = range(-(1 << 63), 1 << 64)
 
 
 class Scheme(ABC):
@@ -103,6 +105,14 @@ class Scheme(ABC):
     def largest_rank(self, rank: int) -> int:
         """Return how many of the first `rank` rows exist."""
         return rank
+
+    @classmethod
+    def allowed_values(cls, r: int, max_in: int, max_out: int) -> dict[str, range]:
+        """Return the values that each field may have for layers up to this rank and these widths.
+
+        What a file states is compared with them before anything is drawn.
+        """
+        return {"key": KEYS}
 
     def to_json(self) -> dict[str, int | str]:
         """Return the values from which `scheme_from_json` restores the scheme.

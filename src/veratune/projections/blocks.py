@@ -258,6 +258,10 @@ class BlockProjections(Scheme):
     def for_layers(cls, key: int, r: int, max_in: int, max_out: int, *, projection_blocks: int = 8) -> Self:
         return cls(key % (1 << 64), projection_blocks)
 
+    @classmethod
+    def allowed_values(cls, r: int, max_in: int, max_out: int) -> dict[str, range]:
+        return super().allowed_values(r, max_in, max_out) | {"g": range(1, MOST_BLOCKS + 1)}
+
     def storage_width(self, side: Side, features: int) -> int:
         return features
 

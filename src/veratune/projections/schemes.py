@@ -108,6 +108,11 @@ class PeftShared(Scheme):
     def for_layers(cls, key: int, r: int, max_in: int, max_out: int) -> Self:
         return cls(key, r, max_in, max_out)
 
+    @classmethod
+    def allowed_values(cls, r: int, max_in: int, max_out: int) -> dict[str, range]:
+        sizes = {"r": r, "max_in": max_in, "max_out": max_out}
+        return super().allowed_values(r, max_in, max_out) | {name: range(1, most + 1) for name, most in sizes.items()}
+
     def scale_in_shared_pair(self, in_features: int, rank: int, max_in: int, max_rank: int) -> float:
         return 1.0
 
