@@ -9,11 +9,12 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from reference import dense_delta, projections
+from reference import dense_delta, projections, randomise
 from tiny_models import TARGETS, main_output, randomise_trainable, tiny_inputs, tiny_model
 
 peft = pytest.importorskip("peft")
 
+from veratune import VeraConfig, get_peft_model  # noqa: E402
 from veratune.integrations.peft import VeratuneConfig, install  # noqa: E402
 from veratune.integrations.peft.layers import TunedLayer  # noqa: E402
 
@@ -315,3 +316,30 @@ def test_vera_a_and_b_are_pefts_and_for_reading() -> None:
             read["narrow"]
         with pytest.raises(RuntimeError, match="Inplace update to inference tensor"):
             read["default"] += 1.0
+
+
+class Twice(nn.Module):
+    """One linear layer in two places."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = self.second = nn.Linear(7, 7)
+        self.other = nn.Linear(7, 7)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.second(torch.tanh(self.other(self.first(x))))
+        return out
+
+
+def test_a_layer_in_several_places_computes_with_the_adapter_in_all(tmp_path: Path) -> None:
+    native = get_peft_model(Twice(), VeraConfig(r=4, target_modules="all-linear", modules_to_save=[]))
+    randomise(native, 0.4)
+    x = torch.randn(3, 7)
+    native.save_pretrained(tmp_path)
+    model: Any = peft.PeftModel.from_pretrained(Twice(), tmp_path)
+    torch.testing.assert_close(model(x), native(x))
+    model.save_pretrained(tmp_path / "again")
+    again: Any = peft.PeftModel.from_pretrained(Twice(), tmp_path / "again")
+    torch.testing.assert_close(again.merge_and_unload()(x), native(x))
+    assert torch.equal(model.unload()(x), Twice()(x))

@@ -187,6 +187,7 @@ class VeratuneTuner(MergingTuner):
             super()._replace_module(parent, child_name, new_module, child)
         else:  # the base layer is put back; PEFT's method also sets its `weight`, which not every layer has
             setattr(parent, child_name, new_module)
+        put_in_place_of(self.model, child, new_module)  # PEFT replaces a module in the first of several places only
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: Any) -> Any:
         # Of a file, the vectors say which layers it is on, whatever its configuration names.
