@@ -212,7 +212,7 @@ def rewrite(path: Path, change) -> None:
         header = json.loads(handle.metadata()["veratune"])
     header.pop("sha256")
     change(tensors, header)
-    header["sha256"] = native._digest(header, tensors)
+    header["sha256"] = native.digest_of(header, tensors)
     save_file(tensors, path, {"format": "pt", "veratune": json.dumps(header)})
 
 

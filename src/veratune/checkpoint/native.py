@@ -15,7 +15,6 @@ SHA-256 over all of this and the tensors. As the file holds all that a load need
 same files with veratune's plug-in.
 """
 
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -39,6 +38,7 @@ from veratune.checkpoint.files import (
     write_json,
     write_tensors,
 )
+from veratune.checkpoint.native_header import FORMAT_VERSION, METADATA_KEY, checked_header, digest_of
 from veratune.checkpoint.validate import (
     LoadedAdapter,
     ReadyAdapter,
@@ -53,12 +53,8 @@ from veratune.layers import VeraLayer
 from veratune.layers.entries import VECTOR_PREFIX, VECTORS
 from veratune.projections.pool import projection_pool
 from veratune.projections.schemes import Scheme, Side, Stored
-from veratune.utils.outside_files import parse_json
-from veratune.utils.tensors import bytes_of, is_finite
+from veratune.utils.tensors import is_finite
 from veratune.utils.text import notify
-
-FORMAT_VERSION = 1
-METADATA_KEY = "veratune"
 
 # Fields that may differ between the two copies of the configuration without a word: they do not change the adapter.
 _INFORMATIVE = {"peft_type", *VeraConfig.names_with(peft="any")}
@@ -202,7 +198,7 @@ def write_native(
         "base": describe_base(model),
         "inputs": {name: layer.in_features for name, layer in layers.items() if not layer.one_hot},
     }
-    header["sha256"] = _digest(header, tensors)
+    header["sha256"] = digest_of(header, tensors)
     metadata = {"format": "pt", METADATA_KEY: json.dumps(header)}
     write_tensors(directory / WEIGHTS_NAME, tensors, metadata)
     base = type(without_wrappers(model))
@@ -280,7 +276,7 @@ def _checked(
     directory: Path, tensors: dict[str, Tensor], metadata: dict[str, str], *, sizes_only: bool = False
 ) -> NativeFile:
     path = directory / WEIGHTS_NAME
-    header = _header(path, metadata, None if sizes_only else tensors)
+    header = checked_header(path, metadata, None if sizes_only else tensors)
     try:
         config = VeraConfig.from_dict(header["config"])
     except (TypeError, ValueError) as error:
@@ -318,47 +314,6 @@ def _projection_tensors(layers: Mapping[str, VeraLayer], adapter_name: str, sche
         drawn = projection_pool.view(scheme, side, rank, width).drawn()
         tensors[name] = drawn if side == "A" else drawn.t()
     return tensors
-
-
-def _header(path: Path, metadata: dict[str, str], tensors: dict[str, Tensor] | None) -> dict[str, Any]:
-    """Return what a file says of itself, after a look at the digest where tensors are given."""
-    if METADATA_KEY not in metadata:
-        raise CheckpointError(
-            f"{path} was not written by veratune: its metadata has no {METADATA_KEY!r}, only {sorted(metadata)}"
-        )
-    try:
-        header = parse_json(metadata[METADATA_KEY])
-        version, digest = header["format_version"], header.pop("sha256")
-        config, fingerprint = header["config"], header["fingerprint"]
-        base, inputs = header.get("base", {}), header.get("inputs", {})
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise CheckpointError(f"{path}: the {METADATA_KEY!r} entry of its metadata is damaged") from None
-    if type(version) is not int or version != FORMAT_VERSION:
-        raise CheckpointError(
-            f"{path} has the format version {version!r}; this veratune reads {FORMAT_VERSION}: install a newer one"
-        )
-    whole = all(isinstance(value, dict) for value in (config, base, inputs)) and isinstance(fingerprint, str)
-    if not whole or not all(type(size) is int for size in inputs.values()):
-        raise CheckpointError(f"{path}: the {METADATA_KEY!r} entry of its metadata is damaged")
-    if tensors is not None and digest != _digest(header, tensors):
-        raise CheckpointError(f"{path} is damaged or was changed by hand: its SHA-256 does not fit its contents")
-    return dict(header)
-
-
-def _digest(header: dict[str, Any], tensors: dict[str, Tensor]) -> str:
-    sha = hashlib.sha256()
-    # An update of more than some kilobytes gives other threads a turn, and this one waits until they are at an end.
-    pending = bytearray(json.dumps(header, sort_keys=True).encode())
-    for name in sorted(tensors):
-        tensor = tensors[name]
-        # As json.dumps writes a list of the three, in half the time.
-        pending += f'[{json.dumps(name)}, "{tensor.dtype}", {list(tensor.shape)}]'.encode()
-        pending += bytes_of(tensor)
-        if len(pending) > 1 << 20:
-            sha.update(pending)
-            pending.clear()
-    sha.update(pending)
-    return sha.hexdigest()
 
 
 def _grouped(path: Path, tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:

@@ -374,7 +374,7 @@ def edited(directory: Path, change: Any) -> None:
         header = json.loads(file.metadata()["veratune"])
     del header["sha256"]
     change(tensors, header)
-    header["sha256"] = native._digest(header, tensors)
+    header["sha256"] = native.digest_of(header, tensors)
     save_file(tensors, directory / WEIGHTS, {"format": "pt", "veratune": json.dumps(header)})
     copy = json.loads((directory / CONFIG).read_text())
     (directory / CONFIG).write_text(json.dumps(copy | header["config"]))

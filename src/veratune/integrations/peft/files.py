@@ -22,7 +22,8 @@ from veratune.checkpoint.files import (
     read_json,
 )
 from veratune.checkpoint.hub import find_directory
-from veratune.checkpoint.native import METADATA_KEY, NativeFile, read_native
+from veratune.checkpoint.native import NativeFile, read_native
+from veratune.checkpoint.native_header import METADATA_KEY
 from veratune.checkpoint.peft_rules import TASK_HEADS, exact_targets, peft_saved
 from veratune.checkpoint.validate import LoadedAdapter, check_keys, other_projections
 from veratune.config import PEFT_TYPE

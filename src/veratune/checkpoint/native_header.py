@@ -1,0 +1,56 @@
+"""The header of veratune's own files: format version, configuration, fingerprint, and a SHA-256 over everything."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from veratune.checkpoint.files import CheckpointError
+from veratune.utils.outside_files import parse_json
+from veratune.utils.tensors import bytes_of
+
+FORMAT_VERSION = 1
+METADATA_KEY = "veratune"
+
+
+def checked_header(path: Path, metadata: dict[str, str], tensors: dict[str, Tensor] | None) -> dict[str, Any]:
+    """Return what a file says of itself, after a look at the digest where tensors are given."""
+    if METADATA_KEY not in metadata:
+        raise CheckpointError(
+            f"{path} was not written by veratune: its metadata has no {METADATA_KEY!r}, only {sorted(metadata)}"
+        )
+    try:
+        header = parse_json(metadata[METADATA_KEY])
+        version, digest = header["format_version"], header.pop("sha256")
+        config, fingerprint = header["config"], header["fingerprint"]
+        base, inputs = header.get("base", {}), header.get("inputs", {})
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise CheckpointError(f"{path}: the {METADATA_KEY!r} entry of its metadata is damaged") from None
+    if type(version) is not int or version != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path} has the format version {version!r}; this veratune reads {FORMAT_VERSION}: install a newer one"
+        )
+    whole = all(isinstance(value, dict) for value in (config, base, inputs)) and isinstance(fingerprint, str)
+    if not whole or not all(type(size) is int for size in inputs.values()):
+        raise CheckpointError(f"{path}: the {METADATA_KEY!r} entry of its metadata is damaged")
+    if tensors is not None and digest != digest_of(header, tensors):
+        raise CheckpointError(f"{path} is damaged or was changed by hand: its SHA-256 does not fit its contents")
+    return dict(header)
+
+
+def digest_of(header: dict[str, Any], tensors: dict[str, Tensor]) -> str:
+    sha = hashlib.sha256()
+    # An update of more than some kilobytes gives other threads a turn, and this one waits until they are at an end.
+    pending = bytearray(json.dumps(header, sort_keys=True).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        # As json.dumps writes a list of the three, in half the time.
+        pending += f'[{json.dumps(name)}, "{tensor.dtype}", {list(tensor.shape)}]'.encode()
+        pending += bytes_of(tensor)
+        if len(pending) > 1 << 20:
+            sha.update(pending)
+            pending.clear()
+    sha.update(pending)
+    return sha.hexdigest()
