@@ -56,10 +56,8 @@ def adapted(adapters: int = 1, **settings: Any) -> VeraModel:
 @pytest.mark.parametrize("route", ["factored", "dense"])
 def test_an_input_passes_each_file_once(route: str) -> None:
     rooms = [name.rpartition(".")[0] for name in walk(adapted(route=route), torch.randn(5, 16))]
-    assert {"layers/linear", "layers/plan", "layers/products"} < set(rooms)
-    # The product x A^T, which layers share, is made before the rest.
-    shared = {"ops/linear", "layers/input_cache", "ops/factors"}
-    assert all(rooms.count(room) == 1 for room in set(rooms) - shared), rooms
+    assert {"layers/linear", "layers/plan", "ops/linear"} < set(rooms)
+    assert all(rooms.count(room) == 1 for room in set(rooms) - {"ops/factors"}), rooms
 
 
 @pytest.mark.parametrize(

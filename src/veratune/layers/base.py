@@ -11,9 +11,10 @@ from veratune.layers.lazy_weight import View
 from veratune.layers.merging import MergeableLayer
 from veratune.layers.offloading import is_offloaded, loaded
 from veratune.layers.plan import choose, compute_dtype, exact_rows
-from veratune.layers.products import add, multiply
+from veratune.layers.products import plus_adapter
 from veratune.layers.read_only_weight import read_only
 from veratune.ops.delta import add_delta
+from veratune.ops.linear import adapted_linear
 from veratune.ops.rows import stack_residual
 from veratune.utils.torch_private import parameter_of
 
@@ -122,9 +123,9 @@ class VeraLayer(MergeableLayer):
             choices = choose(self.entries[name], self._pair(name), x, x.dtype, weight_readable=output is None)
             if output is None:
                 factors = blocks[0].factors.at(index)
-                output = multiply(flat, weight, bias, factors, choices[0], transposed=self.out_axis == 1)
+                output = adapted_linear(flat, weight, bias, factors, choices[0], transposed=self.out_axis == 1)
             else:
-                output = add(output, flat, blocks, choices, index=index)
+                output = plus_adapter(output, flat, blocks, choices, index=index)
         assert output is not None
         return output.view(*x.shape[:-1], self.out_features)
 

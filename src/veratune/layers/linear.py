@@ -14,7 +14,7 @@ from veratune.layers.base_call import call_with, has_own_forward, only_computes,
 from veratune.layers.geometry import Geometry
 from veratune.layers.kind import Export
 from veratune.layers.plan import plan_linear
-from veratune.layers.products import add, multiply
+from veratune.layers.products import plus_adapter
 from veratune.layers.quantized import (
     codes_of,
     dequantized,
@@ -27,7 +27,7 @@ from veratune.layers.quantized import (
     why_not_readable,
 )
 from veratune.layers.read_only_weight import read_only
-from veratune.ops.linear import project
+from veratune.ops.linear import adapted_linear, project
 from veratune.ops.planning import RouteChoice
 from veratune.projections.structure import Matrix
 from veratune.utils.sharding import describe_sharding, shape_of
@@ -170,7 +170,7 @@ class VeraLinear(VeraLayer):
         if x.ndim != 2:
             flat = flat.reshape(math.prod(x.shape[:-1]), self.in_features)
         factors = self.factors(name, flat.device, dtype, pair)
-        output = multiply(
+        output = adapted_linear(
             flat,
             cast(weight, dtype),
             None if bias is None else cast(bias, dtype),
@@ -191,13 +191,16 @@ class VeraLinear(VeraLayer):
             flat = self.vera_dropout[name](flat)
         else:
             xa = self._shared_xa(name, x, flat, blocks[0].factors.A)
-        return add(output.reshape(tokens, self.out_features), flat, blocks, choices, xa=xa).view(output.shape)
+        return plus_adapter(output.reshape(tokens, self.out_features), flat, blocks, choices, xa=xa).view(output.shape)
 
-    def _shared_xa(self, name: str, x: Tensor, flat: Tensor, A: Matrix) -> Callable[[bool], Tensor]:  # noqa: N803
-        """Return a function that returns x A^T, from the cache if a layer with the same input has computed it."""
+    def _shared_xa(self, name: str, x: Tensor, flat: Tensor, A: Matrix) -> Callable[[bool], Tensor] | None:  # noqa: N803
+        """Return a function that returns x A^T, computed once for all layers with the same input; None for one layer.
+
+        It takes whether the product has to be exact.
+        """
         entry = self.entries[name]
         if entry.group.size == 1:
-            return lambda exactly: project(flat, A, exactly=exactly)
+            return None
         cache = entry.group.cache
         return lambda exactly: cache.get(
             entry.name, x, A.values, lambda: project(flat, A, exactly=exactly), exactly=exactly

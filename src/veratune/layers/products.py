@@ -1,4 +1,4 @@
-"""Compute the output of one layer with one adapter, by the chosen route."""
+"""Adding the output of one adapter to that of a layer, fused or not, by the chosen routes."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -7,37 +7,12 @@ import torch
 from torch import Tensor
 
 from veratune.layers.entries import Block
-from veratune.ops.factors import Factors
-from veratune.ops.linear import adapted_linear, project, residual
+from veratune.ops.linear import project, residual
 from veratune.ops.planning import RouteChoice
 from veratune.utils.tensors import gradients_wanted
 
 
-def multiply(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    factors: Factors,
-    choice: RouteChoice,
-    *,
-    transposed: bool,
-    xa: Callable[[bool], Tensor] | None = None,
-) -> Tensor:
-    """Return x (W0 + delta W)^T + bias, (T, out), for one adapter on a layer that is not fused.
-
-    Args:
-        x: (T, in), in the compute dtype.
-        weight: W0, one matrix, in the layer's layout and in the compute dtype.
-        bias: (out,), in the compute dtype, or None.
-        factors: the adapter.
-        choice: the route.
-        transposed: whether the weight is (in, out).
-        xa: returns x A^T, if layers share it; in float32 if called with True.
-    """
-    return adapted_linear(x, weight, bias, factors, choice, transposed=transposed, xa=xa)
-
-
-def add(
+def plus_adapter(
     output: Tensor,
     x: Tensor,
     blocks: Sequence[Block],
