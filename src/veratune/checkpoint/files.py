@@ -14,7 +14,7 @@ from veratune.checkpoint.header import memory_of_machine, read_header
 from veratune.utils.atomic import remove_abandoned, write_atomically
 from veratune.utils.exchange import replace_together
 from veratune.utils.outside_files import LARGEST_TEXT, OutsideFileError, opened, parse_json, read_bounded
-from veratune.utils.sharding import is_emptied, whole
+from veratune.utils.sharding import all_gathered, is_emptied
 from veratune.utils.text import clipped
 
 CONFIG_NAME = "adapter_config.json"
@@ -77,7 +77,7 @@ def _tensor_bytes(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes
 def gathered(tensor: Tensor) -> Tensor:
     """Gather a tensor sharded over processes (FSDP2, ZeRO-3), detached; all of them have to call this."""
     if is_emptied(tensor):
-        with whole([tensor]):
+        with all_gathered([tensor]):
             return tensor.detach().clone()
     here = tensor.detach()
     gather = getattr(here, "full_tensor", None)

@@ -32,8 +32,8 @@ def checked_header(path: Path, metadata: dict[str, str], tensors: dict[str, Tens
         raise CheckpointError(
             f"{path} has the format version {version!r}; this veratune reads {FORMAT_VERSION}: install a newer one"
         )
-    whole = all(isinstance(value, dict) for value in (config, base, inputs)) and isinstance(fingerprint, str)
-    if not whole or not all(type(size) is int for size in inputs.values()):
+    well_typed = all(isinstance(value, dict) for value in (config, base, inputs)) and isinstance(fingerprint, str)
+    if not well_typed or not all(type(size) is int for size in inputs.values()):
         raise CheckpointError(f"{path}: the {METADATA_KEY!r} entry of its metadata is damaged")
     if tensors is not None and digest != digest_of(header, tensors):
         raise CheckpointError(f"{path} is damaged or was changed by hand: its SHA-256 does not fit its contents")

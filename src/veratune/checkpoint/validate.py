@@ -96,7 +96,7 @@ def targets_of(modules: Mapping[str, nn.Module], loaded: LoadedAdapter) -> list[
             raise CheckpointError(f"{name} is on the meta device: give the model its weights before loading an adapter")
         if is_engines(base):
             raise CheckpointError(
-                f"{loaded.origin} cannot be loaded here: {name} is spread over processes by DeepSpeed's ZeRO-3. Load"
+                f"{loaded.origin} cannot be loaded here: {name} is sharded over processes by DeepSpeed's ZeRO-3. Load"
                 " adapters before deepspeed.initialize"
             )
         parts: tuple[int, ...] = ()
@@ -249,16 +249,16 @@ class ReadyAdapter:
             for layer_name, vectors in self.loaded.vectors.items():
                 for which, value in vectors.items():
                     own = state.vectors[layer_name][which]
-                    own.copy_(_spread_like(value, own))
+                    own.copy_(_sharded_like(value, own))
             for module_name, tensors in self.loaded.saved.items():
                 module = state.saved[module_name]
                 own_state = public_state(module)
                 load_public_state(
-                    module, {key: _spread_like(tensor, own_state[key]) for key, tensor in tensors.items()}
+                    module, {key: _sharded_like(tensor, own_state[key]) for key, tensor in tensors.items()}
                 )
             for bias_name, bias in self.loaded.biases.items():
                 own = state.biases[bias_name]
-                own.copy_(_spread_like(bias, own))
+                own.copy_(_sharded_like(bias, own))
 
 
 def check_labels(origin: str, labels: Any) -> dict[int, str]:
@@ -328,7 +328,7 @@ def _check_saved(origin: str, modules: Mapping[str, nn.Module], name: str, state
             + _closest(name, modules)
         )
     original = unwrapped(module)
-    expected = public_state(original)  # parameters know their shapes where they are spread
+    expected = public_state(original)  # parameters know their shapes where they are sharded
     check_keys(f"{origin}: saved module {name!r}", expected, state)
     for key, tensor in state.items():
         shape = shape_of(expected[key])
@@ -353,8 +353,8 @@ def check_keys(what: str, expected: Iterable[str], found: Iterable[str]) -> None
         raise CheckpointError(f"{what} {' and '.join(problems)}")
 
 
-def _spread_like(value: Tensor, own: Tensor) -> Tensor:
-    """Return a value spread over processes as a parameter is (FSDP2), or as it is."""
+def _sharded_like(value: Tensor, own: Tensor) -> Tensor:
+    """Return a value sharded as a parameter is (FSDP2); the value itself if that is not sharded."""
     mesh = getattr(own, "device_mesh", None)
     if mesh is None:
         return value

@@ -127,10 +127,10 @@ def check_vectors_only(host: AdaptedModel, adapter_name: str, whose: str, instea
         instead: what to do with the merged model, for the message.
     """
     state = host.adapter_state(adapter_name)
-    whole = [*state.saved, *state.biases]
-    if whole:
+    in_full = [*state.saved, *state.biases]
+    if in_full:
         raise ValueError(
             f"{whose} cannot hold the modules and biases that adapter {adapter_name!r} trains in full:"
-            f" {', '.join(whole)}. Merge the adapter (merge_and_unload) and {instead}, or train with bias='none' and"
+            f" {', '.join(in_full)}. Merge the adapter (merge_and_unload) and {instead}, or train with bias='none' and"
             " modules_to_save=[]"
         )

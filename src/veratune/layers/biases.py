@@ -10,7 +10,7 @@ from torch.utils.hooks import RemovableHandle
 
 from veratune.layers.offloading import is_offloaded, why_no_values
 from veratune.layers.recomputation import State, StateLog, matters
-from veratune.utils.sharding import whole
+from veratune.utils.sharding import all_gathered
 
 
 class BiasCheck:
@@ -78,7 +78,7 @@ class AdapterBiases:
         for name, modules in owners.items():
             current = modules[0].bias
             assert isinstance(current, nn.Parameter)
-            with whole([current]), torch.inference_mode(False):
+            with all_gathered([current]), torch.inference_mode(False):
                 biases.waiting[name] = nn.Parameter(current.detach().clone(), requires_grad=False)
         for name, modules in owners.items():
             check = BiasCheck(biases.log, name)

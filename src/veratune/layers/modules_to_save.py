@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from veratune.layers.offloading import HOOK_ATTRIBUTES, resident_copy
 from veratune.layers.recomputation import State, StateLog, matters
-from veratune.utils.sharding import whole
+from veratune.utils.sharding import all_gathered
 from veratune.utils.torch_private import tree_leaves
 
 
@@ -30,7 +30,7 @@ class SavedModule(nn.Module):
         self.training = original_module.training
 
     def add_adapter(self, name: str) -> None:
-        with whole(self.original_module.parameters()), torch.inference_mode(False):
+        with all_gathered(self.original_module.parameters()), torch.inference_mode(False):
             self.modules_to_save[name] = resident_copy(self.original_module).requires_grad_(False)
 
     def delete_adapter(self, name: str) -> None:

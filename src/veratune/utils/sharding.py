@@ -38,7 +38,7 @@ def shape_of(tensor: Tensor) -> torch.Size:
 
 
 @contextmanager
-def whole(parameters: Iterable[Tensor]) -> Iterator[None]:
+def all_gathered(parameters: Iterable[Tensor]) -> Iterator[None]:
     """Gather emptied parameters within this context; all processes must enter it."""
     emptied = [parameter for parameter in parameters if is_emptied(parameter)]
     if not emptied:

@@ -158,8 +158,8 @@ def let_trainer_find_best(tuner_class: type) -> None:
     @wraps(load_default)
     def load_best_model(self: Any) -> None:
         model = self.model
-        spread = self.is_deepspeed_enabled or self.is_fsdp_enabled
-        if spread or not isinstance(getattr(model, "base_model", None), tuner_class):
+        sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
+        if sharded or not isinstance(getattr(model, "base_model", None), tuner_class):
             load_default(self)
             return
         best, names = Path(self.state.best_model_checkpoint), model.active_adapters

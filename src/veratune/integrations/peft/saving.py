@@ -91,7 +91,7 @@ def _save(
 def _tensors(
     peft_model: Any, adapter_name: str, state: dict[str, Tensor] | None, save_embedding_layers: Any
 ) -> dict[str, Tensor]:
-    """Return an adapter's tensors by their keys in its file, gathered if they are spread over processes."""
+    """Return an adapter's tensors by their keys in its file, gathered if they are sharded."""
     with _embeddings_unnamed(peft_model.peft_config[adapter_name]):
         found = get_peft_model_state_dict(
             peft_model, state_dict=state, adapter_name=adapter_name, save_embedding_layers=save_embedding_layers

@@ -47,7 +47,7 @@ class SavedTensors(dict[str, Tensor]):
         self._names = names
 
     def update(self, *args: Any, **kwargs: Any) -> None:
-        """Add tensors under their public keys, gathered if they are spread over processes."""
+        """Add tensors under their public keys, gathered if they are sharded."""
         for key, tensor in dict(*args, **kwargs).items():
             self[public_key(key, self._names)] = gathered(tensor)
 
