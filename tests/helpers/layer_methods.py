@@ -157,9 +157,9 @@ def as_told(case: Case, vectors: dict[str, Tensor]) -> None:
     assert all(torch.equal(number(own), other) for own, other in zip(vectors.values(), told, strict=True))
 
 
-def delta_of_blocks(case: Case) -> Tensor:
+def delta_of_parts(case: Case) -> Tensor:
     """Return the delta, (..., out, in), that an adapter's blocks make by their definition."""
-    deltas = [by_definition(b.factors) for b in case.layer.blocks("other", torch.device("cpu"), torch.float32)]
+    deltas = [by_definition(b.factors) for b in case.layer.factors_by_part("other", torch.device("cpu"), torch.float32)]
     return torch.cat(deltas) if len(deltas) > 1 else deltas[0]
 
 
@@ -374,7 +374,7 @@ def methods() -> list[Method]:
         Method("matrix", as_matrix, check=is_matrix),
         Method("like_weight", as_matrix, check=is_matrix),
         Method("vectors", lambda case: case.layer.vectors("other"), check=as_told),
-        Method("blocks", delta_of_blocks,
+        Method("factors_by_part", delta_of_parts,
                check=is_close("delta of blocks", lambda case: case.matrix(case.delta("other")))),
         Method("factors", delta_of_factors, check=lambda case, delta: delta is None or case.close(
             "delta of factors", delta, case.matrix(case.delta("other")))),

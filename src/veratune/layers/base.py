@@ -81,11 +81,11 @@ class VeraLayer(MergeableLayer):
         weight = self._outputs_first(base)
         for name in self.added_adapters:
             dtype = torch.promote_types(self.vectors(name)["b"].dtype, torch.float32)
-            blocks = self.blocks(name, weight.device, dtype)
-            if len(blocks) == 1:
-                weight = add_delta(weight, blocks[0].factors.at(index))
+            parts = self.factors_by_part(name, weight.device, dtype)
+            if len(parts) == 1:
+                weight = add_delta(weight, parts[0].factors.at(index))
             else:
-                weight = torch.cat([add_delta(weight[block.outputs], block.factors) for block in blocks])
+                weight = torch.cat([add_delta(weight[part.outputs], part.factors) for part in parts])
         return self._outputs_first(weight)
 
     def product(self, x: Tensor, base: Tensor, index: Any, bias: Tensor | None = None) -> Any:
@@ -119,13 +119,13 @@ class VeraLayer(MergeableLayer):
         flat = x.reshape(math.prod(x.shape[:-1]), self.in_features)
         output = None
         for name in self.added_adapters:
-            blocks = self.blocks(name, x.device, x.dtype)
+            parts = self.factors_by_part(name, x.device, x.dtype)
             choices = choose(self.entries[name], self._pair(name), x, x.dtype, weight_readable=output is None)
             if output is None:
-                factors = blocks[0].factors.at(index)
+                factors = parts[0].factors.at(index)
                 output = adapted_linear(flat, weight, bias, factors, choices[0], transposed=self.out_axis == 1)
             else:
-                output = plus_adapter(output, flat, blocks, choices, index=index)
+                output = plus_adapter(output, flat, parts, choices, index=index)
         assert output is not None
         return output.view(*x.shape[:-1], self.out_features)
 
@@ -138,9 +138,9 @@ class VeraLayer(MergeableLayer):
             groups: int64 (T,), the index of each row's matrix in the stack.
         """
         for name in self.added_adapters:
-            (block,) = self.blocks(name, x.device, x.dtype)
-            exactly = exact_rows(self.entries[name], block.factors, x)
-            start = stack_residual(start, x, block.factors, groups, exactly=exactly)
+            (part,) = self.factors_by_part(name, x.device, x.dtype)
+            exactly = exact_rows(self.entries[name], part.factors, x)
+            start = stack_residual(start, x, part.factors, groups, exactly=exactly)
         return start
 
     def weight_readable(self, name: str) -> bool:
@@ -153,18 +153,18 @@ class VeraLayer(MergeableLayer):
         return self.entries[name].a.drawn()
 
     def _drawn_factors(self, name: str) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
-        """Return A (r, in), B (out, r) with its scale for each block, b and d of an adapter; all but A in float64."""
+        """Return A (r, in), B (out, r) with its scale for each part, b and d of an adapter; all but A in float64."""
         vectors = {which: vector.detach().double().cpu() for which, vector in self.vectors(name).items()}
         entry = self.entries[name]
-        b_blocks = [view.drawn().double().t() * entry.scale for view in entry.b]
-        return self._drawn_a(name), b_blocks, vectors["b"], vectors["d"]
+        b_parts = [view.drawn().double().t() * entry.scale for view in entry.b]
+        return self._drawn_a(name), b_parts, vectors["b"], vectors["d"]
 
     def lora_factors(self, name: str) -> tuple[Tensor, Tensor]:
-        a, b_blocks, b, d = self._drawn_factors(name)
+        a, b_parts, b, d = self._drawn_factors(name)
         if not self.entries[name].parts:
-            return (d[:, None] * a).float(), (b[:, None] * b_blocks[0]).float()
-        # All blocks share A, so each block's d scales its rows of B.
-        scaled = [b_block * block_d for b_block, block_d in zip(b_blocks, d, strict=True)]
+            return (d[:, None] * a).float(), (b[:, None] * b_parts[0]).float()
+        # All parts share A, so each part's d scales its rows of B.
+        scaled = [b_part * part_d for b_part, part_d in zip(b_parts, d, strict=True)]
         return a.clone(), (b[:, None] * torch.cat(scaled)).float()
 
 

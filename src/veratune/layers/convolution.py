@@ -71,8 +71,8 @@ class VeraConv(TransparentLayer):
     def _alone(self, name: str, x: Tensor) -> Tensor:
         """Return an adapter's output without the base layer's."""
         weight, device = self.matrix(self.base_weight), self.device
-        (block,) = self.blocks(name, device, weight.dtype)
-        delta = add_delta(torch.zeros(weight.shape, dtype=weight.dtype, device=device), block.factors)
+        (part,) = self.factors_by_part(name, device, weight.dtype)
+        delta = add_delta(torch.zeros(weight.shape, dtype=weight.dtype, device=device), part.factors)
         stand_in = stand_in_for(self.base_layer, {"weight": self.like_weight(delta), "bias": None})
         alone: Tensor = stand_in.forward(x)  # without hooks, which ran when the base layer was called
         return alone

@@ -79,11 +79,11 @@ class AdapterEntry:
     Attributes:
         name: the layer's name, which identifies it within its group.
         group: the data shared by layers that may read the same input.
-        b: the view of B for each block of outputs; one if the layer is not fused.
+        b: the view of B for each part of the outputs; one if the layer is not fused.
         scale: the constant factor of B.
         settings: how it is computed.
-        shapes: the dimensions and the rank of each block, without a number of tokens.
-        parts: the number of outputs of each block; empty if the layer is not fused.
+        shapes: the dimensions and the rank of each part, without a number of tokens.
+        parts: the number of outputs of each part; empty if the layer is not fused.
         tables: the tables of routes that were looked up.
     """
 
@@ -109,7 +109,7 @@ class AdapterEntry:
         return (self.a, *self.b)
 
 
-class Block(NamedTuple):
+class Part(NamedTuple):
     """Consecutive outputs of a layer and the factors of an adapter on them."""
 
     outputs: slice

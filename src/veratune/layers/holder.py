@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from veratune.layers.biases import check_biases
-from veratune.layers.entries import AdapterEntry, Block, ComputeSettings, InputGroup, VectorInit
+from veratune.layers.entries import AdapterEntry, ComputeSettings, InputGroup, Part, VectorInit
 from veratune.layers.geometry import Geometry, slices
 from veratune.layers.kind import LayerKind
 from veratune.layers.offloading import ResidentParameters, execution_device
@@ -122,16 +122,16 @@ class AdapterHolder(LayerKind):
         d = a_view.structure.arrange(d)
         return Factors(a_view.matrix(device, dtype), b_view.matrix(device, dtype), b, d, entry.scale)
 
-    def blocks(self, name: str, device: torch.device, dtype: torch.dtype) -> list[Block]:
-        """Return an adapter's factors for each block of outputs: one, unless the layer is fused."""
+    def factors_by_part(self, name: str, device: torch.device, dtype: torch.dtype) -> list[Part]:
+        """Return an adapter's factors for each part of the outputs: one, unless the layer is fused."""
         b, d = self._pair(name)
         entry = self.entries[name]
         if not entry.parts:
-            return [Block(slice(None), self.factors(name, device, dtype, (b, d)))]
+            return [Part(slice(None), self.factors(name, device, dtype, (b, d)))]
         d = entry.a.structure.arrange(d)
         A = entry.a.matrix(device, dtype)  # noqa: N806
         return [
-            Block(outputs, Factors(A, view.matrix(device, dtype), b[outputs], d[part], entry.scale))
+            Part(outputs, Factors(A, view.matrix(device, dtype), b[outputs], d[part], entry.scale))
             for part, (outputs, view) in enumerate(zip(slices(entry.parts), entry.b, strict=True))
         ]
 
@@ -156,7 +156,7 @@ class AdapterHolder(LayerKind):
             init: the rank, and how the vectors start.
             settings: how the adapter is computed.
             group: the data shared by layers that may read the same input.
-            parts: the number of outputs of each block of a fused layer.
+            parts: the number of outputs of each part of a fused layer.
 
         Raises:
             ValueError: the layer has the adapter already, or a value is out of range; nothing is changed.

@@ -185,13 +185,13 @@ class VeraLinear(VeraLayer):
         """Return the output plus one adapter's output."""
         tokens = math.prod(x.shape[:-1])
         flat = x.to(output.dtype).reshape(tokens, self.in_features)
-        blocks = self.blocks(name, flat.device, flat.dtype)
+        parts = self.factors_by_part(name, flat.device, flat.dtype)
         xa = None
         if self._drops(name):
             flat = self.vera_dropout[name](flat)
         else:
-            xa = self._shared_xa(name, x, flat, blocks[0].factors.A)
-        return plus_adapter(output.reshape(tokens, self.out_features), flat, blocks, choices, xa=xa).view(output.shape)
+            xa = self._shared_xa(name, x, flat, parts[0].factors.A)
+        return plus_adapter(output.reshape(tokens, self.out_features), flat, parts, choices, xa=xa).view(output.shape)
 
     def _shared_xa(self, name: str, x: Tensor, flat: Tensor, A: Matrix) -> Callable[[bool], Tensor] | None:  # noqa: N803
         """Return a function that returns x A^T, computed once for all layers with the same input; None for one layer.

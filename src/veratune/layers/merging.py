@@ -39,8 +39,8 @@ class MergeableLayer(AdapterHolder):
     def _delta_matrices(self, name: str, dtype: torch.dtype) -> Tensor:
         """Return an adapter's delta as (..., out, in)."""
         deltas = []
-        for block in self.blocks(name, self.device, dtype):
-            factors = block.factors._replace(b=block.factors.b.to(dtype), d=block.factors.d.to(dtype))
+        for part in self.factors_by_part(name, self.device, dtype):
+            factors = part.factors._replace(b=part.factors.b.to(dtype), d=part.factors.d.to(dtype))
             if self.geometry.count is None:
                 deltas.append(delta_weight(factors))
             else:  # one at a time, which takes less memory

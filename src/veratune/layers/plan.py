@@ -35,7 +35,7 @@ def are_wide(vectors: Iterable[Tensor], dtype: torch.dtype) -> bool:
 def choose(
     entry: AdapterEntry, vectors: Sequence[Tensor], x: Tensor, dtype: torch.dtype, *, weight_readable: bool
 ) -> tuple[RouteChoice, ...]:
-    """Return the routes of one adapter for an input, one for each block of outputs.
+    """Return the routes of one adapter for an input, one for each part of the outputs.
 
     Args:
         entry: the adapter.
@@ -77,7 +77,7 @@ class LinearPlan(NamedTuple):
             adapter in one product, then adds the others; "residual" calls the unchanged base layer, then adds all
             adapters.
         dtype: the compute dtype.
-        choices: the routes of each adapter, one for each block of outputs.
+        choices: the routes of each adapter, one for each part of the outputs.
     """
 
     how: Literal["weight", "together", "residual"]

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from veratune.layers.entries import Block
+from veratune.layers.entries import Part
 from veratune.ops.linear import project, residual
 from veratune.ops.planning import RouteChoice
 from veratune.utils.tensors import gradients_wanted
@@ -15,7 +15,7 @@ from veratune.utils.tensors import gradients_wanted
 def plus_adapter(
     output: Tensor,
     x: Tensor,
-    blocks: Sequence[Block],
+    parts: Sequence[Part],
     choices: Sequence[RouteChoice],
     *,
     index: Any = None,
@@ -26,20 +26,20 @@ def plus_adapter(
     Args:
         output: (T, out).
         x: (T, in), of the output's dtype.
-        blocks: the adapter's factors for each block of outputs.
-        choices: the route for each block.
+        parts: the adapter's factors for each part of the outputs.
+        choices: the route for each part.
         index: the index of the matrix in the stack; None if there is no stack.
         xa: returns x A^T, if layers share it; in float32 if called with True.
     """
-    factors = blocks[0].factors
+    factors = parts[0].factors
     exactly = any(choice.exact for choice in choices) and gradients_wanted(factors.b, factors.d)
     projected = None if xa is None else xa(exactly)
-    if len(blocks) == 1:
-        return residual(output, x, blocks[0].factors.at(index), choices[0], xa=projected)
+    if len(parts) == 1:
+        return residual(output, x, parts[0].factors.at(index), choices[0], xa=projected)
     if projected is None:
         projected = project(x, factors.A, exactly=exactly)
     outputs = [
-        residual(output[:, block.outputs], x, block.factors, choice, xa=projected)
-        for block, choice in zip(blocks, choices, strict=True)
+        residual(output[:, part.outputs], x, part.factors, choice, xa=projected)
+        for part, choice in zip(parts, choices, strict=True)
     ]
     return torch.cat(outputs, dim=-1)
