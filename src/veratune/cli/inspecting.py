@@ -13,6 +13,7 @@ from veratune.adapters.coverage import WeightInfo, supported
 from veratune.checkpoint.base import AdapterContents
 from veratune.checkpoint.files import CheckpointError
 from veratune.checkpoint.formats import FORMATS, read_contents
+from veratune.checkpoint.lora import LoraFormat
 from veratune.cli.directories import writing
 from veratune.cli.models import ADAPTER_NAME, adapter_in, is_adapter, load_model
 from veratune.cli.output import bytes_text, print_json, print_table, print_text
@@ -144,7 +145,7 @@ _LORA_NORMS = ("a_norm", "b_norm")
 
 def _inspect_adapter(directory: Path, *, every: bool, plot: Path | None, as_json: bool) -> None:
     contents = read_contents(directory)
-    if not all(tensors.keys() == {"b", "d"} for tensors in contents.vectors.values()):
+    if contents.format == LoraFormat.name:
         if plot is not None:
             raise ValueError(f"--plot shows VeRA's vectors, and {directory} is a LoRA adapter")
         _inspect_lora(directory, contents, every=every, as_json=as_json)
