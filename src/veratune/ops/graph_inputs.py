@@ -31,7 +31,10 @@ def source_of(x: Tensor) -> Callable[[], Tensor] | None:
     node: Any = x.grad_fn
     if node is None or x._version or torch.compiler.is_compiling() or saved_tensors_are_hooked():
         return None
-    found = _value(node, _described, shaped=False)
+    try:
+        found = _value(node, _described, shaped=False)
+    except AttributeError:  # another version of torch calls a tensor otherwise
+        return None
     if found is None or found.numel() != x.numel() or found.dtype != x.dtype:
         return None
     shape = x.shape
