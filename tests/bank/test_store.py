@@ -184,7 +184,7 @@ def test_a_file_of_other_dtypes_is_refused(path: Path) -> None:
 
 def test_creating_where_it_cannot_be(path: Path) -> None:
     make(path, {"a": 1}).close()
-    with pytest.raises(BankError, match="exists already"):
+    with pytest.raises(BankError, match="already exists"):
         make(path)
     assert_holds(path, {"a": 1})
     with pytest.raises(BankError, match="cannot be created"):

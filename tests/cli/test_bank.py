@@ -145,7 +145,7 @@ def test_nothing_is_written_where_one_does_not_fit(
     assert run(capsys, "bank", "build", base, file, anna, adapters["bert"])[0] == 0
     before = file.read_bytes()
     for arguments, message in (
-        (("build", base, file, anna), "exists already"),
+        (("build", base, file, anna), "already exists"),
         (("add", file, base, anna), "'anna' is in"),
         (("add", file, base, f"x={anna}", "--replace"), "there is no adapter 'x'"),
         (("add", file, base, f"x={anna}", f"={anna}"), "name='' is not allowed"),
@@ -184,12 +184,12 @@ def test_verifying(base: Path, adapters: dict[str, Path], tmp_path: Path, capsys
     data[data.index(vectors[:200])] ^= 1
     file.write_bytes(data)
     code, out, _ = run(capsys, "bank", "verify", file)
-    assert code == 1 and f"the tensors of adapter {digest} have another digest" in out.splitlines()[0]
+    assert code == 1 and f"the tensors of adapter {digest} do not match its digest" in out.splitlines()[0]
     assert out.splitlines()[0].endswith("('anna')") and "problems: 1;" in out
     data[data.index(b"anna")] ^= 1  # a name
     file.write_bytes(data)
     code, out, err = run(capsys, "bank", "verify", file)
-    assert (code, out) == (1, "") and "is damaged: its names and adapters are not those" in err
+    assert (code, out) == (1, "") and "is damaged: its names and adapters are not the ones" in err
 
 
 def test_a_name_that_would_reach_the_terminal(
@@ -235,7 +235,7 @@ def test_a_file_that_is_refused_leaves_the_model_alone(base: Path, adapters: dic
     with pytest.raises(BankError, match="cannot be opened"):
         AdapterBank.open(model, tmp_path / "none")
     before = file.read_bytes()  # the script that made it, run again, with one more adapter
-    with pytest.raises(BankError, match=r"has 'anna' already: AdapterBank\.open"):
+    with pytest.raises(BankError, match=r"already has 'anna': AdapterBank\.open"):
         AdapterBank.for_adapters(model, {"new": adapters["anna"], **adapters}, file=file)
     assert file.read_bytes() == before
     data = bytearray(file.read_bytes())

@@ -96,7 +96,7 @@ BAD_ROWS: list[tuple[str, dict[str, Any], str]] = [
     ("token-classification", {"text": ["a", ""], "label": ["x", "y"]}, "word 2 has nothing in it"),
     ("token-classification", {"text": ["a", "b"], "label": ["x", None]}, "an empty label"),
     ("token-classification", {"text": ["a", "b"], "label": ["x", {}]}, "'label' is an object"),
-    ("token-classification", {"text": "a", "label": "x"}, "lists of as many labels as words"),
+    ("token-classification", {"text": "a", "label": "x"}, "a list of words and a list of as many labels"),
     ("causal-lm", {"text": 7}, "'text' is a number (7)"),
     ("causal-lm", {"text": []}, "an empty chat"),
     ("causal-lm", {"text": ["hi"]}, "each message must have a 'role' and a 'content'"),
@@ -179,9 +179,9 @@ def test_names_that_stand_twice_and_columns_that_serve_twice(tmp_path: Path) -> 
     assert read_rows(str(table))[0]["text"] == "a"
     lines = tmp_path / "rows.jsonl"
     lines.write_text('{"text": "a", "text": "b"}\n')
-    with pytest.raises(ValueError, match=r"line 1 cannot be read: 'text' stands twice"):
+    with pytest.raises(ValueError, match=r"line 1 cannot be read: 'text' occurs twice"):
         read_rows(str(lines))
-    with pytest.raises(SettingsError, match="the column 'text' cannot be two things"):
+    with pytest.raises(SettingsError, match="the column 'text' cannot have two uses"):
         check_columns("x", [{"text": "a"}], settings_for("sequence-classification", label_column="text"))
 
 
@@ -197,7 +197,7 @@ def test_a_text_without_tokens_is_refused(
     path = write_lines(tmp_path / "rows.jsonl", [*rows[:5], {"text": " ", "label": "pos"}, *rows])
     given = ("--data", path, "--eval-data", path, "--output", tmp_path / "out")
     assert train("--model", decoder, *given) == 1
-    assert told(capsys).endswith("rows.jsonl, row 6: the tokenizer makes no token of its text")
+    assert told(capsys).endswith("rows.jsonl, row 6: the tokenizer returns no tokens for its text")
 
 
 # Settings
@@ -235,11 +235,11 @@ def test_every_setting_has_its_type(name: str) -> None:
         ("data: [rows.csv]", "data=['rows.csv'] is not allowed"),
         ("vera: [a]", "vera=['a'] is not allowed"),
         ("vera: {lora_alpha: 16}", "['lora_alpha'] (VeRA has no alpha"),
-        ("learning_rat: 1", "(do you mean 'learning_rate'?)"),
+        ("learning_rat: 1", "(did you mean 'learning_rate'?)"),
         (f"seed: {'9' * 5000}", "has a value that cannot be read"),
         ("a: 2020-99-99", "has a value that cannot be read: month must be in 1..12"),
         ("? [a, b]\n: 1", "is not YAML"),
-        ("- a", "holds no settings"),
+        ("- a", "does not contain settings"),
         ("!!python/object/apply:os.getcwd []", "is not YAML"),
         ("task: &a [x]\nsplit: &b [*a, *a]\nvera: &c [*b, *b]", "is not allowed"),
     ],

@@ -147,7 +147,7 @@ def test_a_run_that_is_interrupted_goes_on_to_the_same_end(encoder: Path, table:
     one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
     stopped = subprocess.run(command, capture_output=True, text=True, check=False, env=one_thread)
     assert stopped.returncode == 1, stopped.stderr
-    assert f"stopped at step 6. To go on: veratune train --resume {tmp_path / 'parts'}" in stopped.stdout
+    assert f"stopped at step 6. To resume: veratune train --resume {tmp_path / 'parts'}" in stopped.stdout
     assert not (tmp_path / "parts" / "adapter").exists()
     assert train("--resume", tmp_path / "parts") == 0
     first, second = (saved_tensors(tmp_path / name) for name in ("whole", "parts"))
@@ -187,7 +187,7 @@ def test_what_a_terminal_shows_and_ctrl_c_in_it(encoder: Path, table: Path, tmp_
     text = shown.decode()
     assert pressed and code == 1, text
     assert "stopping after this step, with a checkpoint" in text
-    found = re.search(r"stopped at step (\d+)\. To go on: veratune train --resume", " ".join(text.split()))
+    found = re.search(r"stopped at step (\d+)\. To resume: veratune train --resume", " ".join(text.split()))
     assert found is not None, text
     assert (output / "checkpoints" / f"checkpoint-{found[1]}" / "trainer_state.json").exists()
     assert "accuracy 0." in text and "/3600" in text and "Traceback" not in text
@@ -214,7 +214,7 @@ def test_every_setting_is_an_option_with_its_help(capsys: pytest.CaptureFixture[
         assert re.search(rf"--{name.replace('_', '-')}\b[^.]*? {re.escape(text)}", shown), name
     assert "-r, --rank" in shown and "--learning-rate, --lr" in shown and "--head-learning-rate, --head-lr" in shown
     assert "sequence-classification (the default), regression, token-classification or causal-lm." in shown
-    assert "Where d starts. [default: 0.1]" in shown and "Rows in a step. [default: 16]" in shown
+    assert "Initial value of d. [default: 0.1]" in shown and "Rows in a step. [default: 16]" in shown
 
 
 def test_all_settings_are_printed_back_and_used(encoder: Path, table: Path, tmp_path: Path) -> None:
@@ -310,7 +310,7 @@ def test_the_hub_cannot_be_reached(encoder: Path, tmp_path: Path, capsys: pytest
     pytest.importorskip("datasets")
     assert train("--model", encoder, "--data", "some/reviews", "--output", tmp_path / "out") == 1
     error = capsys.readouterr().err
-    assert error.startswith("veratune: some/reviews is no file here, and as a data set on the hub it cannot be read: ")
+    assert error.startswith("veratune: some/reviews is not a file here, and cannot be read as a data set on the hub: ")
     assert error.count("\n") == 1 and not (tmp_path / "out").exists()
 
 
@@ -377,7 +377,7 @@ def test_what_would_disappoint_is_told_before(
         "11 of 11 texts fill max_length=4 tokens",
         "there are 11 rows to train with, fewer than batch_size=16",
         "1 steps are few",
-        "early_stopping=3 cannot happen, since there are 1 evaluations",
+        "early_stopping=3 cannot happen with only 1 evaluations",
     ):
         assert warning in told, told
     assert all(line.startswith("veratune: warning: ") for line in told.splitlines()), told
@@ -479,7 +479,7 @@ def test_wrong_calls_are_told_before_any_work(
         (("--model", encoder, "--data", nothing, "--output", out), 1, "nothing.csv is empty"),
         (("--model", encoder, "--data", header, "--output", out), 1, "has no rows"),
         (("--model", encoder, "--data", parquet, "--output", out), 1, "bad.parquet cannot be read"),
-        (("--model", encoder, "--data", sheet, "--output", out), 2, "none of the kinds that are read"),
+        (("--model", encoder, "--data", sheet, "--output", out), 2, "is not of a supported kind"),
         (("--model", encoder, "--data", broken, "--output", out), 1, "line 2 is not JSON"),
         (
             ("--model", encoder, *rows, "--label-column", "score"),
@@ -488,7 +488,7 @@ def test_wrong_calls_are_told_before_any_work(
         ),
         (("--model", encoder, *rows, "--text-column", "body"), 2, "name one with --text-column"),
         (("--model", encoder, *rows, "--task", "regression"), 1, "row 1 has no number in 'label': 'neg'"),
-        (("--model", encoder, *rows, "--task", "token-classification"), 1, "lists of as many labels as words"),
+        (("--model", encoder, *rows, "--task", "token-classification"), 1, "a list of as many labels"),
         (("--model", encoder, "--data", one, "--output", out), 1, "all training rows have the same label"),
         (("--model", encoder, *rows, "--eval-data", other), 1, "labels that no training row has: ['new']"),
         (("--model", encoder, "--data", empty, "--output", out), 1, "row 2 has nothing in the column 'text'"),
@@ -496,13 +496,13 @@ def test_wrong_calls_are_told_before_any_work(
         (("--model", encoder, *rows, "--eval-fraction", 0.001), 1, "another --eval-fraction"),
         (("--model", decoder, "--data", chats, *lm), 1, "row 1 has no message of the role 'assistant'"),
         (("--model", decoder, "--data", letters, *lm), 1, "must have a 'role' and a 'content'"),
-        (("--model", encoder, "--data", table, *lm), 1, "no language model from left to right"),
+        (("--model", encoder, "--data", table, *lm), 1, "not a left-to-right language model"),
         (("--model", encoder, "--data", table, "--output", full), 1, "nothing is overwritten: choose another --output"),
         (("--model", encoder, "--data", table, "--output", full / "precious" / "x"), 1, "cannot be written"),
         (("--model", encoder, *rows, "--target-modules", "quary"), 2, "no module is called 'quary'"),
-        (("--model", tmp_path, *rows), 1, "holds no model"),
+        (("--model", tmp_path, *rows), 1, "does not contain a model"),
         (("--model", without, *rows), 1, "has no tokenizer that can be read"),
-        (("--model", larger, *rows), 1, "the model knows 9 tokens only"),
+        (("--model", larger, *rows), 1, "the model has only 9 tokens"),
         (("--model", "some/model", *rows), 1, "some/model"),
     ):
         found = train(*arguments)
@@ -628,7 +628,7 @@ def test_rows_are_taken_as_they_are_written(tmp_path: Path) -> None:
     lines = write_lines(tmp_path / "odd.jsonl", [{"text": "007", "label": "01"}])
     assert read_rows(str(lines)) == [{"text": "007", "label": "01"}]
     lines.write_text("[1]\n")
-    with pytest.raises(ValueError, match="line 1 holds no JSON object"):
+    with pytest.raises(ValueError, match="line 1 is not a JSON object"):
         read_rows(str(lines))
 
 

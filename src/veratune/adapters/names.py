@@ -32,7 +32,7 @@ def joined(module_name: str, name: str) -> str:
 
 
 def ends_in(name: str, suffix: str) -> bool:
-    """Return whether a dotted name is a suffix or ends in it after a dot."""
+    """Return whether a dotted name is equal to a suffix, or ends in it after a dot."""
     return name == suffix or name.endswith(f".{suffix}")
 
 

@@ -39,11 +39,11 @@ class AdapterBank:
     """Many adapters of one base model, a different one for each sequence of a batch, for inference.
 
     All layers that the configuration names are replaced once; adding an adapter copies its vectors. Adapters of smaller
-    ranks, and of fewer layers, are held exactly. Methods are thread-safe, also while other threads compute.
+    ranks or on fewer layers are stored exactly. Methods are thread-safe, even while other threads compute.
 
     Attributes:
         model: the model to call: `bank.model(**batch, adapters=["anna", None])`.
-        layout: the order of an adapter's numbers.
+        layout: the order of the values in an adapter's row.
         dtype: the dtype of stored vectors.
     """
 
@@ -71,7 +71,7 @@ class AdapterBank:
 
         Raises:
             BankError: a layer or module that cannot be different for each sequence, or a file for another layout.
-            TargetError: the configuration matches nothing in this model, which is unchanged then.
+            TargetError: the configuration matches nothing in this model, which stays unchanged.
         """
         if capacity < 1:
             raise BankError(f"capacity={capacity} is not allowed: it must be at least 1")
@@ -116,11 +116,11 @@ class AdapterBank:
 
         Args:
             model: as for the class.
-            adapters: name to directory of the adapter, or to its repository on the hub.
+            adapters: each adapter's name and its directory, or its repository on the hub.
             settings: `capacity`, `dtype`, `file` and, for a larger bank, `peft_config`, as for the class.
 
         Raises:
-            BankError: an adapter that no bank holds, or a name that is not allowed; the model is unchanged then.
+            BankError: an adapter that no bank supports, or an invalid name; the model stays unchanged.
             CheckpointError: files that are missing or damaged, or for another model.
         """
         if not isinstance(adapters, Mapping):
@@ -133,9 +133,9 @@ class AdapterBank:
         config = settings.pop("peft_config", None) or config_for_adapters(model, adapters)
         bank = cls(model, config, **settings)
         try:
-            if held := [name for name in adapters if name in bank]:  # before the file gets any of the others
+            if held := [name for name in adapters if name in bank]:  # before any of the others is written to the file
                 raise BankError(
-                    f"{file} has {held[0]!r} already: AdapterBank.open(model, {str(file)!r}) makes a bank of all"
+                    f"{file} already has {held[0]!r}: AdapterBank.open(model, {str(file)!r}) makes a bank of all"
                     " adapters in it, and load(..., replace=True) replaces one"
                 )
             with nullcontext() if new_file is None or bank._store is None else bank._store.batch():
@@ -158,7 +158,7 @@ class AdapterBank:
             capacity: as for the class.
 
         Raises:
-            BankError: the file is missing or damaged, or for another model; the model is unchanged then.
+            BankError: the file is missing or damaged, or for another model; the model stays unchanged.
         """
         stored = BankStore(Path(file))
         stored.close()
@@ -186,7 +186,7 @@ class AdapterBank:
 
     @property
     def nbytes(self) -> int:
-        """The bytes of all rows on the device, free ones included, with their values of modules_to_save."""
+        """The size in bytes of all rows on the device, including free ones and the values of modules_to_save."""
         with self._resident.lock:
             return self._resident.slab.nbytes + (0 if self._resident.saved is None else self._resident.saved.nbytes)
 
@@ -314,7 +314,7 @@ class AdapterBank:
         """Return another lease of versions that are leased already, whatever their names refer to now.
 
         Args:
-            versions: the version of each sequence, from leases that are held meanwhile; None for the base model.
+            versions: the version of each sequence, from leases that are still held; None for the base model.
 
         Raises:
             BankError: more different adapters at once than there is room for.
@@ -325,7 +325,7 @@ class AdapterBank:
         """Return another lease of the same versions, which outlives the first one.
 
         Raises:
-            BankError: a lease that has been released, or is another bank's.
+            BankError: a lease that has been released, or belongs to another bank.
         """
         return self._registry.lease_again(lease)
 
@@ -354,9 +354,9 @@ class AdapterBank:
     def check_isolation(self, **inputs: Any) -> None:
         """Check that each sequence of this model's outputs depends on its adapter and on no other sequence's.
 
-        Layers match the first dimension of their input with the sequences of the batch. Shapes do not reveal an input
-        with time first, or tokens that were sorted; this trial does: a random adapter for one sequence must change that
-        sequence and no other, to the bit. Run it once for a model of an unusual architecture.
+        Layers match the first dimension of their input with the sequences of the batch. Shapes do not reveal time-first
+        inputs or sorted tokens, but this trial does: a random adapter for one sequence must change that sequence and
+        leave all others identical, bit for bit. Run it once for a model with an unusual architecture.
 
         Args:
             inputs: the model's arguments, a batch of at least two sequences.

@@ -1,4 +1,4 @@
-"""The configuration to make a bank with: from the adapters that it is to hold, or from a bank's file."""
+"""Derive a bank's configuration from the adapters that it will hold, or from a bank's file."""
 
 import os
 import re
@@ -40,8 +40,8 @@ def config_for_adapters(model: nn.Module, adapters: Mapping[str, str | os.PathLi
             check_kind(target, f"adapter {name!r} ({path_or_repo}) cannot be in a bank")
             if parts.setdefault(target.name, target.parts) != target.parts:
                 raise BankError(
-                    f"adapter {name!r} ({path_or_repo}) has {len(target.parts) or 1} parts on {target.name}, and one"
-                    f" before it {len(parts[target.name]) or 1}: they cannot be in the same bank"
+                    f"adapter {name!r} ({path_or_repo}) has {len(target.parts) or 1} parts on {target.name}, but an"
+                    f" earlier one has {len(parts[target.name]) or 1}: they cannot be in the same bank"
                 )
             rank = max(rank, target.r)
         if ready.loaded.biases:
@@ -54,7 +54,7 @@ def config_for_adapters(model: nn.Module, adapters: Mapping[str, str | os.PathLi
 
 
 def config_of_layout(model: nn.Module, layout: dict[str, Any], origin: str) -> VeraConfig:
-    """Return the configuration that makes a bank of a file's layout, as `Layout.describe` returns it.
+    """Return the configuration of a bank with a file's layout, as returned by `Layout.describe`.
 
     Args:
         model: the base model.

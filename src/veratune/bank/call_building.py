@@ -31,7 +31,7 @@ def make_call(
         flattened: as in `BankCall`.
 
     Raises:
-        BankError: there are no sequences, or not one length for each.
+        BankError: there are no sequences, or their number differs from that of the lengths.
     """
     each = [(row, -1 if v is None else v.scheme) for row, v in zip(lease.rows, lease.versions, strict=True)]
     if lengths is not None:
@@ -69,7 +69,7 @@ def trial_call(owner: object, scheme: int, slab: Tensor, saved: Tensor | None, r
         owner: as in `BankCall`.
         scheme: the number of its projections' scheme.
         slab: (2, numbers).
-        saved: the bank's values of modules_to_save; the adapter has those of the base model.
+        saved: the bank's values of modules_to_save; the adapter uses those of the base model.
         rows: int64 (sequences,), 1 with the adapter and 0 without.
     """
     saved = None if saved is None else torch.stack([saved[0], saved[0]])

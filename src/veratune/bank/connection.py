@@ -52,7 +52,7 @@ class _Held:
 
 
 class FileConnections:
-    """The connections to one file, one that reads and one that writes, which are opened again when it has changed.
+    """The connections to one file, one for reading and one for writing, which are reopened when it has changed.
 
     Attributes:
         path: the path that the user gave, for messages.
@@ -63,30 +63,30 @@ class FileConnections:
         self.path = path
         self.check: Callable[[sqlite3.Connection], None] = lambda connection: None
         self._file = Path(os.path.realpath(path))
-        self._lock = threading.Lock()  # of the signatures
+        self._lock = threading.Lock()  # guards the signatures
         self._reader, self._writer = _Held(write=False), _Held(write=True)
         self._closing = weakref.finalize(self, _close, self._writer, self._reader)
         check_regular(self._file, path)
         self._inode = self._signature()[:2]
 
     def close(self) -> None:
-        """Close both; the caller makes sure that nobody uses them."""
+        """Close both; the caller must ensure that neither is in use."""
         self._closing()
 
     def reader(self, *, even_replaced: bool = False) -> sqlite3.Connection:
-        """Return the connection that reads; one thread at a time may call this and use it.
+        """Return the connection for reading; only one thread at a time may call this and use it.
 
         Args:
-            even_replaced: whether to go on reading a file whose path is gone, or another file's by now.
+            even_replaced: whether to keep reading an open file whose path is gone or now refers to another file.
 
         Raises:
-            BankError: the file was closed, is gone, was replaced or overwritten.
+            BankError: the file was closed, deleted, replaced or overwritten.
         """
         return self._current(self._reader, even_replaced=even_replaced)
 
     @contextmanager
     def writer(self) -> Iterator[sqlite3.Connection]:
-        """Yield the connection that writes; one thread at a time may call this, and do all of a change inside.
+        """Yield the connection for writing; only one thread at a time may call this, and must finish its change inside.
 
         Raises:
             BankError: as for `reader`.
@@ -108,7 +108,7 @@ class FileConnections:
         try:
             signature = self._signature()
             if signature[:2] != self._inode:
-                raise BankError(f"{self.path} was replaced by another file meanwhile: open it again")
+                raise BankError(f"{self.path} has been replaced by another file: open it again")
         except BankError:
             # The open file can still be read, unless SQLite would apply the other file's journal to it.
             if even_replaced and held.connection is not None and not os.path.lexists(f"{self._file}-journal"):
@@ -208,8 +208,8 @@ def allow_tensors(connection: sqlite3.Connection, count: int, shown: Path) -> No
         )
 
 
-class explained:  # noqa: N801  # several times as fast as a generator, for each adapter that is read
-    """Convert errors of SQLite, the system and damaged content to BankError: `shown` "cannot be" `action`."""
+class explained:  # noqa: N801  # used for each adapter that is read; much faster than a generator
+    """Convert errors from SQLite and the system, and damaged content, to BankError: `shown` "cannot be" `action`."""
 
     def __init__(self, shown: Path, action: str) -> None:
         self._shown = shown
@@ -240,7 +240,7 @@ def publish_bank(temporary: Path, path: Path) -> None:
         try:
             publish(temporary, path)
         except FileExistsError:
-            raise BankError(f"{path} exists already") from None
+            raise BankError(f"{path} already exists") from None
 
 
 def _damaged(shown: Path, what: object) -> BankError:
@@ -261,7 +261,7 @@ def _explanation(shown: Path, action: str, error: sqlite3.Error) -> BankError:
         case sqlite3.SQLITE_READONLY if code == sqlite3.SQLITE_READONLY_ROLLBACK:
             return BankError(
                 f"{shown} cannot be {action}: a process was killed while writing, and rolling its change back needs"
-                " permission to write to the file. Open it once as a user who has that"
+                " permission to write to the file. Open it once as a user who has it"
             )
         case sqlite3.SQLITE_READONLY:
             return BankError(f"{shown} cannot be {action}: Permission denied")
@@ -284,12 +284,12 @@ def _prepare(connection: sqlite3.Connection, shown: Path, *, write: bool) -> Non
     connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, _LONGEST_TEXT)
     for setting in ("trusted_schema=OFF", "cell_size_check=ON", "mmap_size=0"):
         connection.execute(f"PRAGMA {setting}").fetchall()
-    # These come from the file's first bytes; its tables are not read before.
+    # These come from the file's first bytes; no table is read before they are checked.
     if connection.execute("PRAGMA application_id").fetchone() != (APPLICATION_ID,):
         raise BankError(f"{shown} is not a bank's file")
     ((version,),) = connection.execute("PRAGMA user_version")
     if version != VERSION:
-        raise BankError(f"{shown} has the format version {version}; this veratune reads {VERSION}")
+        raise BankError(f"{shown} has format version {version}; this veratune reads {VERSION}")
     if connection.execute("PRAGMA journal_mode").fetchone() != ("delete",):
         raise BankError(
             f"{shown} was put into SQLite's write-ahead mode by another program: undo that with"
@@ -305,12 +305,12 @@ def _prepare(connection: sqlite3.Connection, shown: Path, *, write: bool) -> Non
 
 
 def _check_tables(connection: sqlite3.Connection) -> None:
-    """Refuse views, triggers, virtual tables, and tables of other columns."""
+    """Refuse views, triggers, virtual tables, and tables with other columns."""
     expected: set[tuple[str, str, str, str | None]] = {("table", name, name, sql) for name, sql in TABLES.items()}
     expected |= {("index", f"sqlite_autoindex_{name}_1", name, None) for name in ("adapters", "names")}
     found = connection.execute("SELECT type, name, tbl_name, sql FROM sqlite_master LIMIT 9").fetchall()
     if len(found) != len(expected) or set(found) != expected:
-        raise DamagedError("it has other tables than a bank")
+        raise DamagedError("its tables are not those of a bank")
 
 
 def _is_of_the_first_format(path: Path) -> bool:

@@ -20,9 +20,9 @@ class Installation:
     """A bank's layers, which replace the model's from `install` until `undo`.
 
     Attributes:
-        owner: the object by which layers recognize calls of this bank.
+        owner: the object by which layers recognize this bank's calls.
         layers: name to layer.
-        device: where all of them compute.
+        device: the device that all of them compute on.
     """
 
     def __init__(

@@ -70,7 +70,7 @@ def check_isolation(model: nn.Module, call_of: Callable[[Tensor], BankCall], inp
 
     plain = outputs(None)
     if not plain:
-        raise BankError(f"none of the model's outputs has the {count} sequences of its inputs")
+        raise BankError(f"no output of the model has the {count} sequences of its inputs as its first dimension")
     for sequence in (0, count - 1):
         for before, after in zip(plain, outputs(sequence), strict=True):
             wrong = [i for i in range(count) if torch.equal(before[i], after[i]) == (i == sequence)]

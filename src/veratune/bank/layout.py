@@ -1,4 +1,4 @@
-"""The layout of a bank's rows: the numbers of one adapter, in the same order for all of them."""
+"""The layout of a bank's rows: each holds the values of one adapter, in the same order for all."""
 
 import functools
 import hashlib
@@ -63,7 +63,7 @@ class Layout:
     """The order of a row.
 
     Attributes:
-        rank: the largest rank that fits; d of a smaller one is followed by zeros.
+        rank: the largest rank that fits; d of a smaller one is padded with zeros.
         layers: the layers, by name.
         modules_to_save: the modules trained in full, by name.
         numbers: the number of vector elements in a row.
@@ -295,7 +295,7 @@ def scheme_from_json(values: dict[str, Any]) -> Scheme:
     """Undo `scheme_to_json`.
 
     Raises:
-        BankError: this version of veratune draws other values.
+        BankError: this version of veratune draws different values.
     """
     try:
         return schemes.scheme_from_json(values)

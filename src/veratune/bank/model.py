@@ -18,7 +18,7 @@ _MAIN_INPUTS = ("input_ids", "inputs_embeds", "inputs", "pixel_values", "input_v
 # Inputs that accompany text, of which a sequence may have any number.
 _ACCOMPANYING = ("pixel_values", "image_", "video_", "input_features", "audio_")
 
-# transformers' methods would give the model's layers no adapters.
+# transformers' own methods would not pass adapters to the model's layers.
 _BATCHING = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
 
 
@@ -64,7 +64,7 @@ class BankModel(ModelWrapper):
         Args:
             args, kwargs: the model's own arguments.
             adapters: a name for each sequence of the batch; None is the base model. Or a lease, for several calls that
-                are to see the same versions.
+                must use the same versions.
             adapter_lengths: for sequences packed one after the other, the number of tokens of each.
 
         Raises:
@@ -130,9 +130,9 @@ class BankModel(ModelWrapper):
 
 
 def _check_number(adapters: AdapterNames | Lease, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-    """Raise BankError unless there is a name for each sequence of the main input, or of any if none is known."""
+    """Raise BankError unless the number of names is the batch size of the main input or, if unknown, of any input."""
     if isinstance(adapters, str) or not isinstance(adapters, Sequence | Lease):
-        return  # refused as that
+        return  # values of other types are refused later
     named = [kwargs[name] for name in _MAIN_INPUTS if isinstance(kwargs.get(name), Tensor)]
     main = [value for value in (*args, *named) if isinstance(value, Tensor) and value.ndim][:1]
     inputs = main or [value for value in kwargs.values() if isinstance(value, Tensor) and value.ndim]
@@ -173,6 +173,6 @@ def _check_length_of_sounds(model: Any, args: tuple[Any, ...], kwargs: Mapping[s
     features = kwargs.get("input_features", args[0] if args else None)
     if isinstance(features, Tensor) and features.shape[-1] > 2 * config.max_source_positions:
         raise BankError(
-            "a bank cannot serve recordings that are generated in chunks, as the batch shrinks meanwhile: split them"
+            "a bank cannot serve recordings that are generated in chunks, as the batch shrinks on the way: split them"
             f" into chunks of up to {2 * config.max_source_positions} frames"
         )

@@ -77,17 +77,17 @@ class Registry:
         return version
 
     def check_name(self, name: str, replace: bool) -> Version | None:
-        """Return the version that a name is to be rebound from, or None if the name is to be new.
+        """Return the version that a name refers to now, if `replace` is true; otherwise check that the name is new.
 
         Raises:
-            BankError: the name is invalid, taken, or with `replace` unknown.
+            BankError: the name is invalid, or taken, or unknown if `replace` is true.
         """
         self.check_open()
         check_spelling(name)
         if replace:
             return self.version(name)
         if name in self.names:
-            raise BankError(f"{name!r} is in the bank already: pass replace=True, or remove it first")
+            raise BankError(f"{name!r} is already in the bank: pass replace=True, or remove it first")
         return None
 
     def put(self, name: str, row: AdapterRow) -> AdapterInfo:
@@ -116,7 +116,7 @@ class Registry:
         """Bind names as in a file.
 
         Raises:
-            BankError: projections that this version of veratune draws differently; nothing is changed then.
+            BankError: projections that this version of veratune draws differently; nothing is changed.
         """
         with self._resident.lock:
             changed = [
@@ -130,7 +130,7 @@ class Registry:
                 self._bind(name, self._known(stored.digest, scheme, stored.rank))
 
     def _known(self, digest: str, scheme: Scheme, rank: int) -> Version:
-        """Return the version of a digest, made if it is new."""
+        """Return the version of a digest, created if it is new."""
         if digest not in self.versions:
             self.versions[digest] = Version(digest, self._projections.number_of(scheme), rank)
         return self.versions[digest]
@@ -188,7 +188,7 @@ class Registry:
         """Return another lease of the same versions, which outlives the first one.
 
         Raises:
-            BankError: a lease that has been released, or is another bank's.
+            BankError: a lease that has been released, or belongs to another bank.
         """
         with self._resident.lock:
             if not lease.is_of(self._resident):

@@ -41,7 +41,7 @@ class ResidentRows:
     Attributes:
         slab: (capacity + 1, numbers); row 0 is zero.
         saved: (capacity + 1, numbers), the values of modules_to_save, or None; row 0 is the base model's.
-        open_leases: how many requests are running or hold adapters, those of the base model included.
+        open_leases: how many requests are running or hold adapters, including those of the base model.
         free: the rows without an adapter.
         idle: the resident versions that no call uses, least recently used first.
         abandoned: leases that were garbage-collected without being released.
@@ -93,7 +93,7 @@ class ResidentRows:
             self._make_room()
         row = self.free.pop()
         try:
-            self._synchronize()  # enqueued kernels may still read the row's former values
+            self._synchronize()  # enqueued kernels may still read the row's old values
             self.slab[row].copy_(adapter.vectors)
             if self.saved is not None and adapter.saved is not None:
                 self.saved[row].copy_(adapter.saved)
@@ -107,7 +107,7 @@ class ResidentRows:
     def _make_room(self) -> None:
         if self.grows:
             former, more = self.capacity, max(64, self.capacity // 2)
-            # Running calls keep the former tensors, in which versions have the same rows. Both are allocated before
+            # Running calls keep the old tensors, in which versions have the same rows. Both are allocated before
             # either is assigned, so that running out of memory changes nothing.
             slab, saved = _lengthened(self.slab, more), None if self.saved is None else _lengthened(self.saved, more)
             self.slab, self.saved, self.free = slab, saved, list(range(former + more, former, -1))
@@ -200,7 +200,7 @@ def _row_of(version: Version | None) -> int:
 class Lease:
     """Adapters that stay unchanged until `release`, so that a request sees one version of each throughout.
 
-    A lease that is garbage-collected without it is released at the bank's next operation.
+    A lease that is garbage-collected without a call of `release` is released at the bank's next operation.
 
     Attributes:
         versions: the version of each sequence, None for the base model.
@@ -246,6 +246,6 @@ class Lease:
         self.release()
 
     def __del__(self) -> None:
-        # Garbage collection may run in the middle of a change, in a thread that holds the reentrant lock already.
+        # Garbage collection may run in the middle of a change, in a thread that already holds the reentrant lock.
         if self.is_open:
             self._owner.abandoned.append(self)

@@ -29,13 +29,13 @@ class RowMaker:
         dtype: torch.dtype,
         base_saved: Tensor | None,
     ) -> None:
-        """Store what rows depend on.
+        """Store everything that rows depend on.
 
         Args:
-            model: the base model, which has the bank's layers by the time that the first row is made.
+            model: the base model, which has the bank's layers by the time the first row is made.
             modules: its original modules, by name, so that messages blame this bank rather than another adapter.
             config: the bank's configuration.
-            named: the layers that it names.
+            named: the layers that the configuration names.
             layout, dtype, base_saved: as in `make_row`.
         """
         self._model = model

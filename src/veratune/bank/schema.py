@@ -22,7 +22,7 @@ from veratune.projections.schemes import SCHEMES, Scheme
 from veratune.utils.outside_files import parse_json
 
 APPLICATION_ID = 0x56455242
-VERSION = 3  # 1 was a hand-written format that began with "VERABANK", 2 had other names of columns
+VERSION = 3  # 1 was a hand-written format that began with "VERABANK", 2 had other column names
 TABLES = {
     "bank": (
         "CREATE TABLE bank (layout TEXT NOT NULL, dtype TEXT NOT NULL, saved_dtype TEXT,"
@@ -35,7 +35,7 @@ TABLES = {
     "names": "CREATE TABLE names (id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE, digest TEXT NOT NULL)",
 }
 
-# A file without adapters does not prove its sizes, and A and B have a row for each rank.
+# Without adapters, nothing in a file confirms its claimed sizes, and the sizes of A and B grow with the rank.
 _LARGEST_RANK = 1 << 16
 _LARGEST_NUMBER = 1 << 40
 _LONGEST_NAME = 256
@@ -86,7 +86,7 @@ class StoredAdapter:
     Attributes:
         digest, rank: as in `AdapterRow`.
         scheme: its projections, as JSON values.
-        metadata: the JSON text in the file with both.
+        metadata: the JSON text in the file that contains rank and scheme.
     """
 
     digest: str
@@ -157,13 +157,13 @@ def read_header(layout: object, dtype: object, saved_dtype: object) -> BankHeade
     values = _json(layout, "the bank's layout")
     rank = values.get("rank")
     if type(rank) is int and rank > _LARGEST_RANK:
-        raise DamagedError(f"it claims the rank {_shown(rank)}, and a bank's file holds at most {_LARGEST_RANK}")
+        raise DamagedError(f"it claims rank {_shown(rank)}, but a bank's file holds at most {_LARGEST_RANK}")
     try:
         numbers, saved_numbers = _sizes(values)
     except (KeyError, TypeError, ValueError):
         raise DamagedError("the bank's layout cannot be read") from None
     _require(
-        (saved_dtype is not None) == bool(saved_numbers), "modules_to_save has a dtype and no values, or the reverse"
+        (saved_dtype is not None) == bool(saved_numbers), "modules_to_save has a dtype but no values, or vice versa"
     )
     saved = None if saved_dtype is None else _DTYPES[str(saved_dtype)]
     return BankHeader(values, _DTYPES[str(dtype)], saved, numbers, saved_numbers)
@@ -200,7 +200,7 @@ def metadata_of(row: AdapterRow) -> str:
     """Return an adapter's metadata as the text that the file stores.
 
     Raises:
-        BankError: projections that are defined by their values alone.
+        BankError: the projections are defined only by their values.
     """
     return json.dumps({"rank": row.rank, "scheme": scheme_to_json(row.scheme)}, sort_keys=True)
 
@@ -215,7 +215,7 @@ def read_adapter(digest: object, metadata: object, header: BankHeader) -> Stored
     values = _json(metadata, f"the metadata of adapter {digest}")
     rank, largest = values.get("rank"), header.layout["rank"]
     if type(rank) is not int or not 1 <= rank <= largest:
-        raise DamagedError(f"the rank of adapter {digest} is {_shown(rank)} in a bank of {largest}")
+        raise DamagedError(f"the rank of adapter {digest} is {_shown(rank)} in a bank of rank {largest}")
     scheme = values.get("scheme")
     if not isinstance(scheme, dict) or not _is_scheme(scheme, header.layout):
         raise DamagedError(f"the projections of adapter {digest} are {_shown(scheme)}")
@@ -223,7 +223,7 @@ def read_adapter(digest: object, metadata: object, header: BankHeader) -> Stored
 
 
 def with_digest(stored: StoredAdapter, digest: object) -> StoredAdapter:
-    """Return an adapter of another digest and the same metadata, which is parsed and checked only once.
+    """Return an adapter with another digest but the same metadata, which is parsed and checked only once.
 
     Raises:
         DamagedError: the digest is invalid.
@@ -237,7 +237,7 @@ def scheme_of(metadata: str) -> Scheme:
     """Return an adapter's projections, given its metadata.
 
     Raises:
-        BankError: this version of veratune draws other values.
+        BankError: this version of veratune draws different values.
     """
     return scheme_from_json(json.loads(metadata)["scheme"])
 

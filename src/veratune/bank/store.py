@@ -1,4 +1,4 @@
-"""A bank's file: an SQLite database of immutable adapters, by digest, and of the names that refer to them.
+"""A bank's file: an SQLite database of immutable adapters, keyed by digest, and of the names that refer to them.
 
 Each change is one transaction: a process that is killed leaves the file in the state before or after, and a reader sees
 an adapter under its name or not at all. Rows are checked by `schema` whenever they are read, tensors by their digest.
@@ -53,7 +53,7 @@ from veratune.utils.tensors import bytes_of
 
 
 class AdapterGoneError(BankError):
-    """An adapter that the file no longer has, as another process has removed or replaced it."""
+    """An adapter that is no longer in the file, because another process has removed or replaced it."""
 
 
 class _AbandonedError(Exception):
@@ -80,7 +80,7 @@ class _Change:
 
 
 class BankStore:
-    """An open bank file. Several processes may read it while one of them, at a time, writes.
+    """An open bank file. Several processes may read it while one at a time writes.
 
     Attributes:
         path: the file.
@@ -96,7 +96,7 @@ class BankStore:
         self._lock = threading.RLock()  # held briefly, to read
         self._write_lock = threading.Lock()  # held while waiting for the disk
         self._state = NO_STATE
-        # The largest ids in that state; None if `names` are not those of that state.
+        # The largest ids in that state; None if `names` is not from that state.
         self._last: tuple[int, int] | None = None
         self._batch: _Change | None = None
         self._connections = FileConnections(path)
@@ -168,7 +168,7 @@ class BankStore:
                     return Contents(self.adapters | added.adapters, self.names | added.names, added.last)
         contents = read_contents(connection, self.header, self.adapters, None)
         if checksum_bytes(mark_of_all(self._header_row, contents.adapters.values(), contents.names)) != state[1]:
-            raise DamagedError("its names and adapters are not those that were written last")
+            raise DamagedError("its names and adapters are not the ones written last")
         return contents
 
     def row(self, digest: str) -> AdapterRow:
@@ -186,13 +186,13 @@ class BankStore:
             metadata, *tensors = found
             lengths = [len(tensor) if isinstance(tensor, bytes) else tensor for tensor in tensors]
             if lengths != [self.header.vector_bytes, self.header.saved_bytes]:
-                raise DamagedError(f"the tensors of adapter {digest} are not as long as the bank's")
+                raise DamagedError(f"the tensors of adapter {digest} do not have the length that the bank requires")
             stored = self.adapters.get(digest)
             if stored is None or stored.metadata != metadata:
                 stored = read_adapter(digest, metadata, self.header)
             scheme = scheme_of(metadata)
             if digest_of_bytes(scheme, self.header.dtype, filter(None, tensors)) != digest:
-                raise DamagedError(f"the tensors of adapter {digest} have another digest")
+                raise DamagedError(f"the tensors of adapter {digest} do not match its digest")
             vectors = torch.frombuffer(bytearray(tensors[0]), dtype=self.header.dtype)
             saved = None
             if self.header.saved_dtype is not None:
@@ -213,7 +213,7 @@ class BankStore:
             more = f" and {len(odd) - 3} more" if len(odd) > 3 else ""
             differing = f"{part} that differ in {', '.join(odd[:3])}{more}"
             detail = f"it has {differing}" if odd else f"its {part} are in another order"
-        raise BankError(f"{self.path} is for a bank of another layout: {detail}")
+        raise BankError(f"{self.path} is for a bank with another layout: {detail}")
 
     def check_dtypes(self, dtype: torch.dtype, saved_dtype: torch.dtype | None) -> None:
         """Raise BankError unless the file has vectors and values of modules_to_save of these dtypes."""
@@ -225,7 +225,7 @@ class BankStore:
                 raise BankError(f"{self.path} has {what} in {stored}, but this bank would use {wanted}")
 
     def sizes(self) -> tuple[int, int]:
-        """Return how many bytes the file has, and how many of them wait to be used again."""
+        """Return the file's size in bytes, and how many of them are free for reuse."""
         with self._lock, explained(self.path, "read"):
             connection = self._connections.reader()
             with snapshot(connection):
@@ -253,8 +253,8 @@ class BankStore:
                 other name refers to it.
 
         Raises:
-            BankError: the name does not refer to `replacing`, as another process has changed it, or the file cannot be
-                written to. The file is unchanged then.
+            BankError: the name does not refer to `replacing`, because another process has changed it, or the file
+                cannot be written to. The file stays unchanged.
         """
         check_spelling(name)
         metadata = metadata_of(row)
@@ -304,7 +304,7 @@ class BankStore:
         """Return the space of removed adapters to the disk.
 
         Raises:
-            BankError: the file cannot be written to; it is unchanged then.
+            BankError: the file cannot be written to; it stays unchanged.
         """
         with self._write_lock, explained(self.path, "written to"), self._connections.writer() as connection:
             connection.execute("VACUUM")
@@ -313,7 +313,7 @@ class BankStore:
         found = change.connection.execute("SELECT digest FROM names WHERE name = ?", (name,)).fetchone()
         if found != (None if expected is None else (expected,)):
             raise BankError(
-                f"{name!r} was changed in {self.path} by another process meanwhile: call refresh() and try again"
+                f"{name!r} has been changed in {self.path} by another process: call refresh() and try again"
             )
 
     def _drop(self, change: _Change, digest: str | None) -> None:
@@ -327,7 +327,7 @@ class BankStore:
 
     @contextmanager
     def batch(self) -> Iterator[None]:
-        """Make all changes inside in one transaction, during which only the caller may use the file.
+        """Make all changes in this context in one transaction, during which only the caller may use the file.
 
         If anything is raised, the file is unchanged, but `names` and `adapters` are not.
         """
@@ -336,7 +336,7 @@ class BankStore:
                 self._batch = change
                 try:
                     yield
-                except Exception as error:  # not of this file, and not to be explained as such
+                except Exception as error:  # unrelated to this file, so not to be explained as an error of the file
                     raise _AbandonedError(error) from error
                 finally:
                     self._batch = None
@@ -370,9 +370,9 @@ class BankStore:
 
 
 def _check_header(row: HeaderRow, header: BankHeader, path: Path, connection: sqlite3.Connection) -> None:
-    """Raise BankError unless a new connection is to the same bank, whose tensors it allows from now on."""
+    """Raise BankError unless a new connection is to the same bank; allow values as large as the bank's tensors."""
     if header_row(connection) != row:
-        raise BankError(f"{path} was overwritten with another bank meanwhile: open it again")
+        raise BankError(f"{path} has been overwritten with another bank: open it again")
     allow_tensors(connection, header.adapter_bytes, path)
 
 

@@ -1,4 +1,4 @@
-"""Verify all of a bank's file, and report how much of it is unused."""
+"""Verify a bank's entire file, and report how much of it is unused."""
 
 from dataclasses import dataclass
 
@@ -28,8 +28,8 @@ class Examination:
 def examine(store: BankStore) -> Examination:
     """Read all of an open file and check every page, digest and fingerprint.
 
-    Opening the file has checked already that every name refers to an adapter in it, and that these are the last ones
-    written.
+    Opening the file has already checked that every name refers to an adapter in it, and that both are the ones written
+    last.
     """
     named: dict[str, list[str]] = {digest: [] for digest in store.adapters}
     for name, digest in store.names.items():

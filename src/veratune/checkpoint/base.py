@@ -57,7 +57,7 @@ class AdapterFiles:
         return None if self.config is None else self.config.get("peft_type")
 
     def ready(self, make: Ready) -> ReadyAdapter:
-        """Make the adapter with `make`, after checking names and shapes of a large file before reading it.
+        """Make the adapter with `make`; for a large file, check names and shapes before reading its tensors.
 
         Args:
             make: called with the tensors, and with whether they are on the meta device, so that only names and shapes

@@ -16,7 +16,7 @@ _TEXT = """---
 
 A VeRA adapter (Vector-based Random Matrix Adaptation, Kopiczko, Blankevoort & Asano, ICLR 2024) for
 {base}, trained with veratune. It adapts {layers} layers with {numbers:,} trained parameters{others}; the random
-projections are drawn again from a key when it is loaded.
+projections are redrawn from a key when it is loaded.
 
 ```python
 from veratune import VeraModel

@@ -1,4 +1,4 @@
-"""The names of classes, which an adapter's file knows and a base model with a new head does not."""
+"""Class names, which an adapter's file contains and a base model with a new head lacks."""
 
 from typing import Any
 
@@ -10,10 +10,10 @@ from veratune.utils.text import notify, some
 
 
 def name_classes(model: nn.Module, ready: ReadyAdapter) -> None:
-    """Give a transformers model the names of classes that an adapter was trained with.
+    """Give a transformers model the class names that an adapter was trained with.
 
-    Only an adapter with its own trained head knows what the outputs mean, and only where the model has as many classes
-    without names ("LABEL_0", ...) are they set. Other names than the adapter's stay, and the user is told.
+    They are set only if the adapter has its own trained head, which determines what the outputs mean, and if the model
+    has the same number of unnamed classes ("LABEL_0", ...). Different names are kept, with a warning.
 
     Args:
         model: the base model; its `config.id2label` and `config.label2id` may be changed.
@@ -27,7 +27,7 @@ def name_classes(model: nn.Module, ready: ReadyAdapter) -> None:
         return
     if _are_named(here):
         notify(
-            f"{ready.loaded.origin} was trained with the classes {_some(there)}, and this model calls them"
+            f"{ready.loaded.origin} was trained with the classes {_some(there)}, but this model calls them"
             f" {_some(here)}: set model.config.id2label if that is wrong"
         )
         return

@@ -81,7 +81,7 @@ def _opened(directory: Path) -> Iterator[tuple[Format, AdapterFiles]]:
             names = sorted({format.weights_name for format in there})
             raise CheckpointError(
                 f"{directory} has {', '.join(names)}, but in none of the formats {sorted(FORMATS)}: the file is"
-                " damaged, or another program's"
+                " damaged, or was written by another program"
             )
         if format is None:
             raise CheckpointError(
@@ -101,4 +101,4 @@ def _hint(directory: Path) -> str:
     if model is not None:
         return f". It has a full model ({model}); an adapter is what save_pretrained of a VeraModel writes"
     folders = sorted(path.parent.name for path in directory.glob(f"*/{WEIGHTS_NAME}"))
-    return f", but in its folders {folders}: pass one of them as subfolder=" if folders else ""
+    return f", but it does in its folders {folders}: pass one of them as subfolder=" if folders else ""

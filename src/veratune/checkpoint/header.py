@@ -15,7 +15,7 @@ from veratune.utils.text import clipped
 _LARGEST_HEADER = 64 << 20
 _LARGEST_NUMEL = 1 << 48
 _MOST_DIMENSIONS = 8
-# Several times those of an adapter on each expert of the largest models.
+# Several times as many as in an adapter on every expert of the largest models.
 _MOST_TENSORS = 1 << 18
 _DTYPES = {
     "BOOL": torch.bool,
@@ -80,7 +80,7 @@ def read_header(file: BinaryIO, size: int) -> Header:
         raise ValueError("it ends within its header")
     count = text.count(b'"data_offsets"')
     if count > _MOST_TENSORS:
-        raise ValueError(f"it has {count:,} tensors, and at most {_MOST_TENSORS:,} are read")
+        raise ValueError(f"it has {count:,} tensors, more than the maximum of {_MOST_TENSORS:,}")
     values = parse_json(text)
     if not isinstance(values, dict):
         raise ValueError("its header is not a JSON object")

@@ -73,14 +73,14 @@ def find_directory(
 def _check_text(argument: str, value: object) -> None:
     """Raise an error unless an argument that becomes part of a path or an address is None or ordinary text."""
     if value is not None and not isinstance(value, str):
-        raise TypeError(f"{argument}={shown(value)} is not allowed: it must be a text")
+        raise TypeError(f"{argument}={shown(value)} is not allowed: it must be a string")
     if value is not None and (not value or not value.isprintable()):
         raise ValueError(f"{argument}={shown(value)} is not allowed: it is empty or has control characters")
 
 
 def _checked_subfolder(subfolder: str | None) -> PurePosixPath:
     inside = PurePosixPath((subfolder or ".").replace("\\", "/"))
-    # The hub's client takes its parts for patterns.
+    # The hub's client interprets its parts as patterns.
     if inside.is_absolute() or ".." in inside.parts or any(mark in str(inside) for mark in ":*?[]"):
         raise ValueError(f"subfolder={subfolder!r} is not allowed: it must stay inside the adapter's directory")
     return inside

@@ -1,4 +1,4 @@
-"""veratune's own file format: one safetensors file that holds an adapter whole, and a JSON copy of its configuration.
+"""veratune's own file format: one safetensors file with a complete adapter, and a JSON copy of its configuration.
 
 `adapter_model.safetensors` has these tensors (names of layers and modules are those in the model without adapters):
 
@@ -10,8 +10,8 @@
     projection.B[.<width>]             B (width, r), likewise
 
 and, in its metadata, the JSON object "veratune": format version, configuration, fingerprint of the projections, and a
-SHA-256 over all of this and the tensors. As the file holds all that a load needs, replacing it is one atomic step;
-`adapter_config.json` is there for people and for programs that look for it, such as `peft`, which reads and writes the
+SHA-256 over all of this and the tensors. As the file holds everything that loading needs, replacing it is one atomic
+step; `adapter_config.json` is for people and for programs that look for it, such as `peft`, which reads and writes the
 same files with veratune's plug-in.
 """
 
@@ -56,17 +56,17 @@ from veratune.projections.schemes import Scheme, Side, Stored
 from veratune.utils.tensors import is_finite
 from veratune.utils.text import notify
 
-# Fields that may differ between the two copies of the configuration without a word: they do not change the adapter.
+# Fields that may differ silently between the two copies of the configuration: they do not change the adapter.
 _INFORMATIVE = {"peft_type", *VeraConfig.names_with(peft="any")}
 
 
 class NativeFile(NamedTuple):
-    """What one file holds.
+    """The contents of one file.
 
     Attributes:
         loaded: the adapter.
-        header: what the file says of itself.
-        projections: tensors of A and B, where the file has them.
+        header: the JSON object in the file's metadata.
+        projections: tensors of A and B, if the file has them.
     """
 
     loaded: LoadedAdapter
@@ -96,10 +96,10 @@ class NativeFile(NamedTuple):
         return targets
 
     def scheme(self, targets: list[Target]) -> Scheme:
-        """Return the adapter's projections, after making sure that they are the ones it was trained with.
+        """Return the adapter's projections, after checking that it was trained with the same ones.
 
         Raises:
-            CheckpointError: they are others.
+            CheckpointError: it was trained with others.
         """
         config, origin, fingerprint = self.loaded.config, self.loaded.origin, self.header["fingerprint"]
         scheme = make_scheme(config, targets)
@@ -114,12 +114,12 @@ class NativeFile(NamedTuple):
 
 
 class NativeFormat(Format):
-    """veratune's own."""
+    """veratune's own format."""
 
     name = "veratune"
 
     def detect(self, files: AdapterFiles) -> bool:
-        # The tensors file is whole without its JSON copy, PEFT's is not.
+        # The tensors file is complete without its JSON copy; PEFT's is not.
         return METADATA_KEY in files.weights.metadata or files.config is None or files.peft_type == PEFT_TYPE
 
     def read(self, modules: Mapping[str, nn.Module], files: AdapterFiles) -> ReadyAdapter:
@@ -148,12 +148,12 @@ class NativeFormat(Format):
 
 
 def save_native(host: AdaptedModel, adapter_name: str, directory: Path, *, write: bool = True) -> None:
-    """Write one adapter into a directory, in place of one that is there.
+    """Write one adapter into a directory, replacing any adapter there.
 
     Args:
         host: the model.
-        adapter_name: which adapter.
-        directory: where to.
+        adapter_name: the adapter's name.
+        directory: the directory.
         write: if False, only take part in gathering sharded parameters, which all processes must do.
     """
     state = host.adapter_state(adapter_name)
@@ -174,20 +174,20 @@ def write_native(
     layers: Mapping[str, VeraLayer],
     tensors: Mapping[str, Tensor],
 ) -> None:
-    """Write one adapter's tensors into a directory, in place of an adapter that is there.
+    """Write one adapter's tensors into a directory, replacing any adapter there.
 
     Args:
-        directory: where to.
-        adapter_name: which adapter.
+        directory: the directory.
+        adapter_name: the adapter's name.
         model: the model without a wrapper.
         config: the adapter's configuration.
         scheme: its projections.
-        layers: the layers it is on, by name.
+        layers: the layers that it adapts, by name.
         tensors: what `file_tensors` returns.
     """
     tensors = dict(tensors)
     if not all(map(is_finite, tensors.values())):
-        notify(f"adapter {adapter_name!r} holds NaN or infinity and is saved as it is: its training diverged")
+        notify(f"adapter {adapter_name!r} contains NaN or infinity and is saved as is: its training diverged")
     if config.save_projection or isinstance(scheme, Stored):
         tensors |= _projection_tensors(layers, adapter_name, scheme)
     config = config.replace(inference_mode=True)
@@ -232,7 +232,7 @@ def file_tensors(
 
 
 def describe_base(model: nn.Module) -> dict[str, Any]:
-    """Return what has to be known of a base model to make it again: its class, and the names of its classes."""
+    """Return what is needed to create a base model again: its class, and the names of its labels."""
     model = without_wrappers(model)
     config: Any = getattr(model, "config", None)
     labels = getattr(config, "id2label", None)
@@ -251,7 +251,7 @@ def _ready(
     *,
     sizes_only: bool,
 ) -> ReadyAdapter:
-    """Check an adapter against a model; with `sizes_only`, its names and shapes alone."""
+    """Check an adapter against a model; with `sizes_only`, only its names and shapes."""
     file = _checked(directory, tensors, metadata, sizes_only=sizes_only)
     targets = file.targets(modules)
     scheme = make_scheme(file.loaded.config, targets) if sizes_only else file.scheme(targets)
@@ -304,7 +304,7 @@ def _projection_tensors(layers: Mapping[str, VeraLayer], adapter_name: str, sche
     widths: dict[tuple[Side, int], int] = {}
     for layer in layers.values():
         views = layer.entries[adapter_name].views
-        # An embedding draws single columns of A, never the whole matrix.
+        # An embedding draws single columns of A, never the full matrix.
         for view in views[1:] if layer.one_hot else views:
             key = (view.projection.side, view.projection.width)
             widths[key] = max(widths.get(key, 0), view.rank)
@@ -317,14 +317,14 @@ def _projection_tensors(layers: Mapping[str, VeraLayer], adapter_name: str, sche
 
 
 def _grouped(path: Path, tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """Sort tensors by the kind that their names begin with. The rest of a name is data and is never searched in."""
+    """Group tensors by the prefix of their names. The rest of a name is data and is never searched."""
     groups: dict[str, dict[str, Tensor]] = {
         kind: {} for kind in (*(VECTOR_PREFIX + which for which in VECTORS), "modules_to_save", "bias", "projection")
     }
     for key, tensor in tensors.items():
         kind, _, name = key.partition(".")
         if kind not in groups:
-            raise CheckpointError(f"{path}: {key!r} is of no known kind; a key begins with one of {sorted(groups)}")
+            raise CheckpointError(f"{path}: {key!r} has no known prefix; a key begins with one of {sorted(groups)}")
         groups[kind][name] = tensor
     return groups
 
@@ -338,8 +338,8 @@ def _compare_with_json(path: Path, config: VeraConfig) -> None:
     ]
     if differing:
         notify(
-            f"{path} differs from the configuration inside {WEIGHTS_NAME} in {differing}, and the latter counts. An"
-            " interrupted save leaves this; to change settings, load the adapter, change them there and save it"
+            f"{path} differs from the configuration inside {WEIGHTS_NAME} in {differing}; the latter is used. An"
+            " interrupted save can cause this; to change settings, load the adapter, change them and save it"
         )
 
 
@@ -354,7 +354,7 @@ def _check_ranks(loaded: LoadedAdapter, targets: list[Target]) -> None:
 
 
 def _check_shapes(origin: str, targets: list[Target], projections: dict[str, Tensor]) -> None:
-    """Raise CheckpointError for stored projections of other shapes than these layers' ones can have."""
+    """Raise CheckpointError for stored projections with shapes that do not match these layers."""
     most_rank = max(target.r for target in targets)
     sizes = {"A": {target.in_features for target in targets}, "B": {target.out_features for target in targets}}
     sizes["B"] |= {size for target in targets for size in target.parts}
@@ -369,8 +369,7 @@ def _check_shapes(origin: str, targets: list[Target], projections: dict[str, Ten
             fits = rank_major[0] == most_rank and rank_major[1] >= max(sizes[side])
         if not fits or not stored.dtype.is_floating_point:
             raise CheckpointError(
-                f"{origin}: its projection {name} is {stored.dtype} of the shape {shape}, which is not what its layers"
-                " have"
+                f"{origin}: its projection {name} is {stored.dtype} with shape {shape}, which does not match its layers"
             )
 
 

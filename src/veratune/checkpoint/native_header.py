@@ -16,7 +16,7 @@ METADATA_KEY = "veratune"
 
 
 def checked_header(path: Path, metadata: dict[str, str], tensors: dict[str, Tensor] | None) -> dict[str, Any]:
-    """Return what a file says of itself, after a look at the digest where tensors are given."""
+    """Return the header of a file, after checking its digest if tensors are given."""
     if METADATA_KEY not in metadata:
         raise CheckpointError(
             f"{path} was not written by veratune: its metadata has no {METADATA_KEY!r}, only {sorted(metadata)}"
@@ -30,23 +30,23 @@ def checked_header(path: Path, metadata: dict[str, str], tensors: dict[str, Tens
         raise CheckpointError(f"{path}: the {METADATA_KEY!r} entry of its metadata is damaged") from None
     if type(version) is not int or version != FORMAT_VERSION:
         raise CheckpointError(
-            f"{path} has the format version {version!r}; this veratune reads {FORMAT_VERSION}: install a newer one"
+            f"{path} has format version {version!r}; this veratune reads {FORMAT_VERSION}: install a newer one"
         )
     well_typed = all(isinstance(value, dict) for value in (config, base, inputs)) and isinstance(fingerprint, str)
     if not well_typed or not all(type(size) is int for size in inputs.values()):
         raise CheckpointError(f"{path}: the {METADATA_KEY!r} entry of its metadata is damaged")
     if tensors is not None and digest != digest_of(header, tensors):
-        raise CheckpointError(f"{path} is damaged or was changed by hand: its SHA-256 does not fit its contents")
+        raise CheckpointError(f"{path} is damaged or was changed by hand: its SHA-256 does not match its contents")
     return dict(header)
 
 
 def digest_of(header: dict[str, Any], tensors: dict[str, Tensor]) -> str:
     sha = hashlib.sha256()
-    # An update of more than some kilobytes gives other threads a turn, and this one waits until they are at an end.
+    # An update of more than a few kilobytes lets other threads run, and this one waits until they have had their turn.
     pending = bytearray(json.dumps(header, sort_keys=True).encode())
     for name in sorted(tensors):
         tensor = tensors[name]
-        # As json.dumps writes a list of the three, in half the time.
+        # The same as json.dumps writes for a list of the three, in half the time.
         pending += f'[{json.dumps(name)}, "{tensor.dtype}", {list(tensor.shape)}]'.encode()
         pending += bytes_of(tensor)
         if len(pending) > 1 << 20:

@@ -229,7 +229,7 @@ def _check_shapes(origin: str, config: VeraConfig, targets: list[Target], a: Ten
             f" the widest layers need ({config.r}, {max_in}) and ({max_out}, {config.r})"
         )
     if not a.dtype.is_floating_point or not b.dtype.is_floating_point:
-        raise CheckpointError(f"{origin}: its projections are {a.dtype} and {b.dtype}, not floating")
+        raise CheckpointError(f"{origin}: its projections are {a.dtype} and {b.dtype}, not floating-point")
 
 
 def _stored_scheme(config: VeraConfig, targets: list[Target], a: Tensor, b: Tensor) -> Scheme:

@@ -119,12 +119,12 @@ def check_called(model: nn.Module, layers: Mapping[str, VeraLayer], whose: str) 
 
 
 def check_places(model: nn.Module, layers: Mapping[str, VeraLayer], whose: str) -> None:
-    """Raise ValueError for a layer that is in several places of a model, of which PEFT adapts only the first.
+    """Raise ValueError for a layer that occurs in several places in a model, of which PEFT adapts only the first.
 
     Args:
         model: the model without a wrapper, with its adapters.
         layers: the adapter's layers by name.
-        whose: what the message calls the layers that would lose it.
+        whose: the format that would lose the adapter, for the message.
     """
     modules = base_modules(model)
     names_by_module: dict[int, dict[tuple[int, str], str]] = {}
@@ -137,7 +137,7 @@ def check_places(model: nn.Module, layers: Mapping[str, VeraLayer], whose: str) 
         if len(names) > 1:
             raise ValueError(
                 f"{whose} cannot hold the adapter on {name}: it is one module in several places ({', '.join(names)}),"
-                " of which PEFT adapts only the first. Name it in exclude_modules, or merge the adapter"
+                " of which PEFT adapts only the first. Add it to exclude_modules, or merge the adapter"
                 " (merge_and_unload)"
             )
 

@@ -1,7 +1,7 @@
-"""From files' tensors to an adapter on a model and back, whatever the format.
+"""Check adapters read from files against a model and add them to it, whatever the format.
 
 A format's reader makes a `LoadedAdapter`; `targets_of` and `make_ready` check every name and shape against the model.
-Only what is ready is put on a model.
+Only a `ReadyAdapter` is added to a model.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -89,7 +89,7 @@ def targets_of(modules: Mapping[str, nn.Module], loaded: LoadedAdapter) -> list[
         size = _geometry(loaded.origin, name, module, parameter)
         twin = names.setdefault((id(module), parameter), name)
         if twin != name:
-            raise CheckpointError(f"{loaded.origin} adapts {twin} and {name}, which are one and the same module here")
+            raise CheckpointError(f"{loaded.origin} adapts {twin} and {name}, which are the same module here")
         base = unwrapped(module)
         weight = base._parameters.get(parameter or weight_name(base))
         if weight is not None and weight.is_meta and not hasattr(base, "_hf_hook"):
@@ -108,11 +108,11 @@ def targets_of(modules: Mapping[str, nn.Module], loaded: LoadedAdapter) -> list[
         if b.shape != size.b_shape:
             raise CheckpointError(
                 f"{loaded.origin}: b of {name} has the shape {tuple(b.shape)}, but that layer has {size.out_features}"
-                f" outputs here, which takes {size.b_shape}: the adapter is for a model of other dimensions"
+                f" outputs here, which requires {size.b_shape}: the adapter is for a model of other dimensions"
             )
         rank = d.shape[-1] if d.ndim else 0
         if not b.dtype.is_floating_point or not d.dtype.is_floating_point:
-            raise CheckpointError(f"{loaded.origin}: the vectors of {name} are {b.dtype} and {d.dtype}, not floating")
+            raise CheckpointError(f"{loaded.origin}: vectors of {name} are {b.dtype} and {d.dtype}, not floating-point")
         if rank < 1 or d.shape != size.d_shape(rank, parts):
             *leading, _ = size.d_shape(rank, parts)
             expected = f"({leading[0]}, r)" if leading else "(r,)"
@@ -126,13 +126,13 @@ def _check_ranks(origin: str, targets: list[Target]) -> None:
     if (found := above_largest_rank(targets)) is not None:
         large, most = found
         raise CheckpointError(
-            f"{origin}: d of {large.name} has {large.r:,} numbers, and {most:,} is the most for layers of these"
-            " sizes: the projections of such a rank would take many times the memory of the layers"
+            f"{origin}: d of {large.name} has {large.r:,} numbers, but the maximum for layers of these sizes"
+            f" is {most:,}: the projections of such a rank would take many times the memory of the layers"
         )
 
 
 def _module_and_parameter(name: str, modules: Mapping[str, nn.Module]) -> tuple[nn.Module, str | None] | None:
-    """Return the module of this name, or the module that has a parameter of this name, and that parameter's own."""
+    """Return the module of this name, or the owner of the parameter of this name and the parameter's name in it."""
     if name in modules:
         return modules[name], None
     owner, _, own = name.rpartition(".")
@@ -144,7 +144,7 @@ def _module_and_parameter(name: str, modules: Mapping[str, nn.Module]) -> tuple[
 def _geometry(origin: str, name: str, module: nn.Module, parameter: str | None) -> Geometry:
     """Return the dimensions of the weight to adapt, or raise CheckpointError if it cannot be adapted."""
     if isinstance(module, VeraLayer) and parameter is None:
-        return module.geometry  # it was looked at when it was adapted first
+        return module.geometry  # checked when it was first adapted
     base = unwrapped(module)
     reason = why_not_adaptable(base) if parameter is None else why_not_parameter(base, parameter)
     if reason is not None:
@@ -175,7 +175,7 @@ def make_ready(
             modules, [name for name in loaded.saved if name in modules], [target.name for target in targets]
         )
     except TargetError as error:
-        raise CheckpointError(f"{loaded.origin} cannot stand beside the adapters there are: {error}") from None
+        raise CheckpointError(f"{loaded.origin} conflicts with the adapters already in the model: {error}") from None
     for module_name, state in loaded.saved.items():
         _check_saved(loaded.origin, modules, module_name, state)
     config, saved = loaded.config, list(loaded.saved)
@@ -237,9 +237,9 @@ class ReadyAdapter:
         for layer, vectors in self.loaded.vectors.items():
             shapes = {which: tuple(vector.shape) for which, vector in state.vectors[layer].items()}
             if {which: tuple(vector.shape) for which, vector in vectors.items()} != shapes:
-                raise CheckpointError(f"{origin}: {layer} has vectors of other shapes than the {shapes} here")
+                raise CheckpointError(f"{origin}: the vectors of {layer} do not have the shapes {shapes} as here")
         if self.plan.scheme != host.projection_scheme(name):
-            raise CheckpointError(f"{origin}: adapter {name!r} has other projections here")
+            raise CheckpointError(f"{origin}: adapter {name!r} has different projections here")
 
     def copy_into(self, host: AdaptedModel, name: str) -> None:
         """Copy the values into an adapter of the same layers and ranks."""
@@ -262,21 +262,21 @@ class ReadyAdapter:
 
 
 def check_labels(origin: str, labels: Any) -> dict[int, str]:
-    """Return the names of classes by number, as a file has them.
+    """Return a file's class names by class index.
 
     Raises:
-        CheckpointError: they are something else.
+        CheckpointError: they are invalid.
     """
     if not isinstance(labels, dict) or not all(
         isinstance(name, str) and number.isdecimal() and number.isascii() and len(number) <= _MOST_DIGITS
         for number, name in labels.items()
     ):
-        raise CheckpointError(f"{origin}: its names of classes (id2label) are damaged")
+        raise CheckpointError(f"{origin}: its class names (id2label) are invalid")
     return {int(number): name for number, name in labels.items()}
 
 
 def tell_apart(model: nn.Module, ready: ReadyAdapter, named: Sequence[str]) -> None:
-    """Tell the user what speaks for an adapter's being another model's, though it fits this one.
+    """Warn if an adapter fits this model but was probably trained on a different one.
 
     Args:
         model: the model without a wrapper.
@@ -286,21 +286,21 @@ def tell_apart(model: nn.Module, ready: ReadyAdapter, named: Sequence[str]) -> N
     config, origin = ready.plan.config, ready.loaded.origin
     here = getattr(getattr(model, "config", None), "_name_or_path", None)
     there = config.base_model_name_or_path
-    # The same model may lie in another folder, so only the last part of a name counts.
+    # The same model may be in another directory, so only the last component of a name is compared.
     if here and there and Path(str(here)).name != Path(there).name:
-        notify(f"{origin} was trained on {there!r}, and this model is {str(here)!r}")
+        notify(f"{origin} was trained on {there!r}, but this model is {str(here)!r}")
     left_out = [name for name in named if name not in ready.loaded.vectors]
     if left_out:
         notify(
             f"{origin} adapts {len(ready.loaded.vectors)} of the {len(named)} layers that its target_modules names in"
-            f" this model, and not {some(left_out)}: is it the model that the adapter was trained on?"
+            f" this model, but not {some(left_out)}: is it the model that the adapter was trained on?"
         )
 
 
 def layers_named(model: nn.Module, config: VeraConfig) -> list[str]:
-    """Return the layers that a file's configuration names in a model; none where it is not for this model at all.
+    """Return the layers that a file's configuration names in a model; none if it is not for this model.
 
-    None either where it has expressions, or more names than the model: they are not compared for a hint.
+    Also none if it has regular expressions, or more names than the model has: a mere hint is not worth matching those.
     """
     wanted = config.target_modules
     if not config.names_only() or (isinstance(wanted, list) and len(wanted) > sum(1 for _ in model.modules())):
@@ -312,11 +312,11 @@ def layers_named(model: nn.Module, config: VeraConfig) -> list[str]:
 
 
 def other_projections(origin: str, config: VeraConfig, expected: str, found: str) -> CheckpointError:
-    """Return the error for projections whose fingerprint is not that of those an adapter was trained with."""
+    """Return the error for projections whose fingerprint differs from that of the ones an adapter was trained with."""
     return CheckpointError(
         f"{origin} was trained with other projections: its fingerprint is {expected}, but"
         f" projection={config.projection!r} with projection_prng_key={config.projection_prng_key} gives {found} here."
-        " The adapter would compute something else than it learned"
+        " The adapter would not compute what it learned"
     )
 
 
@@ -348,7 +348,7 @@ def check_keys(what: str, expected: Iterable[str], found: Iterable[str]) -> None
     if expected - found:
         problems.append("is without " + some(sorted(expected - found)))
     if found - expected:
-        problems.append("has what does not belong there: " + some(sorted(found - expected)))
+        problems.append("has unexpected names: " + some(sorted(found - expected)))
     if problems:
         raise CheckpointError(f"{what} {' and '.join(problems)}")
 

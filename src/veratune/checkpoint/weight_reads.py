@@ -101,7 +101,7 @@ def _tree(owner: type, name: str) -> ast.FunctionDef | None:
 
 
 def _uses(node: ast.AST, own: str, always: bool) -> Iterator[tuple[Path, bool]]:
-    """Yield the attribute paths from `own` that are used in a syntax tree, and whether each is used always."""
+    """Yield the attribute paths from `own` that are used in a syntax tree, and whether each is always used."""
     if isinstance(node, ast.Attribute):
         path = _path(node, own)
         if path is not None:

@@ -57,7 +57,7 @@ class Engine(StrEnum):
 
 
 def _export_formats() -> list[str]:
-    """Return what `veratune export` writes: the formats that `convert` does not, and those that are only written."""
+    """Return the formats that `veratune export` writes: those that `convert` does not, and the write-only ones."""
     written = [name for name, format in FORMATS.items() if format.is_written and not isinstance(format, NativeFormat)]
     return [*written, _LORA, _GGUF]
 
@@ -137,7 +137,7 @@ def convert(
     check_new(output)
     adapter = adapter_in(adapter)
     if isinstance(format_of(adapter), NativeFormat):
-        raise CheckpointError(f"{adapter} is in veratune's format already")
+        raise CheckpointError(f"{adapter} is already in veratune's format")
     model = _adapted(base_of(adapter, base), adapter)
     with writing_new(output):
         model.save_pretrained(output)
@@ -214,8 +214,8 @@ def _print_differences(
             print_text(f"only the {which} adapts {len(names)} layers: {_shortened(names)}")
     if moved is None:
         print_text(
-            "the projections differ, as their fingerprints say, so the vectors of the two cannot be compared: equal"
-            " numbers would mean other changes of the weights"
+            "the projections differ, as their fingerprints show, so the vectors of the two cannot be compared: equal"
+            " numbers would change the weights differently"
         )
     elif moved:
         rows = [

@@ -61,7 +61,7 @@ def build(
     for name in directories:
         check_spelling(name)
     if is_there(file):
-        raise BankError(f"{file} exists already")
+        raise BankError(f"{file} already exists")
     base = load_model(model, weights=True, adapter=next(iter(directories.values())))
     config = config_for_adapters(base, directories)
     if rank is not None:
@@ -99,7 +99,7 @@ def add(
         check_spelling(name)
         if (name in known.names) != replace:
             wrong = (
-                f"there is no adapter {name!r} in {file} to replace" if replace else f"{name!r} is in {file} already"
+                f"there is no adapter {name!r} in {file} to replace" if replace else f"{name!r} is already in {file}"
             )
             raise BankError(wrong)
     bank = AdapterBank.open(load_model(model, weights=True, adapter=next(iter(directories.values()))), file)

@@ -54,13 +54,13 @@ def bench(
 ) -> None:
     """Time training steps of a model on this machine: veratune's, PEFT's, full fine-tuning, and the frozen model.
 
-    All linear layers are adapted. The steps take turns, and each is compared with the frozen model's of the same round.
+    All linear layers are adapted. The steps take turns, and each is compared with the frozen model's in the same round.
     """
     # Otherwise the memory profiler prints messages when it starts and stops.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     ranks = r or [256]
     if min(ranks) < 1:
-        raise SettingsError(f"--r {min(ranks)} is not allowed: a rank is 1 or more")
+        raise SettingsError(f"--r {min(ranks)} is not allowed: it must be at least 1")
     torch_device = _device(device)
     base: Any = load_model(model, weights=True)
     if dtype is not None:
@@ -101,7 +101,7 @@ def _measure(
     left_out: dict[str, str] = {}
     for name in VARIANTS:
         if name == FULL and not fits_in_full(base, torch_device):
-            left_out[name] = "its weights, gradients and moments do not fit into the free memory"
+            left_out[name] = "its weights, gradients and moments do not fit into free memory"
             continue
         try:
             with warnings.catch_warnings():
@@ -179,13 +179,13 @@ def _device(name: str | None) -> torch.device:
     try:
         torch_device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError:
-        raise SettingsError(f"--device {name} is none that torch knows: try cpu or cuda") from None
+        raise SettingsError(f"--device {name} is not a device that torch knows: try cpu or cuda") from None
     if torch_device.type == "cuda" and not torch.cuda.is_available():
         raise SettingsError(f"--device {name}: there is no GPU that torch can use here")
     try:
         torch.zeros(1, device=torch_device).cpu()
     except (RuntimeError, NotImplementedError, AssertionError) as error:
-        raise SettingsError(f"--device {name} cannot be computed on here: {str(error).splitlines()[0]}") from None
+        raise SettingsError(f"--device {name} cannot compute here: {str(error).splitlines()[0]}") from None
     return torch_device
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from veratune.checkpoint.files import CheckpointError
 from veratune.cli.output import bytes_text
 
-# A disk with less free space than this is full.
+# A disk with less free space than this is treated as full.
 _NEARLY_NOTHING = 1 << 20
 # Messages of torch, safetensors and others that replace an OSError.
 _NOT_WRITTEN = ("iostream error", "file write failed", "unexpected pos", "os error 28", "No space left", "os error 27")
@@ -47,7 +47,7 @@ def writing(path: Path) -> Iterator[None]:
     """Add the path to errors of a full disk that are raised in this context.
 
     Raises:
-        CheckpointError: the disk is full, or would not write.
+        CheckpointError: the disk is full, or a write failed.
     """
     try:
         yield

@@ -50,7 +50,7 @@ def inspect(
     if is_adapter(path_or_repo):
         _inspect_adapter(Path(path_or_repo), every=every, plot=plot, as_json=as_json)
     elif plot is not None:
-        raise ValueError(f"--plot shows an adapter's vectors, and {path_or_repo} is no adapter")
+        raise ValueError(f"--plot shows an adapter's vectors, but {path_or_repo} is not an adapter")
     else:
         _inspect_model(path_or_repo, rank, tokens, every=every, as_json=as_json)
 
@@ -147,7 +147,7 @@ def _inspect_adapter(directory: Path, *, every: bool, plot: Path | None, as_json
     contents = read_contents(directory)
     if contents.format == LoraFormat.name:
         if plot is not None:
-            raise ValueError(f"--plot shows VeRA's vectors, and {directory} is a LoRA adapter")
+            raise ValueError(f"--plot shows VeRA's vectors, but {directory} is a LoRA adapter")
         _inspect_lora(directory, contents, every=every, as_json=as_json)
         return
     layers: list[dict[str, Any]] = [
@@ -217,8 +217,8 @@ def _inspect_lora(directory: Path, contents: AdapterContents, *, every: bool, as
     _print_settings(directory, contents.config)
     print_text(FORMATS[contents.format].about)
     print_text(
-        f"{len(layers)} layers of rank {contents.config.get('r')}, {numbers:,} numbers in matrices, {others:,} beside"
-        f" them, {bytes_text(summary['bytes'])}, for {summary['base_model'] or 'a model that is not named'}"
+        f"{len(layers)} layers of rank {contents.config.get('r')}, {numbers:,} numbers in matrices, {others:,} in"
+        f" other tensors, {bytes_text(summary['bytes'])}, for {summary['base_model'] or 'a model that is not named'}"
     )
     both = [layer for layer in layers if all(key in layer for key in _LORA_NORMS)]
     _print_layers(both, _LORA_NORMS, ("|lora_A|", "|lora_B|"), every=every)

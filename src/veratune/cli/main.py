@@ -56,7 +56,7 @@ def options(
         bool, typer.Option("--version", help="Print the version.", callback=_show_version, is_eager=True)
     ] = False,
 ) -> None:
-    """Options of all commands, which are given before the command."""
+    """Options for all commands, given before the command."""
 
 
 app.command("train", epilog=train.EXAMPLES)(train.train)

@@ -66,10 +66,10 @@ def _joined(error: Exception) -> str:
 def _unreadable(path_or_repo: str, error: Exception, remedy: str) -> str:
     """Return the message for a model that could not be loaded."""
     if _is_here(path_or_repo):
-        return f"{path_or_repo} is no model that can be read: {_joined(error)}"
+        return f"{path_or_repo} is not a model that can be read: {_joined(error)}"
     first = next(iter(str(error).strip().splitlines()), type(error).__name__)
     offline = "connect" in first or os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "ON", "YES", "TRUE")
-    reason = "the hub cannot be reached" if offline else f"the hub answers: {first}"
+    reason = "the hub cannot be reached" if offline else f"the hub responded: {first}"
     return f"{path_or_repo}: there is no such directory, it is not in the hub's cache, and {reason}: {remedy}"
 
 
@@ -121,7 +121,7 @@ def load_model(
         path_or_repo: a directory or a name on the hub.
         weights: whether to load them; without them the model is on the meta device.
         adapter: an adapter that is for this model.
-        remedy: what to do where there is no such model.
+        remedy: what to do if there is no such model.
 
     Raises:
         ImportError: transformers is missing.
@@ -148,7 +148,7 @@ def load_model(
     model_class: Any = next((getattr(transformers, name) for name in names if hasattr(transformers, name)), None)
     if model_class is None:
         raise ValueError(
-            f"{path_or_repo}: there is no class {' or '.join(names) or 'named'} in transformers to make it of"
+            f"{path_or_repo}: there is no class {' or '.join(names) or 'named'} in transformers to create it with"
         )
     if weights:
         return loaded(
@@ -163,17 +163,17 @@ def load_model(
 
 
 def loaded(path_or_repo: str, make: Callable[[], nn.Module]) -> nn.Module:
-    """Return the model that a function of transformers loads.
+    """Return the model that a transformers function loads.
 
     Raises:
-        ValueError: it could not.
+        ValueError: it could not be loaded.
     """
     try:
         return make()
     except (MemoryError, torch.OutOfMemoryError, ImportError):
         raise
     except Exception as error:  # from transformers, safetensors, huggingface_hub or torch
-        raise ValueError(f"{path_or_repo} is no model that can be read: {_joined(error)}") from error
+        raise ValueError(f"{path_or_repo} is not a model that can be read: {_joined(error)}") from error
 
 
 def _check_place(path_or_repo: str, remedy: str = _CHECK_NAME) -> None:
@@ -192,7 +192,7 @@ def _check_place(path_or_repo: str, remedy: str = _CHECK_NAME) -> None:
         adapter = next((x for x in (local, local / ADAPTER_NAME) if is_adapter(str(x))), None)
         if adapter is not None:
             raise FileNotFoundError(f"{adapter} is an adapter, not a model; {_its_base(adapter)}")
-        raise FileNotFoundError(f"{path_or_repo} holds no model: there is no config.json in it")
+        raise FileNotFoundError(f"{path_or_repo} does not contain a model: it has no config.json")
 
 
 def _its_base(adapter: Path) -> str:

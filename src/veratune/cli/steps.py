@@ -1,4 +1,4 @@
-"""Training steps of one base model in several variants, which `veratune bench` times."""
+"""Training steps of a base model in several variants, as timed by `veratune bench`."""
 
 import copy
 from typing import Any
@@ -24,7 +24,7 @@ def make_variant(name: str, base: nn.Module, rank: int) -> nn.Module:
     Full fine-tuning gets a copy of the weights.
 
     Raises:
-        ImportError: peft is missing, and it is one of its ways.
+        ImportError: the variant needs peft, which is missing.
         Exception: whatever peft raises for a model that it cannot adapt.
     """
     if name == FULL:
@@ -52,8 +52,8 @@ def make_variant(name: str, base: nn.Module, rank: int) -> nn.Module:
 class Step:
     """One training step: forward, backward to the input and the trainable parameters, and AdamW.
 
-    The inputs are embeddings (or pixels) that want a gradient, in every variant: so all of them go all the way back,
-    and the frozen model's step is the floor under every way to fine-tune all layers.
+    In every variant the inputs are embeddings (or pixels) that require a gradient, so that backward passes through all
+    layers, and the frozen model's step is a lower bound for any method that fine-tunes all of them.
 
     Args:
         model: the model.
@@ -85,7 +85,7 @@ def random_inputs(model: nn.Module, batch: int, length: int, device: torch.devic
     """Return random inputs of a transformers model: embeddings (batch, length, hidden), or pixels of (batch) images.
 
     Raises:
-        ValueError: it takes neither.
+        ValueError: the model takes neither.
     """
     described: Any = model
     config: Any = described.config
@@ -96,7 +96,7 @@ def random_inputs(model: nn.Module, batch: int, length: int, device: torch.devic
         sizes = (batch, getattr(config, "num_channels", 3), config.image_size, config.image_size)
         return {kind: torch.randn(sizes, generator=generator).to(device, dtype)}
     if kind != "input_ids":
-        raise ValueError(f"{type(model).__name__} takes {kind}, and bench makes only texts and images")
+        raise ValueError(f"{type(model).__name__} takes {kind}, but bench only makes texts and images")
     positions = getattr(config, "max_position_embeddings", None)
     if isinstance(positions, int) and 0 < positions < length:
         raise ValueError(f"--length {length} is more than the model's {positions} positions")

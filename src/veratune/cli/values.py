@@ -68,7 +68,7 @@ def check_text(where: str, value: object) -> None:
 def check_words(where: str, words: object, labels: object, label_column: str) -> None:
     """Raise ValueError unless words and labels are lists of equal length, of texts and class names."""
     if not isinstance(words, list) or not isinstance(labels, list) or len(words) != len(labels):
-        raise ValueError(f"{where} must have lists of as many labels as words")
+        raise ValueError(f"{where} must have a list of words and a list of as many labels")
     for number, word in enumerate(words, start=1):
         check_text(f"{where}, word {number}", word)
     for number, label in enumerate(labels, start=1):
@@ -103,7 +103,7 @@ def check_not_measured(where: Callable[[int], str], labels: list[str]) -> None:
     """Raise ValueError if the labels are numbers with fractions: they are measurements, not classes.
 
     Args:
-        where: from a label's position to where it is.
+        where: maps a label's position to its location, for the message.
         labels: the names of the classes, row by row. A file without types, such as CSV, has only texts.
     """
     first = None
@@ -135,13 +135,13 @@ def check_chat(where: str, messages: list[Any], *, wants_answer: bool) -> None:
     Args:
         where: where it is, for the message.
         messages: the list.
-        wants_answer: whether only what the assistant says is learned, so that there has to be some.
+        wants_answer: whether only the assistant's messages are learned, so that there has to be one.
     """
     if not messages:
         raise ValueError(f"{where} is an empty chat")
     for number, message in enumerate(messages, start=1):
         if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
-            raise ValueError(f"{where} is no chat: each message must have a 'role' and a 'content'")
+            raise ValueError(f"{where} is not a chat: each message must have a 'role' and a 'content'")
         role, content = message["role"], message["content"]
         check_text(f"{where}, message {number}: its 'role'", role)
         # Some data sets have an empty system prompt in every row, and tool calls have no content.
@@ -150,5 +150,5 @@ def check_chat(where: str, messages: list[Any], *, wants_answer: bool) -> None:
         check_text(f"{where}, message {number}: its 'content'", content)
     if wants_answer and not any(message["role"] == "assistant" for message in messages):
         raise ValueError(
-            f"{where} has no message of the role 'assistant', and they are what is learned: add one, or --chat-loss all"
+            f"{where} has no message of the role 'assistant', which is what is learned: add one, or use --chat-loss all"
         )

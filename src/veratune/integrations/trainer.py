@@ -92,7 +92,7 @@ class VeraTrainerMixin(_TrainerAfterMixin):
         default, which is meant for full fine-tuning, both get the defaults of `parameter_groups` instead, with a
         warning. Learning rates that the trainer's class has set itself are kept.
         """
-        vectors, rest = trained_parts(self._vera_model())  # raises for a model without anything to train
+        vectors, rest = trained_parts(self._vera_model())  # raises an error if there is nothing to train
         if self.optimizer is not None:
             return super().create_optimizer(*args, **kwargs)
         optimizer = super().create_optimizer(*args, **kwargs)

@@ -74,8 +74,8 @@ class AdapterHolder(LayerKind):
         if weight is None:
             raise ValueError(
                 f"the {type(self.base_layer).__name__} of an adapted layer was converted to a form whose weight"
-                " veratune cannot read (as by torch's quantize_dynamic): call merge_and_unload before converting the"
-                " model"
+                " veratune cannot read (for example, by torch's quantize_dynamic): call merge_and_unload before"
+                " converting the model"
             )
         return weight
 

@@ -110,7 +110,7 @@ class Scheme(ABC):
     def allowed_values(cls, r: int, max_in: int, max_out: int) -> dict[str, range]:
         """Return the values that each field may have for layers up to this rank and these widths.
 
-        What a file states is compared with them before anything is drawn.
+        Values from a file are checked against these before anything is drawn.
         """
         return {"key": KEYS}
 

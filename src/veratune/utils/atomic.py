@@ -58,7 +58,7 @@ def temporary_beside(path: Path) -> Path:
 def remove_abandoned(path: Path) -> None:
     """Remove unfinished files for `path` that were left by processes no longer running.
 
-    Only names made by `temporary_beside` on this machine are considered, since processes of other machines cannot be
+    Only names made by `temporary_beside` on this machine are considered, since processes on other machines cannot be
     checked from here. If the PID has been reused, the file is kept.
     """
     name = re.compile(rf"\.{re.escape(path.name)}\.{_HERE}-(\d{{1,10}})-[0-9a-f]{{8}}\.tmp")

@@ -175,7 +175,7 @@ def test_packed_attention_and_names_of_wrappers(tmp_path: Path) -> None:
     config = VeraConfig(r=4, target_modules=["adapted"], modules_to_save=["base_layer"])
     get_peft_model(attention(), config).save_pretrained(tmp_path / "inside")
     plain = attention()
-    with pytest.raises(CheckpointError, match="cannot be loaded into PEFT here, where base_layer would be"):
+    with pytest.raises(CheckpointError, match="cannot be loaded into PEFT here, which would adapt base_layer"):
         peft.PeftModel.from_pretrained(plain, tmp_path / "inside")
     assert not any(isinstance(module, TunedLayer) for module in plain.modules())
 
@@ -314,7 +314,7 @@ def test_what_cannot_be_loaded_is_refused_and_changes_nothing(tmp_path: Path) ->
     refused(tmp_path / "native", "layers that this GPT2LMHeadModel does not have", "gpt2")
     refused(
         tmp_path / "native",
-        "against adapter 'default': has what does not belong",
+        "against adapter 'default': has unexpected names",
         config=VeratuneConfig(r=4, target_modules=["query"]),
     )
     refused(tmp_path / "native", r"key_mapping, whose '\^bert' would rename", key_mapping={"^bert": "roberta"})
@@ -392,7 +392,7 @@ CHANGES = {
         lambda tensors, _: tensors.update({"modules_to_save.classifier.bias": torch.ones(3, dtype=torch.int32)}),
         r"classifier\.bias is torch\.int32",
     ),
-    "a bias": (lambda tensors, _: tensors.update({f"bias.{LAYER}.bias": torch.ones(24)}), "does not belong there"),
+    "a bias": (lambda tensors, _: tensors.update({f"bias.{LAYER}.bias": torch.ones(24)}), "has unexpected names"),
     "another width": (lambda _, header: header["inputs"].update({LAYER: 3}), "had 3 inputs where"),
     "other projections": (lambda _, header: header.update(fingerprint="0" * 16), "trained with other projections"),
 }
@@ -421,9 +421,9 @@ def test_a_configuration_of_another_adapter_or_of_none_is_refused(tmp_path: Path
     theirs = json.loads((tmp_path / CONFIG).read_text())
     own("bert", {"target_modules": ["query"]}).save_pretrained(tmp_path)
     for values, message in (
-        (theirs, "of the type 'VERA', and adapter_model.safetensors next to it is a veratune adapter"),
-        ({**theirs, "peft_type": "FOO"}, "peft_type='FOO' is no type of adapter that PEFT knows"),
-        ({"r": 4}, "peft_type=None is no type of adapter"),
+        (theirs, "of type 'VERA', but adapter_model.safetensors next to it is a veratune adapter"),
+        ({**theirs, "peft_type": "FOO"}, "peft_type='FOO' is not an adapter type that PEFT knows"),
+        ({"r": 4}, "peft_type=None is not an adapter type"),
     ):
         (tmp_path / CONFIG).write_text(json.dumps(values))
         plain, model = tiny_model("bert"), through_peft("bert", {"target_modules": ["query"]})
@@ -509,7 +509,7 @@ def test_what_a_file_cannot_hold_is_refused_before_anything_is_written(tmp_path:
         with pytest.raises(ValueError, match=message):
             model.save_pretrained(tmp_path / "refused", **settings)
         assert not (tmp_path / "refused").exists()
-    with pytest.raises(ValueError, match="saved with its adapter alone"):
+    with pytest.raises(ValueError, match="only saved with its adapter"):
         model.peft_config["default"].save_pretrained(tmp_path / "refused")
     assert not (tmp_path / "refused").exists()
 
@@ -518,7 +518,7 @@ def test_transformers_own_ways_to_files_are_refused(tmp_path: Path) -> None:
     plain = base("bert")
     plain.save_pretrained(tmp_path / "base")
     plain.add_adapter(VeratuneConfig(r=4, target_modules=["query"]))
-    with pytest.raises(ValueError, match="saved with its adapter alone"):
+    with pytest.raises(ValueError, match="only saved with its adapter"):
         plain.save_pretrained(tmp_path / "refused")
     assert not list((tmp_path / "refused").iterdir())
     model = type(plain).from_pretrained(tmp_path / "base")

@@ -9,10 +9,10 @@ Message = dict[str, Any]
 
 
 def chat_tokens(tokenizer: Any, messages: list[Message], *, every: bool) -> tuple[list[int], list[int]]:
-    """Return a chat's tokens by the tokenizer's template, and the labels: the tokens to learn, the others ignored.
+    """Return a chat's tokens by the tokenizer's template, and the labels: the tokens to learn, with the others ignored.
 
-    What belongs to an assistant's message is what the template adds to the chat before it, asked for an answer. The
-    template writes the special tokens itself.
+    An assistant's message consists of the text that the template adds to the preceding chat with a generation prompt.
+    The template writes the special tokens itself.
 
     Args:
         tokenizer: the model's, with a chat template.
@@ -20,8 +20,8 @@ def chat_tokens(tokenizer: Any, messages: list[Message], *, every: bool) -> tupl
         every: learn all tokens, not only the assistant's.
 
     Raises:
-        ValueError: there is no template, it refuses the chat, or it writes the beginning of a chat otherwise once an
-            answer follows.
+        ValueError: there is no template, it refuses the chat, or it writes the beginning of a chat differently once
+            an answer follows.
     """
     text = _render(tokenizer, messages)
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=not every)
@@ -36,8 +36,8 @@ def chat_tokens(tokenizer: Any, messages: list[Message], *, every: bool) -> tupl
         through = _render(tokenizer, messages[: i + 1])
         if not through.startswith(before) or not text.startswith(through):
             raise ValueError(
-                "the model's chat template writes the beginning of a chat otherwise once an answer follows, so that the"
-                " assistant's part cannot be told: --chat-loss all learns everything"
+                "the model's chat template writes the beginning of a chat differently once an answer follows, so that"
+                " the assistant's part cannot be found: --chat-loss all learns everything"
             )
         for index, (start, end) in enumerate(encoded["offset_mapping"]):
             if len(before) <= start < end <= len(through):
@@ -48,9 +48,9 @@ def chat_tokens(tokenizer: Any, messages: list[Message], *, every: bool) -> tupl
 def check_chats(tokenizer: Any, *, every: bool) -> None:
     """Raise ValueError for a tokenizer that cannot convert chats to tokens and labels."""
     if not tokenizer.chat_template:
-        raise ValueError("the model's tokenizer has no chat template: give texts in place of lists of messages")
+        raise ValueError("the model's tokenizer has no chat template: use plain texts instead of lists of messages")
     if not every and not tokenizer.is_fast:
-        raise ValueError("the model has no fast tokenizer to tell the assistant's part with: use --chat-loss all")
+        raise ValueError("the model has no fast tokenizer to find the assistant's part with: use --chat-loss all")
 
 
 def _render(tokenizer: Any, messages: list[Message], *, add_generation_prompt: bool = False) -> str:

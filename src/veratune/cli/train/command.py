@@ -30,7 +30,7 @@ veratune train --resume run
 def train(*, config: Path | None = None, resume: Path | None = None, **given: Any) -> None:
     """Fine-tune a model with VeRA on rows of text.
 
-    Ctrl-C ends it with a checkpoint; --resume goes on to the same result.
+    Ctrl-C stops it with a checkpoint; --resume continues to the same result.
     """
     options = {}
     for name, option in options_of(TrainSettings).items():
@@ -44,8 +44,8 @@ def train(*, config: Path | None = None, resume: Path | None = None, **given: An
 def _signature() -> inspect.Signature:
     """Return the signature from which typer makes options: the settings, and two files that contain settings."""
     files = {
-        "config": "YAML file of settings, such as an earlier run's train.yaml; options go before it.",
-        "resume": "Go on with a run: its output directory.",
+        "config": "YAML file of settings, such as an earlier run's train.yaml; options override it.",
+        "resume": "Resume a run: its output directory.",
     }
     parameters = parameters_of(TrainSettings)
     parameters += [
@@ -63,7 +63,7 @@ def _settings(options: dict[str, Any], config: Path | None, resume: Path | None)
     if resume is not None:
         if options or config is not None:
             given = ", ".join(flag(name) for name in options or ["config"])
-            raise SettingsError(f"--resume goes on with the settings in {resume / SETTINGS_NAME}: leave out {given}")
+            raise SettingsError(f"--resume uses the settings in {resume / SETTINGS_NAME}: leave out {given}")
         return TrainSettings(**{**read_settings(resume / SETTINGS_NAME), "output": str(resume)})
     values = ({} if config is None else read_settings(config)) | options
     return TrainSettings(**{"model": "", "data": "", "output": "", **values})

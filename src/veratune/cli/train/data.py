@@ -32,10 +32,10 @@ from veratune.utils.outside_files import check_count, opened
 Row = dict[str, Any]
 _SHOWN = 40
 _MOST_COLUMNS = 20
-# pandas takes kilobytes for a column, and ends the process where it has no memory for that.
+# pandas needs kilobytes per column, and aborts the process if there is no memory for them.
 _MOST_COLUMNS_READ = 10_000
 _LONGEST_HEADER = 1 << 20
-# Python's texts may take four times the memory of Arrow's.
+# Python's strings may take four times the memory of Arrow's.
 _COPIES_OF_ROWS = 4
 _ROWS_AT_ONCE = 1024
 
@@ -49,8 +49,8 @@ def read_rows(path: str, subset: str | None = None, split: str = "train") -> lis
         split: part of a data set on the hub.
 
     Raises:
-        SettingsError: no such file, or another kind of file.
-        ValueError: no such data set, a file that cannot be read, no rows.
+        SettingsError: no such file, or an unsupported kind of file.
+        ValueError: no such data set, a file that cannot be read, or no rows.
     """
     try:
         import pandas as pd  # type: ignore[import-untyped]
@@ -69,7 +69,7 @@ def read_rows(path: str, subset: str | None = None, split: str = "train") -> lis
     if not file.is_file():
         raise SettingsError(f"{path} is not a file{' but a directory' if file.is_dir() else ''}")
     if not known:
-        raise SettingsError(f"{path} is none of the kinds that are read: {', '.join(readers)}")
+        raise SettingsError(f"{path} is not of a supported kind: {', '.join(readers)}")
     if file.stat().st_size == 0:
         raise ValueError(f"{path} is empty")
     try:
@@ -113,12 +113,12 @@ def _read_table(separator: str) -> Callable[[BinaryIO], Any]:
 
 
 def _read_parquet(file: BinaryIO) -> list[Row]:
-    """Read a Parquet file, in which a few bytes may be the same long text in millions of rows."""
+    """Read a Parquet file, in which a few bytes may stand for the same long text in millions of rows."""
     from pyarrow.parquet import ParquetFile  # type: ignore[import-untyped]
 
     rows: list[Row] = []
     size, most = 0, memory_of_machine() // _COPIES_OF_ROWS
-    # In other threads, Arrow would end the process where memory runs out.
+    # In other threads, Arrow would abort the process if memory runs out.
     for batch in ParquetFile(file).iter_batches(batch_size=_ROWS_AT_ONCE, use_threads=False):
         size += batch.nbytes
         if size > most:
@@ -148,7 +148,7 @@ def _read_lines(file: BinaryIO) -> list[Row]:
             except RecursionError:
                 raise ValueError(f"line {number} is nested too deeply") from None
             if not isinstance(row, dict):
-                raise ValueError(f"line {number} holds no JSON object")
+                raise ValueError(f"line {number} is not a JSON object")
             rows.append(row)
     return rows
 
@@ -157,14 +157,14 @@ def _object(pairs: list[tuple[str, Any]]) -> Row:
     found = dict(pairs)
     if len(found) < len(pairs):
         twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
-        raise ValueError(f"{twice!r} stands twice in one object")
+        raise ValueError(f"{twice!r} occurs twice in one object")
     return found
 
 
 def check_columns(path: str, rows: list[Row], settings: TrainSettings) -> None:
     """Raise SettingsError for a missing column, and ValueError for a row whose values cannot be used.
 
-    Values are what the task wants already: nothing is made into text.
+    Values must already have the types that the task needs: nothing is converted to text.
     """
     texts = [settings.text_column]
     if settings.text_pair_column is not None:
@@ -187,7 +187,7 @@ def check_columns(path: str, rows: list[Row], settings: TrainSettings) -> None:
             continue
         for name in texts:
             if isinstance(row[name], list):
-                raise ValueError(f"{where} has a list in {name!r}, and {settings.task} a text")
+                raise ValueError(f"{where} has a list in {name!r}, but {settings.task} needs text")
             check_text(f"{where}: {name!r}", row[name])
     if settings.task in ("sequence-classification", "token-classification"):
         _check_labels(path, rows, settings)
@@ -204,7 +204,7 @@ def _check_names(path: str, rows: list[Row], wanted: list[str], settings: TrainS
             )
         if wanted.count(name) > 1:
             raise SettingsError(
-                f"the column {name!r} cannot be two things at once: --{option.replace('_', '-')} and others name it"
+                f"the column {name!r} cannot have two uses: --{option.replace('_', '-')} and another option name it"
             )
 
 
@@ -225,7 +225,7 @@ def label_names(train: list[Row], evaluation: list[Row], settings: TrainSettings
     """Return the classes, sorted.
 
     Raises:
-        ValueError: there is one class only, or evaluation rows have others than training rows.
+        ValueError: there is only one class, or evaluation rows have classes that training rows lack.
     """
     there, other = (set(_names_of_classes(rows, settings)) for rows in (train, evaluation))
     if len(there) < 2:
@@ -233,7 +233,7 @@ def label_names(train: list[Row], evaluation: list[Row], settings: TrainSettings
     new = sorted(other - there)
     if new:
         shown = [label if len(label) <= _SHOWN else label[:_SHOWN] + "..." for label in new[:5]]
-        raise ValueError(f"rows to evaluate with have {len(new)} labels that no training row has: {shown}")
+        raise ValueError(f"evaluation rows have {len(new)} labels that no training row has: {shown}")
     return sorted(there)
 
 
@@ -278,11 +278,11 @@ class Examples(torch.utils.data.Dataset[Row]):
     """Rows converted to a model's inputs, once.
 
     Attributes:
-        examples: the inputs; rows of which nothing is learned are not among them.
-        left_out: how many those are.
+        examples: the inputs, without those of rows from which nothing would be learned.
+        left_out: the number of such rows.
 
     Raises:
-        ValueError: a row that cannot be.
+        ValueError: a row cannot be converted.
     """
 
     def __init__(self, origin: str, rows: list[Row], encode: Callable[[Row], Row]) -> None:
@@ -293,7 +293,7 @@ class Examples(torch.utils.data.Dataset[Row]):
             except (ValueError, TypeError) as error:
                 raise ValueError(f"{origin}, row {number}: {error}") from None
             if not example["input_ids"]:
-                raise ValueError(f"{origin}, row {number}: the tokenizer makes no token of its text")
+                raise ValueError(f"{origin}, row {number}: the tokenizer returns no tokens for its text")
             if not _is_list(example["labels"]) or any(label != IGNORED for label in example["labels"]):
                 self.examples.append(example)
         self.left_out = len(rows) - len(self.examples)

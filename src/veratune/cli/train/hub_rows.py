@@ -17,7 +17,7 @@ def read_hub_rows(name: str, subset: str | None, split: str) -> list[dict[str, A
 
     Args:
         name: the data set: "name" or "owner/name".
-        subset: its configuration; None where it has one only.
+        subset: its configuration; None if it has only one.
         split: its part, such as "train" or "validation".
 
     Raises:
@@ -29,9 +29,9 @@ def read_hub_rows(name: str, subset: str | None, split: str) -> list[dict[str, A
         raise ImportError(f"reading a data set from the hub needs: pip install 'veratune[cli]' ({error})") from None
     try:
         found = datasets.load_dataset(name, subset, split=split)
-    except Exception as error:  # the package raises a dozen types, also of three other packages
+    except Exception as error:  # the package raises a dozen types, some of them from three other packages
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"{name} is no file here, and as a data set on the hub it cannot be read: {reason}") from None
+        raise ValueError(f"{name} is not a file here, and cannot be read as a data set on the hub: {reason}") from None
     features = found.features
     return [{column: _named(features[column], value) for column, value in row.items()} for row in found]
 

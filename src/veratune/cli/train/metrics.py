@@ -29,7 +29,7 @@ class TrivialAnswer:
     Attributes:
         answer: the most frequent class of the training rows, or their mean.
         metric: "accuracy" or "mse".
-        score: what it is on the rows to evaluate with.
+        score: its value on the evaluation rows.
     """
 
     answer: str
@@ -48,7 +48,7 @@ def trivial_answer(
 
     Args:
         settings: the settings.
-        examples: to train with and to evaluate with.
+        examples: for training and for evaluation.
         labels: the classes.
     """
     train, evaluation = (_all_labels(part) for part in examples)

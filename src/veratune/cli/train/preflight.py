@@ -30,7 +30,7 @@ def check_vocabulary(model: nn.Module, examples: Examples, data: str) -> None:
     highest = max((token for example in examples for token in example["input_ids"]), default=0)
     if isinstance(rows, int) and highest >= rows:
         raise ValueError(
-            f"{data}: the tokenizer gives token {highest}, and the model knows {rows} tokens only: they do not belong"
+            f"{data}: the tokenizer returns token {highest}, but the model has only {rows} tokens: they do not belong"
             " together"
         )
 
@@ -61,16 +61,13 @@ def warnings_of(
             " only that many more numbers in each layer"
         )
     if settings.precision == "bfloat16" and not torch.cuda.is_available():
-        yield "precision=bfloat16 is slower than float32 on many a CPU"
+        yield "precision=bfloat16 is slower than float32 on many CPUs"
     left_out = train.left_out + evaluation.left_out
     if left_out:
-        yield (
-            f"{left_out} rows are left out: nothing that is to be learned is within max_length={settings.max_length}"
-            " tokens"
-        )
+        yield (f"{left_out} rows are left out: nothing to be learned is within max_length={settings.max_length} tokens")
     cut = sum(len(example["input_ids"]) >= settings.max_length for example in train)
     if cut:
-        yield f"{cut} of {len(train)} texts fill max_length={settings.max_length} tokens: what is beyond is not seen"
+        yield f"{cut} of {len(train)} texts fill max_length={settings.max_length} tokens: the rest is not used"
     if len(train) < settings.batch_size:
         yield f"there are {len(train)} rows to train with, fewer than batch_size={settings.batch_size}"
     # Adam moves a parameter by about the learning rate in a step, which is half of its maximum on average.
@@ -84,7 +81,7 @@ def warnings_of(
     evaluations = evaluations_of(settings, len(train), steps)
     if settings.early_stopping >= evaluations:
         yield (
-            f"early_stopping={settings.early_stopping} cannot happen, since there are {evaluations} evaluations in all:"
+            f"early_stopping={settings.early_stopping} cannot happen with only {evaluations} evaluations in all:"
             " a smaller eval_steps makes more"
         )
     if len(labels) > _MANY_CLASSES and len(train) < 4 * len(labels):

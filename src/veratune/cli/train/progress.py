@@ -21,7 +21,7 @@ _QUIET_SECONDS = 15.0
 class Report(TrainerCallback):
     """Prints a line for each evaluation, and progress in between: a bar on a terminal, lines elsewhere.
 
-    Both tell the loss, the tokens per second (of training alone) and the time left.
+    Both show the loss, the tokens per second (of training alone) and the time left.
 
     Args:
         metric: the name of the metric that the bar shows.
@@ -114,14 +114,14 @@ class Report(TrainerCallback):
 def _not_finite(loss: float, step: int) -> str:
     return (
         f"the loss is {loss} at step {step}: training has ended, and nothing was saved but earlier checkpoints. Start"
-        " anew with a lower --learning-rate, or --precision float32, and look for extreme values in the rows"
+        " again with a lower --learning-rate, or --precision float32, and look for extreme values in the rows"
     )
 
 
 class StopOnSignal(TrainerCallback):
     """Stops training after the current step, with a checkpoint, on Ctrl-C; a second one stops it immediately.
 
-    SIGTERM, by which schedulers end a job, does the same.
+    SIGTERM, with which schedulers end a job, does the same.
 
     Attributes:
         stopped: whether that has happened.
@@ -149,7 +149,7 @@ class StopOnSignal(TrainerCallback):
             if self.stopped:
                 raise KeyboardInterrupt
             self.stopped = True
-            error_line("stopping after this step, with a checkpoint; once more to stop at once, without")
+            error_line("stopping after this step, with a checkpoint; press again to stop at once, without one")
 
         before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
         try:

@@ -46,7 +46,7 @@ def run(settings: TrainSettings, *, resuming: bool) -> None:
     if not resuming:
         otherwise = "choose another --output"
         if (output / SETTINGS_NAME).is_file():
-            otherwise += f", or go on with what is there: veratune train --resume {output}"
+            otherwise += f", or resume the run there: veratune train --resume {output}"
         check_new(output, otherwise)
     train_rows, eval_rows = _rows(settings)
     labels = []
@@ -73,7 +73,7 @@ def run(settings: TrainSettings, *, resuming: bool) -> None:
     if not len(examples[0]) or not len(examples[1]):
         raise ValueError(
             "no rows are left to train or to evaluate with:"
-            f" max_length={settings.max_length} cuts off all that is to be learned"
+            f" max_length={settings.max_length} cuts off everything to be learned"
         )
     for part in examples:
         check_vocabulary(model.base_model, part, settings.model)
@@ -132,7 +132,7 @@ def last_checkpoint(output: Path) -> Path:
         if path.name.rpartition("-")[2].isdigit() and (path / "trainer_state.json").is_file()
     ]
     if not found:
-        raise ValueError(f"{output} has no checkpoint to go on from: start the run anew, in another directory")
+        raise ValueError(f"{output} has no checkpoint to resume from: start a new run in another directory")
     return max(found, key=lambda path: int(path.name.rpartition("-")[2]))
 
 
@@ -180,7 +180,7 @@ def _check_same(output: Path, identity: dict[str, Any]) -> None:
             " a new run in another directory"
         )
     if begun.get("sha256") != identity["sha256"]:
-        raise ValueError(f"the rows are not those that {output} began with: start the run anew, elsewhere")
+        raise ValueError(f"the rows are not those that {output} began with: start a new run in another directory")
 
 
 def _set_seed(seed: int) -> None:
@@ -224,9 +224,9 @@ def _how_to_go_on(output: Path, step: int) -> str:
     try:
         saved = last_checkpoint(output).name.rpartition("-")[2]
     except ValueError:
-        return f"stopped at step {step}, before the first checkpoint: start anew, in another directory"
+        return f"stopped at step {step}, before the first checkpoint: start a new run in another directory"
     since = "" if int(saved) == step else f", the last checkpoint is of step {saved}"
-    return f"stopped at step {step}{since}. To go on: veratune train --resume {output}"
+    return f"stopped at step {step}{since}. To resume: veratune train --resume {output}"
 
 
 def _trainer(

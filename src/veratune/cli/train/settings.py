@@ -80,14 +80,14 @@ class TrainSettings:
         _ROWS,
         required(text("a path or a name")),
     )
-    output: str = setting("New directory for all that comes out.", _RUN, required(text("a path or a name")))
+    output: str = setting("New directory for all output.", _RUN, required(text("a path or a name")))
     task: str = setting("{choices}.", _RUN, one_of(TASKS), default="sequence-classification", choices=TASKS)
     subset: str | None = setting("Configuration of a data set on the hub.", _ROWS, _A_NAME_OR_NOTHING, default=None)
     split: str = setting(
         "Part of a data set on the hub to train with. [default: {default}]", _ROWS, text("a name"), default="train"
     )
     eval_data: str | None = setting(
-        "Rows to evaluate with; else some of the training rows.", _ROWS, _A_NAME_OR_NOTHING, default=None
+        "Evaluation rows; by default some of the training rows.", _ROWS, _A_NAME_OR_NOTHING, default=None
     )
     eval_split: str | None = setting(
         "Part of a data set on the hub to evaluate with.", _ROWS, _A_NAME_OR_NOTHING, default=None
@@ -103,55 +103,55 @@ class TrainSettings:
     # For token classification a list, with a label for each word.
     label_column: str = setting("Column of the label. [default: {default}]", _ROWS, text("a name"), default="label")
     chat_loss: str = setting(
-        "What is learned of a chat: {choices}.", _ROWS, one_of(CHAT_LOSSES), default="assistant", choices=CHAT_LOSSES
+        "What to learn from a chat: {choices}.", _ROWS, one_of(CHAT_LOSSES), default="assistant", choices=CHAT_LOSSES
     )
     rank: int = setting("VeRA's rank. [default: {default}]", _ADAPTER, integer(1), default=256, short="-r")
     target_modules: str | list[str] = setting(  # noqa: RUF009  # it makes a field
-        "Layers: all-linear (the default), or names with commas.",
+        "Layers: all-linear (the default), or comma-separated names.",
         _ADAPTER,
         _as_given,
         default="all-linear",
         parse=_layers,
     )
     d_initial: float = setting(
-        "Where d starts. [default: {default}]", _ADAPTER, number(most=_LARGEST_FLOAT), default=0.1
+        "Initial value of d. [default: {default}]", _ADAPTER, number(most=_LARGEST_FLOAT), default=0.1
     )
     vera_dropout: float = setting("Dropout on the adapter's input. [default: {default}]", _ADAPTER, share, default=0.0)
     projection_prng_key: int = setting(
         "Key of the random projections. [default: {default}]", _ADAPTER, _as_given, default=0
     )
-    # Other fields of VeraConfig; a YAML file alone has them.
+    # Other fields of VeraConfig; only a YAML file can have them.
     vera: dict[str, Any] = dataclasses.field(default_factory=dict)
     learning_rate: float = setting(
-        "Of the vectors. [default: {default}]", _TRAINING, number(0.0, _LARGEST_RATE), default=2e-2, short="--lr"
+        "For the vectors. [default: {default}]", _TRAINING, number(0.0, _LARGEST_RATE), default=2e-2, short="--lr"
     )
     head_learning_rate: float = setting(
-        "Of a new head. [default: {default}]", _TRAINING, number(0.0, _LARGEST_RATE), default=4e-3, short="--head-lr"
+        "For a new head. [default: {default}]", _TRAINING, number(0.0, _LARGEST_RATE), default=4e-3, short="--head-lr"
     )
-    weight_decay: float = setting("Of both. [default: {default}]", _TRAINING, share, default=0.0)
+    weight_decay: float = setting("For both. [default: {default}]", _TRAINING, share, default=0.0)
     warmup: float = setting(
-        "Share of the steps with a growing rate. [default: {default}]", _TRAINING, share, default=0.06
+        "Share of the steps with a rising learning rate. [default: {default}]", _TRAINING, share, default=0.06
     )
     epochs: float = setting(
-        "How often all rows are seen. [default: {default}]", _TRAINING, number(0.0, _MOST_EPOCHS), default=3.0
+        "Passes over all rows. [default: {default}]", _TRAINING, number(0.0, _MOST_EPOCHS), default=3.0
     )
-    # 0 for no limit; one overrides the epochs.
-    max_steps: int = setting("Steps after which to end all the same.", _TRAINING, integer(0), default=0)
+    # 0 for no limit; a limit overrides the epochs.
+    max_steps: int = setting("Steps to train for, instead of epochs.", _TRAINING, integer(0), default=0)
     # 0 for once an epoch.
     eval_steps: int = setting(
-        "Steps between evaluations, with checkpoints; else once an epoch.", _TRAINING, integer(0), default=0
+        "Steps between evaluations, with checkpoints; by default one epoch.", _TRAINING, integer(0), default=0
     )
     # 0 for never.
     early_stopping: int = setting(
-        "Evaluations without a better one to stop after; else never.", _TRAINING, integer(0), default=0
+        "Evaluations without improvement to stop after; by default never.", _TRAINING, integer(0), default=0
     )
     batch_size: int = setting("Rows in a step. [default: {default}]", _TRAINING, integer(1), default=16)
     gradient_accumulation: int = setting(
-        "Steps added up before the optimizer's. [default: {default}]", _TRAINING, integer(1), default=1
+        "Batches to accumulate for each optimizer step. [default: {default}]", _TRAINING, integer(1), default=1
     )
     max_length: int = setting("Tokens after which a text is cut. [default: {default}]", _ROWS, integer(1), default=256)
     precision: str = setting("{choices}.", _TRAINING, one_of(PRECISIONS), default="float32", choices=PRECISIONS)
-    seed: int = setting("Of everything random. [default: {default}]", _RUN, integer(0), default=0)
+    seed: int = setting("For everything random. [default: {default}]", _RUN, integer(0), default=0)
 
     def __post_init__(self) -> None:
         for name, option in options_of(self).items():
@@ -201,7 +201,7 @@ def read_settings(path: Path) -> dict[str, Any]:
     """Return the settings in a YAML file.
 
     Raises:
-        SettingsError: the file is missing, is no YAML mapping, or has settings that there are not.
+        SettingsError: the file is missing, is not a YAML mapping, or has unknown settings.
     """
     import yaml
 
@@ -212,13 +212,13 @@ def read_settings(path: Path) -> dict[str, Any]:
     except yaml.YAMLError as error:
         raise SettingsError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     except RecursionError:
-        raise SettingsError(f"{path} is not settings: it is nested too deeply") from None
+        raise SettingsError(f"{path} cannot be read: it is nested too deeply") from None
     except SettingsError:
         raise
     except (ValueError, TypeError, OverflowError) as error:  # in a number, a date or a key
         raise SettingsError(f"{path} has a value that cannot be read: {error}") from None
     if not isinstance(values, dict):
-        raise SettingsError(f"{path} holds no settings: it must be lines of 'name: value'")
+        raise SettingsError(f"{path} does not contain settings: it must be lines of 'name: value'")
     known = [field.name for field in dataclasses.fields(TrainSettings)]
     unknown = sorted(set(map(str, values)) - set(known))
     if unknown:
@@ -228,4 +228,4 @@ def read_settings(path: Path) -> dict[str, Any]:
 
 def _meant(unknown: list[str], known: Collection[str]) -> str:
     near = closest(unknown[0], known)
-    return f" (do you mean {near[0]!r}?)" if near else ""
+    return f" (did you mean {near[0]!r}?)" if near else ""

@@ -18,11 +18,11 @@ class Task:
 
     Attributes:
         model: makes the model.
-        encode: makes a row into inputs.
-        collator: makes inputs into a batch.
-        metrics: from predictions to named numbers; None where the loss is all there is.
-        best: the metric by which the best evaluation is told.
-        greater_is_better: whether more of it is better.
+        encode: converts a row to inputs.
+        collator: combines inputs into a batch.
+        metrics: computes named numbers from predictions; None if there is only the loss.
+        best: the metric that determines the best evaluation.
+        greater_is_better: whether higher values of it are better.
     """
 
     model: Callable[[], Any]
@@ -131,7 +131,7 @@ def _causal_lm(settings: TrainSettings, tokenizer: Any) -> Task:
     architectures = transformers.AutoConfig.from_pretrained(settings.model).architectures or []
     if architectures and not any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in architectures):
         raise ValueError(
-            f"{settings.model} is a {' or '.join(architectures)}, which is no language model from left to right, as"
+            f"{settings.model} is a {' or '.join(architectures)}, which is not a left-to-right language model, as"
             " causal-lm needs"
         )
 

@@ -29,7 +29,7 @@ def checked_prompt(bank: AdapterBank, input_ids: Sequence[int], sequences: int) 
     known = getattr(embeddings, "num_embeddings", None)
     wrong = [token for token in prompt if token < 0 or (known is not None and token >= known)]
     if wrong:
-        raise BankError(f"input_ids: {wrong[0]} is no token of this model, which has {known}")
+        raise BankError(f"input_ids: {wrong[0]} is not a token of this model, which has {known}")
     if len(prompt) == 1 and sequences > 1:
         # transformers forks a request before the prompt's last token, which may leave its batch empty.
         raise BankError(

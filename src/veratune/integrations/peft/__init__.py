@@ -5,9 +5,9 @@
     install()  # once, before the first configuration is made or read
     model = peft.get_peft_model(model, VeratuneConfig(target_modules="all-linear"))
 
-`PeftModel.from_pretrained`, transformers' `Trainer`, and whatever else knows PEFT's models then work with it. Files are
-veratune's own: `save_pretrained` of a `peft.PeftModel` and of a `veratune.VeraModel` write the same, and each reads the
-other's.
+`PeftModel.from_pretrained`, transformers' `Trainer`, and other code for PEFT's models then work with it. Files
+are in veratune's format: `save_pretrained` of a `peft.PeftModel` and of a `veratune.VeraModel` write the same files,
+and each can read those of the other.
 """
 
 try:

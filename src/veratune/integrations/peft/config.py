@@ -1,4 +1,4 @@
-"""`VeratuneConfig`, the configuration that PEFT takes for veratune's layers."""
+"""`VeratuneConfig`, the PEFT configuration for veratune's layers."""
 
 from dataclasses import InitVar, dataclass
 from typing import Any, Self
@@ -18,14 +18,14 @@ from veratune.integrations.peft import method as peft_method
 class VeratuneConfig(VeraFields, peft.PeftConfig):
     """A configuration for PEFT, with the fields of `veratune.VeraConfig` that PEFT does not handle itself.
 
-    `fingerprint` is of the projections; it is filled in, and compared when an adapter is loaded.
+    `fingerprint` identifies the projections; it is filled in automatically, and checked when an adapter is loaded.
 
     Raises:
-        RuntimeError: `install()` was not called, and PEFT could not use this.
+        RuntimeError: `install()` was not called, so PEFT could not use the configuration.
     """
 
     fingerprint: str | None = None
-    # A further key of the JSON next to an adapter, unused here.
+    # Another key of the JSON file next to an adapter, unused here.
     base: InitVar[dict[str, Any] | None] = None
 
     def __post_init__(self, base: dict[str, Any] | None) -> None:
@@ -33,7 +33,7 @@ class VeratuneConfig(VeraFields, peft.PeftConfig):
         super().__post_init__()  # type: ignore[no-untyped-call]
         self._file: NativeFile | None = None
         self.peft_type = PeftType[PEFT_TYPE]
-        self._expected = self.fingerprint  # what a file says, where this comes from one
+        self._expected = self.fingerprint  # the fingerprint stated in a file, if this was read from one
         self.checked()
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
@@ -48,7 +48,7 @@ class VeratuneConfig(VeraFields, peft.PeftConfig):
     @classmethod
     def _of_file(cls, file: NativeFile) -> Self:
         own = file.loaded.config
-        # PEFT names tasks otherwise, and an empty list is a choice there.
+        # PEFT names tasks differently, and treats an empty list as an explicit choice.
         kept = {*settings_of(VeraFields), *VeraConfig.names_with(peft="any")} - {"modules_to_save", "task_type"}
         config = cls(
             **{name: getattr(own, name) for name in kept},
@@ -60,19 +60,19 @@ class VeratuneConfig(VeraFields, peft.PeftConfig):
         return config
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Refuse: PEFT would write a configuration whose adapter is in no file, or in none that can be read.
+        """Refuse: PEFT would write a configuration without a file of the adapter, or without one that can be read.
 
         Raises:
             ValueError: always.
         """
         raise ValueError(
-            "a VeratuneConfig is saved with its adapter alone, by save_pretrained of a peft.PeftModel: transformers'"
+            "a VeratuneConfig is only saved with its adapter, by save_pretrained of a peft.PeftModel: transformers'"
             " save_pretrained of a model with adapters cannot write veratune's file. Make the model with"
             " peft.get_peft_model; to_dict() returns the settings"
         )
 
     def checked(self) -> VeraConfig:
-        """Return the same as a `veratune.VeraConfig`, which refuses what cannot be."""
+        """Return the same settings as a `veratune.VeraConfig`, which refuses invalid ones."""
         # With target_parameters, an empty list means that no layer is adapted.
         wanted = None if self.target_parameters and not self.target_modules else self.target_modules
         return VeraConfig(
@@ -80,7 +80,7 @@ class VeratuneConfig(VeraFields, peft.PeftConfig):
         )
 
     def for_file(self, modules_to_save: list[str]) -> VeraConfig:
-        """Return the same as an adapter's file has it.
+        """Return the configuration as it is stored in an adapter's file.
 
         Args:
             modules_to_save: the names of the modules that PEFT trains in full.

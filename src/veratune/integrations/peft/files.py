@@ -32,12 +32,12 @@ from veratune.layers.entries import VECTOR_PREFIX, VECTORS
 from veratune.projections.schemes import Stored
 
 _LOCATION = ("subfolder", "revision", "token", "cache_dir", "local_files_only")
-# What a tuned layer or a tuned module has inside.
+# The names of what a tuned layer or a tuned module contains.
 _PARTS = ("base_layer", "adapted", *(VECTOR_PREFIX + which for which in VECTORS), "vera_dropout")
 
 
 def read_for_peft(path_or_repo: str, **location: Any) -> NativeFile:
-    """Return the adapter at a place that PEFT is given.
+    """Return the adapter in a directory or repository that is passed to PEFT.
 
     Raises:
         CheckpointError: its files cannot be used.
@@ -46,7 +46,7 @@ def read_for_peft(path_or_repo: str, **location: Any) -> NativeFile:
 
 
 def task_type_for_peft(loaded: LoadedAdapter) -> str | None:
-    """Return an adapter's task type, or None where PEFT would train a head in full for it that the file has not."""
+    """Return an adapter's task type, or None if PEFT would train a head in full for it that the file lacks."""
     task = loaded.config.task_type
     heads = TASK_HEADS.get(task or "", ())
     return None if heads and not any(name.endswith(heads) for name in loaded.saved) else task
@@ -68,7 +68,7 @@ def name_targets(peft_config: Any, file: NativeFile, model: nn.Module) -> None:
             )
     if isinstance(file.scheme(targets), Stored):
         raise CheckpointError(
-            f"{loaded.origin} has projections that came from a PEFT file, and veratune's layers in PEFT draw theirs"
+            f"{loaded.origin} has projections that came from a PEFT file, but veratune's layers in PEFT draw theirs"
             " from the key: load it with veratune.VeraModel.from_pretrained, write it with export_peft, and give"
             " that directory to PEFT"
         )
@@ -76,7 +76,7 @@ def name_targets(peft_config: Any, file: NativeFile, model: nn.Module) -> None:
         within = next((layer for layer in loaded.vectors if layer == name or layer.startswith(f"{name}.")), None)
         if within is not None:
             raise _otherwise(loaded, peft_config, within)
-    # It would also take parts of the tuned layers for saved modules.
+    # It would also treat parts of the tuned layers as saved modules.
     ends = tuple(peft_config.modules_to_save or ())
     inside = next((part for part in _PARTS if ends and part.endswith(ends)), None)
     if inside is not None:
@@ -97,14 +97,14 @@ def check_named(peft_config: Any, loaded: LoadedAdapter, names: set[str]) -> Non
 
 def _otherwise(loaded: LoadedAdapter, peft_config: Any, name: str) -> CheckpointError:
     return CheckpointError(
-        f"{loaded.origin} cannot be loaded into PEFT here, where {name} would be adapted or trained in full otherwise:"
-        f" PEFT goes by the ends of names, with modules_to_save={peft_config.modules_to_save!r} and"
+        f"{loaded.origin} cannot be loaded into PEFT here, which would adapt {name} or train it in full differently:"
+        f" PEFT compares the ends of names, with modules_to_save={peft_config.modules_to_save!r} and"
         f" task_type={peft_config.task_type!r}. Use veratune.VeraModel.from_pretrained"
     )
 
 
 class AdapterWeights(dict[str, Tensor]):
-    """What PEFT's `load_peft_weights` returns of one of veratune's files: the tensors by their keys there.
+    """The result of PEFT's `load_peft_weights` for one of veratune's files: the tensors by their keys in it.
 
     Attributes:
         file: the file.
@@ -127,7 +127,7 @@ class AdapterWeights(dict[str, Tensor]):
         loaded, config = self.file.loaded, peft_model.peft_config[adapter_name]
         if config.peft_type != PEFT_TYPE:
             raise CheckpointError(
-                f"{loaded.origin} is a veratune adapter, and adapter {adapter_name!r} here is of the type"
+                f"{loaded.origin} is a veratune adapter, but adapter {adapter_name!r} here is of the type"
                 f" {config.peft_type.value}: load it under another name"
             )
         if self.file.header["fingerprint"] != config.fingerprint:
@@ -158,7 +158,7 @@ class AdapterWeights(dict[str, Tensor]):
 
 def _state(model: nn.Module, adapter_name: str) -> Mapping[str, Tensor]:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of models without embeddings
+        warnings.simplefilter("ignore")  # about models without embeddings
         state: dict[str, Tensor] = get_peft_model_state_dict(
             model, adapter_name=adapter_name, save_embedding_layers=False
         )
@@ -166,7 +166,7 @@ def _state(model: nn.Module, adapter_name: str) -> Mapping[str, Tensor]:
 
 
 def reading(load: Callable[..., Any]) -> Callable[..., Any]:
-    """Return PEFT's `load_peft_weights` that knows veratune's adapters."""
+    """Wrap PEFT's `load_peft_weights` to read veratune's adapters as well."""
 
     @wraps(load)
     def load_weights(model_id: Any, device: Any = None, key_mapping: Any = None, **location: Any) -> Any:
@@ -186,7 +186,7 @@ def reading(load: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def refusing(load: Callable[..., Any]) -> Callable[..., Any]:
-    """Return transformers' `load_adapter`, which reads files itself, that refuses veratune's."""
+    """Wrap transformers' `load_adapter`, which reads files itself, to refuse veratune's."""
 
     @wraps(load)
     def load_adapter(self: Any, peft_model_id: Any = None, *args: Any, **kwargs: Any) -> Any:
@@ -207,7 +207,7 @@ def refusing(load: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _type_of(path_or_repo: Any, **location: Any) -> Any:
-    """Return the type of the adapter at a place, or None where PEFT finds none."""
+    """Return the type of the adapter in a directory or repository, or None if PEFT finds none."""
     try:
         return PeftConfig._get_peft_type(
             path_or_repo, **{name: location[name] for name in _LOCATION if name in location}
@@ -217,28 +217,28 @@ def _type_of(path_or_repo: Any, **location: Any) -> Any:
 
 
 def check_local(model_id: Any, **location: Any) -> None:
-    """Raise CheckpointError if a configuration in a local directory is none of PEFT's, or another adapter's.
+    """Raise CheckpointError if a local configuration is of no type that PEFT knows, or is another adapter's.
 
     Args:
-        model_id: what PEFT is given; hub names are not looked at.
-        location: `subfolder`, and what else PEFT is given.
+        model_id: what is passed to PEFT; hub names are not checked.
+        location: `subfolder`, and other arguments that are passed to PEFT.
     """
     if not isinstance(model_id, str | os.PathLike):
         return
     directory = Path(model_id) / (location.get("subfolder") or ".")
     path = directory / CONFIG_NAME
     if not os.path.lexists(path):
-        return  # PEFT says so
+        return  # PEFT raises an error
     kind = read_json(path, finite=False, largest=LARGEST_CONFIG).get("peft_type")
     if not isinstance(kind, str) or kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
         raise CheckpointError(
-            f"{path}: peft_type={kind!r} is no type of adapter that PEFT knows; that of a veratune adapter is"
+            f"{path}: peft_type={kind!r} is not an adapter type that PEFT knows; that of a veratune adapter is"
             f" {PEFT_TYPE!r}"
         )
     if kind != PEFT_TYPE and _is_native(directory / WEIGHTS_NAME):
         raise CheckpointError(
-            f"{path} is of an adapter of the type {kind!r}, and {WEIGHTS_NAME} next to it is a veratune adapter: an"
-            " interrupted save leaves this. Load it with veratune.VeraModel.from_pretrained, and save it again"
+            f"{path} belongs to an adapter of type {kind!r}, but {WEIGHTS_NAME} next to it is a veratune adapter: an"
+            " interrupted save can cause this. Load it with veratune.VeraModel.from_pretrained, and save it again"
         )
 
 
@@ -247,15 +247,15 @@ def _is_native(path: Path) -> bool:
         with open_tensors(path) as file:
             return METADATA_KEY in file.metadata
     except CheckpointError:
-        return False  # PEFT reads it, or says why not
+        return False  # PEFT reads it, or reports what is wrong
 
 
 def placing(put: Callable[..., Any], own_tuner: type) -> Callable[..., Any]:
-    """Return PEFT's `set_peft_model_state_dict` that takes what `reading` returns, also on a wrapped model.
+    """Wrap PEFT's `set_peft_model_state_dict` to accept what `reading` returns, even for a wrapped model.
 
     Args:
         put: PEFT's own.
-        own_tuner: the class of the tuners of veratune's layers.
+        own_tuner: the tuner class for veratune's layers.
     """
 
     @wraps(put)

@@ -21,7 +21,7 @@ def install(*, replace_vera: bool = False) -> None:
     """Make `VeratuneConfig` and veratune's files known to PEFT. A second call does nothing more.
 
     Nothing else changes PEFT: neither importing this package nor making a configuration. transformers' `load_adapter`,
-    which reads files itself, refuses veratune's. Where transformers' `Trainer` is in use when an adapter is saved, its
+    which reads files itself, refuses veratune's. If transformers' `Trainer` is in use when an adapter is saved, its
     `load_best_model_at_end` then also loads adapters not called "default".
 
     Args:
@@ -29,7 +29,7 @@ def install(*, replace_vera: bool = False) -> None:
             veratune runs on them. Files stay PEFT's, with the same outputs.
 
     Raises:
-        ImportError: PEFT is of a version in which this does not work.
+        ImportError: the installed version of PEFT is not supported.
     """
     peft_method.check_version()
     if not peft_method.has_method(PEFT_TYPE):

@@ -68,7 +68,7 @@ class MergingTuner(BaseTuner):
             return model
 
     def _check_known(self, adapter_names: Iterable[str]) -> None:
-        """Raise ValueError for a name that is no adapter's, which PEFT would take for one that is on no layer."""
+        """Raise ValueError for an unknown name, which PEFT would treat as an adapter that is on no layer."""
         for name in adapter_names:
             if name not in self.peft_config:
                 raise ValueError(

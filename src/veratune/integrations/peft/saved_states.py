@@ -13,7 +13,7 @@ from veratune.layers.recomputation import State, StateLog, matters
 class SavedCheck:
     """A hook before the forward of PEFT's wrapper of a module trained in full.
 
-    It raises RuntimeError where a block is computed again with another copy, or other values, than in its forward pass.
+    It raises RuntimeError if a block is recomputed with a different copy, or other values, than in its forward pass.
     """
 
     def __init__(self, wrapper: Any) -> None:

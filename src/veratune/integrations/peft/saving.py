@@ -22,11 +22,11 @@ from veratune.utils.exchange import replace_together
 
 
 def saving(save: Callable[..., Any], replaced_vera: type) -> Callable[..., Any]:
-    """Return PEFT's `save_pretrained` that writes veratune's files, and PEFT's own where those are meant, at once.
+    """Wrap PEFT's `save_pretrained` to write veratune's files, or all of PEFT's own at once for `replaced_vera`.
 
     Args:
         save: PEFT's own, which writes an adapter's weights over the old ones, and then its configuration.
-        replaced_vera: the class of the tuners of veratune's layers whose files are PEFT's.
+        replaced_vera: the class of tuners that have veratune's layers but PEFT's files.
     """
 
     @wraps(save)
@@ -63,7 +63,7 @@ def _save(
     if not safe_serialization or path_initial_model_for_weight_conversion is not None:
         raise ValueError(
             "safe_serialization=False and path_initial_model_for_weight_conversion are not allowed here: veratune"
-            " writes safetensors, never pickles, and VeRA has no initial weights to take off. Leave them out"
+            " writes safetensors, never pickles, and VeRA has no initial weights to subtract. Leave them out"
         )
     names = list(peft_model.peft_config) if selected_adapters is None else list(selected_adapters)
     unknown = [name for name in names if name not in peft_model.peft_config]
@@ -97,7 +97,7 @@ def _tensors(
             peft_model, state_dict=state, adapter_name=adapter_name, save_embedding_layers=save_embedding_layers
         )
     keys = file_keys(peft_model, adapter_name)
-    # Of a module trained in full, the file has the adapter's copy, and none of the base model's weights.
+    # For a module trained in full, the file has the adapter's copy, but not the base model's weights.
     names = module_names(peft_model)
     wrappers = saved_wrappers(dict(peft_model.named_modules()), adapter_name)
     trained = tuple(f"{names[name].public}." for name in wrappers)
@@ -116,7 +116,7 @@ def _tensors(
 
 @contextmanager
 def _embeddings_unnamed(config: Any) -> Iterator[None]:
-    """Let PEFT save the weight of an embedding that is adapted only if it was resized, as of any other embedding."""
+    """Make PEFT save the weight of an adapted embedding only if it was resized, as for any other embedding."""
     targets, config.target_modules = config.target_modules, None
     try:
         yield
@@ -134,7 +134,7 @@ def _write_card(peft_model: Any, directory: Path) -> None:
 
 
 def _exchanged(peft_model: Any, root: Path, save: Callable[..., Any]) -> Any:
-    """Save PEFT's files to another place, and exchange them for the old ones when all are complete."""
+    """Save PEFT's files to another directory, and exchange them for the old ones when all are complete."""
     with tempfile.TemporaryDirectory() as temporary:
         for card in root.glob(f"**/{CARD_NAME}") if root.is_dir() else ():  # which PEFT updates
             if card.is_file() and (card.parent == root or card.parent.name in peft_model.peft_config):

@@ -1,4 +1,4 @@
-"""What PEFT saves and loads of veratune's layers: tensors by their keys in a model's state dict and in files.
+"""The tensors of veratune's layers that PEFT saves and loads, by their keys in a model's state dict and in files.
 
 Files have public names, without torch's wrappers. Adapter names are data: a key is never searched for one.
 """
@@ -57,15 +57,15 @@ def tensors_to_save(
 ) -> SavedTensors:
     """Return an adapter's vectors and biases under public keys that still end in the adapter's name.
 
-    PEFT has taken every key with another adapter's name in it out of `state`, which may be the name of a layer. What
-    is missing is taken from the model, and put into `state` where PEFT looks for it: saved modules under the names
-    that `named_modules` gives.
+    PEFT has removed every key that contains another adapter's name from `state`, even if that is the name of a layer.
+    Missing tensors are taken from the model; those of saved modules are added to `state` under the names that
+    `named_modules` returns, where PEFT looks for them.
 
     Args:
         model: the model that PEFT saves.
         bias: the configuration's `bias`.
         adapter_name: which adapter.
-        state: the model's state dict, as PEFT has it.
+        state: the model's state dict, as passed by PEFT.
         others: the names of all other adapters.
 
     Raises:
@@ -112,7 +112,7 @@ def tensors_to_load(model: nn.Module, adapter_name: str, tensors: dict[str, Tens
 
     Raises:
         CheckpointError: all vectors of the adapter are missing. PEFT itself reports single missing or unexpected ones.
-        ValueError: a module trained in full is offloaded, into which torch would load nothing.
+        ValueError: a module trained in full is offloaded, so torch would load nothing into it.
     """
     names = module_names(model)
     for raw, module in model.named_modules():
@@ -147,7 +147,7 @@ def tensors_to_load(model: nn.Module, adapter_name: str, tensors: dict[str, Tens
 
 
 def with_module_names(model: nn.Module, adapter_name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return a file's tensors with those of saved modules under the names that `named_modules` gives, as PEFT asks."""
+    """Return a file's tensors, those of saved modules under their names in `named_modules`, as PEFT expects."""
     names = module_names(model)
     found = dict(tensors)
     inside = dict(_inside_saved(model, adapter_name))
@@ -163,9 +163,9 @@ def with_module_names(model: nn.Module, adapter_name: str, tensors: dict[str, Te
 
 
 def file_keys(model: nn.Module, adapter_name: str) -> dict[str, str]:
-    """Return the keys that an adapter's tensors have in veratune's files, by the keys that PEFT's state has for them.
+    """Map the keys of an adapter's tensors in PEFT's state dict to their keys in veratune's files.
 
-    PEFT's are without the adapter's name, as `get_peft_model_state_dict` returns them.
+    PEFT's keys omit the adapter's name, as `get_peft_model_state_dict` returns them.
 
     Args:
         model: the model that PEFT has changed, with its prefix or without.
@@ -231,9 +231,9 @@ def _untouched(modules: Mapping[str, nn.Module], adapter_name: str) -> dict[str,
 
 
 def _inside_saved(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, dict[str, str]]]:
-    """Yield each of PEFT's wrappers of modules trained in full by name, with the public names in an adapter's copy.
+    """Yield the name of each of PEFT's wrappers of modules trained in full, with the public names in an adapter's copy.
 
-    They are by the names that `named_modules` gives there, and by what keys of the copy's state dict begin with.
+    The keys of that mapping are names in the copy's `named_modules`, and prefixes of keys in its state dict.
     """
     for raw, module in model.named_modules():
         copies: Any = getattr(module, "modules_to_save", {}) if isinstance(module, AuxiliaryTrainingWrapper) else {}

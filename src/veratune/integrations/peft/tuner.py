@@ -126,12 +126,12 @@ class VeratuneTuner(MergingTuner):
         """Set the active adapters; those that were loaded or configured for inference only stay frozen."""
         names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
         if self._adding is not None and self._adding not in names:
-            return  # nothing else is chosen, and PEFT would unmerge, and forget what was trainable or merged before
+            return  # the choice stays, and PEFT would unmerge and forget what was trainable or merged before
         self._check_known(names)
         with undone_on_error(self), saved_states_noted(self):
             self._frozen = []
             super().set_adapter(adapter_name, inference_mode=inference_mode)
-            for wrapper in self._wrappers():  # PEFT leaves those of adapters that were not active before
+            for wrapper in self._wrappers():  # PEFT skips the copies of adapters that were not active before
                 wrapper.set_requires_grad([name for name in wrapper._adapters if name not in names], False)
             for name in names:
                 if name in self.peft_config and self.peft_config[name].inference_mode:
@@ -190,7 +190,7 @@ class VeratuneTuner(MergingTuner):
         put_in_place_of(self.model, child, new_module)  # PEFT replaces a module in the first of several places only
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: Any) -> Any:
-        # Of a file, the vectors say which layers it is on, whatever its configuration names.
+        # The vectors in a file determine which layers are adapted, whatever its configuration names.
         named = getattr(peft_config, "target_parameters", None) or getattr(peft_config, "_file", None) is not None
         if peft_config.target_modules is None and named:
             peft_config.target_modules = set()
