@@ -65,6 +65,7 @@ class VeraModel(AdaptedModel):
             CheckpointError: the files are missing, damaged, or for another model. The model is unchanged.
         """
         check_adapter_name(adapter_name)
+        check_is_model(model)
         directory = _find(model_id, location)
         with ADDING:
             check_bare(model)
@@ -338,13 +339,24 @@ def get_peft_model(
     return adapted
 
 
-def check_bare(model: nn.Module) -> None:
-    """Raise TypeError or ValueError unless this is a model without adapters and without lazy layers."""
+def check_is_model(model: object) -> None:
+    """Raise TypeError unless this is a module."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"the model must be a torch.nn.Module, not {type(model).__name__}")
+
+
+def check_bare(model: nn.Module) -> None:
+    """Raise TypeError or ValueError unless this is a model without adapters and without lazy layers."""
+    check_is_model(model)
     if any(nn.parameter.is_lazy(parameter) for parameter in model.parameters()):
         raise ValueError("this model has lazy layers without shapes: run it once before adapting it")
     for module in model.modules():
+        names = [(kind.__name__, kind.__module__.partition(".")[0]) for kind in type(module).__mro__]
+        if ("BaseTunerLayer", "peft") in names:  # known by its name, as importing peft takes seconds
+            raise ValueError(
+                "this model has adapters of PEFT, whose layers would be adapted: call merge_and_unload() or unload() of"
+                " the PeftModel first"
+            )
         if isinstance(module, AdaptedModel | VeraLayer | SavedModule):
             raise ValueError(
                 "this model has VeRA adapters already: add another with the VeraModel's add_adapter or load_adapter, or"

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from veratune.layers import VeraLayer
 from veratune.layers.entries import VECTOR_PREFIX
 
 VECTOR_RATE, HEAD_RATE = 1e-2, 1e-3
@@ -65,12 +66,18 @@ def trained_parts(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Paramet
 
     Raises:
         TypeError: the model has no VeRA adapter.
-        ValueError: the model has no trainable parameter.
+        ValueError: the model has no trainable parameter, or an adapter is merged.
     """
     named = dict(model.named_parameters())
     vector_names = {name for name in named if any(part.startswith(VECTOR_PREFIX) for part in name.split("."))}
     if not vector_names:
         raise TypeError(f"this {type(model).__name__} has no adapter to train: make one with get_peft_model first")
+    merged = {name for module in model.modules() if isinstance(module, VeraLayer) for name in module.merged_adapters}
+    if merged:
+        raise ValueError(
+            f"adapters {sorted(merged)} are merged, so their vectors get no gradients: call unmerge_adapter before"
+            " training"
+        )
     vectors = [named[name] for name in named if name in vector_names and named[name].requires_grad]
     rest = [named[name] for name in named if name not in vector_names and named[name].requires_grad]
     if not vectors and not rest:

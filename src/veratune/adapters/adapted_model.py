@@ -91,10 +91,13 @@ class AdaptedModel(MergingModel):
             training: whether the gradients of the vectors are needed.
 
         Raises:
+            TypeError: a number of tokens that is not an integer.
             ValueError: an unknown adapter, or a number of tokens below one.
         """
         name = self.active_adapter if adapter_name is None else adapter_name
         self._check_known([name])
+        if not isinstance(tokens, int) or isinstance(tokens, bool):
+            raise TypeError(f"tokens={tokens!r} is not allowed: it must be an integer")
         if tokens < 1:
             raise ValueError(f"tokens={tokens} is not allowed: it must be at least 1")
         return explain_routes(self.vera_layers().items(), name, tokens, dtype=dtype, device=device, training=training)

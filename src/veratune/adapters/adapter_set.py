@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from typing import Any
 
 from torch import nn
 
@@ -15,6 +16,28 @@ from veratune.layers.biases import AdapterBiases
 from veratune.projections.schemes import Scheme
 
 
+class AdapterConfigs(dict[str, VeraConfig]):
+    """Adapter name to its configuration. PEFT, which would add its own ones to a model's, gets an error."""
+
+    def __setitem__(self, name: str, config: VeraConfig) -> None:
+        _check_config(config)
+        super().__setitem__(name, config)
+
+    def update(self, *args: Any, **kwargs: Any) -> None:
+        added = dict(*args, **kwargs)
+        for config in added.values():
+            _check_config(config)
+        super().update(added)
+
+
+def _check_config(config: object) -> None:
+    if not isinstance(config, VeraConfig):
+        raise TypeError(
+            f"a {type(config).__name__} cannot be added to a VeraModel: call its add_adapter with a VeraConfig, or give"
+            " PEFT the model that merge_and_unload() or unload() returns"
+        )
+
+
 class AdapterSet(ModelWrapper):
     """A model and its adapters: which exist, which are active, and their parameters.
 
@@ -26,7 +49,7 @@ class AdapterSet(ModelWrapper):
 
     def __init__(self, model: nn.Module, *, autocast_adapter_dtype: bool = True) -> None:
         super().__init__()
-        self.peft_config: dict[str, VeraConfig] = {}
+        self.peft_config: dict[str, VeraConfig] = AdapterConfigs()
         self.autocast_adapter_dtype = autocast_adapter_dtype
         self._schemes: dict[str, Scheme] = {}
         self._biases: dict[str, AdapterBiases] = {}

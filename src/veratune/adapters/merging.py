@@ -217,7 +217,8 @@ class MergingModel(AdapterSet):
         self._check_known(names)
         if not names and adapter_names is None:
             raise ValueError(
-                "no adapter is active, so there is nothing to merge: give adapter_names, or call set_adapter first"
+                "no adapter is active, so there is nothing to merge: "
+                + ("give adapter_names, or call set_adapter first" if self.peft_config else "all adapters were removed")
             )
         return names
 

@@ -9,8 +9,22 @@ from torch import nn
 _POSITIONAL, _KEYWORD = inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.KEYWORD_ONLY
 
 
+# The arguments by which PEFT and banks take an adapter for each row. Models with **kwargs would ignore them.
+_BY_ROW = ("adapter_names", "adapters")
+
+
 def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-    """Call the adapted model."""
+    """Call the adapted model.
+
+    Raises:
+        TypeError: `adapter_names` or `adapters`, an adapter for each row, which the model does not take itself.
+    """
+    for name in _BY_ROW:
+        if kwargs.get(name) is not None and name not in inspect.signature(self.base_model.forward).parameters:
+            raise TypeError(
+                f"{name} is not supported here: all rows use the active adapters (set_adapter). Rows with different"
+                " adapters in one batch take a veratune.AdapterBank"
+            )
     return self.base_model(*args, **kwargs)
 
 
@@ -32,7 +46,7 @@ class _BoundForward:
         self._wrapper = wrapper
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._wrapper.base_model(*args, **kwargs)
+        return _forward(self._wrapper, *args, **kwargs)
 
     @property
     def __signature__(self) -> inspect.Signature:

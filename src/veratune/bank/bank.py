@@ -125,6 +125,7 @@ class AdapterBank:
         """
         if not isinstance(adapters, Mapping):
             raise BankError(f"adapters={adapters!r} is not allowed: pass a dictionary of names to directories")
+        check_bare(model)
         for name in adapters:
             check_spelling(name)
         settings.setdefault("capacity", max(64, len(adapters)))

@@ -57,7 +57,11 @@ class BankModel(ModelWrapper):
         self.base_model = model
 
     def forward(
-        self, *args: Any, adapters: AdapterNames | Lease, adapter_lengths: Sequence[int] | None = None, **kwargs: Any
+        self,
+        *args: Any,
+        adapters: AdapterNames | Lease | None = None,
+        adapter_lengths: Sequence[int] | None = None,
+        **kwargs: Any,
     ) -> Any:
         """Call the model.
 
@@ -68,16 +72,17 @@ class BankModel(ModelWrapper):
             adapter_lengths: for sequences packed one after the other, the number of tokens of each.
 
         Raises:
-            BankError: an unknown name, not one name for each sequence, or lengths that do not fit.
+            BankError: no names, an unknown name, not one name for each sequence, or lengths that do not fit.
             RuntimeError: a layer whose input cannot be matched with the sequences.
         """
+        adapters = _given(adapters)
         if adapter_lengths is None:
             _check_number(adapters, args, kwargs)
         call_of, flattened = self._bank.call_of, _is_text_alone(args, kwargs)
         with self._leased(adapters) as lease, serving(call_of(lease, adapter_lengths, flattened=flattened)):
             return self.base_model(*args, **kwargs)
 
-    def generate(self, *args: Any, adapters: AdapterNames | Lease, **kwargs: Any) -> Any:
+    def generate(self, *args: Any, adapters: AdapterNames | Lease | None = None, **kwargs: Any) -> Any:
         """Call the model's `generate`, with the versions that the adapters have at its start.
 
         Beams and returned sequences (`num_beams`, `num_return_sequences`) have the adapter of their prompt.
@@ -90,6 +95,7 @@ class BankModel(ModelWrapper):
             BankError: an unknown name, not one name for each prompt, or recordings so long that they are generated in
                 chunks, in batches that shrink.
         """
+        adapters = _given(adapters)
         _check_number(adapters, args, kwargs)
         base: Any = self.base_model
         _check_length_of_sounds(base, args, kwargs)
@@ -127,6 +133,12 @@ class BankModel(ModelWrapper):
         result: BankModel = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._bank.follow_model()
         return result
+
+
+def _given(adapters: AdapterNames | Lease | None) -> AdapterNames | Lease:
+    if adapters is None:
+        raise BankError("give adapters=[...], a name for each sequence of the batch, with None for the base model")
+    return adapters
 
 
 def _check_number(adapters: AdapterNames | Lease, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:

@@ -29,7 +29,7 @@ from veratune.integrations.peft.merging import MergingTuner
 from veratune.integrations.peft.saved_states import saved_states_noted
 from veratune.integrations.peft.shared_projections import SharedProjections
 from veratune.integrations.peft.state import tensors_to_load, tensors_to_save, without_adapter_name
-from veratune.layers import AdapterEntry, ComputeSettings, InputGroup, VectorInit
+from veratune.layers import AdapterEntry, ComputeSettings, InputGroup, SavedModule, VectorInit, VeraLayer, VeraModule
 from veratune.layers.entries import VECTOR_PREFIX
 from veratune.layers.offloading import is_hooked, resident_copy
 from veratune.layers.quantized import keep_differentiable
@@ -88,9 +88,10 @@ class VeratuneTuner(MergingTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *_: Any, **kwargs: Any) -> Iterator[None]:
-        """Refuse `adapter_names`, an adapter for each row, which PEFT would silently ignore."""
-        if kwargs.get("adapter_names") is not None:
-            raise ValueError("veratune's layers in PEFT reject adapter_names: choose one adapter with set_adapter")
+        """Refuse `adapter_names` and `adapters`, an adapter for each row, which would be ignored silently."""
+        for name in ("adapter_names", "adapters"):
+            if kwargs.get(name) is not None:
+                raise ValueError(f"veratune's layers in PEFT reject {name}: choose one adapter with set_adapter")
         yield
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -101,6 +102,7 @@ class VeratuneTuner(MergingTuner):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Add an adapter. Errors in its configuration are found before the model is changed."""
         check_adapter_name(adapter_name)
+        _check_untuned(model)
         # If PEFT is given a file's state dict, its keys determine which layers to adapt.
         state = kwargs.get("state_dict")
         self._named = None if state is None else {key.rsplit(f".{self.prefix}", 1)[0] for key in state}
@@ -380,3 +382,15 @@ def _means(peft_config: Any, name: str) -> Any:
     """Return whether PEFT's rules select a module, as PEFT's function does, but without passing patterns to `re`."""
     meant = is_meant(peft_config, name)
     return _ExcludedModule() if meant is None else meant
+
+
+def _check_untuned(model: nn.Module) -> None:
+    """Raise ValueError if a `VeraModel` or a bank has adapted layers of this model."""
+    for module in model.modules():
+        if isinstance(module, VeraLayer | VeraModule | SavedModule) and not isinstance(
+            module, TunedLayer | TunedModule
+        ):
+            raise ValueError(
+                "this model has adapters of a VeraModel or a bank: give PEFT the model that merge_and_unload() or"
+                " unload() returns"
+            )
