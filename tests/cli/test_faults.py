@@ -344,7 +344,7 @@ def test_an_adapter_in_the_place_of_a_model(
         ):
             assert main([str(argument) for argument in call]) == 1
             assert told(capsys).endswith(
-                f"{adapter} is an adapter, not a model; its base model is {encoder}: give that"
+                f"{adapter} is an adapter, not a model; its base model is {encoder}: pass that"
             )
 
 

@@ -104,7 +104,7 @@ def test_other_adapters_in_the_backward_pass_of_such_a_function_are_refused() ->
     weight: Any = net.linear.weight
     output = Product.apply(torch.randn(3, 6), weight)  # type: ignore[no-untyped-call]
     model.set_adapter([])
-    with pytest.raises(RuntimeError, match="other adapters or vectors in the backward pass"):
+    with pytest.raises(RuntimeError, match="different adapters or vectors in the backward pass"):
         output.sum().backward()
 
 

@@ -181,7 +181,7 @@ class AdapterBank:
 
     @property
     def capacity(self) -> int:
-        """How many adapters fit on the device; a full bank in memory grows."""
+        """The number of adapters that fit on the device; a full bank in memory grows."""
         with self._resident.lock:
             return self._resident.capacity
 

@@ -77,5 +77,5 @@ def check_isolation(model: nn.Module, call_of: Callable[[Tensor], BankCall], inp
             if wrong:
                 raise BankError(
                     f"an adapter for sequence {sequence} of the batch changed the wrong sequences ({wrong}): this model"
-                    " does not keep them apart as a bank requires. Exclude layers (exclude_modules) until it does"
+                    " mixes sequences, which a bank does not support. Exclude layers (exclude_modules) to prevent this"
                 )

@@ -55,8 +55,10 @@ class BankHeader:
 
     Attributes:
         layout: as returned by `Layout.describe`.
-        dtype, saved_dtype: of the vectors and of the values of modules_to_save; the second may be None.
-        numbers, saved_numbers: how many there are of each.
+        dtype: the dtype of the vectors.
+        saved_dtype: the dtype of the values of modules_to_save; may be None.
+        numbers: how many numbers an adapter's vectors have.
+        saved_numbers: how many values an adapter's modules_to_save have.
     """
 
     layout: Values

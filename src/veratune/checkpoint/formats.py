@@ -46,7 +46,7 @@ def read_adapter(modules: Mapping[str, nn.Module], directory: Path) -> ReadyAdap
 
 
 def read_contents(directory: Path) -> AdapterContents:
-    """Read the files of an adapter of any of the formats, without a model.
+    """Read an adapter's files in any of the formats, without a model.
 
     Raises:
         CheckpointError: they are missing, damaged, or of another type.

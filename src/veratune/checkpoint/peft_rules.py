@@ -59,7 +59,7 @@ def peft_saved(modules: Mapping[str, nn.Module], suffixes: Collection[str]) -> l
 
 
 def exact_targets(model: nn.Module, names: list[str], configured: list[str] | str | None) -> list[str] | str:
-    """Return target_modules that name exactly these layers under PEFT's rules: the user's if they do.
+    """Return target_modules that select exactly these layers under PEFT's rules: if possible, the user's.
 
     Args:
         model: the model without a wrapper.

@@ -335,7 +335,7 @@ def _check_saved(origin: str, modules: Mapping[str, nn.Module], name: str, state
         if tensor.shape != shape:
             raise CheckpointError(
                 f"{origin}: {name}.{key} has the shape {tuple(tensor.shape)}, but {tuple(shape)} in this"
-                " model: give the base model the same number of labels as it had in training"
+                " model: load the base model with the number of labels that it had in training"
             )
         if tensor.is_floating_point() != expected[key].is_floating_point() or tensor.is_complex():
             raise CheckpointError(f"{origin}: {name}.{key} is {tensor.dtype}, but {expected[key].dtype} in this model")

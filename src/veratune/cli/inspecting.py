@@ -264,7 +264,7 @@ def _by_type(layers: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
 
 
 def _plot(layers: list[dict[str, Any]], path: Path) -> None:
-    """Draw |b| and |d| over the depth of the model, a line for each type of layer."""
+    """Plot |b| and |d| over the depth of the model, one line for each type of layer."""
     try:
         from matplotlib.figure import Figure
         from matplotlib.ticker import MaxNLocator

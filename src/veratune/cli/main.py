@@ -101,7 +101,7 @@ def main(arguments: list[str] | None = None) -> int:
         _drop_output_that_fails()
         error_line(_told(error))
         return 2 if isinstance(error, _USAGE_ERROR | SettingsError) else 1
-    if result == INTERRUPTED:  # as typer returns a KeyboardInterrupt, too
+    if result == INTERRUPTED:  # typer returns this for a KeyboardInterrupt, too
         error_line("stopped")
         return INTERRUPTED
     if not given:

@@ -197,6 +197,6 @@ def _check_place(path_or_repo: str, remedy: str = _CHECK_NAME) -> None:
 
 def _its_base(adapter: Path) -> str:
     try:
-        return f"its base model is {base_of(adapter, None)}: give that"
+        return f"its base model is {base_of(adapter, None)}: pass that"
     except CheckpointError:
-        return "it does not say what its base model is: give that"
+        return "it does not say what its base model is: pass that"

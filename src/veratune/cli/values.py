@@ -90,7 +90,7 @@ def class_name(where: str, label: object) -> str:
         return str(int(label))  # pandas converts a column of integers with a missing value to floats
     if isinstance(label, Real):
         raise ValueError(f"{where} is {describe(label)}, {_NOT_A_CLASS}")
-    raise ValueError(f"{where} is {describe(label)}, and a class is a text or a whole number")
+    raise ValueError(f"{where} is {describe(label)}, but a class must be a text or an integer")
 
 
 _NOT_A_CLASS = (

@@ -91,7 +91,7 @@ def export_gguf(host: AdaptedModel, adapter_name: str, directory: Path, *, dtype
 
     Raises:
         ImportError: the gguf package is not installed.
-        ValueError: llama.cpp does not support this model or a part of the adapter, or dtype is none of the three.
+        ValueError: llama.cpp does not support this model or a part of the adapter, or dtype is not one of the three.
     """
     try:
         import gguf

@@ -93,7 +93,7 @@ class _Reference(nn.Module):
         return self._model[0].get_output_embeddings()
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the model's state dict, from which TRL sees whether it has computed this reference before."""
+        """Return the model's state dict, by which TRL detects whether it has computed this reference before."""
         return self._model[0].state_dict(*args, **kwargs)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

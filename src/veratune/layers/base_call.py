@@ -81,5 +81,5 @@ def _call_stand_in(
     result = stand_in(*args, **kwargs)
     for name, value in stand_in.__dict__.items():
         if name != "_parameters" and module.__dict__.get(name, stand_in) is not value:
-            module.__dict__[name] = value  # an attribute that its forward has set
+            module.__dict__[name] = value  # an attribute that `forward` has set
     return result

@@ -20,7 +20,7 @@ class BiasCheck:
     """
 
     def __init__(self, log: StateLog, name: str) -> None:
-        self._log = log  # of all biases of an adapter
+        self._log = log  # shared by all biases of an adapter
         self._values = StateLog()
         self._name = name
 

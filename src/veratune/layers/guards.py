@@ -116,7 +116,7 @@ def _merged_tensors(model: nn.Module) -> Iterator[_Written]:
 
 
 class GuardedMethod:
-    """A model's method that replaces layers, with a check beforehand that no adapters would be lost."""
+    """A model's method that replaces layers, preceded by a check that no adapters would be lost."""
 
     def __init__(self, model: nn.Module, name: str) -> None:
         self._model, self._name = model, name

@@ -102,7 +102,7 @@ class AdapterHolder(LayerKind):
         return {"b": b, "d": d}
 
     def _pair(self, name: str) -> tuple[Tensor, Tensor]:
-        """Return (b, d) as `vectors` does: each call of a layer asks, and ParameterDict takes microseconds."""
+        """Return (b, d) like `vectors`, without ParameterDict, which would add microseconds to each call of a layer."""
         if name not in self.entries:
             raise ValueError(f"adapter {name!r} is not on {self._called()}, which has {list(self.entries)}")
         modules = self._modules
@@ -162,10 +162,10 @@ class AdapterHolder(LayerKind):
             ValueError: the layer has the adapter already, or a value is out of range; nothing is changed.
         """
         if name in self.entries:
-            raise ValueError(f"adapter {name!r} is on {self._called()} already: delete it there first")
+            raise ValueError(f"adapter {name!r} is already on {self._called()}: delete it there first")
         init.check(layer_name)
         device, r = vector_device(self.base_layer, self.base_weight), init.r
-        with torch.inference_mode(False):  # whatever the caller is in, they may be trained later
+        with torch.inference_mode(False):  # the vectors may be trained later, outside inference mode
             b = torch.zeros(self.geometry.b_shape, dtype=init.dtype, device=device)
             d = torch.full(self.geometry.d_shape(r, parts), init.d_initial, dtype=init.dtype, device=device)
             if not init.init_weights:

@@ -55,7 +55,7 @@ class InputCache:
             x: its input, unchanged.
             a_projection: A.
             compute: computes the product.
-            exactly: whether it is wanted in float32, when x and A are of half precision.
+            exactly: whether the product is in float32 although x and A are in half precision.
         """
         if not _can_be_remembered(x):
             return compute()

@@ -72,7 +72,7 @@ class View:
 
 
 class _Linked(torch.autograd.Function):
-    """A stand-in's place in the graph, for an autograd function that it is given to and that returns its gradient."""
+    """Connect a stand-in to the graph, for an autograd function that takes it and returns a gradient for it."""
 
     @staticmethod
     def forward(ctx: Any, shown: Tensor, view: View, *sources: Tensor) -> Tensor:
@@ -86,8 +86,8 @@ class _Linked(torch.autograd.Function):
         now = view.sources()
         if len(now) != len(sources) or any(one is not other for one, other in zip(now, sources, strict=True)):
             raise RuntimeError(
-                "an adapted weight that was read has other adapters or vectors in the backward pass than in the forward"
-                " pass: call backward() before you activate, merge, disable or remove adapters"
+                "an adapted weight that was read has different adapters or vectors in the backward pass than in the"
+                " forward pass: call backward() before you activate, merge, disable or remove adapters"
             )
         wanted = [source for source in sources if source.requires_grad]
         with torch.enable_grad():
@@ -140,7 +140,7 @@ class AdaptedWeight(Tensor):
         return result
 
 
-# What gives away the address of a tensor's values.
+# Methods that expose how a tensor's values are stored in memory.
 _MEMORY = {Tensor.data_ptr, Tensor.untyped_storage, Tensor.storage, Tensor.storage_offset, Tensor.stride}
 
 
@@ -218,7 +218,7 @@ def _grouped_mm(func: Any, left: Any, right: Any, *, offs: Any = None, bias: Any
     start = func(left, view.shown(), offs=offs, **settings)
     rows = torch.arange(len(left), device=left.device)
     groups = torch.searchsorted(offs.long(), rows, right=True).clamp_(max=len(offs) - 1)
-    # Rows after the last group have no result, so their contents are left as they are.
+    # Rows after the last group have no defined result, so nothing is added to them.
     beyond = rows >= offs[-1]
     added = view.layer.add_rows(torch.zeros_like(start), left, groups)
     return start + added.masked_fill(beyond[:, None], 0.0)

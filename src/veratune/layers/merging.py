@@ -63,7 +63,7 @@ class MergeableLayer(AdapterHolder):
             ValueError: an adapter is not on this layer, or is merged already.
         """
         if merged := [name for name in names if name in self.merged_adapters]:
-            raise ValueError(f"the weight of {self._called()} has the deltas of {merged} already, which are merged")
+            raise ValueError(f"the weight of {self._called()} already has the merged deltas of {merged}")
         with torch.no_grad():
             total = self.get_delta_weight(names[0])
             for name in names[1:]:
@@ -129,7 +129,7 @@ class MergeableLayer(AdapterHolder):
         self.check_mergeable(names, safe=False, called=self._called())
         original = self.base_weight
         assert isinstance(original, nn.Parameter)
-        with torch.inference_mode(False):  # whatever the caller is in, gradients may pass it later
+        with torch.inference_mode(False):  # gradients may flow through it later, outside inference mode
             merged = self._as_parameter(self.merged_weight(names), original)
         setattr(self.base_layer, self.weight_name, merged)
         self._unmerged["weight"] = original
@@ -232,5 +232,5 @@ class MergeableLayer(AdapterHolder):
 
 
 def add_state(state: dict[str, Any], base: nn.Module, *, prefix: str = "", keep_vars: bool = False, **_: Any) -> None:
-    """Put the state of an adapted layer's base layer into that of the layer, whose prefix is given."""
+    """Write a base layer's state into its adapted layer's state dict, where the layer has this prefix."""
     base.state_dict(destination=state, prefix=f"{prefix}base_layer.", keep_vars=keep_vars)

@@ -77,7 +77,7 @@ class RemovalCheck:
         number = node_number_of_backward()
         if number is not None and number < self._number:
             raise RuntimeError(
-                f"gradient checkpointing recomputes a {type(module).__name__} in the backward pass, but with other"
+                f"gradient checkpointing recomputes a {type(module).__name__} in the backward pass, but with different"
                 " adapters than in the forward pass: some have been removed from the model since. Call backward()"
                 " before removing adapters, or train without gradient checkpointing"
             )

@@ -20,7 +20,7 @@ from veratune.utils.torch_private import in_backward, may_be_recomputed, next_no
 _KEPT = 256
 _MOST_THREADS = 8
 
-# The version of each parameter, or None where it has none.
+# The version of each parameter, or None for one without a version.
 Versions = tuple[int | None, ...]
 
 
@@ -55,22 +55,22 @@ def matters(module: nn.Module) -> bool:
 
 
 class _Entry(NamedTuple):
-    """What a module computes with: its state, None if that cannot be had again, and versions, empty if unknown."""
+    """What a module computes with: its state, None if unrecoverable, and parameter versions, empty if unknown."""
 
     state: State | None
     versions: Versions = ()
 
     def fits(self, now: "_Entry") -> bool:
-        """Return whether the values are the same as now; the states are."""
+        """Return whether the parameters' values are the same as now, given that the states are."""
         pairs = zip(self.versions, now.versions, strict=False)
         return all(then is None or here is None or then == here for then, here in pairs)
 
 
 class _History(NamedTuple):
-    """One thread's entries, and the autograd node from which on each applies. Never changed, as threads share it.
+    """One thread's entries, and the number of the autograd node from which each applies. Immutable: threads share it.
 
-    A pass without gradients may belong to a node that was created before the module ran. `earliest` has the first one
-    that is possible.
+    A pass without gradients may belong to a node that was created before the module ran. `earliest` has the number of
+    the first node it may belong to.
     """
 
     starts: tuple[int, ...]
@@ -82,7 +82,7 @@ class _History(NamedTuple):
         return cls((-1,), (entry,), (-1,))
 
     def followed_by(self, entry: _Entry, start: int, earliest: int | None = None) -> "_History":
-        kept = -1 if start == self.starts[-1] else len(self.starts)  # no node belongs to the last one
+        kept = -1 if start == self.starts[-1] else len(self.starts)  # no node belongs to the last entry
         return _History(
             (*self.starts[:kept], start)[-_KEPT:],
             (*self.entries[:kept], entry)[-_KEPT:],
@@ -90,7 +90,7 @@ class _History(NamedTuple):
         )
 
     def at(self, number: int) -> list[_Entry]:
-        """Return what the module may have computed with in the pass of a node."""
+        """Return the entries that may describe the pass that a node belongs to."""
         found = bisect_right(self.starts, number)
         possible = [self.entries[found - 1] if found else _Entry(None)]
         if found < len(self.starts) and self.earliest[found] <= number:
@@ -102,7 +102,7 @@ class StateLog:
     """The states of a module in earlier passes, which may be recomputed.
 
     Args:
-        state: the first one.
+        state: the initial state.
     """
 
     def __init__(self, state: State = State()) -> None:  # noqa: B008  # a tuple
@@ -110,8 +110,8 @@ class StateLog:
         self._first = _Entry(state)
         self._computed = state != State()
         self._histories: dict[int, _History] = {}
-        # The next node's number when each thread last ran the module in a pass that may be recomputed, and whether
-        # gradients were on.
+        # For each thread: the next node's number when it last ran the module in a pass that may be recomputed, and
+        # whether gradients were enabled.
         self._seen: dict[int, tuple[int, bool]] = {}
 
     def record(self, state: State) -> None:
@@ -134,10 +134,10 @@ class StateLog:
         now, gradients = next_node_number(), torch.is_grad_enabled()
         if history is None:
             history = _History.of(entry)
-        elif history.entries[-1] == _Entry(entry.state):  # noted when it changed, without versions
+        elif history.entries[-1] == _Entry(entry.state):  # recorded when the state changed, without versions
             history = history.followed_by(entry, history.starts[-1], history.earliest[-1])
         elif history.entries[-1] != entry:
-            # The node of reentrant checkpointing is created before the module runs, but after it ran last.
+            # Reentrant checkpointing creates its node before this run of the module, but after the previous one.
             last, had_gradients = self._seen.get(thread, (now, True))
             if gradients or had_gradients:
                 history = history.followed_by(entry, now, now if gradients else last)
@@ -175,14 +175,14 @@ class StateLog:
         self._append(now)
 
     def forward(self, owner: str, parameters: Iterable[Any]) -> None:
-        """Note the parameters' versions in a pass that `matters`, or check them if it recomputes another.
+        """Record the parameters' versions in a pass that `matters`, or check them if it recomputes another pass.
 
         Args:
             owner: the module's name in the message.
-            parameters: what it computes with, in an order that depends on its state alone.
+            parameters: the parameters it computes with, in an order that depends only on its state.
 
         Raises:
-            RuntimeError: this recomputes a pass with other adapters or other values.
+            RuntimeError: this recomputes a pass with different adapters or values.
         """
         versions = _versions(parameters)
         if in_backward():
@@ -191,27 +191,27 @@ class StateLog:
             self._note(_Entry(self._state, versions))
 
     def check(self, owner: str, versions: Versions = ()) -> None:
-        """Raise RuntimeError if this recomputes a pass that ran in another state.
+        """Raise RuntimeError if this recomputes a pass that ran in a different state.
 
         Args:
             owner: the module's name in the message.
-            versions: of the parameters that it computes with.
+            versions: the versions of the parameters it computes with.
         """
         number = node_number_of_backward()
         if number is None:
             return
         now = _Entry(self._state, versions)
         own = self._histories.get(threading.get_ident())
-        # On other devices, backward passes run in threads of their own.
+        # On devices other than the CPU, backward passes run in separate threads.
         histories = list(self._histories.values()) if own is None else [own]
         entries = [entry for history in histories for entry in history.at(number)] or [self._first]
         if any(entry.state == now.state and entry.fits(now) for entry in entries):
             return
         then = next((entry for entry in entries if entry.state == now.state), entries[0])
-        start = f"{owner} is computed again for a backward pass, as gradient checkpointing does, but with other"
+        start = f"{owner} is recomputed in a backward pass (by gradient checkpointing), but with different"
         if then.state == now.state:
             raise RuntimeError(
-                f"{start} values than in the forward pass: they were written to since. Call backward() before an"
+                f"{start} values than in the forward pass: they have been written to since. Call backward() before an"
                 " optimizer's step, restore, load_state_dict and other writes, or train without gradient checkpointing"
             )
         raise RuntimeError(
@@ -226,7 +226,7 @@ class StateLog:
 
 
 def _versions(parameters: Iterable[Any]) -> Versions:
-    """Return the versions of those that are ordinary parameters: others, such as FSDP's, are made for each pass."""
+    """Return each parameter's version; None for those that are created in every pass, such as FSDP's."""
     try:
         return tuple([own._version if type(own) is nn.Parameter else None for own in parameters])
     except RuntimeError:  # made in inference mode

@@ -90,7 +90,7 @@ class Cost:
         self.seconds += flops / self.profile.triton_flops + 2 * self.profile.launch
 
     def widen_product(self, rows: int, columns: int, inner: int, *, share: int = 1, density: float = 1.0) -> None:
-        """Add what a product with a float32 result takes longer than one in the compute dtype (which may be less)."""
+        """Add the extra time of a product with a float32 result over one in the compute dtype (may be negative)."""
         profile = self.profile
         wider = 4 - profile.itemsize
         if profile.returns_sums:

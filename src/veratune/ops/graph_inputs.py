@@ -1,8 +1,8 @@
-"""A layer's input, taken again in the backward pass from what autograd holds anyway, for `memory="low"`.
+"""Recompute a layer's input in the backward pass from what autograd holds anyway, for `memory="low"`.
 
 The gradients of b and d need the layer's input x. In a frozen model autograd often holds what x was computed from: a
 normalization keeps its input, an activation function its input or output, a product both factors, attention its output.
-Computing x from these once more takes an elementwise operation, and no memory between the passes.
+Recomputing x from these takes an elementwise operation, and no memory between the passes.
 """
 
 from collections.abc import Callable
@@ -14,19 +14,19 @@ from torch.nn import functional as F
 
 from veratune.utils.torch_private import saved_tensors_are_hooked
 
-# They keep the order of the elements.
+# Operations that keep the order of the elements.
 _RESHAPING = {"ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0", "CloneBackward0", "AliasBackward0"}
 _KEEPS_RESULT = {"ReluBackward0", "TanhBackward0", "SigmoidBackward0"}
 
 
 def source_of(x: Tensor) -> Callable[[], Tensor] | None:
-    """Return a function that computes x again, or None if autograd does not hold what that takes.
+    """Return a function that recomputes x, or None if autograd does not hold the tensors for that.
 
-    It has to be called before the backward pass reaches the operation that computed x. It returns an equal tensor up to
-    the rounding of a normalization, without a graph.
+    It has to be called before the backward pass reaches the operation that computed x. It returns a tensor without a
+    graph that equals x up to the rounding of a normalization.
 
     Args:
-        x: a tensor as its operation returned it, or a reshaped one. If it was written to since, None is returned.
+        x: a tensor as its operation returned it, or a reshaped one. If it has been written to since, None is returned.
     """
     node: Any = x.grad_fn
     if node is None or x._version or torch.compiler.is_compiling() or saved_tensors_are_hooked():
@@ -52,11 +52,11 @@ def _described(tensor: Tensor) -> Tensor:
 
 
 def _value(node: Any, read: Callable[[Tensor], Tensor], *, shaped: bool) -> Tensor | None:
-    """Return the result of the operation of an autograd node, computed from what it or the nodes before it hold.
+    """Return the result of an autograd node's operation, computed from what this node or the nodes before it hold.
 
     Args:
         node: the node, or None.
-        read: returns a tensor to compute with for one that autograd holds: itself, or one on the meta device.
+        read: maps a tensor that autograd holds to the one to compute with: itself, or one on the meta device.
         shaped: whether the result's shape matters, or only the order of its elements.
     """
     name = "" if node is None else node.name()
@@ -96,5 +96,5 @@ def _layer_norm(node: Any, read: Callable[[Tensor], Tensor]) -> Tensor:
 
 
 def _dim(saved: int) -> int:
-    """Return a dimension that autograd holds, where a negative one is an unsigned number of 64 bits."""
+    """Return a dimension saved by autograd, which stores negative ones as unsigned 64-bit integers."""
     return saved - (1 << 64) if saved >= 1 << 63 else saved

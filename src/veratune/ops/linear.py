@@ -146,7 +146,7 @@ def _refuse_second_derivative(grad: Tensor) -> Tensor:
 
 
 class _EagerAdaptedLinear(_AdaptedLinear):
-    """The same in the older style, which spares autograd inspecting a signature in each call, and a second output."""
+    """The same in the older style, which avoids inspecting a signature on each call, and a second output."""
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:  # type: ignore[override]
@@ -154,7 +154,7 @@ class _EagerAdaptedLinear(_AdaptedLinear):
         _AdaptedLinear.save(ctx, arguments, kept)
         return output
 
-    # Restore the default, as in a function that does not define it.
+    # Restore the default, as if `setup_context` were not defined.
     setup_context = torch.autograd.Function.setup_context
 
 
@@ -214,7 +214,7 @@ def adapted_linear(
         factors: the adapter, A and B in the compute dtype.
         choice: the route.
         transposed: whether the weight is stored as (in, out).
-        xa: x A^T (T, r), as `project` returns it, if already computed; or what returns it, given `exactly`.
+        xa: x A^T (T, r), as `project` returns it, if already computed; or a function of `exactly` that returns it.
     """
     return _apply(x, None, weight, bias, factors, choice, transposed, xa)
 
@@ -290,7 +290,7 @@ def _composed(
 def project(x: Tensor, A: Matrix, *, exactly: bool = False) -> Tensor:  # noqa: N803
     """Return u = x A^T, (T, r), without a graph: the functions above compute the gradient of x.
 
-    In the dtype of x; `exactly` in float32 or wider.
+    The result is in the dtype of x or, if `exactly`, in float32 or wider.
     """
     x = x.detach()  # A and B never require gradients
     return exact.project(x, A) if exactly else A.rmatmul(x)

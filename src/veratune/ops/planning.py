@@ -93,7 +93,7 @@ def estimate(
     return Estimate(choice, cost.flops, cost.saved_bytes, cost.seconds)
 
 
-# An adapted weight of so many elements takes longer to launch than to compute, and little to keep.
+# An adapted weight with at most this many elements takes longer to launch than to compute, and little memory to keep.
 _FEW = 1 << 14
 
 
@@ -112,9 +112,9 @@ def possible_choices(
     Args:
         route: which routes are allowed: "factored" excludes those that read the weight, "dense" all but "dense".
         memory: "low" saves only the smaller of x and x A^T for the gradients, and neither if autograd holds what x was
-            computed from; "fast" saves everything that avoids
-            recomputation; "balanced" saves an adapted weight that is small compared with the layer's activations or
-            has at most `_FEW` elements, and activations that are small compared with the layer's weight.
+            computed from; "fast" saves everything that avoids recomputation; "balanced" saves an adapted weight that
+            is small compared with the layer's activations or has at most `_FEW` elements, and activations that are
+            small compared with the layer's weight.
         shape: the call's dimensions.
         training: whether the vectors' gradients will be wanted.
         weight_readable: whether W0 can be read, as the routes with a dense output require.
@@ -151,16 +151,16 @@ def possible_choices(
     ]
 
 
-# The part of a layer's step (frozen layer and adapter, forward and backward) that exact gradients may add.
+# The fraction of a layer's step (frozen layer and adapter, forward and backward) that exact gradients may add to it.
 EXACT_SHARE = 0.03
 
 
 def exactly(choice: RouteChoice, memory: MemoryName) -> RouteChoice | None:
-    """Return a choice with exact gradients; None if `memory` excludes what they save, or the route has none."""
+    """Return a choice with exact gradients; None if `memory` rules out what they save, or the route has none."""
     route = ROUTES[choice.route]
     if route.keeps == "xa" or (memory == "low" and route.gradients_from == "xa"):
         return None
-    # From u^T g, a scaled output's vectors need no product with B.
+    # With exact gradients, which come from u^T g, the `scaled` route need not keep its product with B.
     return choice._replace(keep=choice.keep and choice.reads_weight, exact=True)
 
 
@@ -211,7 +211,7 @@ def choose_route(
 @lru_cache(maxsize=4096)
 def exact_rows_pay(shape: LayerShape, profile: DeviceProfile) -> bool:
     """Return whether exact gradients of `ops.rows.stack_residual` add at most `EXACT_SHARE` of a step."""
-    profile = replace(profile, returns_sums=False)  # it casts on every device
+    profile = replace(profile, returns_sums=False)  # stack_residual casts on every device
     frozen, added = Cost(profile), Cost(profile)
     for _ in range(2):
         frozen.product(shape.tokens, shape.out_features, shape.in_features)

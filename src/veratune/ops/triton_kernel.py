@@ -131,7 +131,7 @@ def add_product_(
         saved: (T, r), contiguous, to which the unscaled product with `first` is written; or None.
     """
     if x.dtype not in _DTYPES or not x.dtype == out.dtype == first.dtype == second.dtype:
-        raise TypeError(f"the Triton kernel computes in one of {_DTYPES}, not with {x.dtype} and {first.dtype}")
+        raise TypeError(f"the Triton kernel needs a single dtype, one of {_DTYPES}, not {x.dtype} and {first.dtype}")
     if torch.compiler.is_compiling():
         _opaque(out, x, first, second, middle, input_scale, output_scale, saved)
     else:

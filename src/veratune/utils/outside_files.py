@@ -118,7 +118,7 @@ def check_count(text: str | bytes) -> None:
     count = sum(map(text.count, marks)) if isinstance(text, str) else sum(text.count(m.encode()) for m in marks)
     most = max(_MOST_VALUES, len(text) // _BYTES_OF_A_VALUE)
     if count > most:
-        raise ValueError(f"it has about {count:,} values, and at most {most:,} are read")
+        raise ValueError(f"it has about {count:,} values, more than the maximum of {most:,}")
 
 
 def _refuse_constant(name: str) -> float:

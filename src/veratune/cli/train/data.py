@@ -214,7 +214,7 @@ def split(rows: list[Row], settings: TrainSettings) -> tuple[list[Row], list[Row
     order = np.random.default_rng(settings.seed).permutation(len(rows)).tolist()
     if count < 1 or count >= len(rows):
         raise ValueError(
-            f"eval_fraction={settings.eval_fraction} of {len(rows)} rows leaves none to evaluate or to train with: give"
+            f"eval_fraction={settings.eval_fraction} of {len(rows)} rows leaves none to evaluate or train with: pass"
             " --eval-data, or another --eval-fraction"
         )
     chosen = set(order[:count])

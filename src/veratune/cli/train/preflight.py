@@ -49,7 +49,7 @@ def warnings_of(
     """
     train, evaluation = examples
     if importlib.util.find_spec("matplotlib") is None:
-        yield "there will be no picture of the curves, since matplotlib is missing: pip install 'veratune[cli]'"
+        yield "the curves will not be plotted, since matplotlib is missing: pip install 'veratune[cli]'"
     advice = rate_advice(settings.learning_rate)
     if advice is not None:
         yield advice

@@ -176,7 +176,7 @@ def _check_same(output: Path, identity: dict[str, Any]) -> None:
     ]
     if changed:
         raise SettingsError(
-            f"{output / SETTINGS_NAME} is not what the run began with: {'; '.join(changed)}. Put it back, or start"
+            f"{output / SETTINGS_NAME} is not what the run began with: {'; '.join(changed)}. Restore it, or start"
             " a new run in another directory"
         )
     if begun.get("sha256") != identity["sha256"]:

@@ -9,7 +9,7 @@ from veratune.bank.saved_modules import BankedModule
 
 
 class OutputHead:
-    """The model's output head, which may get other tokens than the layers before it.
+    """The model's output head, which may receive different tokens than the layers before it.
 
     Attributes:
         in_bank: whether it is one of the bank's layers or modules_to_save.

@@ -68,7 +68,7 @@ def _save(
     names = list(peft_model.peft_config) if selected_adapters is None else list(selected_adapters)
     unknown = [name for name in names if name not in peft_model.peft_config]
     if unknown:
-        raise ValueError(f"invalid `selected_adapters`: {unknown} are none of {list(peft_model.peft_config)}")
+        raise ValueError(f"invalid `selected_adapters`: {unknown} are not among {list(peft_model.peft_config)}")
     base = base_model_of(peft_model)
     modules = base_modules(base)
     for name in names:
