@@ -3,9 +3,10 @@
 import json
 
 import pytest
+import torch
 
 from small_net import small_adapted, small_net
-from veratune import VeraModel, parameter_groups
+from veratune import VeraConfig, VeraModel, get_peft_model, parameter_groups
 
 
 def test_odd_base_model_names_can_be_saved(tmp_path):
@@ -42,3 +43,51 @@ def test_a_frozen_adapter_is_loaded_in_eval_mode_and_says_how_to_train_it(tmp_pa
     assert again.training and parameter_groups(again)
     with pytest.raises(TypeError, match="get_peft_model"):
         parameter_groups(small_net())
+
+
+def test_training_a_merged_adapter_is_refused():
+    model = small_adapted()
+    model.merge_adapter()
+    with pytest.raises(ValueError, match="are merged, so their vectors get no gradients: call unmerge_adapter"):
+        parameter_groups(model)
+    model.unmerge_adapter()
+    assert parameter_groups(model)
+
+
+@pytest.mark.parametrize("name", ["adapter_names", "adapters"])
+def test_an_adapter_for_each_row_is_refused_where_the_model_would_ignore_it(name):
+    class Tolerant(torch.nn.Sequential):
+        def forward(self, x, **kwargs):
+            return super().forward(x)
+
+    model, x = get_peft_model(Tolerant(torch.nn.Linear(3, 2)), VeraConfig(r=2, target_modules=["0"])), torch.randn(4, 3)
+    with pytest.raises(TypeError, match=f"{name} is not supported here: all rows use the active adapters"):
+        model(x, **{name: ["default", None, "other", "default"]})
+    assert model(x, **{name: None}).shape == (4, 2)
+
+    class Takes(torch.nn.Sequential):
+        def forward(self, x, adapters=None, adapter_names=None):
+            assert adapters or adapter_names
+            return super().forward(x)
+
+    own = get_peft_model(Takes(torch.nn.Linear(3, 2)), VeraConfig(r=2, target_modules=["0"]))
+    assert own(x, **{name: ["its own"]}).shape == (4, 2)
+
+
+def test_swapped_arguments_are_named():
+    with pytest.raises(TypeError, match=r"must be a torch\.nn\.Module, not str"):
+        VeraModel.from_pretrained("directory", small_net())
+    with pytest.raises(TypeError, match="tokens='64' is not allowed: it must be an integer"):
+        small_adapted().explain_routes("64")
+
+
+def test_peft_and_veratune_do_not_adapt_each_others_models(tmp_path):
+    peft = pytest.importorskip("peft")
+    theirs = peft.get_peft_model(small_net(), peft.LoraConfig(target_modules=["0"]))
+    with pytest.raises(ValueError, match="this model has adapters of PEFT"):
+        get_peft_model(theirs, VeraConfig(r=2, target_modules="all-linear"))
+    ours = small_adapted()
+    with pytest.raises(TypeError, match="a LoraConfig cannot be added to a VeraModel"):
+        peft.get_peft_model(ours, peft.LoraConfig(target_modules=["0"]))
+    assert list(ours.peft_config) == ["default"] and isinstance(ours.peft_config["default"], VeraConfig)
+    ours.save_pretrained(tmp_path)

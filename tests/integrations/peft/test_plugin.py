@@ -343,3 +343,20 @@ def test_a_layer_in_several_places_computes_with_the_adapter_in_all(tmp_path: Pa
     again: Any = peft.PeftModel.from_pretrained(Twice(), tmp_path / "again")
     torch.testing.assert_close(again.merge_and_unload()(x), native(x))
     assert torch.equal(model.unload()(x), Twice()(x))
+
+
+@pytest.mark.parametrize("inside", [False, True], ids=["VeraModel", "its base model"])
+def test_a_model_with_veratunes_own_adapters_is_refused_and_unchanged(inside: bool, tmp_path: Path) -> None:
+    own = randomise_trainable(get_peft_model(tiny_model("bert"), VeraConfig(r=4, target_modules=["query"])), std=0.3)
+    before = main_output(own.eval(), "bert").detach()
+    with pytest.raises((TypeError, ValueError), match="VeraModel"):
+        peft.get_peft_model(own.base_model if inside else own, VeratuneConfig(r=4, target_modules=["key", "query"]))
+    assert torch.equal(main_output(own, "bert"), before)
+    own.save_pretrained(tmp_path)
+
+
+def test_an_adapter_for_each_row_is_refused() -> None:
+    model = model_for("bert")
+    for name in ("adapters", "adapter_names"):
+        with pytest.raises(ValueError, match=f"reject {name}"):
+            model(input_ids=torch.ones(2, 3, dtype=torch.int64), **{name: ["default", "default"]})
