@@ -81,6 +81,7 @@ def test_swapped_arguments_are_named():
         small_adapted().explain_routes("64")
 
 
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config`:UserWarning")
 def test_peft_and_veratune_do_not_adapt_each_others_models(tmp_path):
     peft = pytest.importorskip("peft")
     theirs = peft.get_peft_model(small_net(), peft.LoraConfig(target_modules=["0"]))

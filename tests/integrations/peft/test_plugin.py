@@ -345,6 +345,7 @@ def test_a_layer_in_several_places_computes_with_the_adapter_in_all(tmp_path: Pa
     assert torch.equal(model.unload()(x), Twice()(x))
 
 
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config`:UserWarning")
 @pytest.mark.parametrize("inside", [False, True], ids=["VeraModel", "its base model"])
 def test_a_model_with_veratunes_own_adapters_is_refused_and_unchanged(inside: bool, tmp_path: Path) -> None:
     own = randomise_trainable(get_peft_model(tiny_model("bert"), VeraConfig(r=4, target_modules=["query"])), std=0.3)
