@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from reference import randomise
 from tiny_models import tiny_model
 from undoing import TOKENS as NET_TOKENS
-from undoing import merged, seen, settings, tuned, tuned_merged, two
+from undoing import merged, seen, settings, tuned_merged, two
 from veratune import VeraConfig, VeraModel, get_peft_model
 from veratune.integrations.peft import VeratuneConfig, install
 
@@ -354,38 +354,3 @@ def test_what_is_written_to_merged_weights_is_not_lost(write: Callable[[nn.Param
     untouched.bfloat16().float()  # whose values are others, but not the user's
     tuner.unmerge_adapter()
     assert not getattr(tuner, "merged_adapters", [])
-
-
-# The state while merged
-
-
-@pytest.mark.parametrize("make", [two, tuned])
-def test_a_state_is_the_same_merged_or_not_and_loads_into_an_unmerged_model(make: Callable[[], Any]) -> None:
-    model = make()
-    expected, output = {key: value.clone() for key, value in model.state_dict().items()}, net_output(model)
-    model.merge_adapter()
-    weight = _base_layer(model).weight.clone()
-    for state in (model.state_dict(), copy.deepcopy(model).state_dict()):
-        assert list(state) == list(expected)
-        for key, value in expected.items():
-            assert torch.equal(state[key], value), key
-    inner = model.get_base_model()
-    for key, value in inner.state_dict().items():
-        assert torch.equal(value, next(expected[full] for full in expected if full.endswith(key))), key
-    assert torch.equal(_base_layer(model).weight, weight)
-    other = make()
-    other.load_state_dict(model.state_dict())
-    assert torch.equal(net_output(other), output)
-    model.double()
-    assert all(value.dtype == torch.float64 for value in model.state_dict().values())
-    with torch.no_grad():
-        _base_layer(model).weight.mul_(2.0)
-    with pytest.raises(ValueError, match="was written to since"):
-        model.state_dict()
-
-
-def test_a_state_keeps_the_variables_that_are_asked_for() -> None:
-    model = merged()
-    state = model.state_dict(prefix="a.", keep_vars=True)
-    assert state["a.base_model.lin.base_layer.weight"] is model.base_model.lin._unmerged["weight"]
-    assert state._metadata["a.base_model.lin.base_layer"]

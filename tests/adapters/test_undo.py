@@ -151,7 +151,7 @@ def test_merging_for_good_that_fails_computes_the_same_and_goes_on(fault: str) -
 
 
 @pytest.mark.parametrize("value", [1e39, -1e39, 1e-44])
-def test_a_start_that_the_vectors_cannot_hold_is_refused(value: float, tmp_path: Path) -> None:
+def test_a_start_that_the_vectors_cannot_hold_is_refused(value: float) -> None:
     model = net()
     before = seen(model)
     with pytest.raises(ValueError, match="d_initial"):
@@ -163,12 +163,6 @@ def test_a_start_that_the_vectors_cannot_hold_is_refused(value: float, tmp_path:
     before = seen(other)
     with pytest.raises(ValueError, match="d_initial"):
         other.add_adapter("three", VeraConfig(**settings(d_initial=value)))
-    assert seen(other) == before
-    tuned().save_pretrained(tmp_path)
-    file = tmp_path / "two" / "adapter_config.json"
-    file.write_text(file.read_text().replace('"d_initial": 0.1', f'"d_initial": {value!r}'))
-    with pytest.raises(CheckpointError, match="d_initial"):
-        other.load_adapter(tmp_path / "two", "three")
     assert seen(other) == before
 
 

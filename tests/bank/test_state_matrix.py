@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from veratune.bank.slots import Lease
 
 from bank_methods import BANK_METHODS, expected, live_on
 from bank_states import BANK_MODES, make_bank, saved_sources
@@ -16,6 +15,7 @@ from state_matrix import WIDE, Kept, Method, never, public_names, run
 from veratune.adapters.wrapper import ModelWrapper
 from veratune.bank import AdapterBank
 from veratune.bank.model import BankModel
+from veratune.bank.resident import Lease
 
 KEPT = Kept()
 _OF_FAMILIES: dict[str, tuple[str, ...]] = {

@@ -37,7 +37,7 @@ def has_room(count: int) -> Callable[[BankEnv], bool]:
     """Return whether so many adapters more than those in use can be resident."""
 
     def is_room(env: BankEnv) -> bool:
-        return env.file is None or env.bank._slots.capacity - (1 if env.lease is not None else 0) >= count
+        return env.file is None or env.bank._resident.capacity - (1 if env.lease is not None else 0) >= count
 
     return is_room
 
@@ -120,7 +120,7 @@ def with_released(env: BankEnv) -> Any:
     lease = env.bank.lease([None, None])
     lease.release()
     lease.release()
-    assert not lease.is_open and lease.is_of(env.bank._slots)
+    assert not lease.is_open and lease.is_of(env.bank._resident)
     return env.bank.lease_again(lease)
 
 

@@ -246,7 +246,7 @@ def after_errors(env: BankEnv) -> None:
         env.bank.model(IDS, adapters=["anna", "bert"])
     handle.remove()
     with pytest.MonkeyPatch.context() as patched, suppress(KeyboardInterrupt):
-        patched.setattr(env.bank._slots, "put", broken)
+        patched.setattr(env.bank._resident, "put", broken)
         env.add("new")
     if env.file is not None:  # which has it: only making it resident failed
         env.truth = env.truth.with_("new", learned(env.family, "new"))

@@ -199,7 +199,7 @@ BANKS: dict[str, Callable[[sqlite3.Connection], None]] = {
         lambda layout: layout.update(layers=[[f"l{number}", 6, 9, []] for number in range(20_000)])
     ),
     "vectors of 100 MB": _set("UPDATE adapters SET vectors = zeroblob(?)", 100 * MB),
-    "heads of 100 MB": _set("UPDATE adapters SET heads = zeroblob(?)", 100 * MB),
+    "heads of 100 MB": _set("UPDATE adapters SET saved = zeroblob(?)", 100 * MB),
     "layout nested": _set("UPDATE bank SET layout = ?", nested(20 * MB).decode()),
     "layout of many values": _set("UPDATE bank SET layout = ?", many(10 * MB).decode()),
     "layout of wide text": _set("UPDATE bank SET layout = ?", wide(30 * MB).decode()),

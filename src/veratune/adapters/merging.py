@@ -68,8 +68,8 @@ class MergingModel(AdapterSet):
         the adapter; a torchao weight becomes a plain tensor. Both cause a warning. Other quantized layers cannot be
         merged into, because veratune does not know their formats.
 
-        `state_dict` still has the original weights, as if nothing were merged: a model that it is loaded into adds the
-        deltas itself. `save_pretrained` writes the same adapter, merged or not.
+        `state_dict` then has the merged weights under the names of the original ones: loading it into an unmerged model
+        would add the deltas twice. `save_pretrained` writes the same adapter, merged or not.
 
         Args:
             adapter_names: which adapters; the active ones by default.

@@ -68,7 +68,9 @@ class View:
     def sources(self) -> list[Tensor]:
         """Return the tensors that W0 + delta W is computed from: W0 and the vectors that are added."""
         names = self.layer.added_adapters
-        return [self.base, *(vector for name in names for vector in self.layer.vectors(name).values())]
+        # A bank's layers have no vectors: they raise an error when the weight is read.
+        known = [name for name in names if name in self.layer.entries]
+        return [self.base, *(vector for name in known for vector in self.layer.vectors(name).values())]
 
 
 class _Linked(torch.autograd.Function):

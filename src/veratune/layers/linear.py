@@ -261,11 +261,6 @@ class VeraLinear(VeraLayer):
             hand_back(self.base_layer, self._codes)
             self._codes = None
 
-    def unmerged_base(self, weight: nn.Parameter) -> nn.Module:
-        base = super().unmerged_base(weight)
-        hand_back(base, self._codes)
-        return base
-
     def _as_parameter(self, merged: Tensor, original: nn.Parameter) -> nn.Parameter:
         if is_quantized(self.base_layer):
             return requantized(self.base_layer, merged)

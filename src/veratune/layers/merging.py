@@ -1,12 +1,10 @@
 """Merging adapters into the base layer's weight, and unmerging to the same bits."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from veratune.layers.base_call import stand_in_for
 from veratune.layers.geometry import Geometry
 from veratune.layers.holder import AdapterHolder
 from veratune.layers.offloading import is_offloaded, loaded, why_no_values
@@ -191,32 +189,6 @@ class MergeableLayer(AdapterHolder):
         self.merged_adapters, self._merged_values = [], None
         self._choose_added()
 
-    def original_weight(self) -> nn.Parameter | None:
-        """Return the weight from before `merge` as `unmerge` would put it back, or None if nothing is merged.
-
-        Raises:
-            ValueError: as for `check_unmergeable`.
-        """
-        if not self._unmerged:
-            return None
-        self.check_unmergeable()
-        original, merged = self._unmerged["weight"], self.base_weight
-        if original.device == merged.device and original.dtype == merged.dtype:
-            return original
-        return nn.Parameter(original.data.to(merged.device, merged.dtype), requires_grad=original.requires_grad)
-
-    def unmerged_base(self, weight: nn.Parameter) -> nn.Module:
-        """Return a shallow copy of the base layer with its original weight."""
-        return stand_in_for(self.base_layer, {self.weight_name: weight})
-
-    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the state, which is the same whether adapters are merged or not."""
-        original = self.original_weight()
-        state = super().state_dict(*args, **kwargs)
-        if original is not None and "base_layer" in self._modules:
-            add_state(state, self.unmerged_base(original), **kwargs)
-        return state
-
     def check_unmergeable(self) -> None:
         """Raise ValueError if the merged weight has been offloaded or written to since merging; nothing is changed."""
         if self.merged_adapters and self.base_weight.is_meta and not self._unmerged["weight"].is_meta:
@@ -229,8 +201,3 @@ class MergeableLayer(AdapterHolder):
                 " the original would lose that change. merge_and_unload keeps the weights as they are now; to change"
                 " the original weight, write to it while nothing is merged"
             )
-
-
-def add_state(state: dict[str, Any], base: nn.Module, *, prefix: str = "", keep_vars: bool = False, **_: Any) -> None:
-    """Write a base layer's state into its adapted layer's state dict, where the layer has this prefix."""
-    base.state_dict(destination=state, prefix=f"{prefix}base_layer.", keep_vars=keep_vars)

@@ -10,7 +10,6 @@ from veratune.layers.base import VeraLayer
 from veratune.layers.base_call import call_with, stand_in_for
 from veratune.layers.geometry import Geometry
 from veratune.layers.kind import Export
-from veratune.layers.merging import add_state
 from veratune.layers.offloading import HOOK_ATTRIBUTES
 
 
@@ -106,15 +105,6 @@ class VeraModule(nn.Module):
         if not any(layer.added_adapters for layer in self.parameter_layers().values()):
             return self.base_layer(*args, **kwargs)
         return call_with(self.base_layer, self._weights, args, kwargs)
-
-    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the state, which is the same whether adapters are merged or not."""
-        originals = {name: layer.original_weight() for name, layer in self.parameter_layers().items()}
-        merged = {name: weight for name, weight in originals.items() if weight is not None}
-        state = super().state_dict(*args, **kwargs)
-        if merged:
-            add_state(state, stand_in_for(self.base_layer, merged), **kwargs)
-        return state
 
     def _weights(self) -> dict[str, Tensor]:
         return {
