@@ -78,7 +78,7 @@ def base_back(env: BankEnv, result: nn.Module) -> None:
 
 
 def head_bytes(env: BankEnv) -> int:
-    return int(env.bank.layout.head_numbers) * (2 if env.family == "half" else 4)
+    return int(env.bank.layout.saved_numbers) * (2 if env.family == "half" else 4)
 
 
 # Calls, and what they give back
@@ -238,7 +238,7 @@ def methods() -> list[Method]:
         refused("release", "twice", with_released),
         refused("is_of", "released", with_released),
         Method("call_of", by_call, (has("anna"), one), check=row_of("anna", None)),
-        Method("check_rows", lambda env: env.bank.check_rows(ids=IDS), (is_open,)),
+        Method("check_isolation", lambda env: env.bank.check_isolation(ids=IDS), (is_open,)),
         Method("compile", lambda env: env.bank.compile(backend="eager"), (is_open,), check=serves_eagerly, ends=True),
         Method("follow_model", lambda env: env.bank.follow_model()),
         Method("for_adapters", made_of_directories, check=serves("anna", "carl")),
