@@ -38,8 +38,8 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 class AdapterBank:
     """Many adapters of one base model, a different one for each sequence of a batch, for inference.
 
-    All layers that the configuration names are replaced once; adding an adapter copies its vectors. Adapters of smaller
-    ranks or on fewer layers are stored exactly. Methods are thread-safe, even while other threads compute.
+    All layers that the configuration names are replaced once; adding an adapter copies its vectors, those of smaller
+    ranks or of fewer layers exactly. Methods are thread-safe.
 
     Attributes:
         model: the model to call: `bank.model(**batch, adapters=["anna", None])`.
