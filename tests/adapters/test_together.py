@@ -25,7 +25,7 @@ def test_nor_can_a_loaded_one(tmp_path):
     small_adapted(modules_to_save=["2"]).save_pretrained(tmp_path)
     model = small_adapted(target_modules=["0", "2"])
     expected = model(x := small_inputs(3))
-    with pytest.raises(CheckpointError, match="beside"):
+    with pytest.raises(CheckpointError, match="conflicts with the adapters already in the model"):
         model.load_adapter(tmp_path, "b")
     assert torch.equal(model(x), expected)
     assert list(model.peft_config) == ["default"]

@@ -260,7 +260,7 @@ PEFT = {
 @pytest.mark.parametrize(
     ("metadata", "message"),
     [
-        (ROW | {"rank": 5}, "rank of adapter .* is 5 in a bank of 4"),
+        (ROW | {"rank": 5}, "rank of adapter .* is 5 in a bank of rank 4"),
         (ROW | {"rank": True}, "rank of adapter .* is True"),
         (ROW | {"rank": 1.0}, r"rank of adapter .* is 1\.0"),
         (ROW | {"scheme": None}, "projections of adapter .* are None"),

@@ -213,7 +213,7 @@ def test_many_threads_create_the_same_file(path: Path) -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    assert sorted(outcomes) == ["already"] * 7 + ["made"]
+    assert sorted(outcomes) == ["exists"] * 7 + ["made"]
     assert_holds(path, {})
     assert sorted(path.parent.iterdir()) == [path]
 

@@ -137,7 +137,7 @@ class BankModel(ModelWrapper):
 
 def _given(adapters: AdapterNames | Lease | None) -> AdapterNames | Lease:
     if adapters is None:
-        raise BankError("give adapters=[...], a name for each sequence of the batch, with None for the base model")
+        raise BankError("adapters=None is not allowed: pass a list with a name, or None, for each sequence")
     return adapters
 
 
