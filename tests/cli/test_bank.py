@@ -140,7 +140,9 @@ def test_nothing_is_written_where_one_does_not_fit(
         ((tmp_path / "run",), "adapter 'run' ("),
     ):
         code, out, err = run(capsys, "bank", "build", base, file, *arguments)
-        assert (code, out) == (1, "") and message in err and err.count("\n") == 1, arguments
+        # transformers shows how far it is where other tests have made its progress bars visible.
+        lines = [line for line in err.splitlines() if line.strip() and "Loading weights" not in line]
+        assert (code, out) == (1, "") and message in err and len(lines) == 1, arguments
         assert not file.exists() and not list(tmp_path.glob(".bank*")), arguments
     assert run(capsys, "bank", "build", base, file, anna, adapters["bert"])[0] == 0
     before = file.read_bytes()

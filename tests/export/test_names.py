@@ -25,6 +25,11 @@ from veratune.utils import exchange
 X = torch.randn(3, 8, generator=torch.Generator().manual_seed(5))
 
 
+@pytest.fixture(autouse=True)
+def plug_in() -> None:
+    install()
+
+
 class Net(nn.Module):
     def __init__(self) -> None:
         super().__init__()
