@@ -651,7 +651,7 @@ def test_the_model_itself_refuses_to_be_called() -> None:
     bank, _ = tiny("bert")
     with pytest.raises(RuntimeError, match=r"call bank\.model"):
         bank.model.base_model(**inputs_of("bert"))
-    with pytest.raises(TypeError, match="adapters"):
+    with pytest.raises(BankError, match="adapters=None is not allowed"):
         bank.model(**inputs_of("bert"))
     model = bank.unload()
     expected = tiny_model("bert")
