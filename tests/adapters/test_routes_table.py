@@ -14,15 +14,15 @@ def model(**settings):
 def test_the_table_names_what_the_layers_do(monkeypatch):
     adapted = model(r=256)
     seen = []
-    from veratune.layers import products
+    from veratune.layers import linear
 
-    original = products.adapted_linear
+    original = linear.adapted_linear
 
     def note(*args, **kwargs):
         seen.append(args[4])
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(products, "adapted_linear", note)
+    monkeypatch.setattr(linear, "adapted_linear", note)
     for tokens in (1, 100, 3000):
         seen.clear()
         adapted(torch.randn(tokens, 384))
