@@ -1,6 +1,8 @@
 import gc
+import itertools
 import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -26,6 +28,13 @@ def _frozen_imports() -> None:
     # What libraries hold lives to the end, and a full collection, as unloading needs one, takes ever longer for it.
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Directories to write to, one after the other, each for one test of a module."""
+    root = tmp_path_factory.mktemp("written")
+    return (root / str(count) for count in itertools.count())
 
 
 @pytest.fixture(params=["VeratuneConfig", "VeraConfig"])

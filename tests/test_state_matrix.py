@@ -1,7 +1,6 @@
 """Every public method in every state: right by float64 algebra, or refused with everything as it was."""
 
 import gc
-import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -38,13 +37,6 @@ def pairs() -> Iterator[Any]:
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path]:
     return saved_adapters(tmp_path_factory.mktemp("saved"))
-
-
-@pytest.fixture(scope="module")
-def places(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Directories to write to, each for one pair."""
-    root = tmp_path_factory.mktemp("written")
-    return (root / str(count) for count in itertools.count())
 
 
 @pytest.fixture(scope="module", autouse=True)

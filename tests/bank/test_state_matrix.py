@@ -64,12 +64,6 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Pa
     return saved_sources(tmp_path_factory.mktemp("saved"))
 
 
-@pytest.fixture(scope="module")
-def places(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    root = tmp_path_factory.mktemp("written")
-    return (root / str(count) for count in itertools.count())
-
-
 @pytest.fixture(scope="module", autouse=True)
 def _forgotten() -> Iterator[None]:
     yield

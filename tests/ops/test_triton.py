@@ -43,6 +43,11 @@ def test_it_takes_part_only_where_it_was_measured_and_is_chosen_only_where_it_is
 
     names = [c.route for c in possible_choices("auto", "balanced", LAYER, training=True, weight_readable=True)]
     assert "triton" not in names and chosen(0.0) != "triton"
+    low = possible_choices(
+        "auto", "low", LAYER, training=True, weight_readable=True, profile=replace(profile, triton_flops=1.0)
+    )
+    # It keeps x A^T, so that the backward pass has no use for the input.
+    assert {c.route: c.input_again for c in low}["triton"] is False and any(c.input_again for c in low)
     assert chosen(profile.flops / 100) != "triton"
     assert chosen(profile.flops) == "triton"
     assert chosen(profile.flops, replace(LAYER, rank=257)) != "triton"

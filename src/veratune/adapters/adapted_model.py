@@ -79,9 +79,9 @@ class AdaptedModel(MergingModel):
 
         Print the result for a table. Times are estimated from the device's profile (see `calibrate`).
 
-        Not listed are layers without a choice (convolutions, embeddings, packed attention, experts) and fused layers in
-        parts, of which each part has a route of its own. A compiled model uses the choice for 8, 256 or 4,096
-        tokens, so that it is not recompiled for each number of tokens.
+        Layers without a choice (convolutions, embeddings, packed attention, experts) are not listed, nor are fused
+        layers in parts, whose parts are routed separately. A compiled model uses the choice for 8, 256 or 4,096 tokens,
+        so that it is not recompiled for each number of tokens.
 
         Args:
             tokens: the product of the input's leading dimensions (batch times sequence length).

@@ -343,8 +343,7 @@ class AdapterBank:
         Args:
             lease: the adapters of the sequences.
             lengths: for packed sequences, the number of tokens of each.
-            copies: as in `BankCall`.
-            flattened: as in `BankCall`.
+            copies, flattened: as in `BankCall`.
 
         Raises:
             BankError: no sequences, or not one length for each.

@@ -157,8 +157,8 @@ def connect(path: Path, shown: Path, *, write: bool) -> sqlite3.Connection:
     check_regular(path, shown)
     if os.path.lexists(f"{path}-wal"):
         raise BankError(
-            f"{path}-wal exists, which no bank has: SQLite would apply it to {shown}. Close the other program that has"
-            " this file open, or remove that file if there is none"
+            f"{path}-wal exists, which no bank has: SQLite would apply it to {shown}. If another program has the"
+            " bank open, close it; otherwise remove that file"
         )
     with explained(shown, "opened"):
         connection = sqlite3.connect(

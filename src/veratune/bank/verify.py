@@ -13,7 +13,7 @@ class Examination:
     Attributes:
         names: the number of names.
         adapters: the number of different adapters.
-        problems: a sentence for each damaged adapter, and for each problem that SQLite finds; empty if there are none.
+        problems: one sentence per damaged adapter and per problem that SQLite reports.
         free_bytes: the space of removed adapters, to be reused by others; `compact` returns it to the disk.
         total_bytes: the file's size.
     """

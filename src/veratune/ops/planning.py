@@ -144,9 +144,12 @@ def possible_choices(
         "product": training and (memory == "fast" or (memory == "balanced" and activations_are_small)),
         "xa": training,
     }
+    # A route that keeps x A^T has no use for the input.
     input_again = training and memory == "low"
     return [
-        RouteChoice(each.name, each.keeps is not None and kept[each.keeps], input_again=input_again)
+        RouteChoice(
+            each.name, each.keeps is not None and kept[each.keeps], input_again=input_again and each.keeps != "xa"
+        )
         for each in possible
     ]
 

@@ -1,7 +1,6 @@
 """Every public method of a `PeftModel` with veratune's layers in every state, against float64 algebra."""
 
 import gc
-import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -43,12 +42,6 @@ def pairs() -> Iterator[Any]:
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path]:
     return saved_by_peft(tmp_path_factory.mktemp("saved"))
-
-
-@pytest.fixture(scope="module")
-def places(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    root = tmp_path_factory.mktemp("written")
-    return (root / str(count) for count in itertools.count())
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -113,7 +113,7 @@ def _read_table(separator: str) -> Callable[[BinaryIO], Any]:
 
 
 def _read_parquet(file: BinaryIO) -> list[Row]:
-    """Read a Parquet file, in which a few bytes may stand for the same long text in millions of rows."""
+    """Read a Parquet file, whose few bytes may decode to the same long text in millions of rows."""
     from pyarrow.parquet import ParquetFile  # type: ignore[import-untyped]
 
     rows: list[Row] = []
