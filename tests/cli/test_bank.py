@@ -148,7 +148,7 @@ def test_nothing_is_written_where_one_does_not_fit(
     before = file.read_bytes()
     for arguments, message in (
         (("build", base, file, anna), "already exists"),
-        (("add", file, base, anna), "'anna' is in"),
+        (("add", file, base, anna), "'anna' is already in"),
         (("add", file, base, f"x={anna}", "--replace"), "there is no adapter 'x'"),
         (("add", file, base, f"x={anna}", f"={anna}"), "name='' is not allowed"),
         (("add", file, base, f"x={anna}", f"y={adapters['carl']}"), "which is not one of the"),
