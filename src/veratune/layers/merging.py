@@ -104,7 +104,8 @@ class MergeableLayer(AdapterHolder):
             raise ValueError(f"cannot merge into {called}: {reason}")
         if safe and not torch.isfinite(self.merged_weight(names)).all():
             raise ValueError(
-                f"merging {names} into {called} gives weights that are not finite (NaN or infinity); nothing was merged"
+                f"merging {names} into {called} gives weights that are not finite (NaNs or infinities); nothing was"
+                " merged"
             )
 
     def loss_of_merging(self) -> str | None:

@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from veratune.layers.base import VeraLayer
-from veratune.layers.recomputation import StateLog, recomputing
+from veratune.layers.recomputation import StateLog, recomputed_with_other, recomputing
 from veratune.utils.torch_private import (
     may_be_checkpoint,
     next_node_number,
@@ -77,9 +77,8 @@ class RemovalCheck:
         number = node_number_of_backward()
         if number is not None and number < self._number:
             raise RuntimeError(
-                f"gradient checkpointing recomputes a {type(module).__name__} in the backward pass, but with different"
-                " adapters than in the forward pass: some have been removed from the model since. Call backward()"
-                " before removing adapters, or train without gradient checkpointing"
+                f"{recomputed_with_other(f'a {type(module).__name__}', 'adapters')}: some have been removed from the"
+                " model since. Call backward() before removing adapters, or train without gradient checkpointing"
             )
 
     def _leave_when_done(self, module: nn.Module) -> None:

@@ -42,6 +42,14 @@ class State(NamedTuple):
         return ", ".join([*parts, *["an adapter's bias"] * self.own_bias]) or "no adapter"
 
 
+def recomputed_with_other(owner: str, what: str) -> str:
+    """Return the beginning of an error about a module that is recomputed in a different state."""
+    return (
+        f"{owner} is recomputed in a backward pass (by gradient checkpointing), but with different {what} than in the"
+        " forward pass"
+    )
+
+
 def recomputing() -> bool:
     """Return whether this is called within a backward pass. A compiler plans recomputations itself."""
     return not torch.compiler.is_compiling() and in_backward()
@@ -208,14 +216,13 @@ class StateLog:
         if any(entry.state == now.state and entry.fits(now) for entry in entries):
             return
         then = next((entry for entry in entries if entry.state == now.state), entries[0])
-        start = f"{owner} is recomputed in a backward pass (by gradient checkpointing), but with different"
         if then.state == now.state:
             raise RuntimeError(
-                f"{start} values than in the forward pass: they have been written to since. Call backward() before an"
+                f"{recomputed_with_other(owner, 'values')}: they have been written to since. Call backward() before an"
                 " optimizer's step, restore, load_state_dict and other writes, or train without gradient checkpointing"
             )
         raise RuntimeError(
-            f"{start} adapters than in the forward pass: then {then.state or 'one that was removed since'}, now"
+            f"{recomputed_with_other(owner, 'adapters')}: then {then.state or 'one that was removed since'}, now"
             f" {now.state}. Call backward() before activating, merging, disabling or removing adapters, or train"
             " without gradient checkpointing"
         )

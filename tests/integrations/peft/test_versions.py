@@ -15,7 +15,7 @@ from veratune.integrations.peft import method as peft_method  # noqa: E402
 @pytest.mark.parametrize("version", ["0.17.1", "0.20.0", "0.22.0", "1.0.0rc1"])
 def test_another_version_is_refused_with_what_to_do(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(peft_method, "version", lambda _: version)
-    with pytest.raises(ImportError, match=r"works with peft 0\.21, and .* is installed: pip install"):
+    with pytest.raises(ImportError, match=r"works with peft 0\.21, but .* is installed: pip install"):
         install()
 
 
