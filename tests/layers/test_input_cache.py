@@ -211,3 +211,11 @@ def test_training_after_a_part_ran_in_inference_mode():
     block.k(x).sum().backward()
     b, _ = block.k.vectors("default").values()
     assert b.grad is not None and b.grad.abs().sum() > 0
+
+
+def test_a_product_of_another_stream_is_not_used(monkeypatch):
+    cache, x, streams, made = InputCache(), torch.randn(2, 3), [1, 1, 2], []
+    for layer, stream in zip(("q", "k", "v"), streams, strict=True):
+        monkeypatch.setattr("veratune.layers.input_cache._stream", lambda x, stream=stream: stream)
+        cache.get(layer, x, x, lambda layer=layer: made.append(layer) or torch.zeros(1))
+    assert made == ["q", "v"]

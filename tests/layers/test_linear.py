@@ -478,3 +478,35 @@ def test_arguments_by_name_and_a_bias_taken_away():
     assert layer.base_layer.bias is None
     torch.testing.assert_close(layer(x), x @ dense_weight(layer).t(), rtol=1e-6, atol=1e-6)
     layer.base_layer.bias = bias
+
+
+# Weights computed from others
+
+
+class Tripled(nn.Linear):
+    """A linear layer with its own forward, which does not just add the product."""
+
+    def forward(self, input):
+        return 3 * super().forward(input)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+@pytest.mark.parametrize("normalized", [nn.utils.weight_norm, nn.utils.parametrizations.weight_norm])
+def test_a_computed_weight_of_a_linear_layer_with_its_own_forward_is_refused(normalized):
+    config = VeraConfig(r=RANK, target_modules=["0"])
+    model = get_peft_model(nn.Sequential(Tripled(4, 4)), config)
+    randomise(model)
+    normalized(model.base_model[0].base_layer, "weight")
+    with pytest.raises(RuntimeError, match=r"the weight of an adapted .*Tripled is computed from other parameters"):
+        model(torch.randn(2, 4))
+    with pytest.raises(ValueError, match=r"0: .*Tripled computes its weight from other parameters and has its own"):
+        get_peft_model(nn.Sequential(normalized(Tripled(4, 4))), config)
+
+
+def test_a_computed_weight_of_a_conv1d_is_adapted():
+    base, x = nn.utils.parametrizations.weight_norm(Conv1D(5, 4)), torch.randn(2, 4)
+    model = get_peft_model(nn.Sequential(base), VeraConfig(r=RANK, target_modules=["0"]))
+    randomise(model)
+    w, bias = weights(model.vera_layers()["0"], {"default": 0})
+    expected = x.double() @ w.T + bias
+    torch.testing.assert_close(model(x).double(), expected, rtol=1e-5, atol=1e-5)

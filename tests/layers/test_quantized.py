@@ -197,6 +197,25 @@ def test_merging_loses_what_rounding_loses_and_unmerging_gives_all_back(kind: st
             assert torch.equal(model(x), base)
 
 
+@pytest.mark.parametrize("kind", [kind for kind in MAKERS if kind != "opaque"])
+@pytest.mark.filterwarnings("ignore:veratune. merging into 2 quantized layers:UserWarning")
+@torch.no_grad()
+def test_what_is_written_to_a_merged_quantized_weight_is_not_lost(kind: str) -> None:
+    model = trained(MAKERS[kind])
+    randomise(model, scale=0.7)
+    layer = model.vera_layers()["0"]
+    for training in (True, False):  # evaluation packs the codes of 4 bits, and moves those of 8 bits
+        model.merge_adapter()
+        model.train(training)(x_of())
+        assert not layer.merged_weight_changed()
+        model.unmerge_adapter()
+    model.train().merge_adapter()
+    codes = quantized.quantized_codes(layer.base_layer)
+    (layer.base_layer.weight.data if codes is None else codes).view(torch.uint8)[0] += 1
+    with pytest.raises(ValueError, match="the merged weight of 0 was written to since"):
+        model.unmerge_adapter()
+
+
 def test_a_layer_whose_weight_cannot_be_read_is_not_merged() -> None:
     model = trained(opaque)
     message = "cannot merge into 0: Opaque stores its weight in a form that veratune cannot read"

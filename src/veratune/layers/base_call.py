@@ -1,6 +1,6 @@
 """Call a base layer with other tensors as its parameters, and inspect what its class and hooks do in a call."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -32,20 +32,30 @@ def plain_tensor(weight: Tensor) -> bool:
     return type(weight) in (Tensor, nn.Parameter)
 
 
-def stand_in_for(module: nn.Module, weights: Mapping[str, Tensor | None]) -> nn.Module:
-    """Return a shallow copy of a module, without accelerate's hooks, with some of its parameters replaced.
+def computes(module: nn.Module, name: str) -> bool:
+    """Return whether a module computes one of its weights from other parameters (as weight_norm and pruning do)."""
+    return name in module.__dict__ or isinstance(getattr(type(module), name, None), property)
 
-    Raises:
-        RuntimeError: the module computes one of these parameters from others, which would replace the new value.
-    """
-    for name in weights:
-        if name in module.__dict__ or isinstance(getattr(type(module), name, None), property):
+
+def check_not_computed(module: nn.Module, names: Iterable[str]) -> None:
+    """Raise RuntimeError if a module computes one of these weights, and so cannot be given another value for it."""
+    for name in names:
+        if computes(module, name):
             raise RuntimeError(
                 f"the {name} of an adapted {type(module).__name__} is computed from other parameters since it was"
                 " adapted (weight_norm, spectral_norm or pruning do that), and the adapters cannot be added to it:"
                 " undo that (remove_parametrizations, remove_weight_norm or prune.remove of torch.nn.utils), or leave"
                 " the layer out with exclude_modules"
             )
+
+
+def stand_in_for(module: nn.Module, weights: Mapping[str, Tensor | None]) -> nn.Module:
+    """Return a shallow copy of a module, without accelerate's hooks, with some of its parameters replaced.
+
+    Raises:
+        RuntimeError: the module computes one of these parameters from others, which would replace the new value.
+    """
+    check_not_computed(module, weights)
     stand_in = object.__new__(type(module))
     stand_in.__dict__.update({name: value for name, value in module.__dict__.items() if name not in HOOK_ATTRIBUTES})
     stand_in.__dict__["_parameters"] = {**module._parameters, **weights}

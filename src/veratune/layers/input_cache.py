@@ -24,10 +24,16 @@ def _can_be_remembered(x: Tensor) -> bool:
     return type(x) is Tensor and not x.is_inference() and not (x.is_leaf and x.requires_grad)
 
 
+def _stream(x: Tensor) -> int:
+    """Return the CUDA stream on which operations run now: products of other streams may not be finished."""
+    return torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
+
+
 class _Entry(NamedTuple):
     x: "weakref.ref[Tensor]"
     version: int
     pointer: int
+    stream: int
     a_projection: Tensor
     xa: Tensor
     exactly: bool
@@ -65,6 +71,7 @@ class InputCache:
             and entry.x() is x
             and entry.version == x._version
             and entry.pointer == x.data_ptr()  # setting x.data leaves the version as it is
+            and entry.stream == _stream(x)
             and entry.a_projection is a_projection
             and entry.exactly == exactly
             and layer not in entry.served
@@ -79,7 +86,9 @@ class InputCache:
             if memo is not None and memo._entry is not None and memo._entry.x is reference:
                 memo._entry = None
 
-        self._entry = _Entry(weakref.ref(x, forget), x._version, x.data_ptr(), a_projection, xa, exactly, {layer})
+        self._entry = _Entry(
+            weakref.ref(x, forget), x._version, x.data_ptr(), _stream(x), a_projection, xa, exactly, {layer}
+        )
         return xa
 
     def __getstate__(self) -> dict[str, Any]:

@@ -10,7 +10,14 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from veratune.layers.base import VeraLayer
-from veratune.layers.base_call import call_with, has_own_forward, only_computes, plain_tensor
+from veratune.layers.base_call import (
+    call_with,
+    check_not_computed,
+    computes,
+    has_own_forward,
+    only_computes,
+    plain_tensor,
+)
 from veratune.layers.geometry import Geometry
 from veratune.layers.kind import Export
 from veratune.layers.plan import plan_linear
@@ -22,6 +29,7 @@ from veratune.layers.quantized import (
     is_quantized,
     keep_differentiable,
     loss_of_merging,
+    quantized_codes,
     requantized,
     spoils_gradients,
     why_not_readable,
@@ -47,6 +55,18 @@ def _says_it_is_linear(module: nn.Module) -> bool:
         return False
     has_tensors = any(True for _ in (*module.parameters(recurse=False), *module.buffers(recurse=False)))
     return has_tensors and not any(True for child in module.children() for _ in child.parameters())
+
+
+def _has_ordinary_weight(module: nn.Module) -> bool:
+    """Return whether a module is a torch or transformers linear layer, whose weight is a plain parameter by default."""
+    # If a model has a Conv1D, the module that defines it has been imported.
+    conv1d = getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", nn.Linear)
+    return isinstance(module, nn.Linear | conv1d)
+
+
+def _is_plain_forward(kind: "type[VeraLinear]", module: nn.Module) -> bool:
+    forward = type(module).forward
+    return f"{forward.__module__}.{forward.__qualname__}" in kind.plain_forwards
 
 
 class VeraLinear(VeraLayer):
@@ -76,15 +96,25 @@ class VeraLinear(VeraLayer):
         return Geometry(in_features, out_features)
 
     @classmethod
+    def why_not_adaptable(cls, module: nn.Module) -> str | None:
+        own_forward = not _is_plain_forward(cls, module) and _has_ordinary_weight(module)
+        if own_forward and module._parameters.get("weight") is None and computes(module, "weight"):
+            return (
+                f"{type(module).__name__} computes its weight from other parameters and has its own forward, which"
+                " cannot be given an adapted weight: undo the parametrization first (remove_parametrizations,"
+                " remove_weight_norm or prune.remove of torch.nn.utils)"
+            )
+        return super().why_not_adaptable(module)
+
+    @classmethod
     def supports_dropout(cls, module: nn.Module) -> bool:
         return not is_out_proj(module) and not (isinstance(module, nn.Linear) and has_own_forward(module))
 
     def __init__(self, base_layer: nn.Module, geometry: Geometry) -> None:
         super().__init__(base_layer, geometry)
-        forward = type(base_layer).forward
         # The codes of a quantized weight that is replaced by a merged one.
         self._codes: Any = None
-        self._plain_class = f"{forward.__module__}.{forward.__qualname__}" in self.plain_forwards
+        self._plain_class = _is_plain_forward(type(self), base_layer)
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         x = input  # `input` is torch.nn.Linear's name for it, which callers may use as a keyword
@@ -128,6 +158,8 @@ class VeraLinear(VeraLayer):
     def _weight_can_be_replaced(self) -> bool:
         """Return whether the base layer can be called with the adapted weight, which dropout rules out."""
         weight = self.base_layer._parameters.get("weight")
+        if weight is None and not self._plain_class and _has_ordinary_weight(self.base_layer):
+            check_not_computed(self.base_layer, ["weight"])
         if weight is None or is_quantized(self.base_layer) or weight.dtype.itemsize < 2:
             return False
         return "forward" not in self.base_layer.__dict__ and not any(map(self._drops, self.added_adapters))
@@ -261,6 +293,10 @@ class VeraLinear(VeraLayer):
             hand_back(self.base_layer, self._codes)
             self._codes = None
 
+    def _merged_bits(self) -> Tensor:
+        codes = quantized_codes(self.base_layer)
+        return super()._merged_bits() if codes is None else codes
+
     def _as_parameter(self, merged: Tensor, original: nn.Parameter) -> nn.Parameter:
         if is_quantized(self.base_layer):
             return requantized(self.base_layer, merged)
@@ -275,13 +311,11 @@ class VeraConv1D(VeraLinear):
 
     @classmethod
     def adapts(cls, module: nn.Module) -> bool:
-        # If a model has a Conv1D, the module that defines it has been imported.
-        conv1d = getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", None)
-        return conv1d is not None and isinstance(module, conv1d)
+        return _has_ordinary_weight(module) and not isinstance(module, nn.Linear)
 
     @classmethod
     def geometry_of(cls, module: nn.Module) -> Geometry:
-        assert isinstance(module.weight, nn.Parameter)
+        assert isinstance(module.weight, Tensor)
         return Geometry(*shape_of(module.weight))
 
     # `x` is Conv1D's name for its argument.

@@ -136,16 +136,20 @@ class MergeableLayer(AdapterHolder):
         self._note_merged()
         self._choose_added()
 
+    def _merged_bits(self) -> Tensor:
+        """Return the tensor that holds the merged weight's values, for a checksum."""
+        return self.base_weight
+
     def _note_merged(self) -> None:
-        weight = self.base_weight
+        weight = self._merged_bits()
         found = None if describe_sharding(weight) is not None else checksum(weight)
         self._merged_values = None if found is None else (weight.dtype, weight.shape, found)
 
     def merged_weight_changed(self) -> bool:
-        """Return whether the merged weight has been written to. Quantized and sharded weights are not checked."""
+        """Return whether the merged weight has been written to. Sharded weights are not checked."""
         if self._merged_values is None or not self._unmerged:
             return False
-        (dtype, shape, before), weight = self._merged_values, self.base_weight
+        (dtype, shape, before), weight = self._merged_values, self._merged_bits()
         if weight.dtype != dtype or weight.shape != shape or describe_sharding(weight) is not None:
             return False
         now = checksum(weight)
@@ -155,7 +159,7 @@ class MergeableLayer(AdapterHolder):
         changed = self.merged_weight_changed()
         result = super()._apply(fn, recurse)
         if changed:
-            self._merged_values = self.base_weight.dtype, self.base_weight.shape, None
+            self._merged_values = self._merged_bits().dtype, self._merged_bits().shape, None
         elif self._merged_values is not None:
             self._note_merged()
         return result

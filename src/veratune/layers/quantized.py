@@ -174,6 +174,16 @@ def codes_of(module: nn.Module) -> tuple[Tensor, Tensor] | None:
     return None
 
 
+def quantized_codes(module: nn.Module) -> Tensor | None:
+    """Return a bitsandbytes weight's codes as a plain matrix that packing for evaluation does not change, or None."""
+    weight: Any = module._parameters.get("weight")
+    if type(weight).__name__ == "Params4bit":
+        codes = _usual_form(weight)[0] if _is_packed(weight) else weight.data
+        return codes.as_subclass(Tensor) if weight.quant_state is not None else None
+    parts = codes_of(module)
+    return None if parts is None else parts[0].as_subclass(Tensor)
+
+
 def hand_back(module: nn.Module, codes: tuple[Tensor, Tensor] | None) -> None:
     """Restore the 8-bit codes of a bitsandbytes weight, which the layer had moved into its state."""
     if codes is not None:
