@@ -10,13 +10,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from common import Benchmark, Case, Table, Target, new_case, progress
-from models import BERT_SHAPES, FROZEN, OURS, OURS_LOW, PEFT_VERA, VARIANTS, BertShape, Step, held_bytes, make_variant
+from models import FROZEN, OURS, OURS_LOW, PEFT_VERA, SHAPES, VARIANTS, Shape, Step, held_bytes, make_variant
 from veratune.utils.timing import peak_bytes
 
 MAIN_VARIANTS = (FROZEN, PEFT_VERA, OURS, OURS_LOW)
 
 
-def measure(name: str, shape: BertShape, r: int, variants: list[str]) -> Case:
+def measure(name: str, shape: Shape, r: int, variants: list[str]) -> Case:
     """Record the peaks of some variants at one rank, after a small step that draws the projections."""
     case = new_case(f"{name} r={r}", shape=name, r=r, batch=[shape.batch, shape.length], peak={}, held={})
     base = shape.build()
@@ -89,7 +89,7 @@ BENCHMARK = Benchmark("memory", tables, targets, plot)
 
 def main() -> None:
     parser = BENCHMARK.parser(__doc__)
-    parser.add_argument("--shape", choices=BERT_SHAPES, default="MiniLM")
+    parser.add_argument("--shape", choices=SHAPES, default="MiniLM")
     parser.add_argument("--ranks", type=int, nargs="+", help="default: 64 256 1024; quick: 256")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, help="default: all; quick: the four main ones")
     options = BENCHMARK.parse(parser)
@@ -97,7 +97,7 @@ def main() -> None:
     variants = options.variants or list(MAIN_VARIANTS if options.quick else VARIANTS)
     for r in ranks:
         progress(f"memory: {options.shape}, r = {r}")
-        BENCHMARK.finish([measure(options.shape, BERT_SHAPES[options.shape], r, variants)], options.output)
+        BENCHMARK.finish([measure(options.shape, SHAPES[options.shape], r, variants)], options.output)
 
 
 if __name__ == "__main__":

@@ -1,20 +1,21 @@
 """The measured models and variants: full fine-tuning, PEFT's adapters and veratune's."""
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import peft
 import torch
 from torch import Tensor, nn
-from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
+from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, LlamaModel, T5Config, T5EncoderModel
 
 import veratune
 
 
 @dataclass(frozen=True)
-class BertShape:
-    """Dimensions of a BERT and of its batch."""
+class Shape:
+    """The architecture and dimensions of an encoder or decoder without its head, and of its batch."""
 
     layers: int
     hidden: int
@@ -22,27 +23,66 @@ class BertShape:
     heads: int
     batch: int
     length: int
+    architecture: str = "bert"
 
-    def build(self) -> BertModel:
+    def build(self) -> nn.Module:
         """Return the model with random weights, in training mode, frozen, without dropout, which would hide costs."""
-        config = BertConfig(
-            hidden_size=self.hidden,
-            intermediate_size=self.intermediate,
-            num_hidden_layers=self.layers,
-            num_attention_heads=self.heads,
-            vocab_size=8,  # the inputs are embeddings
-            hidden_dropout_prob=0.0,
-            attention_probs_dropout_prob=0.0,
-            attn_implementation="sdpa",
-        )
-        return BertModel(config, add_pooling_layer=False).train().requires_grad_(False)
+        return _ARCHITECTURES[self.architecture](self).train().requires_grad_(False)
 
 
-BERT_SHAPES = {
-    "MiniLM": BertShape(layers=6, hidden=384, intermediate=1536, heads=12, batch=32, length=128),
-    "BERT-base": BertShape(layers=12, hidden=768, intermediate=3072, heads=12, batch=16, length=128),
-    "DistilBERT": BertShape(layers=6, hidden=768, intermediate=3072, heads=12, batch=16, length=128),
-    "tiny": BertShape(layers=2, hidden=32, intermediate=64, heads=2, batch=2, length=8),
+# Vocabularies are small, as the inputs are embeddings.
+
+
+def _bert(shape: Shape) -> nn.Module:
+    config = BertConfig(
+        hidden_size=shape.hidden,
+        intermediate_size=shape.intermediate,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        vocab_size=8,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        attn_implementation="sdpa",
+    )
+    return BertModel(config, add_pooling_layer=False)
+
+
+def _t5(shape: Shape) -> nn.Module:
+    config = T5Config(
+        d_model=shape.hidden,
+        d_ff=shape.intermediate,
+        d_kv=shape.hidden // shape.heads,
+        num_layers=shape.layers,
+        num_heads=shape.heads,
+        vocab_size=8,
+        dropout_rate=0.0,
+    )
+    return T5EncoderModel(config)
+
+
+def _llama(shape: Shape) -> nn.Module:
+    config = LlamaConfig(
+        hidden_size=shape.hidden,
+        intermediate_size=shape.intermediate,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.heads // 2,
+        vocab_size=8,
+        use_cache=False,
+        attn_implementation="sdpa",
+    )
+    return LlamaModel(config)
+
+
+_ARCHITECTURES: dict[str, Callable[[Shape], nn.Module]] = {"bert": _bert, "t5": _t5, "llama": _llama}
+
+SHAPES = {
+    "MiniLM": Shape(layers=6, hidden=384, intermediate=1536, heads=12, batch=32, length=128),
+    "BERT-base": Shape(layers=12, hidden=768, intermediate=3072, heads=12, batch=16, length=128),
+    "DistilBERT": Shape(layers=6, hidden=768, intermediate=3072, heads=12, batch=16, length=128),
+    "T5-small": Shape(layers=6, hidden=512, intermediate=2048, heads=8, batch=16, length=128, architecture="t5"),
+    "small Llama": Shape(layers=8, hidden=512, intermediate=1408, heads=8, batch=16, length=128, architecture="llama"),
+    "tiny": Shape(layers=2, hidden=32, intermediate=64, heads=2, batch=2, length=8),
 }
 
 FROZEN, FULL, PEFT_VERA, OURS = "frozen backbone", "full fine-tuning", "PEFT VeRA", "veratune"
@@ -100,7 +140,7 @@ class Step:
     that of the frozen backbone, and nothing beside it but what the adapter costs.
     """
 
-    def __init__(self, model: nn.Module, shape: BertShape) -> None:
+    def __init__(self, model: nn.Module, shape: Shape) -> None:
         generator = torch.Generator().manual_seed(0)
         size = (shape.batch, shape.length, shape.hidden)
         self.model = model

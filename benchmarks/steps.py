@@ -10,7 +10,6 @@ from pathlib import Path
 
 from common import Benchmark, Case, Figure, Table, Target, interleave, median_ratio, new_case, progress, ratios
 from models import (
-    BERT_SHAPES,
     FROZEN,
     FULL,
     LORA_8,
@@ -18,8 +17,9 @@ from models import (
     OURS_BLOCKS_8,
     OURS_BLOCKS_16,
     PEFT_VERA,
+    SHAPES,
     VARIANTS,
-    BertShape,
+    Shape,
     Step,
     make_variant,
 )
@@ -27,7 +27,7 @@ from models import (
 MAIN_VARIANTS = (FROZEN, FULL, PEFT_VERA, LORA_8, OURS)
 
 
-def measure(name: str, shape: BertShape, r: int, variants: list[str], rounds: int) -> Case:
+def measure(name: str, shape: Shape, r: int, variants: list[str], rounds: int) -> Case:
     """Time the steps of some variants at one rank."""
     case = new_case(f"{name} r={r}", shape=name, r=r, batch=[shape.batch, shape.length])
     base = shape.build()
@@ -65,6 +65,8 @@ BLOCK_LIMITS = {
     ("MiniLM", 256): 1.12,
     ("MiniLM", 1024): 1.28,
     ("DistilBERT", 256): 1.13,
+    ("T5-small", 256): 1.13,
+    ("small Llama", 256): 1.13,
     ("BERT-base", 256): 1.06,
     ("BERT-base", 1024): 1.25,
 }
@@ -123,7 +125,7 @@ BENCHMARK = Benchmark("steps", tables, targets, plot)
 
 def main() -> None:
     parser = BENCHMARK.parser(__doc__)
-    parser.add_argument("--shape", choices=BERT_SHAPES, default="MiniLM")
+    parser.add_argument("--shape", choices=SHAPES, default="MiniLM")
     parser.add_argument("--ranks", type=int, nargs="+", help="default: 64 256 1024; quick: 256 1024")
     parser.add_argument("--rounds", type=int, help="default: 7; quick: 3")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, help="default: all; quick: the five main ones")
@@ -133,7 +135,7 @@ def main() -> None:
     variants = options.variants or list(MAIN_VARIANTS if options.quick else VARIANTS)
     for r in ranks:
         progress(f"steps: {options.shape}, r = {r}")
-        case = measure(options.shape, BERT_SHAPES[options.shape], r, variants, rounds)
+        case = measure(options.shape, SHAPES[options.shape], r, variants, rounds)
         BENCHMARK.finish([case], options.output)
 
 
