@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import peft
 import torch
@@ -12,9 +13,10 @@ import veratune
 from veratune.bank import AdapterBank
 
 LAYERS, HIDDEN, INTERMEDIATE, HEADS = 6, 384, 1536, 12
-BASE, MERGED, OURS, OURS_FACTORED = "base model", "one adapter, merged", "veratune", "veratune, route=factored"
+BASE, MERGED = "base model", "one adapter, merged"
+OURS, OURS_FACTORED, OURS_BLOCKS = "veratune", "veratune, route=factored", "veratune, 16 blocks"
 LORA_8, LORA_16, LORA_BMM, PEFT_VERA = "PEFT LoRA r=8", "PEFT LoRA r=16", "bmm LoRA r=8", "PEFT VeRA, by adapter"
-WAYS = (MERGED, OURS, OURS_FACTORED, LORA_8, LORA_16, LORA_BMM, PEFT_VERA)
+WAYS = (MERGED, OURS, OURS_FACTORED, OURS_BLOCKS, LORA_8, LORA_16, LORA_BMM, PEFT_VERA)
 
 Served = Callable[[list[str]], object]
 """Runs one batch, given the name of each sequence's adapter."""
@@ -111,8 +113,8 @@ def serve(way: str, base: nn.Module, names: list[str], r: int, batch: Batch) -> 
         randomise(tuned, "default", 0)
         merged = tuned.merge_and_unload().eval()
         return lambda _: batch.run(merged)
-    if way in (OURS, OURS_FACTORED):
-        return _bank(model, base, names, r, batch, "auto" if way == OURS else "factored")
+    if way in _OUR_SETTINGS:
+        return _bank(model, base, names, r, batch, _OUR_SETTINGS[way])
     if way == LORA_BMM:
         return _gathered(model, names, batch)
     if way == PEFT_VERA:
@@ -122,9 +124,19 @@ def serve(way: str, base: nn.Module, names: list[str], r: int, batch: Batch) -> 
     return lambda rows: batch.run(peer, adapter_names=rows)
 
 
-def _bank(model: nn.Module, base: nn.Module, names: list[str], r: int, batch: Batch, route: str) -> Served:
-    bank = AdapterBank(model, veratune.VeraConfig(r=r, target_modules="all-linear", route=route), capacity=len(names))
-    source = veratune.get_peft_model(copy.deepcopy(base), veratune.VeraConfig(r=r, target_modules="all-linear"))
+_OUR_SETTINGS: dict[str, dict[str, Any]] = {
+    OURS: {},
+    OURS_FACTORED: {"route": "factored"},
+    OURS_BLOCKS: {"projection": "blocks", "projection_blocks": 16},
+}
+
+
+def _bank(
+    model: nn.Module, base: nn.Module, names: list[str], r: int, batch: Batch, settings: dict[str, Any]
+) -> Served:
+    config = veratune.VeraConfig(r=r, target_modules="all-linear", **settings)
+    bank = AdapterBank(model, config, capacity=len(names))
+    source = veratune.get_peft_model(copy.deepcopy(base), config)
     for seed, name in enumerate(names):
         randomise(source, "default", seed)
         bank.add(name, source)
