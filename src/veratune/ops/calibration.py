@@ -21,9 +21,9 @@ from veratune.utils.torch_private import returns_sums
 
 # Rates, bandwidths and launch times of typical devices: two cores of a server CPU, and an NVIDIA H200 as measured on
 # 2026-11-28 with torch 2.11 (its float64 rate was not measured and is an assumption). The GPU's launch time, which is
-# mostly Python overhead, was fitted to 50 cases so that the chosen routes come closest to the fastest ones; in 60 % of
-# 200 cases measured later, the chosen route is within 5 % of the fastest (`benchmarks/gpu/fit.py`). The choice of a
-# route depends mostly on the ratio of rate to bandwidth, and for few tokens on a GPU on the number of launches.
+# mostly Python overhead, was fitted to 50 cases so that the chosen routes come as close as possible to the fastest; in
+# 60 % of 200 cases measured later, the chosen route is within 5 % of the fastest (`benchmarks/gpu/fit.py`). The choice
+# of a route depends mostly on the ratio of rate to bandwidth and, for few tokens on a GPU, on the number of launches.
 _DEFAULTS = {
     "cpu": {torch.float32: 1.5e11, torch.bfloat16: 3e11, torch.float16: 5e10, torch.float64: 7e10},
     "cuda": {torch.float32: 5e13, torch.bfloat16: 6.9e14, torch.float16: 6.9e14, torch.float64: 3e13},
@@ -62,10 +62,10 @@ def _returns_sums(device_type: str, dtype: torch.dtype) -> bool:
 def calibrate(
     device: torch.device | str = "cpu", dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
 ) -> dict[torch.dtype, DeviceProfile]:
-    """Measure a device, which takes a few seconds, use the result from now on, and store it for later processes.
+    """Measure a device (takes a few seconds), use the result from now on, and cache it on disk for later processes.
 
-    The file is `veratune/calibration.json` in the user's cache directory (or in `VERATUNE_CACHE`). It applies
-    only to the same device, torch version and number of threads.
+    The file is `calibration.json` in `VERATUNE_CACHE`, or else `veratune/calibration.json` in the user's cache
+    directory. It applies only to the same device, torch version and number of threads.
 
     Args:
         device: the device to measure.
@@ -116,7 +116,7 @@ def calibration_path() -> Path:
 
 
 def _read(path: Path) -> dict[str, dict[str, float]]:
-    """Return the stored calibrations; a missing or damaged file is not an error, since there are defaults."""
+    """Return the stored calibrations, or none if the file is missing or damaged: there are defaults."""
     try:
         values: Any = parse_json(read_text(path, _LARGEST_FILE))
         return {
@@ -150,7 +150,7 @@ def _measure(device: torch.device, dtype: torch.dtype) -> DeviceProfile:
 
 
 def _triton_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """Return the operations per second of the Triton kernel; 0 where it cannot run."""
+    """Return the operations per second of the Triton kernel, or 0 if it cannot run."""
     if device.type != "cuda" or dtype.itemsize > 4 or find_spec("triton") is None:
         return 0.0
     from veratune.ops.triton_kernel import add_product_
@@ -161,8 +161,8 @@ def _triton_flops(device: torch.device, dtype: torch.dtype) -> float:
     d, b = torch.zeros(rank, device=device), torch.zeros(size, device=device)
     try:
         seconds = _seconds(lambda: add_product_(out, x, projection, projection, d, output_scale=b), device)
-    except Exception as error:  # Triton has errors of many types, and the other routes need no kernel
-        notify(f"the Triton kernel does not run on {torch.cuda.get_device_name(device)} and is not used: {error}")
+    except Exception as error:  # Triton raises errors of many types, and the other routes do not need the kernel
+        notify(f"the Triton kernel failed on {torch.cuda.get_device_name(device)} and will not be used: {error}")
         return 0.0
     return 4 * tokens * rank * size / seconds
 

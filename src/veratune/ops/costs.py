@@ -1,4 +1,4 @@
-"""The cost of operations on a device, from which routes are chosen."""
+"""Cost model of operations on a device, used to choose routes."""
 
 from dataclasses import dataclass, field
 
@@ -10,12 +10,12 @@ class DeviceProfile:
     Attributes:
         flops: floating-point operations per second in matrix products.
         bandwidth: bytes read or written per second.
-        launch: minimum seconds that any operation takes.
+        launch: minimum time of an operation in seconds.
         itemsize: bytes per element.
         device_type: "cpu" or "cuda".
-        triton_flops: operations per second of the Triton kernel (`ops.triton_kernel`); 0 if it was not measured.
+        triton_flops: operations per second of the Triton kernel (`ops.triton_kernel`); 0 if not measured.
         wide_flops: operations per second of products in float32.
-        returns_sums: whether products of half-precision operands can return their float32 sums at the same rate.
+        returns_sums: whether products of half-precision operands can return their float32 accumulators at full speed.
     """
 
     flops: float
@@ -30,14 +30,14 @@ class DeviceProfile:
 
 @dataclass(frozen=True)
 class LayerShape:
-    """The dimensions of one call of a layer.
+    """The dimensions of one layer call.
 
     Attributes:
         in_features, out_features: the layer's dimensions.
         rank: r.
         tokens: T, the product of all leading dimensions of the input.
         sharing: number of layers that share one x A^T.
-        density: the fraction of A's and B's elements that their scheme stores; 1 for dense ones.
+        density: the fraction of the elements of A and B that the scheme stores; 1 if they are dense.
     """
 
     in_features: int
@@ -47,7 +47,7 @@ class LayerShape:
     sharing: int = 1
     density: float = 1.0
     key: str = field(init=False, repr=False, compare=False)
-    """All fields except `tokens`, as a string, which a compiler treats as a constant."""
+    """All fields except `tokens`, as a string, because torch.compile treats strings as constants."""
 
     def __post_init__(self) -> None:
         numbers = (self.in_features, self.out_features, self.rank, self.sharing, self.density)
@@ -62,10 +62,10 @@ class LayerShape:
 
 
 class Cost:
-    """A running sum of products and elementwise passes.
+    """Running total of the cost of matrix products and elementwise operations.
 
     Attributes:
-        flops: operations of the matrix products.
+        flops: floating-point operations of the matrix products.
         seconds: the estimated time.
         saved_bytes: bytes saved for the backward pass, in addition to the parameters.
     """
@@ -77,7 +77,7 @@ class Cost:
         self.saved_bytes = 0
 
     def product(self, rows: int, columns: int, inner: int, *, share: int = 1, density: float = 1.0) -> None:
-        """Add the product (rows, inner) times (inner, columns), divided among `share` layers."""
+        """Add a (rows, inner) x (inner, columns) product, whose cost is divided among `share` layers."""
         profile = self.profile
         flops = 2 * rows * columns * inner * density
         touched = (rows * inner + inner * columns + rows * columns) * profile.itemsize
@@ -85,12 +85,12 @@ class Cost:
         self.seconds += (flops / profile.flops + touched / profile.bandwidth + profile.launch) / share
 
     def triton_kernel(self, flops: int) -> None:
-        """Add a launch of the Triton kernel, and one to compute the vector that it reads."""
+        """Add a launch of the Triton kernel and of the operation that computes its vector scale * d."""
         self.flops += flops
         self.seconds += flops / self.profile.triton_flops + 2 * self.profile.launch
 
     def widen_product(self, rows: int, columns: int, inner: int, *, share: int = 1, density: float = 1.0) -> None:
-        """Add the extra time of a product with a float32 result over one in the compute dtype (may be negative)."""
+        """Add the time by which a product with a float32 result exceeds one in the compute dtype (may be negative)."""
         profile = self.profile
         wider = 4 - profile.itemsize
         if profile.returns_sums:
@@ -102,5 +102,5 @@ class Cost:
         self.seconds += seconds / share
 
     def pass_over(self, elements: float, width: int = 4) -> None:
-        """Add a separate operation that reads or writes this many elements of `width` bytes."""
+        """Add an elementwise operation that reads or writes this many elements of `width` bytes each."""
         self.seconds += elements * width / self.profile.bandwidth + self.profile.launch

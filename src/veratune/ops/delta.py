@@ -1,4 +1,4 @@
-"""Compute an adapter's delta of a weight, for merging and for code that reads the weight."""
+"""Compute an adapter's delta weight, for merging and for code that reads the adapted weight."""
 
 from typing import Any
 
@@ -25,7 +25,7 @@ def delta_weight(factors: Factors) -> Tensor:
 def plus_delta(weight: Tensor, folded: Matrix, A: Matrix, *, transposed: bool = False) -> Tensor:  # noqa: N803
     """Return W0 + C^T A, (out, in).
 
-    The result has W0's memory layout: products with it sum in the same order, and C = 0 gives bit-identical results.
+    The result has W0's memory layout, so that products with it sum in the same order, bit-identically if C = 0.
 
     Args:
         weight: W0, (out, in), or (in, out) if `transposed`.
@@ -78,7 +78,7 @@ class _AddDelta(torch.autograd.Function):
 def weighted_by_gradient(factors: Factors, weight_gradient: Tensor, dtype: torch.dtype) -> Matrix:
     """Return P = B * (A G^T), (..., r, out), in `dtype`, from the weight's gradient G, (..., out, in).
 
-    With G in a wider dtype than A, nothing is rounded to A's.
+    If G is in a wider dtype than A, nothing is rounded to A's dtype.
     """
     A, B = factors.A, factors.B  # noqa: N806
     if weight_gradient.dtype != A.dtype:
@@ -89,8 +89,8 @@ def weighted_by_gradient(factors: Factors, weight_gradient: Tensor, dtype: torch
 def add_delta(weight: Tensor, factors: Factors) -> Tensor:
     """Return W0 + delta W, (..., out, in), in W0's dtype, for code that reads the weight.
 
-    Differentiable once with respect to weight, b and d. Under a compiler or torch.func, the result is
-    computed with ordinary torch operations, which the compiler or torch.func differentiates itself.
+    Differentiable once with respect to weight, b and d. Under torch.compile or torch.func, the result is computed with
+    ordinary torch operations, which they differentiate themselves.
 
     Args:
         weight: W0, (..., out, in).

@@ -1,8 +1,8 @@
 """Gradients of float32 vectors from half-precision tensors, as exact as in float32.
 
-Computed in the compute dtype, x A^T and u^T g are rounded to 8 or 11 bits before b's and d's gradients are summed. The
-functions here round nothing: where the device returns the float32 sums of half-precision operands, a float32 operand is
-split into two half-precision ones, whose products are added; elsewhere the operands are cast to float32.
+In the compute dtype, x A^T and u^T g are rounded to 8 or 11 bits before the gradients of b and d are summed. The
+functions here avoid this rounding. On devices that can return the float32 accumulators of half-precision products, a
+float32 operand is split into two half-precision ones, whose products are added; elsewhere operands are cast to float32.
 """
 
 import torch
@@ -48,7 +48,7 @@ def pull_back(B: Matrix, A: Matrix, gradient: Tensor, dtype: torch.dtype) -> Ten
 
 
 def split(tensor: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Split a float32 tensor into two in half precision whose sum differs by at most 2^-16 (float16: 2^-22)."""
+    """Split a float32 tensor into two in half precision, with a relative error of at most 2^-16 (float16: 2^-22)."""
     high = tensor.to(dtype)
     return high, (tensor - high).to(dtype)
 
@@ -58,7 +58,7 @@ def _cast(matrix: Matrix, dtype: torch.dtype) -> Matrix:
 
 
 def add_cost_of_rows(cost: Cost, shape: LayerShape) -> None:
-    """Add the extra cost of exact gradients of `ops.rows.stack_residual` over those in the compute dtype."""
+    """Add the extra cost of exact gradients in `ops.rows.stack_residual` over those in the compute dtype."""
     n, m, r, t = shape.in_features, shape.out_features, shape.rank, shape.tokens
     size, density = cost.profile.itemsize, shape.density
     for rows, columns, inner in ((t, r, n), (t, r, m), (t, m, r)):
@@ -75,9 +75,9 @@ def add_cost(cost: Cost, shape: LayerShape, route: str, gradients_from: str) -> 
     if gradients_from == "xa":
         cost.widen_product(t, r, n, share=shape.sharing, density=density)
         cost.saved_bytes += t * r * (4 - size) // shape.sharing
-        if route != "mixed":  # its output does not use u
+        if route != "mixed":  # the output of the mixed route does not use u
             cost.pass_over(t * r / shape.sharing, 4 + size)
-        if route == "scaled":  # otherwise does not compute u^T g
+        if route == "scaled":  # computes u^T g only for exact gradients
             cost.product(r, m, t, density=density)
             cost.pass_over(4 * r * m * density)
         split_elements, result, inner = t * r, r * m * density, t

@@ -17,8 +17,8 @@ def check_values(x: Tensor, *operands: Tensor | None) -> None:
     for operand in operands:
         if operand is not None and operand.is_meta != x.is_meta:
             raise RuntimeError(
-                "a weight, a vector or an input of an adapted layer is on the meta device, without values, but the"
-                " others are not. If accelerate offloaded it (for example with preload_module_classes), call"
+                "an adapted layer has some of its weight, vectors and input on the meta device, without values, but"
+                " not all of them. If accelerate offloaded them (for example with preload_module_classes), call"
                 " accelerate.hooks.remove_hook_from_submodules(model), and offload the model before adding adapters"
             )
 
@@ -54,7 +54,7 @@ class Factors(NamedTuple):
         If b and d have leading dimensions, (..., out) and (..., r), return one C for each pair.
         """
         wide = wide_dtype(self.b.dtype, self.B.dtype)
-        if self.b.ndim == 1 and self.B.structure is DENSE:  # with few operations: each takes microseconds
+        if self.b.ndim == 1 and self.B.structure is DENSE:  # use few operations, since each takes microseconds
             b = cast(self.b, wide)
             scales = torch.addr(b, cast(self.d, wide), b, beta=0, alpha=self.scale)
             return Matrix(cast(scales.mul_(self.B.values), self.B.dtype))
@@ -71,7 +71,7 @@ class Factors(NamedTuple):
         """
         wide = products.dtype
         one = self.b.ndim == 1
-        if one and products.structure is DENSE:  # with few operations, as in `folded`
+        if one and products.structure is DENSE:  # use few operations, as in `folded`
             P, b, d = products.values, cast(self.b, wide), cast(self.d, wide)  # noqa: N806
             grad_b = torch.addmv(b, P.t(), d, beta=0, alpha=self.scale) if need_b else None
             grad_d = torch.addmv(d, P, b, beta=0, alpha=self.scale) if need_d else None

@@ -1,8 +1,8 @@
-"""Recompute a layer's input in the backward pass from what autograd holds anyway, for `memory="low"`.
+"""Recompute a layer's input in the backward pass from tensors that autograd saves anyway, for `memory="low"`.
 
-The gradients of b and d need the layer's input x. In a frozen model autograd often holds what x was computed from: a
-normalization keeps its input, an activation function its input or output, a product both factors, attention its output.
-Recomputing x from these takes an elementwise operation, and no memory between the passes.
+The gradients of b and d need the layer's input x. Even in a frozen model, autograd often saves the tensors that x was
+computed from: a normalization's input, an activation function's input or output, both factors of a product, or the
+output of attention. Recomputing x takes elementwise operations, and no memory between the passes.
 """
 
 from collections.abc import Callable
@@ -20,20 +20,20 @@ _KEEPS_RESULT = {"ReluBackward0", "TanhBackward0", "SigmoidBackward0"}
 
 
 def source_of(x: Tensor) -> Callable[[], Tensor] | None:
-    """Return a function that recomputes x, or None if autograd does not hold the tensors for that.
+    """Return a function that recomputes x, or None if autograd does not save the tensors for this.
 
-    It has to be called before the backward pass reaches the operation that computed x. It returns a tensor without a
-    graph that equals x up to the rounding of a normalization.
+    The function must be called before the backward pass reaches the operation that computed x. It returns a tensor
+    without a graph that equals x, up to rounding if x is the output of a normalization.
 
     Args:
-        x: a tensor as its operation returned it, or a reshaped one. If it has been written to since, None is returned.
+        x: the output of an operation, possibly reshaped. If it was modified in place, None is returned.
     """
     node: Any = x.grad_fn
     if node is None or x._version or torch.compiler.is_compiling() or saved_tensors_are_hooked():
         return None
     try:
         found = _value(node, _described, shaped=False)
-    except AttributeError:  # another version of torch calls a tensor otherwise
+    except AttributeError:  # this version of torch uses a different name for a saved tensor
         return None
     if found is None or found.numel() != x.numel() or found.dtype != x.dtype:
         return None
@@ -52,12 +52,15 @@ def _described(tensor: Tensor) -> Tensor:
 
 
 def _value(node: Any, read: Callable[[Tensor], Tensor], *, shaped: bool) -> Tensor | None:
-    """Return the result of an autograd node's operation, computed from what this node or the nodes before it hold.
+    """Recompute the result of an autograd node's operation from the tensors saved by it or its predecessors.
 
     Args:
         node: the node, or None.
-        read: maps a tensor that autograd holds to the one to compute with: itself, or one on the meta device.
+        read: maps a saved tensor to the tensor to compute with: detached, or an empty one on the meta device.
         shaped: whether the result's shape matters, or only the order of its elements.
+
+    Returns:
+        The result, or None if the saved tensors do not determine it.
     """
     name = "" if node is None else node.name()
     if name in _RESHAPING:

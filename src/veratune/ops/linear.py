@@ -15,11 +15,11 @@ both vectors also come from one matrix,
     P = (A G^T) * B    with    G = g^T x  (out, in),        db = scale * P^T d,        dd = scale * P b,
 
 where A G^T (r, out) may be computed as u^T g, u = x A^T (T, r), or as written, whichever is cheaper. RunLoRA (ACL 2025)
-chooses the computation graph of a LoRA in a similar way. The routes are in `ops.routes`.
+similarly chooses among computation graphs of LoRA. The routes are in `ops.routes`.
 
-Products run in the compute dtype (that of x); the vectors alone are handled in their own dtype, float32 at least. Where
-it costs little, the gradients of float32 vectors come from products that round nothing to a narrower compute dtype
-(`ops.exact`).
+Products run in the compute dtype (that of x), but arithmetic on the vectors runs in their dtype, or float32 if that is
+narrower. Where it costs little, the gradients of float32 vectors are computed without rounding to a narrower compute
+dtype (`ops.exact`).
 """
 
 from collections.abc import Callable
@@ -110,14 +110,14 @@ class _AdaptedLinear(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor | None, _: None = None) -> tuple[Tensor | None, ...]:
         if g is None:
             return (None,) * 10
-        # The caller's autocast must not narrow the float32 part.
+        # The caller's autocast must not apply to computations in float32.
         with without_autocast(g.device):
             if not torch.is_grad_enabled():
                 return _backward(ctx, g)
             with torch.no_grad():
                 grads = _backward(ctx, g)
-        # Under create_graph=True, the gradients appear differentiable and raise when differentiated. A compiler raises
-        # by itself.
+        # With create_graph=True, return gradients that require grad but raise an error when differentiated.
+        # torch.compile raises an error itself.
         if not torch.compiler.is_compiling():
             grads = tuple(None if grad is None else _refuse_second_derivative(grad) for grad in grads)
         return grads
@@ -146,7 +146,7 @@ def _refuse_second_derivative(grad: Tensor) -> Tensor:
 
 
 class _EagerAdaptedLinear(_AdaptedLinear):
-    """The same in the older style, which avoids inspecting a signature on each call, and a second output."""
+    """The same without `setup_context`, which avoids a signature inspection in each call and a second output."""
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:  # type: ignore[override]
@@ -260,8 +260,8 @@ def _apply(
     input_again = source_of(x) if choice.input_again and training else None
     constants = _Constants(choice, scale, transposed, A.structure, B.structure, input_again)
     arguments = (x, start, weight, bias, A.values, B.values, b, d, xa, constants)
-    # Autograd's bookkeeping can take longer than a small layer: skip it if nothing is differentiated, and use the
-    # newer, slower style only for a compiler, which needs it.
+    # Autograd's overhead can exceed the time of a small layer: skip autograd if no gradient is required, and use
+    # `setup_context`, which is slower, only under torch.compile, which requires it.
     if not (training or (graded and gradients_wanted(x, start, weight, bias))):
         output = _AdaptedLinear.forward(*arguments)[0]
     elif torch.compiler.is_compiling():
@@ -279,7 +279,7 @@ def _composed(
     factors: Factors,
     transposed: bool,
 ) -> Tensor:
-    """Compute the same with ordinary torch operations, for torch.func: vmap, jvp and derivatives of any order."""
+    """Compute the layer with ordinary torch operations, for torch.func: vmap, jvp and derivatives of any order."""
     if weight is not None:
         start = F.linear(x, weight.t() if transposed else weight, bias)
     assert start is not None
@@ -288,7 +288,7 @@ def _composed(
 
 
 def project(x: Tensor, A: Matrix, *, exactly: bool = False) -> Tensor:  # noqa: N803
-    """Return u = x A^T, (T, r), without a graph: the functions above compute the gradient of x.
+    """Return u = x A^T, (T, r), without a graph, because the functions above compute the complete gradient of x.
 
     The result is in the dtype of x or, if `exactly`, in float32 or wider.
     """

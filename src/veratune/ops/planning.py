@@ -1,8 +1,8 @@
 """Dimension-aware routing: choose the cheapest exact route for a layer's shape.
 
 The choice minimizes an estimate in seconds: operations / rate + bytes / bandwidth for each product, and bytes /
-bandwidth for elementwise operations, with the constants of a `DeviceProfile`. Each route in `ops.routes` states its
-cost.
+bandwidth for elementwise operations, with the constants of a `DeviceProfile`. Each route in `ops.routes` implements
+`cost`.
 """
 
 from bisect import bisect_left
@@ -25,14 +25,14 @@ MEMORY_NAMES: tuple[MemoryName, ...] = ("balanced", "low", "fast")
 
 
 class RouteChoice(NamedTuple):
-    """The route of one call of one layer.
+    """The route for one call of one layer.
 
     Attributes:
         route: its name in `ROUTES`.
         keep: save an intermediate result for the backward pass instead of recomputing it (`Route.keeps`).
-        exact: compute the gradients of float32 vectors without rounding anything to the compute dtype (`ops.exact`).
-        input_again: save nothing of the input for the vectors' gradients if autograd holds what it was computed from
-            (`ops.graph_inputs`).
+        exact: compute the gradients of float32 vectors without rounding to the compute dtype (`ops.exact`).
+        input_again: recompute the input for the vectors' gradients instead of saving it, if autograd saves the tensors
+            that it was computed from (`ops.graph_inputs`).
     """
 
     route: str
@@ -51,7 +51,7 @@ class RouteChoice(NamedTuple):
 
 
 RouteTable = tuple[tuple[int, RouteChoice], ...]
-"""The choices for every number of tokens, as (largest number of tokens, choice) in ascending order."""
+"""The choices by number of tokens, as (largest number of tokens, choice) in ascending order."""
 
 
 @dataclass(frozen=True)
@@ -80,8 +80,8 @@ def estimate(
         choice: the route.
         shape: the call's dimensions.
         profile: the device's profile.
-        training: whether the vectors' gradients are wanted.
-        backward: whether any gradient is wanted, such as the input's through a frozen adapter; defaults to
+        training: whether the vectors' gradients are required.
+        backward: whether any gradient is required, such as the input's through a frozen adapter; defaults to
             `training`.
     """
     cost = Cost(profile)
@@ -93,7 +93,8 @@ def estimate(
     return Estimate(choice, cost.flops, cost.saved_bytes, cost.seconds)
 
 
-# An adapted weight with at most this many elements takes longer to launch than to compute, and little memory to keep.
+# For an adapted weight with at most this many elements, launching the operations takes longer than computing, and
+# keeping the result takes little memory.
 _FEW = 1 << 14
 
 
@@ -111,12 +112,12 @@ def possible_choices(
 
     Args:
         route: which routes are allowed: "factored" excludes those that read the weight, "dense" all but "dense".
-        memory: "low" saves only the smaller of x and x A^T for the gradients, and neither if autograd holds what x was
-            computed from; "fast" saves everything that avoids recomputation; "balanced" saves an adapted weight that
-            is small compared with the layer's activations or has at most `_FEW` elements, and activations that are
-            small compared with the layer's weight.
+        memory: "low" saves only the smaller of x and x A^T for the gradients, and neither if autograd saves the tensors
+            that x was computed from; "fast" saves everything that avoids recomputation; "balanced" saves an adapted
+            weight that is small compared with the layer's activations or has at most `_FEW` elements, and activations
+            that are small compared with the layer's weight.
         shape: the call's dimensions.
-        training: whether the vectors' gradients will be wanted.
+        training: whether the vectors' gradients will be required.
         weight_readable: whether W0 can be read, as the routes with a dense output require.
         backward: as for `estimate`.
         profile: the device's profile; defaults to the CPU's in float32.
@@ -144,7 +145,7 @@ def possible_choices(
         "product": training and (memory == "fast" or (memory == "balanced" and activations_are_small)),
         "xa": training,
     }
-    # A route that keeps x A^T has no use for the input.
+    # A route that keeps x A^T does not need the input for the vectors' gradients.
     input_again = training and memory == "low"
     return [
         RouteChoice(
@@ -154,12 +155,12 @@ def possible_choices(
     ]
 
 
-# The fraction of a layer's step (frozen layer and adapter, forward and backward) that exact gradients may add to it.
+# Exact gradients may lengthen a layer's step (frozen layer and adapter, forward and backward) by this fraction.
 EXACT_SHARE = 0.03
 
 
 def exactly(choice: RouteChoice, memory: MemoryName) -> RouteChoice | None:
-    """Return a choice with exact gradients; None if `memory` rules out what they save, or the route has none."""
+    """Return the choice with exact gradients; None if the route has none or `memory` rules out saving their tensors."""
     route = ROUTES[choice.route]
     if route.keeps == "xa" or (memory == "low" and route.gradients_from == "xa"):
         return None
@@ -180,11 +181,11 @@ def choose_route(
 ) -> RouteChoice:
     """Return the allowed choice with the smallest estimate.
 
-    With exact gradients if they add at most `EXACT_SHARE`.
+    Prefer exact gradients if they add at most `EXACT_SHARE` to the step.
 
     Args:
         route, memory, shape, profile, training, weight_readable, backward: as for `possible_choices`.
-        wide_vectors: whether the vectors are of a wider dtype than the products.
+        wide_vectors: whether the vectors have a wider dtype than the products.
     """
     choices = possible_choices(
         route,
@@ -213,7 +214,7 @@ def choose_route(
 
 @lru_cache(maxsize=4096)
 def exact_rows_pay(shape: LayerShape, profile: DeviceProfile) -> bool:
-    """Return whether exact gradients of `ops.rows.stack_residual` add at most `EXACT_SHARE` of a step."""
+    """Return whether exact gradients in `ops.rows.stack_residual` add at most `EXACT_SHARE` to a step."""
     profile = replace(profile, returns_sums=False)  # stack_residual casts on every device
     frozen, added = Cost(profile), Cost(profile)
     for _ in range(2):
@@ -222,19 +223,19 @@ def exact_rows_pay(shape: LayerShape, profile: DeviceProfile) -> bool:
     return added.seconds <= EXACT_SHARE * frozen.seconds
 
 
-# How much longer computing W0 + delta W takes in a complete model than in isolation (measured): neither its operands
-# nor its result are in a cache, whereas those of products with a batch's tokens are.
+# Measured ratio of the time to compute W0 + delta W in a complete model to the time in isolation: in a model, neither
+# its operands nor its result are in cache, unlike those of products with a batch's tokens.
 _IN_A_MODEL = 2.5
 
 
 @lru_cache(maxsize=4096)
 def dense_pays(shape: LayerShape, profile: DeviceProfile, *, moved: bool) -> bool:
-    """Return whether W0 + delta W is cheaper than the low-rank factors for rows with one adapter. For inference.
+    """Return whether W0 + delta W is cheaper than the low-rank factors for the rows of one adapter. For inference.
 
     Args:
         shape: the layer's dimensions, and the number of tokens in those rows.
         profile: the device's profile.
-        moved: whether the rows are not consecutive in the batch, and so have to be gathered and scattered.
+        moved: whether the rows are not consecutive in the batch, so that they must be gathered and scattered.
     """
     moving = Cost(profile)
     if moved:
@@ -246,7 +247,7 @@ def dense_pays(shape: LayerShape, profile: DeviceProfile, *, moved: bool) -> boo
     return _IN_A_MODEL * dense + moving.seconds < factored
 
 
-# The choice does not change for larger numbers of tokens.
+# The choice is the same for all larger numbers of tokens.
 _MANY = 1 << 24
 
 
@@ -261,9 +262,9 @@ def route_table(
     backward: bool | None = None,
     wide_vectors: bool = False,
 ) -> RouteTable:
-    """Return the choices for every number of tokens.
+    """Return the choices by number of tokens.
 
-    A lookup is faster than an estimate, and a compiler that traces with a symbolic number of tokens sees only a few
+    A lookup is faster than an estimate, and torch.compile with a symbolic number of tokens traces only a few
     comparisons with constants.
 
     Args:
@@ -290,7 +291,7 @@ def route_table(
         chosen, high = choice(low), 2 * low
         while high < _MANY and choice(high) == chosen:
             high *= 2
-        # The choice changes between the last power of two with this choice and the first with another.
+        # The choice changes between the last power of two with this choice and the next power of two.
         last = high // 2
         limit = last + bisect_left(range(last + 1, high), True, key=lambda tokens: choice(tokens) != chosen)
         table.append((limit, chosen))
@@ -310,11 +311,11 @@ def table_for(
     backward: bool,
     wide_vectors: bool,
 ) -> RouteTable:
-    """Return the `route_table` of a device, dtype and `LayerShape.key`; a compiler does not trace the search."""
+    """Return the `route_table` for a device, dtype and `LayerShape.key`; torch.compile does not trace the search."""
     profile = device_profile(device, dtype)
     arguments = (route, memory, shape_key, device.type, dtype, training, weight_readable, backward, wide_vectors)
     found = _tables.get(arguments)
-    if found is None or found[0] is not profile:  # new, or calibrated since
+    if found is None or found[0] is not profile:  # not cached, or recalibrated since
         shape = LayerShape.of_key(shape_key)
         flags = (training, weight_readable, backward, wide_vectors)
         found = profile, route_table(route, memory, shape, profile, *flags)
@@ -322,12 +323,12 @@ def table_for(
     return found[1]
 
 
-# Looked up on every call of a layer: hashing a shape and a profile would take longer than a small product.
+# Looked up in every layer call, where hashing a shape and a profile would take longer than a small product.
 _tables: dict[tuple[Any, ...], tuple[DeviceProfile, RouteTable]] = {}
 
 
 class TableCache:
-    """The route tables of one adapter on one layer, by the arguments that vary between calls. It is not copied."""
+    """Cache of one adapter's route tables on one layer, keyed by the arguments that vary between calls. Not copied."""
 
     def __init__(self) -> None:
         self._found: dict[tuple[Any, ...], tuple[DeviceProfile, tuple[RouteTable, ...]]] = {}
@@ -344,7 +345,7 @@ class TableCache:
         backward: bool,
         wide_vectors: bool,
     ) -> tuple[RouteTable, ...]:
-        """Return the table of each shape. The first three arguments are the same in every call."""
+        """Return the table for each shape. The first three arguments must be the same in every call."""
         key = (device, dtype, training, weight_readable, backward, wide_vectors)
         found = self._found.get(key)
         if found is None or found[0] is not device_profile(device, dtype):
@@ -359,8 +360,8 @@ class TableCache:
 def representative_tokens(tokens: int) -> int:
     """Return the number of tokens for which a compiled model chooses its routes: 8, 256 or 4096.
 
-    Each comparison of a symbolic number of tokens may trigger recompilation. A model with many shapes can afford only
-    two, the same for all layers.
+    Each comparison of a symbolic number of tokens may trigger recompilation. A model with many layer shapes can afford
+    only two comparisons, the same for all layers.
     """
     if tokens <= 32:
         return 8

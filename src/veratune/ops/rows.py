@@ -20,7 +20,7 @@ def _residual(start: Tensor, xa: Tensor, factors: Factors) -> Tensor:
 
 
 class _StackResidual(torch.autograd.Function):
-    """start + x delta W_e^T, where each row of x has the vectors of one matrix e of a stack."""
+    """start + x delta W_e^T, where each row of x uses the vectors of one matrix e of a stack."""
 
     @staticmethod
     def forward(
@@ -38,7 +38,7 @@ class _StackResidual(torch.autograd.Function):
     ) -> Tensor:
         ctx.scale, ctx.structures, ctx.exactly = scale, structures, exactly
         factors = Factors(Matrix(a_values, structures[0]), Matrix(b_values, structures[1]), b, d, scale)
-        with without_autocast(x.device):  # x has been cast already
+        with without_autocast(x.device):  # x is already in the compute dtype
             xa = exact.project(x, factors.A) if exactly else factors.A.rmatmul(x)
             ctx.save_for_backward(a_values, b_values, b, d, groups, xa)
             return _residual(start, cast(xa, x.dtype), factors.at(groups))
@@ -52,7 +52,7 @@ class _StackResidual(torch.autograd.Function):
         rows = Factors(A, B, b, d, ctx.scale).at(groups)
         grad_x = grad_b = grad_d = None
         wide = wide_dtype(b.dtype, g.dtype)
-        # The dtype of the products from which the vectors' gradients are summed.
+        # The dtype of the products that are summed into the vectors' gradients.
         dtype = wide if ctx.exactly else g.dtype
         with without_autocast(g.device):
             summed = rows._replace(B=Matrix(cast(b_values, dtype), B.structure)) if need_b or need_d else rows
@@ -69,7 +69,7 @@ class _StackResidual(torch.autograd.Function):
 
 
 def stack_residual(start: Tensor, x: Tensor, factors: Factors, groups: Tensor, *, exactly: bool = False) -> Tensor:
-    """Return start + x delta W^T, (T, out), where each row of x has the vectors of one matrix of a stack.
+    """Return start + x delta W^T, (T, out), where each row of x uses the vectors of one matrix of a stack.
 
     All rows share A and B, so this takes two products for any number of matrices. x A^T, (T, r), is saved for the
     backward pass.
@@ -79,8 +79,8 @@ def stack_residual(start: Tensor, x: Tensor, factors: Factors, groups: Tensor, *
         x: (T, in).
         factors: the adapter, with vectors b (count, out) and d (count, r) of the whole stack.
         groups: int64 (T,), the index of each row's matrix in the stack.
-        exactly: whether the vectors' gradients come from products in float32, if the compute dtype is narrower. Under
-            a compiler or torch.func they do not.
+        exactly: whether to compute the vectors' gradients from products in float32 if the compute dtype is narrower;
+            ignored under torch.compile and torch.func.
     """
     A, B, b, d, scale = factors  # noqa: N806
     if transformations_active() or torch.compiler.is_compiling():
@@ -112,5 +112,5 @@ def row_residual(start: Tensor, xa: Tensor, B: Matrix, b: Tensor, d: Tensor) -> 
         d: the vectors d times the projections' scale, (rows, r), of any floating dtype.
     """
     z = _row_up(xa, B, d)
-    # Computed in the wider dtype of the two, and rounded once.
+    # Compute in the wider of the two dtypes and round once.
     return cast(torch.addcmul(start, z, b.unsqueeze(1)), start.dtype)

@@ -1,4 +1,4 @@
-"""A Triton kernel that adds both products of an adapter to a base layer's output in one pass over x and the output.
+"""A Triton kernel that adds an adapter's output to the base layer's output in one pass over x and the output.
 
 The kernel needs the `triton` package, which torch's CUDA builds include. Import this module only where the kernel is
 used.
@@ -15,7 +15,7 @@ from torch import Tensor
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _SMALLEST_DOT = 16
 _BLOCK_T, _BLOCK_N, _BLOCK_M = 64, 64, 64
-# The interpreter multiplies the bits of bfloat16 operands as if they were integers; in float32, products are correct.
+# Triton's interpreter multiplies bfloat16 operands as raw integers. Cast to float32, they are multiplied correctly.
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -72,7 +72,7 @@ def _add_product(  # type: ignore[no-untyped-def]
         if WIDENS:
             tile, transposed = tile.to(tl.float32), transposed.to(tl.float32)
         u = tl.dot(tile, transposed, u, input_precision="ieee")
-    # One condition is known when the kernel is compiled, the other is not.
+    # SAVES is a compile-time constant; the program id is not.
     if SAVES:  # noqa: SIM102
         if tl.program_id(1) == 0:
             tl.store(
@@ -118,20 +118,23 @@ def add_product_(
 ) -> None:
     """Add ((x diag(input_scale)) first^T diag(middle)) second diag(output_scale) to `out`, in place.
 
-    Products accumulate in float32; the product with `first` is rounded once, after `middle` has scaled it.
+    Products accumulate in float32; the product with `first` is rounded once, after it is scaled by `middle`.
 
     Args:
         out: (T, m), in the dtype of x.
         x: (T, n), in float16, bfloat16 or float32.
-        first: (r, n), its rows contiguous, in the dtype of x; r is at most 256.
+        first: (r, n), with contiguous rows, in the dtype of x; r is at most 256.
         second: (r, m), likewise.
         middle: (r,), float32.
         input_scale: (n,), or None.
         output_scale: (m,), or None.
-        saved: (T, r), contiguous, to which the unscaled product with `first` is written; or None.
+        saved: (T, r), contiguous, receives the unscaled product with `first`; or None.
     """
     if x.dtype not in _DTYPES or not x.dtype == out.dtype == first.dtype == second.dtype:
-        raise TypeError(f"the Triton kernel needs a single dtype, one of {_DTYPES}, not {x.dtype} and {first.dtype}")
+        raise TypeError(
+            f"the Triton kernel needs a single dtype, one of {_DTYPES}, for x, out and the projections, but got x in"
+            f" {x.dtype}, out in {out.dtype} and projections in {first.dtype} and {second.dtype}"
+        )
     if torch.compiler.is_compiling():
         _opaque(out, x, first, second, middle, input_scale, output_scale, saved)
     else:
@@ -152,7 +155,7 @@ def _launch(
     if not tokens or not m:
         return
     tiles = triton.cdiv(tokens, _BLOCK_T)
-    # With few tokens, several programs share a tile's outputs, and each recomputes the first product.
+    # With few tokens, several programs split the output columns of a tile, and each recomputes the first product.
     splits = min(max(1, _processors(x.device) // tiles), triton.cdiv(m, _BLOCK_M))
     columns_each = triton.cdiv(triton.cdiv(m, splits), _BLOCK_M) * _BLOCK_M
     with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
@@ -189,10 +192,10 @@ def _launch(
         )
 
 
-# The kernel as a compiler sees it: an operation that writes to `out` and `saved`.
+# For torch.compile: an opaque custom operator that mutates `out` and `saved`.
 _opaque = torch.library.custom_op("veratune::add_product_", _launch, mutates_args=("out", "saved"))
 
 
 def _processors(device: torch.device) -> int:
-    """Return how many programs a device runs at once; 2 in Triton's interpreter."""
+    """Return the number of programs that a device runs at once; 2 in Triton's interpreter."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2

@@ -1,10 +1,10 @@
-"""The exact ways to compute an adapted layer, one file each. `veratune.ops.planning` chooses among them.
+"""The routes: exact ways to compute an adapted layer, one per file. `veratune.ops.planning` chooses among them.
 
 With T tokens and rank r:
 
     scaled   u = x A^T, then b * ((d * u) B^T): the vectors scale activations. For few tokens.
-    folded   u = x A^T, then u C with C = d b^T * B folded once. For a moderate number of tokens.
-    dense    W0 + C^T A once, then one product as for a plain layer; vector gradients from g^T x. For many tokens; in
+    folded   u = x A^T, then u C with C = d b^T * B computed once. For a moderate number of tokens.
+    dense    W0 + C^T A, then one product as in an ordinary layer; vector gradients from g^T x. For many tokens; in
              training, for high ranks.
     triton   like scaled, in one kernel on a GPU. For devices on which `calibrate` measured the kernel.
     mixed    the output of `dense`, the vector gradients of `folded`. For training with many tokens.

@@ -88,8 +88,8 @@ class Route(Protocol):
         name: its name in tables and its key in `ROUTES`.
         reads_weight: whether it computes with W0 itself, rather than adding to the base layer's output.
         gradients_from: the tensor saved for the gradients of b and d: x, or x A^T.
-        keeps: the intermediate result that `forward` can keep: the adapted weight, (out, in), the product with B,
-            (T, out), or x A^T, (T, r); None if it keeps nothing.
+        keeps: the intermediate result that `forward` can save: the adapted weight, (out, in), the product with B,
+            (T, out), or x A^T, (T, r); None if there is none.
     """
 
     name: ClassVar[str]
@@ -116,7 +116,7 @@ class Route(Protocol):
 
         Args:
             g: the output's gradient, (T, out).
-            inputs: those of the forward pass; x is None unless `gradients_from` is "x".
+            inputs: the inputs of the forward pass; x is None unless `gradients_from` is "x".
             kept: the second result of the forward pass.
             wanted: which gradients to compute.
             weight_gradient: g^T x, (out, in), if `gradients_from` is "x" and vector gradients are required.
@@ -129,13 +129,13 @@ class Route(Protocol):
         Args:
             cost: the running sum to add to.
             shape: the call's dimensions.
-            training: whether the vectors' gradients are wanted.
-            backward: whether any gradient is wanted.
-            keep: whether the forward pass saves what the backward pass would otherwise recompute.
+            training: whether the vectors' gradients are required.
+            backward: whether any gradient is required.
+            keep: whether the forward pass saves the result that the backward pass would otherwise recompute.
         """
         ...
 
 
 def vectors_dtype(g: Tensor, factors: Factors) -> torch.dtype:
-    """Return the dtype to sum the vectors' gradients in."""
+    """Return the dtype in which to sum the vectors' gradients."""
     return wide_dtype(g.dtype, factors.b.dtype)

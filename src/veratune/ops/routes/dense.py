@@ -1,4 +1,4 @@
-"""The route for many tokens: W0 + delta W is computed once, and the layer is one product."""
+"""The route for many tokens: compute W0 + delta W, then the layer in one product."""
 
 from typing import ClassVar, Literal
 
@@ -18,7 +18,7 @@ def adapted_weight(inputs: LinearInputs) -> Tensor:
 
 
 class Dense(Route):
-    """y = x (W0 + C^T A)^T. The gradients of b and d come from the weight's, g^T x. `keep` keeps the adapted weight."""
+    """y = x (W0 + C^T A)^T. The gradients of b and d come from g^T x, the weight's. `keep` saves the adapted weight."""
 
     name: ClassVar[str] = "dense"
     reads_weight: ClassVar[bool] = True
@@ -65,7 +65,7 @@ def add_adapted_weight(cost: Cost, shape: LayerShape, *, times: int, kept: bool)
     """Add the cost of computing the adapted weight `times` times, and of saving it if `kept`."""
     n, m, r = shape.in_features, shape.out_features, shape.rank
     for _ in range(times):
-        cost.pass_over(4 * r * m * shape.density)  # outer product, times B, rounded
+        cost.pass_over(4 * r * m * shape.density)  # the outer product d b^T, multiplied by B and rounded
         cost.product(m, n, r, density=shape.density**2)
     if kept:
         cost.saved_bytes += m * n * cost.profile.itemsize

@@ -17,7 +17,7 @@ def vector_gradients_through_rank(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Return (db, dd) from P = B * (u^T g), with u = x A^T, (T, r), and the output's gradient g, (T, out).
 
-    With u in a wider dtype than g, nothing is rounded to the dtype of g.
+    If u is in a wider dtype than g, nothing is rounded to g's dtype.
     """
     B, wide = factors.B, vectors_dtype(g, factors)  # noqa: N806
     values = B.structure.outer(B.values, xa, g, wide) if xa.dtype == g.dtype else exact.outer(B, xa, g, wide)
@@ -25,7 +25,7 @@ def vector_gradients_through_rank(
 
 
 class Folded(Route):
-    """y = y0 + u C with u = x A^T and C folded once."""
+    """y = y0 + u C with u = x A^T and C = scale * d b^T * B."""
 
     name: ClassVar[str] = "folded"
     reads_weight: ClassVar[bool] = False

@@ -11,7 +11,7 @@ from veratune.ops.routes.folded import add_vector_gradients, vector_gradients_th
 
 
 class Mixed(Dense):
-    """y = x (W0 + C^T A)^T. The gradients of b and d come from u^T g, u = x A^T. `keep` keeps the adapted weight."""
+    """y = x (W0 + C^T A)^T. The gradients of b and d come from u^T g, u = x A^T. `keep` saves the adapted weight."""
 
     name: ClassVar[str] = "mixed"
     gradients_from: ClassVar[Literal["x", "xa"]] = "xa"

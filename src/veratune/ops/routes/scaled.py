@@ -1,4 +1,4 @@
-"""The route for few tokens: b and d scale activations."""
+"""The route for few tokens: b and d scale the activations."""
 
 from typing import ClassVar, Literal
 
@@ -17,7 +17,7 @@ def up(xa: Tensor, factors: Factors) -> Tensor:
 
 
 class Scaled(Route):
-    """y = y0 + b * ((d * u) B^T) with u = x A^T. `keep` keeps (d * u) B^T, (T, out)."""
+    """y = y0 + b * ((d * u) B^T) with u = x A^T. `keep` saves (d * u) B^T, (T, out)."""
 
     name: ClassVar[str] = "scaled"
     reads_weight: ClassVar[bool] = False

@@ -1,4 +1,4 @@
-"""The route for a Triton kernel on GPUs: both low-rank products in one pass over x and the output."""
+"""The route that uses a Triton kernel on GPUs: both low-rank products in one pass over x and the output."""
 
 from dataclasses import replace
 from typing import ClassVar
@@ -9,14 +9,14 @@ from veratune.ops.costs import Cost, DeviceProfile, LayerShape
 from veratune.ops.routes.base import Gradients, Keeps, LinearInputs, Wanted
 from veratune.ops.routes.folded import Folded, add_vector_gradients, vector_gradients_through_rank
 
-# A tile of x A^T, (rows, r), has to fit into the registers of one program.
+# A tile of x A^T, (rows, r), must fit in the registers of one program.
 LARGEST_RANK = 256
 
 
 class Triton(Folded):
     """y = y0 + b * ((d * u) B^T) with u = x A^T, in one kernel that reads x and y0 once.
 
-    In training it keeps u, (T, r). Only for dense projections, and devices on which `calibrate` measured the kernel.
+    In training, it saves u, (T, r). For dense projections only, on devices on which `calibrate` measured the kernel.
     """
 
     name: ClassVar[str] = "triton"
