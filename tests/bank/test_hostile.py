@@ -403,7 +403,7 @@ def test_projections_that_are_drawn_otherwise(path: Path, whole: bytes) -> None:
         path,
         ("UPDATE adapters SET metadata = ? WHERE digest = ?", (json.dumps(ROW | {"scheme": other}), row_of(2).digest)),
     )
-    with pytest.raises(BankError, match="are drawn differently here"):
+    with pytest.raises(BankError, match="do not match their fingerprint"):
         BankStore(path).row(row_of(2).digest)
 
 

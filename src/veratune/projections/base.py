@@ -14,19 +14,19 @@ from veratune.projections.structure import DENSE, Structure
 from veratune.utils.tensors import bytes_of
 
 Side = Literal["A", "B"]
-# Those that Philox and torch's generators take.
+# The keys that both Philox and torch.Generator accept.
 KEYS = range(-(1 << 63), 1 << 64)
 
 
 class Scheme(ABC):
     """A pair of frozen random matrices A and B, unbounded or of a fixed size, described by a few numbers.
 
-    A subclass is a frozen dataclass, and is registered in `SCHEMES` if a configuration may name it. To add a scheme,
-    write the subclass in a file here and add it to `SCHEMES`.
+    To add a scheme, write a subclass, which must be a frozen dataclass, in a file of this package. Add it to `SCHEMES`
+    if configurations may name it.
 
     Attributes:
         name: the value of `VeraConfig.projection` that selects it, and its name in files.
-        one_rank_linear_only: whether it supports only unfused linear layers of one common rank, as in PEFT.
+        one_rank_linear_only: whether it supports only unfused linear layers that all have the same rank, as in PEFT.
         has_columns: whether individual columns of A can be drawn, which embeddings need.
         drawn_by_peft: whether PEFT draws the same A and B from the same key.
         ordered_by_rank: whether the structure orders rows differently for each rank, so that views of different ranks
@@ -47,11 +47,11 @@ class Scheme(ABC):
         raise NotImplementedError(f"{cls.name!r} projections are not drawn from a key")
 
     def storage_width(self, side: Side, features: int) -> int:
-        """Return the row length of the pool's tensor that holds the view of a layer with this many features."""
+        """Return the row length of the pool's tensor of which a layer with this many features uses a view."""
         return self.stored_columns(side, features)
 
     def stored_columns(self, side: Side, features: int) -> int:
-        """Return how many stored elements of each row belong to a layer with this many features."""
+        """Return the number of stored elements in each row for a layer with this many features."""
         return features
 
     def structure(self, side: Side, rank: int, features: int) -> Structure:
@@ -60,12 +60,12 @@ class Scheme(ABC):
 
     @abstractmethod
     def draw(self, side: Side, rows: range, width: int, device: torch.device) -> Tensor:
-        """Return the stored elements of these rank indices of one side, float32 (len(rows), columns).
+        """Draw the stored elements of A or B for these rank indices, float32 (len(rows), columns).
 
         Args:
             side: A or B.
             rows: the rank indices.
-            width: a storage width; the result has its `stored_columns`.
+            width: a storage width; the result has `stored_columns(side, width)` columns.
             device: device of the result.
         """
 
@@ -84,13 +84,13 @@ class Scheme(ABC):
 
     @abstractmethod
     def fingerprint(self) -> str:
-        """Return 16 hexadecimal digits that change whenever any of the projections would."""
+        """Return 16 hexadecimal digits that change whenever any of the projections changes."""
 
     def scale_in_shared_pair(self, in_features: int, rank: int, max_in: int, max_rank: int) -> float | None:
         """Return the factor for d if a layer uses slices of the largest layer's A and B.
 
-        PEFT's VeRA stores projections that way: one pair, of which each layer takes the first rows and columns. Return
-        None if the projections of layers with different shapes are not slices of one pair.
+        PEFT's VeRA stores one pair of projections, of which each layer uses the first rows and columns. Return None if
+        the projections of layers with different shapes are not slices of one pair.
 
         Args:
             in_features, rank: the layer's width and rank.
@@ -125,7 +125,7 @@ class Scheme(ABC):
 
 
 def digest(header: dict[str, object], tensors: Sequence[Tensor]) -> str:
-    """Return the first 16 hexadecimal digits of a hash of a description and tensors' bytes."""
+    """Return the first 16 hexadecimal digits of the SHA-256 hash of a description and the bytes of tensors."""
     sha = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
     for tensor in tensors:
         sha.update(bytes_of(tensor))

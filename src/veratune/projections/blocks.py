@@ -78,7 +78,7 @@ def _index(blocks: int, rank: int, device: torch.device, inverse: bool) -> Tenso
 
 
 def _in_place(*operands: Tensor) -> bool:
-    """Return whether products of these may be written into views, which autograd, torch.func and tracing rule out."""
+    """Return whether products may be written into views, which autograd, torch.func and tracing do not allow."""
     return (
         all(operand.ndim == 2 for operand in operands)
         and not gradients_wanted(*operands)
@@ -129,7 +129,7 @@ class Blocks(NamedTuple):
         return rows.view(*leading, 1, total // self.pieces, self.pieces, n).transpose(-2, -3)
 
     def _split(self, x: Tensor) -> Tensor:
-        """Return the blocks of columns of (..., T, n), (..., pieces, T, n / pieces)."""
+        """Split the columns of (..., T, n) into blocks, (..., pieces, T, n / pieces)."""
         return x.view(*x.shape[:-1], self.pieces, -1).transpose(-2, -3)
 
     def matmul(self, values: Tensor, z: Tensor) -> Tensor:
@@ -157,7 +157,7 @@ class Blocks(NamedTuple):
         if dtype is not None:
             return self._from_blocks(product(by_block, columns.unsqueeze(-4), dtype)).mT
         if _in_place(values, x):
-            # Store u transposed, (R, T): then each block's rows form a matrix, whichever order they are in.
+            # Store u transposed, (R, T), so that the rows of each block form a matrix in either order.
             result = x.new_empty(values.shape[0], x.shape[0])
             for out, block in zip(self._by_block(result), by_block, strict=True):
                 torch.bmm(block, columns, out=out)
@@ -236,7 +236,7 @@ class Blocks(NamedTuple):
 
 @dataclass(frozen=True)
 class BlockProjections(Scheme):
-    """The `blocks` scheme, as described at the top of this file.
+    """The `blocks` scheme, which the module docstring describes.
 
     B is stored as sqrt(gcd(g, out) / g) u_B, and sqrt(6 / (r / g)) is the `scale` that multiplies d. An embedding's A
     is dense: its inputs are one-hot, so zeros would save nothing.
@@ -252,7 +252,7 @@ class BlockProjections(Scheme):
 
     def __post_init__(self) -> None:
         if not 1 <= self.g <= MOST_BLOCKS:
-            raise ValueError(f"'blocks' projections must have from 1 to {MOST_BLOCKS} blocks, not g={self.g!r:.50}")
+            raise ValueError(f"'blocks' projections need 1 to {MOST_BLOCKS} blocks, but g={self.g!r:.50}")
 
     @classmethod
     def for_layers(cls, key: int, r: int, max_in: int, max_out: int, *, projection_blocks: int = 8) -> Self:

@@ -17,12 +17,12 @@ from veratune.utils.torch_private import transformations_active
 _ROUNDS = 10
 _MASK = 0xFFFFFFFF
 _WORD = 1 << 32
-# The published multipliers minus 2^32. A product of a 32-bit word with the published ones overflows int64; with
-# these it cannot, and floor(a*M / 2^32) = floor(a*(M - 2^32) / 2^32) + a gives the same high word.
+# The published multipliers minus 2^32. The product of a 32-bit word and a published multiplier can overflow int64;
+# with these it cannot, and floor(a*M / 2^32) = floor(a*(M - 2^32) / 2^32) + a gives the same high word.
 _MULTIPLIERS = (0xD2511F53 - _WORD, 0xCD9E8D57 - _WORD)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 
-# Blocks drawn at a time: small enough that the int64 intermediates stay in a CPU's cache.
+# The number of blocks to draw at a time, small enough that the int64 intermediates stay in a CPU's cache.
 _CHUNK_BLOCKS = 1 << 15
 
 
@@ -30,7 +30,7 @@ def philox4x32(counter: Sequence[Tensor], key: tuple[int, int]) -> tuple[Tensor,
     """Return the four output words of Philox4x32-10 for each counter.
 
     Args:
-        counter: four int64 tensors of one common (or broadcastable) shape, each value in [0, 2^32).
+        counter: four int64 tensors of the same or broadcastable shapes, each value in [0, 2^32).
         key: two 32-bit words.
 
     Returns:
@@ -87,7 +87,7 @@ def symmetric_uniform_columns(key: int, stream: tuple[int, int], rows: range, co
     """
     out = torch.empty(len(rows), columns.numel(), dtype=torch.float32, device=columns.device)
     if transformations_active():
-        out = torch.zeros_like(out) + 0 * columns  # under vmap, what is written to has to be batched as well
+        out = torch.zeros_like(out) + 0 * columns  # under vmap, the target of a write must be batched as well
     if columns.is_meta or out.numel() == 0:
         return out
     word = (columns % 4)[None, :, None]

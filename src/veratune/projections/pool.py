@@ -1,7 +1,7 @@
-"""The pool of projections: created on first use, shared by all layers of a width, freed with the last of them.
+"""The pool of projections: created on first use, shared by all layers of the same width, freed with the last of them.
 
 Layers hold `ProjectionView`s as plain attributes, never as buffers. Projections are therefore not in state dicts, and
-not moved by `.to()`, copied, pickled, sharded or broadcast: a layer requests its projection for a device and dtype.
+not moved by `.to()`, copied, pickled, sharded or broadcast. A layer requests its projection for a device and dtype.
 """
 
 import itertools
@@ -23,7 +23,7 @@ _numbers = itertools.count()
 
 
 class _Backing:
-    """A tensor that several views slice; a weak reference to it shows whether any view is left."""
+    """A tensor that several views slice, in a wrapper that is freed with the last view."""
 
     __slots__ = ("__weakref__", "tensor")
 
@@ -33,10 +33,10 @@ class _Backing:
 
 @contextmanager
 def _plain_tensors() -> Iterator[None]:
-    """Create ordinary tensors within this context, whatever modes are active in the caller.
+    """Create ordinary tensors within this context, regardless of the caller's modes.
 
-    A tensor created in inference mode cannot be saved for a backward pass, and one created inside a torch.func
-    transformation is invalid after it.
+    A tensor created in inference mode cannot be saved for a backward pass, and a tensor created inside a torch.func
+    transformation is invalid outside it.
     """
     with torch.inference_mode(False), torch.no_grad(), outside_transformations():
         yield
@@ -70,7 +70,7 @@ class Projection:
                 tensor = view.structure.arrange(drawn, dim=0).to(dtype)
                 if backing is not None:
                     tensor = torch.cat([backing.tensor, tensor])
-                if type(tensor) is not Tensor:  # created under a tracing mode: not valid outside it
+                if type(tensor) is not Tensor:  # created under a tracing mode, and invalid outside it
                     return tensor[:, : view.columns]
                 backing = self._install(device_dtype, tensor)
             part = view.part_of(backing)
@@ -119,7 +119,7 @@ class ProjectionView:
         self.columns = projection.scheme.stored_columns(projection.side, features)
         self.tensors: dict[_DeviceDtype, Tensor] = {}
         self._held: dict[_DeviceDtype, _Backing] = {}
-        # Compilers treat strings as constants, but may replace an int that differs between views with a symbol.
+        # torch.compile treats strings as constants, but may make an int that differs between views symbolic.
         self._key = f"view {next(_numbers)}"
         _views[self._key] = self
         projection.join(self)
@@ -131,8 +131,8 @@ class ProjectionView:
     def values(self, device: torch.device, dtype: torch.dtype) -> Tensor:
         """Return the stored elements, (rows, columns): a view of shared memory that must not be written to."""
         if torch.compiler.is_compiling():
-            # Drawing cannot be traced, and does not have to be: it happens once, at trace time. The read below is
-            # guarded, so that a compiled model notices a change of device, dtype or adapter.
+            # Drawing cannot be traced, and need not be: it happens once, at trace time. The lookup below is guarded, so
+            # that a change of device, dtype or adapter triggers recompilation.
             _fill_while_tracing(self._key, device, dtype)
             if (device, dtype) in self.tensors:
                 return self.tensors[(device, dtype)]
@@ -218,7 +218,7 @@ class ProjectionPool:
         return ProjectionView(projection, rank, features)
 
     def trim(self) -> None:
-        """Free rows above the largest rank in use, after an adapter of a larger rank was deleted."""
+        """Free rows above the largest rank in use, which remain when an adapter of a larger rank is deleted."""
         with self._lock:
             for projection in list(self._projections.values()):
                 projection.trim()

@@ -32,12 +32,12 @@ _SAMPLED_WIDTH = 64
 class PerDimension(Scheme):
     """The `per_dimension` scheme: each width uses the first columns of one infinite random matrix per side.
 
-    With u[k, j] uniform on (-1, 1), a function of (key, side, k, j) alone, Kaiming-uniform with gain sqrt(2) is
+    With u[k, j] uniform on (-1, 1), a function of (key, side, k, j) alone, Kaiming uniform with gain sqrt(2) gives
 
         A[k, j] = sqrt(6 / in) u_A[k, j]        and        B[j, k] = sqrt(6 / r) u_B[k, j].
 
-    A is stored scaled, as its fan-in is its own width. B's fan-in is the rank, so B is stored as u_B and sqrt(6 / r)
-    is the `scale` that multiplies d: rank 64 is then, bit for bit, the first 64 rows of rank 256.
+    A is stored with its factor, because its fan-in is its width. B's fan-in is the rank, so B is stored as u_B, and
+    sqrt(6 / r) is the `scale` that multiplies d. Rank 64 is therefore, bit for bit, the first 64 rows of rank 256.
     """
 
     name: ClassVar[str] = "per_dimension"
@@ -61,8 +61,8 @@ class PerDimension(Scheme):
         return math.sqrt(6.0 / rank)
 
     def one_hot_columns(self, rank: int, columns: Tensor) -> Tensor:
-        # Only one element of a one-hot input is not zero, so A's fan-in is one, however many rows the embedding has:
-        # A[k, j] = sqrt(6) u_A[k, j].
+        # A one-hot input has one nonzero element, so A's fan-in is one, regardless of the number of rows of the
+        # embedding: A[k, j] = sqrt(6) u_A[k, j].
         unit = symmetric_uniform_columns(self.key, ("AB".index("A"), PER_DIMENSION_VERSION), range(rank), columns)
         return unit.mul_(math.sqrt(6.0))
 
@@ -200,7 +200,7 @@ class Stored(Scheme):
         return min(rank, self.a.shape[0])
 
     def to_json(self) -> dict[str, int | str]:
-        raise ValueError("projections that were read from a file cannot be described by a key, only by their values")
+        raise ValueError("projections read from a file cannot be described by a key, only by their values")
 
 
 SCHEMES: dict[str, type[Scheme]] = {scheme.name: scheme for scheme in (PerDimension, PeftShared, BlockProjections)}
@@ -218,15 +218,16 @@ def scheme_from_json(values: Mapping[str, Any]) -> Scheme:
     name = values.get("scheme")
     kind = SCHEMES.get(name) if isinstance(name, str) else None
     if kind is None:
-        raise ValueError(f"unknown projection scheme {name!r}: the schemes are {sorted(SCHEMES)}")
+        raise ValueError(f"unknown projection scheme {name!r}: available schemes are {sorted(SCHEMES)}")
     fields = {key: value for key, value in values.items() if key not in ("scheme", "fingerprint")}
     names = {field.name for field in dataclasses.fields(cast("Any", kind))}
     if fields.keys() != names or not all(type(value) is int for value in fields.values()):
-        raise ValueError(f"{name!r} projections take the integers {sorted(names)}, not {fields!r:.200}")
+        raise ValueError(f"{name!r} projections must be described by the integers {sorted(names)}, got {fields!r:.200}")
     scheme = kind(**fields)
     if scheme.fingerprint() != values.get("fingerprint"):
         raise ValueError(
-            f"the projections {dict(values)!r:.300} are drawn differently here, with the fingerprint"
-            f" {scheme.fingerprint()}: adapters trained with them would compute different outputs"
+            f"the projections {dict(values)!r:.300} do not match their fingerprint: the installed veratune and torch"
+            f" draw projections with fingerprint {scheme.fingerprint()}, with which the adapter would compute different"
+            " outputs. Use the versions that it was trained with"
         )
     return scheme

@@ -21,8 +21,8 @@ class Structure(Protocol):
     pairs, the results of `scaled` and `outer` have leading dimensions, which `matmul`, `rmatmul` and `gram` accept.
 
     A structure may store the rows of M in a different order, with zero rows between them; A and B of one rank must use
-    the same order. Everything with a rank dimension (z, the vector d, another matrix) must be in that order as well:
-    `arrange` puts it there.
+    the same order. Every tensor with a rank dimension (z, the vector d, another matrix) must be put in that order by
+    `arrange`.
     """
 
     @property
@@ -43,7 +43,7 @@ class Structure(Protocol):
         ...
 
     def rmatmul(self, values: Tensor, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """Return x M^T, (T, r), in the operands' dtype, or in a wider one."""
+        """Return x M^T, (T, r), in `dtype`, which may be wider, or else in the operands' dtype."""
         ...
 
     def plus_matmul(self, target: Tensor, values: Tensor, z: Tensor, *, in_place: bool) -> Tensor:
@@ -109,7 +109,7 @@ class Dense(NamedTuple):
         return target.addmm_(z, values) if in_place else torch.addmm(target, z, values)
 
     def scaled(self, values: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-        # Each operation on a small tensor costs a launch; for one pair, the product is a single operation.
+        # On small tensors, the time is that of the launches; for one pair, the outer product takes a single one.
         scales = torch.outer(rows, columns) if rows.ndim == 1 else rows.unsqueeze(-1) * columns.unsqueeze(-2)
         return cast(scales.mul_(values), values.dtype)
 
