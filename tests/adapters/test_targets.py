@@ -93,7 +93,7 @@ def test_rank_pattern():
         ({"target_modules": ["query", "valeu"]}, ["valeu", "value (Linear)"]),
         ({"target_modules": ".*qurey"}, ["qurey", "query (Linear)"]),
         ({"target_modules": ["norm"]}, ["layers.0.norm", "LayerNorm", "query (Linear)"]),
-        ({"target_modules": ["conv"]}, ["conv", "ConvTranspose1d", "not one of the kinds"]),
+        ({"target_modules": ["conv"]}, ["conv", "ConvTranspose1d", "not of a kind that VeRA adapts"]),
         ({"target_modules": ["zzz"]}, ["zzz", "modules called", "query (Linear)"]),
         ({"target_modules": ["query"], "modules_to_save": ["haed"]}, ["haed", "head (Linear)"]),
         ({"target_modules": ["head"], "modules_to_save": ["head"]}, ["trained in full", "modules_to_save"]),

@@ -74,7 +74,7 @@ def test_what_peft_has_no_place_for_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("settings", "reason"),
-    [({"dilation": 2}, "no dilation"), ({"padding_mode": "circular", "padding": 1}, "'circular'")],
+    [({"dilation": 2}, "does not support dilation"), ({"padding_mode": "circular", "padding": 1}, "'circular'")],
 )
 def test_what_pefts_convolutions_leave_out_is_refused(settings: dict[str, Any], reason: str, tmp_path: Path) -> None:
     model = adapted(seeded(lambda: nn.Sequential(nn.Conv1d(4, 6, 3, **settings))), target_modules=["0"])

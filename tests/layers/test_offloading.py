@@ -265,7 +265,7 @@ def test_biases_that_are_offloaded_compute_but_are_not_trained_or_exchanged(tmp_
     with pytest.raises(RuntimeError, match=r"\w+.bias cannot be trained: its bias is offloaded"):
         model(IDS)
     for exchange in (lambda: model.set_adapter("other"), model.disable_adapter().__enter__, model.unload):
-        with pytest.raises(ValueError, match=r"\w+.bias cannot be swapped for another bias: its bias is offloaded"):
+        with pytest.raises(ValueError, match=r"\w+.bias cannot be replaced by another bias: its bias is offloaded"):
             exchange()
     assert model.active_adapters == ["default"]
     with pytest.raises(ValueError, match=r"cannot save adapter 'default': .*bias is on the meta device"):

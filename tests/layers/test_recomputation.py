@@ -161,7 +161,7 @@ def test_an_adapter_of_the_same_name_is_another_one(reentrant: bool) -> None:
     model.delete_adapter("a")
     model.add_adapter("a", copy.deepcopy(CONFIG))
     model.set_adapter("a")
-    with pytest.raises(RuntimeError, match="then one that was removed since, now 'a'"):
+    with pytest.raises(RuntimeError, match="then an adapter since removed, now 'a'"):
         loss.backward()
 
 

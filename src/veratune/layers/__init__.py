@@ -1,4 +1,4 @@
-"""Adapted layers, which wrap a layer or a parameter of a model and compute it with adapters."""
+"""Adapted layers: wrappers that compute a layer or a parameter of a model with adapters."""
 
 from veratune.layers.base import VeraLayer
 from veratune.layers.convolution import VeraConv

@@ -23,7 +23,7 @@ class VeraLayer(MergeableLayer):
     """A weight with VeRA adapters that can also be read without calling the layer.
 
     Attributes:
-        weight_was_read: whether something has computed with the adapted weight without calling the layer.
+        weight_was_read: whether the adapted weight was used in a computation without calling the layer.
     """
 
     weight_was_read: bool = False
@@ -36,10 +36,11 @@ class VeraLayer(MergeableLayer):
 
     @property
     def weight(self) -> Tensor:
-        """The weight for code that reads it without calling the layer: W0, with the deltas of active adapters added.
+        """The adapted weight, for code that reads it without calling the layer: W0 plus the deltas of active adapters.
 
-        Some models use it directly (Mamba's dt_proj, WavLM's attention). It is differentiable with respect to the
-        vectors, and computed only when an operation needs its values: reading its dtype or shape costs nothing.
+        Some models read weights directly (Mamba's dt_proj, WavLM's attention). The adapted weight is differentiable
+        with respect to the vectors, and computed only when an operation needs its values: reading its dtype or shape
+        costs nothing.
         """
         return self.weight_over(self.base_weight, outside=True)
 
@@ -48,7 +49,7 @@ class VeraLayer(MergeableLayer):
 
         Args:
             base: W0.
-            outside: whether it is read by code that may not call the layer. Computing with it then sets
+            outside: whether the caller may use the result without calling the layer. Computing with it then sets
                 `weight_was_read`.
         """
         self.check_recomputation()
@@ -91,7 +92,7 @@ class VeraLayer(MergeableLayer):
     def product(self, x: Tensor, base: Tensor, index: Any, bias: Tensor | None = None) -> Any:
         """Return x W^T + bias, (..., out), with the adapted weight W, or NotImplemented.
 
-        NotImplemented is returned for dtypes that torch refuses, and for fused layers.
+        NotImplemented is returned for combinations of dtypes that torch rejects, and for fused layers.
 
         Args:
             x: (..., in).
@@ -144,7 +145,7 @@ class VeraLayer(MergeableLayer):
         return start
 
     def weight_readable(self, name: str) -> bool:
-        """Return whether an adapter may be computed with W0 itself if it is the only active one."""
+        """Return whether an adapter may be computed by a route that reads W0 if it is the only active adapter."""
         return False
 
     # Export as a LoRA
@@ -163,7 +164,7 @@ class VeraLayer(MergeableLayer):
         a, b_parts, b, d = self._drawn_factors(name)
         if not self.entries[name].parts:
             return (d[:, None] * a).float(), (b[:, None] * b_parts[0]).float()
-        # All parts share A, so each part's d scales its rows of B.
+        # All parts share A, so the d of each part is multiplied into its B.
         scaled = [b_part * part_d for b_part, part_d in zip(b_parts, d, strict=True)]
         return a.clone(), (b[:, None] * torch.cat(scaled)).float()
 

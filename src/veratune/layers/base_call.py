@@ -1,4 +1,4 @@
-"""Call a base layer with other tensors as its parameters, and inspect what its class and hooks do in a call."""
+"""Call a base layer with other tensors as its parameters, and inspect which code a call runs."""
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -23,12 +23,12 @@ def only_computes(module: nn.Module) -> bool:
 
 
 def has_own_forward(module: nn.Module) -> bool:
-    """Return whether a layer with an ordinary weight has a class whose `forward` is not one of torch's."""
+    """Return whether a layer that is not quantized has a `forward` that torch.nn does not define."""
     return not is_quantized(module) and not type(module).forward.__module__.startswith("torch.nn.")
 
 
 def plain_tensor(weight: Tensor) -> bool:
-    """Return whether a weight is an ordinary tensor, rather than one of a subclass that overrides operations."""
+    """Return whether a weight is an ordinary tensor, not an instance of a subclass that overrides operations."""
     return type(weight) in (Tensor, nn.Parameter)
 
 
@@ -38,14 +38,14 @@ def computes(module: nn.Module, name: str) -> bool:
 
 
 def check_not_computed(module: nn.Module, names: Iterable[str]) -> None:
-    """Raise RuntimeError if a module computes one of these weights, and so cannot be given another value for it."""
+    """Raise RuntimeError if a module computes one of these weights from others, so that it cannot be replaced."""
     for name in names:
         if computes(module, name):
             raise RuntimeError(
-                f"the {name} of an adapted {type(module).__name__} is computed from other parameters since it was"
-                " adapted (weight_norm, spectral_norm or pruning do that), and the adapters cannot be added to it:"
-                " undo that (remove_parametrizations, remove_weight_norm or prune.remove of torch.nn.utils), or leave"
-                " the layer out with exclude_modules"
+                f"the {name} of an adapted {type(module).__name__} is computed from other parameters (after a call of"
+                " weight_norm, spectral_norm or a pruning method), so the adapters cannot be added to it: undo the"
+                " reparametrization (with remove_parametrizations, remove_weight_norm or prune.remove in"
+                " torch.nn.utils), or add the layer to exclude_modules"
             )
 
 
@@ -53,7 +53,7 @@ def stand_in_for(module: nn.Module, weights: Mapping[str, Tensor | None]) -> nn.
     """Return a shallow copy of a module, without accelerate's hooks, with some of its parameters replaced.
 
     Raises:
-        RuntimeError: the module computes one of these parameters from others, which would replace the new value.
+        RuntimeError: the module computes one of these parameters from others, which would overwrite the new value.
     """
     check_not_computed(module, weights)
     stand_in = object.__new__(type(module))
@@ -67,10 +67,10 @@ def call_with(
 ) -> Any:
     """Call a module with other tensors as some of its parameters.
 
-    This calls a shallow copy and leaves the module's parameters in place, so several threads may do this at once. A
-    `forward` that is bound to the module would not see the copy, and a compiler could not trace it: in these cases, the
-    parameters are swapped during the call. With accelerate's hooks, `weights` is called after they have loaded the
-    module's parameters.
+    The call runs on a shallow copy and leaves the module's parameters in place, so it is thread-safe. If `forward` is
+    bound to the module, it would not see the copy, and torch.compile cannot trace the copy: in these cases, the
+    parameters are swapped during the call. With accelerate's hooks, `weights` is called after the hooks have loaded
+    the module's parameters.
 
     Args:
         module: the module.
@@ -91,5 +91,5 @@ def _call_stand_in(
     result = stand_in(*args, **kwargs)
     for name, value in stand_in.__dict__.items():
         if name != "_parameters" and module.__dict__.get(name, stand_in) is not value:
-            module.__dict__[name] = value  # an attribute that `forward` has set
+            module.__dict__[name] = value  # an attribute set by `forward`
     return result

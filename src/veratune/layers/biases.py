@@ -1,4 +1,4 @@
-"""Biases that an adapter trains (`bias="all"` or `"vera_only"`); while it is active, they replace the model's."""
+"""Biases trained by an adapter (`bias="all"` or `"vera_only"`), which replace the model's while it is active."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -14,7 +14,7 @@ from veratune.utils.sharding import all_gathered
 
 
 class BiasCheck:
-    """A forward pre-hook on a module whose bias adapters replace.
+    """Forward pre-hook on a module whose bias is replaced by an adapter's.
 
     It raises RuntimeError if a pass is recomputed with a different bias, or if a trainable bias is offloaded.
     """
@@ -62,8 +62,8 @@ class AdapterBiases:
         owners: dotted name of each bias (as in the model without adapters) to the modules that have it as `bias`.
         waiting: name to the parameter that is currently not in the model.
         installed: whether the adapter's biases are in the model.
-        log: when they were installed and removed.
-        handles: the hooks of the modules.
+        log: the record of when they were installed and removed.
+        handles: the handles of the modules' hooks.
     """
 
     owners: dict[str, list[nn.Module]]
@@ -96,7 +96,7 @@ class AdapterBiases:
         for name, modules in self.owners.items():
             for module in modules:
                 if is_offloaded(module, "bias"):
-                    raise ValueError(f"{name} cannot be swapped for another bias: {why_no_values(module, 'bias')}")
+                    raise ValueError(f"{name} cannot be replaced by another bias: {why_no_values(module, 'bias')}")
 
     def swap(self, *, install: bool) -> None:
         """Install the adapter's biases in the model, or restore the base model's."""
@@ -128,7 +128,7 @@ class AdapterBiases:
 
 
 def bias_owners(named: Iterable[tuple[str, nn.Module]]) -> dict[str, list[nn.Module]]:
-    """Return the floating-point biases of these modules by dotted name, each once, with all modules that share it."""
+    """Return the modules' floating-point biases by dotted name, each only once, with all modules that share it."""
     owners: dict[str, list[nn.Module]] = {}
     for _, first_name, module in _biases(named):
         if is_offloaded(module, "bias"):

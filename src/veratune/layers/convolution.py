@@ -17,9 +17,9 @@ from veratune.utils.sharding import shape_of
 class VeraConv(TransparentLayer):
     """A convolution with VeRA adapters.
 
-    Its weight (out, in / groups, *kernel) is treated as one matrix with in / groups * prod(kernel) inputs. Computing
-    W0 + delta W takes a small product, and the convolution then runs once: the number of patches is almost always far
-    above the rank.
+    The weight (out, in / groups, *kernel) is treated as one matrix with in / groups * prod(kernel) inputs. W0 + delta W
+    is computed with a small product and the convolution runs once, because the number of patches is almost always far
+    larger than the rank.
     """
 
     kind = "convolution"
@@ -81,11 +81,11 @@ class VeraConv(TransparentLayer):
 
     def why_not_lora(self) -> str | None:
         if getattr(self.base_layer, "groups", 1) != 1:
-            return "its LoRA of a grouped convolution is grouped as well, but an adapter's A is shared by all groups"
+            return "it also groups the factors for a grouped convolution, but an adapter's A is shared by all groups"
         if any(step != 1 for step in getattr(self.base_layer, "dilation", ())):
-            return f"its LoRA of a convolution has no dilation, and the layer has {self.base_layer.dilation}"
+            return f"it does not support dilation, and the convolution has dilation {self.base_layer.dilation}"
         if getattr(self.base_layer, "padding_mode", "zeros") != "zeros":
-            return f"its LoRA of a convolution pads with zeros, and the layer has {self.base_layer.padding_mode!r}"
+            return f"it pads with zeros, but the convolution has padding_mode={self.base_layer.padding_mode!r}"
         return super().why_not_lora()
 
     def lora_factors(self, name: str) -> tuple[Tensor, Tensor]:

@@ -15,17 +15,17 @@ from veratune.projections.structure import Matrix
 from veratune.utils.tensors import without_autocast
 from veratune.utils.torch_private import transformations_active
 
-# Rows of the delta that are computed at a time when merging.
+# The number of rows of the delta to compute at a time when merging.
 _ROWS = 4096
-# The largest number of rows of an embedding whose lora_A is exported.
+# The largest number of rows of an embedding that can be exported as a LoRA.
 _LARGEST_TABLE = 1 << 20
 
 
 class VeraEmbedding(TransparentLayer):
     """An embedding with VeRA adapters.
 
-    Row e of the table becomes W0[e] + b * (B (d * A[:, e])). A has a column for each row of the table: each call draws
-    only the columns of the tokens that occur, never all of them.
+    Row e of the table becomes W0[e] + b * (B (d * A[:, e])). A has a column for each row of the table, but each call
+    draws only the columns for the tokens in its input.
     """
 
     kind = "embedding"
@@ -74,7 +74,7 @@ class VeraEmbedding(TransparentLayer):
         columns = self._columns(name, tokens, dtype)
         check_values(columns, b, d)
         d = entry.b[0].structure.arrange(d)
-        with without_autocast(self.device):  # looking up rows is not narrowed either
+        with without_autocast(self.device):  # autocast does not apply to embedding lookups either
             up = entry.b[0].matrix(self.device, dtype).matmul(columns * (d * entry.scale))
         return up * b
 
@@ -94,18 +94,18 @@ class VeraEmbedding(TransparentLayer):
         scale = getattr(self.base_layer, "embed_scale", 1.0)
         for name in self.added_adapters:
             rows = self._rows(name, tokens)
-            if padding is not None:  # its row gets no gradients, as in the table
+            if padding is not None:  # as in the table, the row of padding_idx gets no gradient
                 rows = torch.where((tokens == padding)[:, None], rows.detach(), rows)
             if counts is not None:
                 constant = rows.detach()
                 rows = constant + (rows - constant) / counts.to(rows.dtype)
-            # Rounded after the rows are looked up: the gradients of a token that occurs often are summed in float32.
+            # Round after the lookup, so that the gradients of a token that occurs often are summed in float32.
             looked_up = torch.nn.functional.embedding(inverse, rows).to(self.base_weight.dtype)
             output = output + looked_up * scale
         return output
 
     def _counts(self, inverse: Tensor, tokens: Tensor) -> Tensor | None:
-        """Return how often each token occurs, (n, 1), where `scale_grad_by_freq` divides gradients by it; or None."""
+        """Return how often each token occurs, (n, 1), if `scale_grad_by_freq` divides gradients by this; else None."""
         if not getattr(self.base_layer, "scale_grad_by_freq", False) or not torch.is_grad_enabled():
             return None
         ones = torch.ones(inverse.numel(), device=inverse.device)
@@ -115,7 +115,7 @@ class VeraEmbedding(TransparentLayer):
     def factors(
         self, name: str, device: torch.device, dtype: torch.dtype, pair: tuple[Tensor, Tensor] | None = None
     ) -> Factors:
-        """Return an adapter's factors, with all columns of A, which `forward` and merging do not draw at once."""
+        """Return an adapter's factors with all columns of A, unlike `forward` and merging, which draw only some."""
         b, d = self._pair(name) if pair is None else pair
         entry = self.entries[name]
         columns = self._columns(name, torch.arange(self.in_features, device=device), dtype)
@@ -146,7 +146,7 @@ class VeraEmbedding(TransparentLayer):
 
     def why_not_lora(self) -> str | None:
         if self.in_features > _LARGEST_TABLE:
-            return f"its A would have a column for each of {self.in_features} rows of the table"
+            return f"lora_A would have a column for each of the {self.in_features} rows of the table"
         return super().why_not_lora()
 
     def lora_keys(self, name: str, beside: Collection[str]) -> tuple[str, str]:

@@ -1,4 +1,4 @@
-"""The data of one adapter on one layer: projections, settings, and how its vectors start."""
+"""The data of one adapter on one layer: projections, settings, and initial vectors."""
 
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -11,7 +11,7 @@ from veratune.ops.factors import Factors
 from veratune.ops.planning import MemoryName, RouteName, TableCache
 from veratune.projections.pool import ProjectionView
 
-# The names of an adapter's vectors on one weight. Parameters and keys in files are the prefix and one of these.
+# The names of an adapter's vectors on one weight. Parameter names and keys in files consist of the prefix and a name.
 VECTORS = ("b", "d")
 VECTOR_PREFIX = "vera_lambda_"
 
@@ -23,7 +23,7 @@ class VectorInit:
     Attributes:
         r: length of d.
         d_initial: value of d; b starts at zero.
-        init_weights: False starts b at one and d from a standard normal distribution instead, as PEFT does for tests.
+        init_weights: if False, b is ones and d is drawn from a standard normal distribution, as in PEFT, for tests.
         dtype: dtype of both vectors.
     """
 
@@ -44,7 +44,7 @@ class VectorInit:
 
 @dataclass(frozen=True)
 class InputGroup:
-    """The data that an adapter's layers share if they may read the same input (query, key and value).
+    """The data shared by those of an adapter's layers that may read the same input (query, key and value).
 
     Attributes:
         a: the view of A.
@@ -81,10 +81,10 @@ class AdapterEntry:
         group: the data shared by layers that may read the same input.
         b: the view of B for each part of the outputs; one if the layer is not fused.
         scale: the constant factor of B.
-        settings: how it is computed.
-        shapes: the dimensions and the rank of each part, without a number of tokens.
+        settings: how the adapter is computed.
+        shapes: the dimensions and the rank of each part, with zero tokens.
         parts: the number of outputs of each part; empty if the layer is not fused.
-        tables: the tables of routes that were looked up.
+        tables: the cache of route tables.
     """
 
     name: str
@@ -110,7 +110,7 @@ class AdapterEntry:
 
 
 class Part(NamedTuple):
-    """Consecutive outputs of a layer and the factors of an adapter on them."""
+    """Consecutive outputs of a layer and an adapter's factors for them."""
 
     outputs: slice
     factors: Factors

@@ -6,8 +6,9 @@ from torch import nn
 
 from veratune.layers.base import VeraLayer
 
-# The attribute that disables the fused path in each class: torch takes the path only for activations that it knows, and
-# creates nested tensors, which only this path supports, only if asked to. The attributes have no other effect.
+# The attribute that disables the fused path in each class. A layer uses the path only if its activation is marked as
+# ReLU or GELU; an encoder creates nested tensors, which only the fused path supports, only if `use_nested_tensor` is
+# set. The attributes have no other effect.
 _SWITCHES: tuple[tuple[type[nn.Module], str, Any], ...] = (
     (nn.TransformerEncoderLayer, "activation_relu_or_gelu", 0),
     (nn.TransformerEncoder, "use_nested_tensor", False),

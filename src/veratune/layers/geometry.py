@@ -22,7 +22,7 @@ class Geometry:
 
     @property
     def largest_rank(self) -> int:
-        """The largest allowed rank; it limits A and B of a large matrix to a few times its memory."""
+        """The largest allowed rank, which limits the memory of A and B to a few times that of a large matrix."""
         return max(_ANY_RANK, 4 * min(self.in_features, self.out_features))
 
     @property
@@ -38,6 +38,6 @@ class Geometry:
 
 
 def slices(parts: tuple[int, ...]) -> list[slice]:
-    """Return the slice of outputs of each part, given the number of outputs of each."""
+    """Return the slice of outputs of each part, given the number of outputs of each part."""
     ends = [sum(parts[: i + 1]) for i in range(len(parts))]
     return [slice(end - size, end) for end, size in zip(ends, parts, strict=True)]

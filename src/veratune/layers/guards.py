@@ -18,7 +18,7 @@ class _Written(NamedTuple):
     """A tensor that must not be written while adapters are merged.
 
     Attributes:
-        name: its name in the state of the guarded module.
+        name: its name in the state dict of the guarded module.
         layer: the layer that it belongs to.
         adapter: the adapter that the vector belongs to; None for the weight.
     """
@@ -112,11 +112,11 @@ def _merged_tensors(model: nn.Module) -> Iterator[_Written]:
                     yield _Written(f"{start}{VECTOR_PREFIX}{vector}.{name}", module, name)
 
 
-# Methods of transformers' models that replace layers, or write to them
+# Methods of transformers models that replace layers or write to them
 
 
 class GuardedMethod:
-    """A model's method that replaces layers, preceded by a check that no adapters would be lost."""
+    """A model's method that replaces layers, called only after a check that no adapters would be lost."""
 
     def __init__(self, model: nn.Module, name: str) -> None:
         self._model, self._name = model, name
@@ -169,7 +169,7 @@ def _inner(module: Any) -> Any:
 
 
 def _tied_wrapper(model: nn.Module, embeddings: nn.Module) -> nn.Module | None:
-    """Return the embeddings if they are a wrapper, or else the wrapper that shares their weight, or None."""
+    """Return the embeddings if they are a wrapper; otherwise the wrapper that shares their weight, or None."""
     if _is_wrapper(embeddings):
         return embeddings
     weight = embeddings._parameters.get("weight")

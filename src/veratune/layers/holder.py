@@ -1,4 +1,4 @@
-"""Adapters on one weight: their vectors and views of the projections, and which of them compute."""
+"""The adapters on one weight: their vectors, their views of the projections, and which of them are active."""
 
 import itertools
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ from veratune.utils.torch_private import parameter_of
 
 
 def vector_device(base_layer: nn.Module, weight: Tensor) -> torch.device:
-    """Return the device for a layer's vectors: the weight's, or where accelerate moves an offloaded weight."""
+    """Return the device for a layer's vectors: the weight's, or the execution device if the weight is offloaded."""
     device = execution_device(base_layer) if weight.is_meta else None
     return weight.device if device is None else device
 
@@ -69,7 +69,7 @@ class AdapterHolder(LayerKind):
     def base_weight(self) -> Tensor:
         """The base layer's current weight: W0 or, while adapters are merged, the merged weight."""
         weight: Tensor | None = parameter_of(self.base_layer, self.weight_name)
-        if not isinstance(weight, Tensor):  # stored in another form: use one of its tensors
+        if not isinstance(weight, Tensor):  # stored in another form: use one of the layer's tensors
             weight = next(itertools.chain(self.base_layer.parameters(), self.base_layer.buffers()), None)
         if weight is None:
             raise ValueError(
@@ -93,7 +93,7 @@ class AdapterHolder(LayerKind):
     def vectors(self, name: str) -> dict[str, Tensor]:
         """Return an adapter's vectors by name (`VECTORS`).
 
-        They are its parameters, or the tensors that replace them within `torch.func.functional_call`.
+        These are its parameters, or the tensors that replace them within `torch.func.functional_call`.
 
         Raises:
             ValueError: the layer does not have the adapter.
@@ -102,7 +102,7 @@ class AdapterHolder(LayerKind):
         return {"b": b, "d": d}
 
     def _pair(self, name: str) -> tuple[Tensor, Tensor]:
-        """Return (b, d) like `vectors`, without ParameterDict, which would add microseconds to each call of a layer."""
+        """Return (b, d) like `vectors`, bypassing ParameterDict, which would add microseconds to each layer call."""
         if name not in self.entries:
             raise ValueError(f"adapter {name!r} is not on {self._called()}, which has {list(self.entries)}")
         modules = self._modules
@@ -115,7 +115,7 @@ class AdapterHolder(LayerKind):
     def factors(
         self, name: str, device: torch.device, dtype: torch.dtype, pair: tuple[Tensor, Tensor] | None = None
     ) -> Factors:
-        """Return an adapter's factors on a layer that is not fused; with these vectors, if any."""
+        """Return an adapter's factors on a layer that is not fused, with the vectors (b, d) of `pair` if given."""
         b, d = self._pair(name) if pair is None else pair
         entry = self.entries[name]
         (b_view,), a_view = entry.b, entry.group.a
@@ -147,19 +147,19 @@ class AdapterHolder(LayerKind):
         group: InputGroup,
         parts: tuple[int, ...] = (),
     ) -> None:
-        """Create the vectors of another adapter, which is not active yet.
+        """Add an adapter with new vectors. It is not active yet.
 
         Args:
             name: the adapter.
             layer_name: this layer's name in the model.
             scheme: the adapter's projections.
-            init: the rank, and how the vectors start.
+            init: the rank and the initial vectors.
             settings: how the adapter is computed.
             group: the data shared by layers that may read the same input.
             parts: the number of outputs of each part of a fused layer.
 
         Raises:
-            ValueError: the layer has the adapter already, or a value is out of range; nothing is changed.
+            ValueError: the layer already has the adapter, or a value is out of range; nothing is changed.
         """
         if name in self.entries:
             raise ValueError(f"adapter {name!r} is already on {self._called()}: delete it there first")
@@ -204,12 +204,12 @@ class AdapterHolder(LayerKind):
         self.activate(self.active_adapters)
 
     def activate(self, names: Sequence[str]) -> None:
-        """Activate those of these adapters that the layer has, and deactivate all others."""
+        """Activate the given adapters that are on this layer, and deactivate all others."""
         self.active_adapters = [name for name in names if name in self.entries]
         self._choose_added()
 
     def _computing(self) -> list[str]:
-        """Return the adapters that compute: the active ones, unless they are disabled."""
+        """Return the adapters to compute with: the active ones, unless they are disabled."""
         return self.active_adapters
 
     def _choose_added(self) -> None:
@@ -218,7 +218,7 @@ class AdapterHolder(LayerKind):
         self._log.record(State(tuple(self.added_adapters), tuple(self.merged_adapters)))
 
     def check_recomputation(self) -> None:
-        """Raise RuntimeError if this recomputes a forward pass with other adapters or other values."""
+        """Raise RuntimeError if this recomputes a forward pass with different adapters or values."""
         if matters(self):
             b, d = self.vera_lambda_b._parameters, self.vera_lambda_d._parameters
             computing = [own.get(name) for name in self.added_adapters for own in (b, d)]
@@ -254,11 +254,11 @@ class AdapterHolder(LayerKind):
         return f"in_features={self.in_features}, out_features={self.out_features}, adapters={{{adapters}}}"
 
     def __setattr__(self, name: str, value: Any) -> None:
-        # Setting a linear layer's weight or bias (tying weights, swapping a bias) is meant for the base layer.
+        # Assignments to a linear layer's weight or bias (to tie weights, to replace a bias) go to the base layer.
         if name in ("weight", "bias"):
             if name == "weight" and self.merged_adapters:
                 raise ValueError(
-                    f"the weight cannot be set while the adapters {self.merged_adapters} are merged into it, as"
+                    f"the weight cannot be set while the adapters {self.merged_adapters} are merged into it, because"
                     " unmerging would restore the old weight: call unmerge_adapter first"
                 )
             setattr(self.base_layer, self.weight_name if name == "weight" else name, value)

@@ -13,9 +13,9 @@ from veratune.utils.torch_private import modes_active, transformations_active
 def _can_be_remembered(x: Tensor) -> bool:
     """Return whether a product with x may be reused while x is the same object with the same version.
 
-    While tracing, the compiler merges equal products. An inference tensor has no version, and a product computed in
-    inference mode cannot be saved for a backward pass; some optimizers write to parameters without changing it. Under
-    transformations and modes, x may represent another tensor.
+    While tracing, the compiler merges equal products. Inference tensors have no version, and a product computed in
+    inference mode cannot be saved for a backward pass. Some optimizers write to parameters without changing their
+    version. Under transformations and modes, x may represent a different tensor.
     """
     if torch.compiler.is_compiling() or transformations_active() or modes_active():
         return False
@@ -43,9 +43,9 @@ class _Entry(NamedTuple):
 class InputCache:
     """One-entry cache of x A^T for a group of layers, keyed by the identity and version of x and the identity of A.
 
-    Each layer is served once per entry: a second request belongs to another pass. The cache is therefore correct under
-    checkpointing (which brings new tensors), in several threads (which at worst compute twice) and in replicas. The
-    entry lives no longer than x, and is not copied or pickled.
+    Each layer is served once per entry, because a second request belongs to another pass. The cache is therefore
+    correct under checkpointing (which creates new tensors), in several threads (which at worst compute twice) and in
+    replicas. The entry lives no longer than x, and is not copied or pickled.
     """
 
     def __init__(self) -> None:
@@ -58,10 +58,10 @@ class InputCache:
 
         Args:
             layer: the name of the layer.
-            x: its input, unchanged.
+            x: the input exactly as passed to the layer.
             a_projection: A.
             compute: computes the product.
-            exactly: whether the product is in float32 although x and A are in half precision.
+            exactly: whether the product is in float32 even though x and A are in half precision.
         """
         if not _can_be_remembered(x):
             return compute()
@@ -70,7 +70,7 @@ class InputCache:
             entry is not None
             and entry.x() is x
             and entry.version == x._version
-            and entry.pointer == x.data_ptr()  # setting x.data leaves the version as it is
+            and entry.pointer == x.data_ptr()  # assigning to x.data does not change the version
             and entry.stream == _stream(x)
             and entry.a_projection is a_projection
             and entry.exactly == exactly

@@ -1,4 +1,4 @@
-"""The interface with which a layer kind describes itself, so that other packages need not know its class."""
+"""The interface that describes a layer kind, so that other packages do not depend on its class."""
 
 from collections.abc import Collection
 from typing import ClassVar, Literal
@@ -22,12 +22,12 @@ class LayerKind(nn.Module):
         weight_name: the name of the weight in the base layer.
         out_axis: the axis of the output features in the result of `matrix`: 0 for (..., out, in), 1 for (..., in, out).
         of_parameter: whether it adapts a parameter that its module reads directly, instead of replacing the module.
-        one_hot: whether its inputs are indices that select columns of A. A is then never drawn completely.
+        one_hot: whether its inputs are indices that select columns of A, in which case A is never drawn completely.
         in_all_linear: whether target_modules="all-linear" includes it.
         chooses_route: whether it computes with the route that the cost model chooses, for `explain_routes`.
         supports_parts: whether its outputs may be split by `fused_parts`.
         supports_one_rank_schemes: whether projection schemes with `one_rank_linear_only` can adapt it.
-        exports: the formats besides veratune's own that can hold an adapter on it.
+        exports: the formats, other than veratune's, that can hold an adapter on it.
         multiplies_lazily: whether products with the adapted weight can be computed without computing W0 + delta W.
     """
 
@@ -45,7 +45,7 @@ class LayerKind(nn.Module):
 
     @classmethod
     def adapts(cls, module: nn.Module) -> bool:
-        """Return whether this layer kind is for a module, even if the module cannot be adapted in its current state."""
+        """Return whether a module is of this kind, even if the module cannot be adapted in its current state."""
         return False
 
     @classmethod
@@ -72,7 +72,7 @@ class LayerKind(nn.Module):
     # Export as a LoRA
 
     def why_not_lora(self) -> str | None:
-        """Return None if PEFT's LoRA can hold an adapter on this layer, otherwise the reason."""
+        """Return None if PEFT's LoRA can hold an adapter on this layer, otherwise the reason ("it" is PEFT's LoRA)."""
         return None if "lora" in self.exports else f"it does not support this kind of layer ({self.kind})"
 
     def lora_keys(self, name: str, beside: Collection[str]) -> tuple[str, str]:

@@ -2,8 +2,8 @@
 
 Some modules do not call a linear layer but read a weight and compute with it: Mamba's projections, experts in one 3-D
 tensor, `torch.nn.MultiheadAttention`. They read a tensor that looks like the weight. Products with it use the low-rank
-factors or W0 + delta W, whichever is cheaper; selecting matrices of a stack computes nothing; any other operation gets
-W0 + delta W. So every operation is correct, and the usual ones are cheap.
+factors or W0 + delta W, whichever is cheaper; selecting matrices of a stack computes nothing; any other operation uses
+W0 + delta W. Therefore, every operation is correct, and common operations are cheap.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -25,10 +25,10 @@ class View:
 
     Attributes:
         layer: the layer.
-        base: that part of W0, in the layer's layout.
+        base: this part of W0, in the layer's layout.
         index: the index into the stack of matrices, or None for the entire stack.
-        flipped: whether the last two dimensions are exchanged relative to `base`.
-        outside: whether code that may not call the layer has read it from the layer.
+        flipped: whether the last two dimensions are swapped relative to `base`.
+        outside: whether the weight was read by code that may not call the layer.
     """
 
     layer: ReadableLayer
@@ -46,7 +46,7 @@ class View:
         return self.base.mT if self.flipped else self.base
 
     def note_use(self) -> None:
-        """Record on the layer that something computed with its weight without calling it."""
+        """Record on the layer that its weight was used in a computation without calling the layer."""
         if self.outside:
             self.layer.weight_was_read = True
 
@@ -66,15 +66,15 @@ class View:
         return weight
 
     def sources(self) -> list[Tensor]:
-        """Return the tensors that W0 + delta W is computed from: W0 and the vectors that are added."""
+        """Return the tensors that W0 + delta W is computed from: W0 and the vectors of the added adapters."""
         names = self.layer.added_adapters
-        # A bank's layers have no vectors: they raise an error when the weight is read.
+        # Layers of a bank have no vectors; they raise an error when the weight is read.
         known = [name for name in names if name in self.layer.entries]
         return [self.base, *(vector for name in known for vector in self.layer.vectors(name).values())]
 
 
 class _Linked(torch.autograd.Function):
-    """Connect a stand-in to the graph, for an autograd function that takes it and returns a gradient for it."""
+    """Connect a stand-in to the graph, for autograd functions that take it as input and return its gradient."""
 
     @staticmethod
     def forward(ctx: Any, shown: Tensor, view: View, *sources: Tensor) -> Tensor:
@@ -88,8 +88,8 @@ class _Linked(torch.autograd.Function):
         now = view.sources()
         if len(now) != len(sources) or any(one is not other for one, other in zip(now, sources, strict=True)):
             raise RuntimeError(
-                "an adapted weight that was read has different adapters or vectors in the backward pass than in the"
-                " forward pass: call backward() before you activate, merge, disable or remove adapters"
+                "an adapted weight that was read in the forward pass has different adapters or vectors in the backward"
+                " pass: call backward() before activating, merging, disabling or removing adapters"
             )
         wanted = [source for source in sources if source.requires_grad]
         with torch.enable_grad():
@@ -105,7 +105,7 @@ class AdaptedWeight(Tensor):
     _computed: Tensor | None = None
 
     def _in_memory(self) -> Tensor:
-        """Return W0 + delta W, which lives as long as this tensor, for kernels that are given its address."""
+        """Return W0 + delta W, kept alive by this tensor, for kernels that receive its address."""
         if self._computed is None:
             with torch.no_grad():
                 self._computed = self._view.added_up()
@@ -127,7 +127,7 @@ class AdaptedWeight(Tensor):
             return func(args[0]._in_memory(), *args[1:], **kwargs)
         scales = getattr(func, "__name__", "") in ("mul_", "div_") and isinstance(args[0], AdaptedWeight)
         if scales and len(args) > 1 and isinstance(args[1], int | float) and args[1] == 1:
-            return args[0]  # RWKV rescales its first layers by a factor of one
+            return args[0]  # RWKV rescales the first of its layers by a factor of one
         check_not_written(func, args, kwargs)
         cheap = _CHEAP.get(func)
         if cheap is not None:
@@ -173,7 +173,7 @@ def _choose(func: Any, weight: Any, index: Any) -> Any:
 
 
 def _transpose(func: Any, weight: Any, first: Any = -2, second: Any = -1) -> Any:
-    """Return the weight with its last two dimensions exchanged."""
+    """Return the weight with its last two dimensions swapped."""
     if not isinstance(weight, AdaptedWeight) or not isinstance(first, int) or not isinstance(second, int):
         return NotImplemented
     if {first % weight.ndim, second % weight.ndim} != {weight.ndim - 2, weight.ndim - 1}:
@@ -210,7 +210,7 @@ def _right_matmul(func: Any, right: Any, left: Any) -> Any:
 
 
 def _grouped_mm(func: Any, left: Any, right: Any, *, offs: Any = None, bias: Any = None, **settings: Any) -> Any:
-    """Return the product of each group of consecutive rows with its matrix of a stack."""
+    """Multiply each group of consecutive rows by its matrix of a stack."""
     if not isinstance(right, AdaptedWeight) or isinstance(left, AdaptedWeight) or offs is None or bias is not None:
         return NotImplemented
     view = right._view
@@ -227,7 +227,7 @@ def _grouped_mm(func: Any, left: Any, right: Any, *, offs: Any = None, bias: Any
 
 
 def _product(x: Tensor, view: View, bias: Tensor | None = None) -> Any:
-    """Return x W^T + bias, (..., out), where W is the adapted weight, or x W^T with a stack of them."""
+    """Return x W^T + bias, (..., out), with the adapted weight W, or x W^T with a stack of adapted weights."""
     if type(x) is not Tensor or x.shape[-1] != view.layer.in_features:
         return NotImplemented
     view.note_use()

@@ -49,7 +49,7 @@ def is_out_proj(module: nn.Module) -> bool:
 
 
 def _says_it_is_linear(module: nn.Module) -> bool:
-    """Return whether a module has the dimensions of a linear layer as attributes, as quantized ones do."""
+    """Return whether a module has the dimensions of a linear layer as attributes, as quantized linear layers do."""
     sizes = [getattr(module, name, None) for name in ("in_features", "out_features")]
     if not all(isinstance(size, int) and not isinstance(size, bool) and size > 0 for size in sizes):
         return False
@@ -112,12 +112,12 @@ class VeraLinear(VeraLayer):
 
     def __init__(self, base_layer: nn.Module, geometry: Geometry) -> None:
         super().__init__(base_layer, geometry)
-        # The codes of a quantized weight that is replaced by a merged one.
+        # The codes of the quantized weight, while a merged weight replaces it.
         self._codes: Any = None
         self._plain_class = _is_plain_forward(type(self), base_layer)
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        x = input  # `input` is torch.nn.Linear's name for it, which callers may use as a keyword
+        x = input  # named `input` in torch.nn.Linear, and callers may pass it by keyword
         self.check_recomputation()
         output: Tensor
         names, base = self.added_adapters, self._modules["base_layer"]
@@ -172,7 +172,7 @@ class VeraLinear(VeraLayer):
         if not isinstance(output, Tensor) or output.shape != (*x.shape[:-1], self.out_features):
             result = tuple(output.shape) if isinstance(output, Tensor) else f"a {type(output).__name__}"
             raise RuntimeError(
-                f"{type(self.base_layer).__name__} turned an input of shape {tuple(x.shape)} into {result}, unlike a"
+                f"{type(self.base_layer).__name__} mapped an input of shape {tuple(x.shape)} to {result}, unlike a"
                 f" linear layer with {self.in_features} inputs and {self.out_features} outputs, so VeRA cannot adapt"
                 " it: add it to exclude_modules"
             )
@@ -187,7 +187,7 @@ class VeraLinear(VeraLayer):
         choice: RouteChoice,
         dtype: torch.dtype,
     ) -> Tensor:
-        """Return the outputs of the base layer and one adapter, computed in one product.
+        """Return the output of the base layer with one adapter, computed by one route.
 
         Args:
             x: (..., in).
@@ -226,9 +226,9 @@ class VeraLinear(VeraLayer):
         return plus_adapter(output.reshape(tokens, self.out_features), flat, parts, choices, xa=xa).view(output.shape)
 
     def _shared_xa(self, name: str, x: Tensor, flat: Tensor, A: Matrix) -> Callable[[bool], Tensor] | None:  # noqa: N803
-        """Return a function that returns x A^T, computed once for all layers with the same input; None for one layer.
+        """Return a function that computes x A^T once for all layers with the same input; None if no layer shares it.
 
-        It takes whether the product has to be exact.
+        The function's argument is whether the product must be exact.
         """
         entry = self.entries[name]
         if entry.group.size == 1:
@@ -246,7 +246,7 @@ class VeraLinear(VeraLayer):
         return self._plain_weight(self.base_layer) is not None
 
     def _plain_weight(self, base: nn.Module) -> Tensor | None:
-        """Return the base layer's weight if the output depends on nothing but the weight and the bias."""
+        """Return the base layer's weight if the output depends only on the input, the weight and the bias."""
         if not self._plain_class or not only_computes(base):
             return None
         weight = parameter_of(base, "weight")
@@ -318,6 +318,6 @@ class VeraConv1D(VeraLinear):
         assert isinstance(module.weight, Tensor)
         return Geometry(*shape_of(module.weight))
 
-    # `x` is Conv1D's name for its argument.
+    # Conv1D's argument is named `x`.
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
         return super().forward(x, *args, **kwargs)

@@ -1,4 +1,4 @@
-"""Merging adapters into the base layer's weight, and unmerging to the same bits."""
+"""Merge adapters into the base layer's weight, and unmerge them bit-exactly."""
 
 from collections.abc import Sequence
 
@@ -24,9 +24,9 @@ class MergeableLayer(AdapterHolder):
         self._merged_values: tuple[torch.dtype, torch.Size, tuple[int, int] | None] | None = None
 
     def get_delta_weight(self, name: str) -> Tensor:
-        """Return an adapter's delta of the weight, in the weight's layout and the vectors' dtype, without a graph.
+        """Return an adapter's delta weight, in the weight's layout and the vectors' dtype, without a graph.
 
-        The dtype is at least float32 and at least the weight's, so that merging into the weight rounds once.
+        The dtype is at least float32 and at least the weight's dtype, so that merging rounds once.
         """
         dtype = torch.promote_types(self.vectors(name)["b"].dtype, torch.float32)
         if self.base_weight.is_floating_point() and self.base_weight.dtype.itemsize > 1:
@@ -48,7 +48,7 @@ class MergeableLayer(AdapterHolder):
     def full_weight(self) -> Tensor:
         """Return `base_weight` as a floating-point tensor of the shape that the layer computes with.
 
-        It is loaded if it is offloaded.
+        An offloaded weight is loaded.
         """
         if is_offloaded(self.base_layer, self.weight_name):
             return loaded(self.base_layer, self.weight_name)
@@ -58,10 +58,10 @@ class MergeableLayer(AdapterHolder):
         """Return `full_weight` with these adapters' deltas added, computed at least in float32 and rounded once.
 
         Raises:
-            ValueError: an adapter is not on this layer, or is merged already.
+            ValueError: an adapter is not on this layer, or is already merged.
         """
         if merged := [name for name in names if name in self.merged_adapters]:
-            raise ValueError(f"the weight of {self._called()} already has the merged deltas of {merged}")
+            raise ValueError(f"the weight of {self._called()} already contains the deltas of {merged}: unmerge first")
         with torch.no_grad():
             total = self.get_delta_weight(names[0])
             for name in names[1:]:
@@ -70,7 +70,7 @@ class MergeableLayer(AdapterHolder):
             return (total + base).to(base.dtype).contiguous()
 
     def why_not_mergeable(self) -> str | None:
-        """Return None if `merge` can work, otherwise the reason."""
+        """Return None if adapters can be merged into the weight, otherwise the reason."""
         weight = self.base_layer._parameters.get(self.weight_name)
         if weight is None:
             return "its weight is computed from other parameters"
@@ -109,7 +109,7 @@ class MergeableLayer(AdapterHolder):
             )
 
     def loss_of_merging(self) -> str | None:
-        """Return the loss of merging besides rounding to the weight's dtype, phrased to follow "merging", or None."""
+        """Return the loss from merging beyond rounding to the weight's dtype, phrased to follow "merging", or None."""
         return None
 
     def merge(self, names: Sequence[str]) -> None:
@@ -118,17 +118,17 @@ class MergeableLayer(AdapterHolder):
         The original parameter is kept: modules that share it are not changed, and `unmerge` restores the same bits.
 
         Raises:
-            ValueError: there are no names, other adapters are merged, or as for `check_mergeable`; nothing is changed.
+            ValueError: `names` is empty, other adapters are merged, or as for `check_mergeable`; nothing is changed.
         """
         if self.merged_adapters or not names:
-            remedy = f"unmerge {self.merged_adapters} first" if self.merged_adapters else "give the adapters' names"
+            remedy = f"unmerge {self.merged_adapters} first" if self.merged_adapters else "pass at least one adapter"
             raise ValueError(f"cannot merge {list(names)} into {self._called()}: {remedy}")
         for name in names:
             self.vectors(name)
         self.check_mergeable(names, safe=False, called=self._called())
         original = self.base_weight
         assert isinstance(original, nn.Parameter)
-        with torch.inference_mode(False):  # gradients may flow through it later, outside inference mode
+        with torch.inference_mode(False):  # gradients may flow through the weight later, outside inference mode
             merged = self._as_parameter(self.merged_weight(names), original)
         setattr(self.base_layer, self.weight_name, merged)
         self._unmerged["weight"] = original
@@ -173,17 +173,17 @@ class MergeableLayer(AdapterHolder):
 
     @property
     def merged_for_good(self) -> bool:
-        """Whether the weight from before merging is gone, as in an interrupted `merge_and_unload`."""
+        """Whether the original weight has been discarded, as in an interrupted `merge_and_unload`."""
         return bool(self.merged_adapters) and not self._unmerged
 
     def unmerge(self) -> None:
-        """Restore the weight from before `merge`, on the layer's current device and in its current dtype."""
+        """Restore the original weight, on the layer's current device and in its current dtype."""
         if not self.merged_adapters:
             return
         if self.merged_for_good:
             raise ValueError(
                 f"{self.merged_adapters} cannot be unmerged, because an interrupted merge_and_unload has discarded"
-                " the original weights: call merge_and_unload again, which continues from there"
+                " the original weights: call merge_and_unload again to complete it"
             )
         self.check_unmergeable()
         original, merged = self._unmerged["weight"], self.base_weight
@@ -203,6 +203,6 @@ class MergeableLayer(AdapterHolder):
             raise ValueError(
                 f"cannot unmerge {self.merged_adapters}: the merged weight of"
                 f" {next(iter(self.entries.values())).name or 'the model'} was written to since merging, and restoring"
-                " the original would lose that change. merge_and_unload keeps the weights as they are now; to change"
-                " the original weight, write to it while nothing is merged"
+                " the original would lose that change. To keep the current weights, call merge_and_unload; to change"
+                " the original weight, write to it while no adapter is merged"
             )

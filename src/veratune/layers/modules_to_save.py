@@ -18,7 +18,7 @@ class SavedModule(nn.Module):
     Attributes:
         original_module: the base model's module, used while no adapter with a copy is active.
         modules_to_save: adapter name to that adapter's copy.
-        active_adapters: a list of the adapter whose copy is called, or an empty list.
+        active_adapters: a list with the adapter whose copy is called, or an empty list.
     """
 
     def __init__(self, original_module: nn.Module) -> None:
@@ -39,12 +39,12 @@ class SavedModule(nn.Module):
         self.activate(self.active_adapters)
 
     def activate(self, names: Sequence[str]) -> None:
-        """Use the copy of whichever of these adapters has one, or the original module if none has."""
+        """Use the copy of the given adapter that has one, or the original module if no adapter has a copy."""
         self.active_adapters = [name for name in names if name in self.modules_to_save]
         self._log.record(State(tuple(self.active_adapters)))
 
     def current(self) -> nn.Module:
-        """Return the module that is currently used."""
+        """Return the module that is currently in use."""
         return self.modules_to_save[self.active_adapters[0]] if self.active_adapters else self.original_module
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -64,7 +64,7 @@ class SavedModule(nn.Module):
         return module[index]
 
     def __setattr__(self, name: str, value: Any) -> None:
-        # Setting a weight or a bias is meant for the module that is currently used, from which they are also read.
+        # Assignments to weight or bias go to the module that is currently in use, from which both are also read.
         if name in ("weight", "bias"):
             setattr(self.current(), name, value)
         else:
@@ -74,7 +74,8 @@ class SavedModule(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            # accelerate's hooks belong to the inner module. Without active_adapters, this is being copied or unpickled.
+            # accelerate's hooks belong to the inner module. If active_adapters is missing, this module is being copied
+            # or unpickled.
             if name.startswith("__") or name in HOOK_ATTRIBUTES or "active_adapters" not in self.__dict__:
                 raise
             return getattr(self.current(), name)

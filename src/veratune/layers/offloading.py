@@ -1,6 +1,6 @@
-"""Parameters that accelerate's hooks empty between calls of their module.
+"""Parameters that accelerate's hooks offload between calls of their module.
 
-Between calls such a parameter is on the meta device, and its values are in the hook's `weights_map`. torch computes
+Between calls, such a parameter is on the meta device, and its values are in the hook's `weights_map`. torch computes
 wrong results if only one operand is on the meta device, so no such parameter may reach an operation.
 """
 
@@ -24,20 +24,20 @@ def _hooks(module: nn.Module) -> Iterator[Any]:
 
 
 def execution_device(module: nn.Module) -> torch.device | None:
-    """Return the device on which accelerate's hooks run a module, or None without such a hook."""
+    """Return the device on which accelerate's hooks run a module, or None if it has no such hook."""
     devices = (getattr(hook, "execution_device", None) for hook in _hooks(module))
     device = next((device for device in devices if device is not None), None)
     return None if device is None else torch.device(device)
 
 
 def is_offloaded(module: nn.Module, name: str) -> bool:
-    """Return whether a hook has emptied a parameter of this module."""
+    """Return whether a hook has offloaded a parameter of this module."""
     parameter = module._parameters.get(name)
     return parameter is not None and parameter.is_meta and is_hooked(module)
 
 
 def why_no_values(module: nn.Module, name: str) -> str:
-    """Return why a parameter on the meta device has no values, and what to do."""
+    """Return the reason why a parameter on the meta device has no values, with the remedy if there is one."""
     if is_offloaded(module, name):
         return f"its {name} is offloaded by accelerate: {_REMEDY}"
     return f"its {name} is on the meta device and has no values"
@@ -104,12 +104,12 @@ def through_hooks(module: nn.Module, call: Callable[..., Any], args: tuple[Any, 
     """Run a module's accelerate hooks, which load its parameters, around a function other than its `forward`.
 
     Raises:
-        RuntimeError: the module's `forward` is not its class's.
+        RuntimeError: the instance's `forward` is not that of its class.
     """
     if getattr(module.__dict__.get("_old_forward"), "__func__", None) is not type(module).forward:
         raise RuntimeError(
-            f"a {type(module).__name__} with accelerate's hooks has a forward that is not its class's, so VeRA cannot"
-            " call it with the adapted weight: add it to exclude_modules"
+            f"the forward of a {type(module).__name__} with accelerate's hooks was replaced on the instance, so VeRA"
+            " cannot call it with the adapted weight: add the module to exclude_modules"
         )
     hook: Any = module.__dict__["_hf_hook"]
     args, kwargs = hook.pre_forward(module, *args, **kwargs)
@@ -119,14 +119,15 @@ def through_hooks(module: nn.Module, call: Callable[..., Any], args: tuple[Any, 
 
 
 class ResidentParameters(nn.ParameterDict):
-    """Parameters that accelerate must not offload: its hooks load them for calls of this module, which is never called.
+    """Small parameters that accelerate must not offload.
 
-    They are small. A hook that is attached to this module is dropped, and the parameters that it emptied are restored,
-    as the same objects, on the hook's execution device.
+    Hooks load a module's parameters when it is called, but this module is never called. A hook attached to it is
+    therefore dropped, and the parameters that the hook offloaded are restored, as the same objects, on the hook's
+    execution device.
     """
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name == "_old_forward":  # set before a hook empties the module
+        if name == "_old_forward":  # set before a hook offloads the module
             self.__dict__["_before_hook"] = dict(self._parameters)
         elif name == "_hf_hook":
             self._parameters.update(self.__dict__.pop("_before_hook", {}))

@@ -41,14 +41,14 @@ class VeraParameter(VeraLayer):
 
     @property
     def bias(self) -> None:
-        """None, as the module's biases do not belong to this parameter."""
+        """None, because the module's biases do not belong to this parameter."""
         return None
 
     # Export as a LoRA: lora_A (n r, in), lora_B (out, r n) for a stack of n matrices
 
     def why_not_lora(self) -> str | None:
         if isinstance(self.base_layer, nn.MultiheadAttention):
-            return "its LoRA of torch.nn.MultiheadAttention treats the projections of query, key and value as one"
+            return "for torch.nn.MultiheadAttention, it treats the query, key and value projections as one matrix"
         return super().why_not_lora()
 
     def lora_keys(self, name: str, beside: Collection[str]) -> tuple[str, str]:
@@ -63,7 +63,7 @@ class VeraParameter(VeraLayer):
         a, (b_projection,), b, d = self._drawn_factors(name)
         inner, outer = d[:, :, None] * a, b[:, :, None] * b_projection
         if self.out_axis == 1 and not getattr(self.base_layer, "is_transposed", False):
-            # PEFT relies on that flag alone, and swaps inputs and outputs if a module lacks it.
+            # PEFT relies on `is_transposed` alone, and swaps inputs and outputs if a module lacks this attribute.
             inner, outer = outer.mT, inner.mT
         # The stack's index varies slowest in lora_A and fastest in lora_B.
         return inner.flatten(0, 1).float(), outer.permute(1, 2, 0).flatten(1).float()
@@ -114,7 +114,7 @@ class VeraModule(nn.Module):
         }
 
     def __setattr__(self, name: str, value: Any) -> None:
-        # Setting an adapted parameter is meant for the module inside.
+        # Assignments to an adapted parameter go to the module inside.
         modules = self.__dict__.get("_modules", {})
         if name in modules.get("adapted", ()):
             modules["adapted"][name].weight = value
@@ -126,7 +126,8 @@ class VeraModule(nn.Module):
             return super().__getattr__(name)
         except AttributeError:
             modules = self.__dict__.get("_modules", {})
-            # accelerate's hooks belong to the module inside. Without `adapted`, this is being copied or unpickled.
+            # accelerate's hooks belong to the module inside. If `adapted` is missing, this module is being copied or
+            # unpickled.
             if name.startswith("__") or name in HOOK_ATTRIBUTES or "adapted" not in modules:
                 raise
             if name in modules["adapted"]:
@@ -134,6 +135,6 @@ class VeraModule(nn.Module):
             base: Any = modules["base_layer"]
             value = getattr(base, name)
             if inspect.ismethod(value) and id(value.__self__) == id(base) and not hasattr(nn.Module, name):
-                # The module's other methods read the adapted parameters, as its forward does.
+                # The module's other methods read the adapted parameters too, not only its forward.
                 return getattr(stand_in_for(base, self._weights()), name)
             return value

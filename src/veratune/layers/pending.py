@@ -1,7 +1,7 @@
 """Detect adapters that were removed from a model while a backward pass with gradient checkpointing is pending.
 
-Such a pass recomputes the checkpointed blocks. Adapted layers then raise an error if they compute differently than in
-the forward pass, but layers that were removed from the model cannot. Hooks on the remaining modules do so instead.
+Such a pass recomputes the checkpointed blocks. Adapted layers then raise an error if they would compute differently
+than in the forward pass, but layers that were removed from the model cannot: hooks on the remaining modules do instead.
 """
 
 import gc
@@ -32,8 +32,8 @@ _MOST = 10_000
 def removal_noticed(model: nn.Module, operation: str) -> Iterator[None]:
     """Make pending backward passes detect that adapters were removed from a model within this context.
 
-    Hooks on the model's modules then raise RuntimeError when a block is recomputed. If no pass is pending, as is usual,
-    no hooks are added.
+    Hooks on the model's modules then raise RuntimeError when a block is recomputed. If no pass is pending (the usual
+    case), no hooks are added.
 
     Args:
         model: the unwrapped model.
@@ -56,7 +56,7 @@ def removal_noticed(model: nn.Module, operation: str) -> Iterator[None]:
 
 
 class RemovalCheck:
-    """A forward pre-hook for all modules of a model, which removes itself when no block is pending any more.
+    """A forward pre-hook for all modules of a model, which removes itself once no block is pending.
 
     Args:
         blocks: the objects that gradient checkpointing keeps for the pending blocks.
@@ -98,7 +98,7 @@ class RemovalCheck:
 
 
 def _pending_blocks(model: nn.Module) -> list[Any]:
-    """Return the objects that gradient checkpointing keeps for a model's blocks that are still to be recomputed."""
+    """Return the objects that gradient checkpointing keeps for those of a model's blocks not yet recomputed."""
     holders = list(model.modules())
     logs = [value for holder in holders for value in vars(holder).values() if isinstance(value, StateLog)]
     own = {id(module) for module in holders}
@@ -109,7 +109,7 @@ def _pending_blocks(model: nn.Module) -> list[Any]:
 
 
 def _blocks_of(own: set[int]) -> Iterator[Any]:
-    """Yield the object that is kept for each pending block that computes with one of these modules, given by id."""
+    """Yield the object kept for each pending block that computes with one of these modules, given by id."""
     kinds: dict[type, bool] = {}  # there may be millions of objects, of few types
     for candidate in gc.get_objects():
         kind = type(candidate)

@@ -28,14 +28,14 @@ def compute_dtype(x: Tensor, weight_dtype: torch.dtype) -> torch.dtype | None:
 
 
 def are_wide(vectors: Iterable[Tensor], dtype: torch.dtype) -> bool:
-    """Return whether vectors are in float32 or wider, and products in this half-precision dtype."""
+    """Return whether the vectors are in float32 or wider while `dtype`, that of products, is half precision."""
     return dtype.itemsize == 2 and all(vector.dtype.itemsize > 2 for vector in vectors)
 
 
 def choose(
     entry: AdapterEntry, vectors: Sequence[Tensor], x: Tensor, dtype: torch.dtype, *, weight_readable: bool
 ) -> tuple[RouteChoice, ...]:
-    """Return the routes of one adapter for an input, one for each part of the outputs.
+    """Return one adapter's routes for an input, one for each part of the outputs.
 
     Args:
         entry: the adapter.
@@ -62,7 +62,7 @@ def choose(
 
 
 def exact_rows(entry: AdapterEntry, factors: Factors, x: Tensor) -> bool:
-    """Return whether the gradients of a stack's vectors are computed exactly for rows x (T, in)."""
+    """Return whether to compute the gradients of a stack's vectors exactly for rows x (T, in)."""
     vectors = factors.b, factors.d
     if not (are_wide(vectors, x.dtype) and gradients_wanted(*vectors)) or torch.compiler.is_compiling():
         return False

@@ -1,4 +1,4 @@
-"""Adding the output of one adapter to that of a layer, fused or not, by the chosen routes."""
+"""Add the output of one adapter to that of a layer, fused or not, by the chosen routes."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -25,11 +25,11 @@ def plus_adapter(
 
     Args:
         output: (T, out).
-        x: (T, in), of the output's dtype.
+        x: (T, in), in the output's dtype.
         parts: the adapter's factors for each part of the outputs.
         choices: the route for each part.
         index: the index of the matrix in the stack; None if there is no stack.
-        xa: returns x A^T, if layers share it; in float32 if called with True.
+        xa: returns x A^T if layers share it, in float32 if called with True.
     """
     factors = parts[0].factors
     exactly = any(choice.exact for choice in choices) and gradients_wanted(factors.b, factors.d)

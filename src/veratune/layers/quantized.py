@@ -15,7 +15,7 @@ _PACKS = "support_avx512bf16_for_cpu"
 
 
 def is_quantized(module: nn.Module) -> bool:
-    """Return whether ordinary operations cannot compute with a module's weight."""
+    """Return whether a module's weight is stored in a form that ordinary operations cannot compute with."""
     weight = module._parameters.get("weight")
     return weight is None or type(weight) is not nn.Parameter or not weight.is_floating_point()
 
@@ -30,7 +30,7 @@ def why_not_readable(module: nn.Module) -> str | None:
     name = type(weight).__name__
     if name in ("Params4bit", "Int8Params"):
         done = weight.quant_state if name == "Params4bit" else codes_of(module)
-        return None if done is not None else "its weight is not quantized yet: move it to its device first"
+        return None if done is not None else "its weight is not quantized yet: move the model to its device first"
     if hasattr(weight, "dequantize") and type(weight) is not nn.Parameter:
         return None
     return f"its weight is a {name} of dtype {weight.dtype}"
@@ -88,7 +88,7 @@ class _Unpacking:
 
 
 def keep_differentiable(model: nn.Module) -> None:
-    """Keep gradients through bitsandbytes' 4-bit layers correct after evaluations."""
+    """Keep gradients through bitsandbytes 4-bit layers correct after evaluation."""
     for module in model.modules():
         if spoils_gradients(module):
             weight: Any = module._parameters["weight"]
@@ -120,18 +120,18 @@ def _is_packed(weight: Any) -> bool:
 
 
 def _usual_form(weight: Any) -> tuple[Tensor, Any]:
-    """Return a packed 4-bit weight's codes and state in the form from before packing, with scales in float32."""
+    """Return a packed 4-bit weight's codes and state as they were before packing, but with scales in float32."""
     from bitsandbytes import functional
 
     state = copy.copy(weight.quant_state)
-    # The inverse restores only the codes.
+    # The function below restores only the codes.
     state.absmax, state.original_nested = state.absmax.t().reshape(-1).float(), False
     codes, state = functional._convert_weight_packed_for_cpu_inverse(weight.data, state)
     return codes, state
 
 
 def loss_of_merging(module: nn.Module) -> str:
-    """Return the effect of merging on a quantized weight, phrased to follow "merging"."""
+    """Return the effect of merging on quantized weights, phrased to follow "merging"."""
     if type(module._parameters.get("weight")).__name__ in ("Params4bit", "Int8Params"):
         return "rounds their weights by quantizing them again"
     return "turns their weights into ordinary tensors, as large as before quantization"
@@ -158,7 +158,7 @@ def requantized(module: nn.Module, full: Tensor) -> nn.Parameter:
         )
     else:
         new = classes.Int8Params(full.half().cpu(), requires_grad=False, has_fp16_weights=False)
-    moved: nn.Parameter = new.to(weight.device)  # which quantizes it
+    moved: nn.Parameter = new.to(weight.device)  # quantizes the weight
     return moved
 
 

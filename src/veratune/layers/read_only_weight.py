@@ -21,13 +21,13 @@ ABOUT = {
         for name in ("size", "dim", "numel", "nelement", "is_floating_point", "is_complex", "element_size", "__len__")
     ),
 }
-# Functions that write to their first argument, besides those whose names end in "_".
+# Functions that write to their first argument, other than those whose names end in "_".
 _WRITING = {
     *("__setitem__", "__delitem__", "__set__", "__delete__"),
     *("__iadd__", "__isub__", "__imul__", "__idiv__", "__itruediv__", "__ifloordiv__", "__imod__", "__ipow__"),
     *("__iand__", "__ior__", "__ixor__", "__ilshift__", "__irshift__"),
 }
-# Models use some of these to keep weights within a range that usually contains them already.
+# Some models call these to keep weights within a range, which usually contains all of their values already.
 _LIMITING = {"clamp_", "clamp_min_", "clamp_max_", "clip_"}
 
 
@@ -36,7 +36,7 @@ class ReadableLayer(Protocol):
 
     Attributes:
         out_axis, weight_name, geometry, in_features, entries, added_adapters: as in `VeraLayer`.
-        weight_was_read: set if something computed with the adapted weight without calling the layer.
+        weight_was_read: whether the adapted weight was used in a computation without calling the layer.
     """
 
     out_axis: Literal[0, 1]
@@ -65,7 +65,7 @@ class ReadableLayer(Protocol):
 
 
 class ReadOnlyWeight(Tensor):
-    """W0 + delta W of a layer, or a view of it. It computes like a plain tensor."""
+    """W0 + delta W of a layer, or a view of it. It behaves like a plain tensor, but refuses writes."""
 
     _layer: ReadableLayer
     _outside: bool
@@ -110,7 +110,7 @@ def read_only(weight: Tensor, layer: ReadableLayer, *, outside: bool) -> ReadOnl
     Args:
         weight: W0 + delta W; its graph is kept.
         layer: the layer.
-        outside: whether it is read by code that may not call the layer. Computing with it then sets
+        outside: whether the caller may use the result without calling the layer. Computing with it then sets
             `weight_was_read`.
     """
     protected_weight = weight.as_subclass(ReadOnlyWeight)
@@ -119,7 +119,7 @@ def read_only(weight: Tensor, layer: ReadableLayer, *, outside: bool) -> ReadOnl
 
 
 def protected(result: Any, weight: Tensor, layer: ReadableLayer, *, outside: bool) -> Any:
-    """Return the result of an operation on W0 + delta W, made read-only if it is a view of W0 + delta W.
+    """Make the result of an operation on W0 + delta W read-only if it is a view of W0 + delta W.
 
     Args:
         result: a tensor, several tensors, or anything else.

@@ -1,8 +1,8 @@
-"""Gradient checkpointing: a block is recomputed in the backward pass, in the state of its forward pass.
+"""Gradient checkpointing: verify that a block is recomputed in the same state as in its forward pass.
 
-The state of a layer besides its inputs (adapters that are active, merged or disabled, modules_to_save, biases, and the
-versions of parameters) is recorded with the number of the next autograd node when it changes. A recomputation runs
-while the engine is at a node of the original forward pass, whose number determines the state at that time. Each thread
+The state of a layer (adapters that are active, merged or disabled, modules_to_save, biases, and the versions of
+parameters) is recorded with the number of the next autograd node when it changes. A recomputation runs while the engine
+is at a node of the original forward pass, and the number of this node determines the state at that time. Each thread
 numbers its nodes separately.
 """
 
@@ -16,7 +16,7 @@ from torch import nn
 
 from veratune.utils.torch_private import in_backward, may_be_recomputed, next_node_number, node_number_of_backward
 
-# The number of changes to record; recomputing a graph older than all of them is refused.
+# The number of changes to record; recomputing a graph older than all of them raises an error.
 _KEPT = 256
 _MOST_THREADS = 8
 
@@ -28,7 +28,7 @@ class State(NamedTuple):
     """The adapters that a module computes with.
 
     Attributes:
-        active: the adapters whose output it adds.
+        active: the adapters whose output the module adds.
         merged: the adapters whose deltas are in its weight.
         own_bias: whether its bias is an adapter's.
     """
@@ -51,25 +51,25 @@ def recomputed_with_other(owner: str, what: str) -> str:
 
 
 def recomputing() -> bool:
-    """Return whether this is called within a backward pass. A compiler plans recomputations itself."""
+    """Return whether this is called within a backward pass; False under torch.compile, which plans recomputations."""
     return not torch.compiler.is_compiling() and in_backward()
 
 
 def matters(module: nn.Module) -> bool:
-    """Return whether a pass through a module recomputes another one, or may be recomputed."""
+    """Return whether the current pass through a module recomputes another pass or may itself be recomputed."""
     if torch.compiler.is_compiling():
         return False
     return in_backward() or may_be_recomputed(training=module.training)
 
 
 class _Entry(NamedTuple):
-    """What a module computes with: its state, None if unrecoverable, and parameter versions, empty if unknown."""
+    """A module's state in a pass (None if unrecoverable) and the versions of its parameters (empty if unknown)."""
 
     state: State | None
     versions: Versions = ()
 
     def fits(self, now: "_Entry") -> bool:
-        """Return whether the parameters' values are the same as now, given that the states are."""
+        """Return whether the parameters have the same values as now, given that the states are equal."""
         pairs = zip(self.versions, now.versions, strict=False)
         return all(then is None or here is None or then == here for then, here in pairs)
 
@@ -78,7 +78,7 @@ class _History(NamedTuple):
     """One thread's entries, and the number of the autograd node from which each applies. Immutable: threads share it.
 
     A pass without gradients may belong to a node that was created before the module ran. `earliest` has the number of
-    the first node it may belong to.
+    the first node to which it may belong.
     """
 
     starts: tuple[int, ...]
@@ -136,7 +136,7 @@ class StateLog:
         self._histories[thread] = history.followed_by(entry, next_node_number())
 
     def _note(self, entry: _Entry) -> None:
-        """Record what the module computes with in a pass that may be recomputed, whose node may exist already."""
+        """Record the entry of a pass that may be recomputed and whose node may already exist."""
         thread = threading.get_ident()
         history = self._histories.get(thread)
         now, gradients = next_node_number(), torch.is_grad_enabled()
@@ -176,7 +176,7 @@ class StateLog:
         return self._computed
 
     def void(self) -> None:
-        """Record that no earlier pass can be recomputed, whatever state the module was in."""
+        """Record that no earlier pass can be recomputed, regardless of the module's state."""
         self._first, now = _Entry(None), _Entry(self._state)
         for thread in list(self._histories):
             self._histories[thread] = _History.of(self._first)
@@ -187,7 +187,7 @@ class StateLog:
 
         Args:
             owner: the module's name in the message.
-            parameters: the parameters it computes with, in an order that depends only on its state.
+            parameters: the parameters that it computes with, in an order that depends only on its state.
 
         Raises:
             RuntimeError: this recomputes a pass with different adapters or values.
@@ -203,7 +203,7 @@ class StateLog:
 
         Args:
             owner: the module's name in the message.
-            versions: the versions of the parameters it computes with.
+            versions: the versions of the parameters that it computes with.
         """
         number = node_number_of_backward()
         if number is None:
@@ -218,11 +218,12 @@ class StateLog:
         then = next((entry for entry in entries if entry.state == now.state), entries[0])
         if then.state == now.state:
             raise RuntimeError(
-                f"{recomputed_with_other(owner, 'values')}: they have been written to since. Call backward() before an"
-                " optimizer's step, restore, load_state_dict and other writes, or train without gradient checkpointing"
+                f"{recomputed_with_other(owner, 'values')}: its parameters were written to in between. Call backward()"
+                " before optimizer.step(), restore, load_state_dict or other writes, or train without gradient"
+                " checkpointing"
             )
         raise RuntimeError(
-            f"{recomputed_with_other(owner, 'adapters')}: then {then.state or 'one that was removed since'}, now"
+            f"{recomputed_with_other(owner, 'adapters')}: then {then.state or 'an adapter since removed'}, now"
             f" {now.state}. Call backward() before activating, merging, disabling or removing adapters, or train"
             " without gradient checkpointing"
         )
@@ -233,8 +234,8 @@ class StateLog:
 
 
 def _versions(parameters: Iterable[Any]) -> Versions:
-    """Return each parameter's version; None for those that are created in every pass, such as FSDP's."""
+    """Return each parameter's version; None for tensors that are created in every pass, such as FSDP's."""
     try:
         return tuple([own._version if type(own) is nn.Parameter else None for own in parameters])
-    except RuntimeError:  # made in inference mode
+    except RuntimeError:  # created in inference mode
         return ()

@@ -1,4 +1,4 @@
-"""Find the layer kind that adapts a module, and the parameters that can be adapted where a module reads them."""
+"""Find the layer kind that adapts a module, and the adaptable parameters that a module reads directly."""
 
 import re
 
@@ -12,8 +12,8 @@ from veratune.layers.linear import VeraConv1D, VeraLinear
 from veratune.layers.parameter import VeraParameter
 from veratune.utils.sharding import shape_of
 
-# The first kind that adapts a module is used. VeraLinear is the last, as it accepts any module with the attributes of a
-# linear layer.
+# The first kind that adapts a module is used. VeraLinear comes last because it accepts any module with the attributes
+# of a linear layer.
 LAYER_KINDS: list[type[VeraLayer]] = [
     VeraConv,
     VeraEmbedding,
@@ -45,15 +45,15 @@ def why_not_adaptable(module: nn.Module) -> str | None:
     Modules that read weights directly have `adaptable_parameters` instead.
     """
     if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():
-        return "it is lazy and has no shape before its first input"
+        return "it is a lazy module, which has no shape before its first call"
     kind = find_layer_class(module)
     if kind is not None:
         return kind.why_not_adaptable(module)
     if adaptable_parameters(module):
-        return f"{type(module).__name__} reads its weights directly: they are adapted as parameters"
+        return f"{type(module).__name__} reads its weights directly, so they are adapted as parameters"
     return (
-        f"{type(module).__name__} is not one of the kinds that VeRA adapts: linear layers, convolutions that are not"
-        " transposed, embeddings"
+        f"{type(module).__name__} is not of a kind that VeRA adapts (linear layers, non-transposed convolutions and"
+        " embeddings)"
     )
 
 
@@ -102,7 +102,7 @@ def _is_stack(name: str, parameter: nn.Parameter | None) -> bool:
 
 
 def why_not_parameter(module: nn.Module, name: str) -> str | None:
-    """Return None if VeRA can adapt a parameter that its module reads, otherwise the reason."""
+    """Return None if VeRA can adapt a parameter that its module reads directly, otherwise the reason."""
     parameter = module._parameters.get(name)
     if parameter is None:
         return f"{type(module).__name__} has no parameter {name!r}"
@@ -114,7 +114,7 @@ def why_not_parameter(module: nn.Module, name: str) -> str | None:
         return f"{type(module).__name__} does not use it as a matrix"
     shape = shape_of(parameter)
     if len(shape) not in (2, 3) or not shape.numel():
-        return f"its shape is {tuple(shape)}, neither a matrix nor a stack of matrices"
+        return f"its shape is {tuple(shape)}, so it is neither a matrix nor a stack of matrices"
     if not parameter.is_floating_point() or parameter.dtype.itemsize < 2:
         return f"its dtype is {parameter.dtype}"
     return None
@@ -135,7 +135,7 @@ def parameter_layout(module: nn.Module, name: str) -> tuple[Geometry, bool]:
 
 
 def _stored_transposed(module: nn.Module) -> bool:
-    """Return whether a module's expert tensors are (experts, in, out), from its attribute or from their sizes."""
+    """Return whether a module's expert tensors are (experts, in, out), from `is_transposed` or from their sizes."""
     stated = getattr(module, "is_transposed", None)
     if isinstance(stated, bool):
         return stated
@@ -145,8 +145,8 @@ def _stored_transposed(module: nn.Module) -> bool:
     pairs = [(stacks[up], stacks[down]) for up in _UP for down in _DOWN if up in stacks and down in stacks]
     if hidden is not None and pairs and all((up[1] == hidden) != (up[2] == hidden) for up, _ in pairs):
         return all(up[1] == hidden for up, _ in pairs)
-    # The up projection's inputs are the down projection's outputs; the up projection's outputs, of gate and up together
-    # or of one of them, are the down projection's inputs.
+    # The up projection's inputs have the size of the down projection's outputs. The up projection's outputs have the
+    # size of the down projection's inputs, or twice that size if gate and up are one tensor.
     straight = [up[2] == down[1] and up[1] in (down[2], 2 * down[2]) for up, down in pairs]
     turned = [up[1] == down[2] and up[2] in (down[1], 2 * down[1]) for up, down in pairs]
     return bool(pairs) and not any(straight) and all(turned)
