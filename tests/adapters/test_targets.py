@@ -97,7 +97,7 @@ def test_rank_pattern():
         ({"target_modules": ["zzz"]}, ["zzz", "modules called", "query (Linear)"]),
         ({"target_modules": ["query"], "modules_to_save": ["haed"]}, ["haed", "head (Linear)"]),
         ({"target_modules": ["head"], "modules_to_save": ["head"]}, ["trained in full", "modules_to_save"]),
-        ({"target_modules": ["query"], "exclude_modules": ["query"]}, ["exclude_modules", "none is left"]),
+        ({"target_modules": ["query"], "exclude_modules": ["query"]}, ["exclude_modules", "no module remains"]),
     ],
 )
 def test_errors_say_what_the_model_has_and_change_nothing(settings, expected):
@@ -350,7 +350,7 @@ def test_an_adapted_tied_head_can_be_tied_again():
 
 def test_a_name_in_place_of_a_list_is_told_from_a_regular_expression():
     model = nn.ModuleDict({"outer": nn.ModuleDict({"query": nn.Linear(3, 3)})})
-    with pytest.raises(ValueError, match=r"A list names the ends of modules' names: \['query'\]"):
+    with pytest.raises(ValueError, match=r"To match the ends of module names, pass a list: \['query'\]"):
         get_peft_model(model, VeraConfig(r=2, target_modules="query"))
     with pytest.raises(ValueError, match='Did you mean "all-linear"'):
         get_peft_model(model, VeraConfig(r=2, target_modules="all_linear"))

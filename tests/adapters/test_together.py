@@ -59,5 +59,5 @@ def test_no_single_active_adapter_says_what_to_do():
     model = small_adapted()
     model.add_adapter("other", VeraConfig(r=2, target_modules="all-linear"))
     model.set_adapter(["default", "other"])
-    with pytest.raises(ValueError, match="give adapter_name, or choose one with set_adapter"):
+    with pytest.raises(ValueError, match="pass adapter_name, or choose one with set_adapter"):
         model.explain_routes(tokens=4)

@@ -1,1 +1,1 @@
-"""Adapters on a model: finding targets, adding, activating and merging. No files."""
+"""Adapters on a model: find targets, and add, activate and merge adapters, without reading or writing files."""

@@ -1,4 +1,4 @@
-"""Adding, activating and removing the adapters of a model. Nothing here reads or writes files."""
+"""Add, activate and remove the adapters of a model, without reading or writing files."""
 
 import threading
 from collections.abc import Sequence
@@ -27,8 +27,8 @@ from veratune.ops.calibration import load_calibration
 from veratune.projections.pool import projection_pool
 from veratune.projections.schemes import Scheme
 
-# Held from the first check of a model until the change to it is complete: two threads must not use the same name or
-# replace the same layer. One lock for all models, because a lock stored in a model would make the model uncopyable.
+# Held from the first check of a model until the change is complete, so that two threads cannot use the same name or
+# replace the same layer. One lock for all models, because a model that holds a lock cannot be copied.
 ADDING = threading.RLock()
 
 
@@ -60,7 +60,7 @@ class AdaptedModel(MergingModel):
         return sum(count for count, trainable in counts if trainable), sum(count for count, _ in counts)
 
     def print_trainable_parameters(self) -> None:
-        """Print the two numbers of `get_nb_trainable_parameters` and their ratio."""
+        """Print the numbers of trainable and of all parameters, and their ratio in percent."""
         trainable, total = self.get_nb_trainable_parameters()
         print(
             f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {100 * trainable / total:.4f}"
@@ -79,9 +79,9 @@ class AdaptedModel(MergingModel):
 
         Print the result for a table. Times are estimated from the device's profile (see `calibrate`).
 
-        Layers without a choice (convolutions, embeddings, packed attention, experts) are not listed, nor are fused
-        layers in parts, whose parts are routed separately. A compiled model uses the choice for 8, 256 or 4,096 tokens,
-        so that it is not recompiled for each number of tokens.
+        Layers without a choice of route (convolutions, embeddings, packed attention, experts) are not listed, nor are
+        layers in `fused_parts`, whose parts are routed separately. A compiled model uses the choice for 8, 256 or 4,096
+        tokens, so that it is not recompiled for each number of tokens.
 
         Args:
             tokens: the product of the input's leading dimensions (batch times sequence length).
@@ -91,8 +91,8 @@ class AdaptedModel(MergingModel):
             training: whether the gradients of the vectors are needed.
 
         Raises:
-            TypeError: a number of tokens that is not an integer.
-            ValueError: an unknown adapter, or a number of tokens below one.
+            TypeError: `tokens` is not an integer.
+            ValueError: the adapter is unknown, or `tokens` is less than one.
         """
         name = self.active_adapter if adapter_name is None else adapter_name
         self._check_known([name])
@@ -120,12 +120,12 @@ class AdaptedModel(MergingModel):
         check_adapter_name(adapter_name)
         if adapter_name in self.peft_config:
             raise ValueError(
-                f"adapter_name={adapter_name!r} is taken: this model has the adapters {list(self.peft_config)};"
-                " delete_adapter removes one"
+                f"adapter_name={adapter_name!r} is taken: this model has the adapters {list(self.peft_config)}. Choose"
+                " another name, or call delete_adapter first"
             )
 
     def install_adapter(self, adapter_name: str, plan: AdapterPlan) -> None:
-        """Apply a plan that `plan_adapter` made for the current state of this model, or change nothing."""
+        """Apply a plan made by `plan_adapter` for the current state of this model; on errors, nothing is changed."""
         check_not_sharded(plan.targets)
         with self.undone_on_error():
             self._install(adapter_name, plan)
@@ -251,7 +251,7 @@ class AdaptedModel(MergingModel):
     # Training
 
     def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
-        """Enable gradient checkpointing in the model, and make its inputs require gradients, as checkpointing needs."""
+        """Enable gradient checkpointing in the model, and make its inputs require gradients for it."""
         model: Any = self.base_model
         model.gradient_checkpointing_enable(*args, **kwargs)
         self._let_inputs_require_grad()

@@ -17,7 +17,7 @@ from veratune.projections.schemes import Scheme
 
 
 class AdapterConfigs(dict[str, VeraConfig]):
-    """Adapter name to its configuration. PEFT, which would add its own ones to a model's, gets an error."""
+    """Adapter name to its configuration. Configurations of other classes, which PEFT might add, are rejected."""
 
     def __setitem__(self, name: str, config: VeraConfig) -> None:
         _check_config(config)
@@ -33,7 +33,7 @@ class AdapterConfigs(dict[str, VeraConfig]):
 def _check_config(config: object) -> None:
     if not isinstance(config, VeraConfig):
         raise TypeError(
-            f"a {type(config).__name__} cannot be added to a VeraModel: call its add_adapter with a VeraConfig, or give"
+            f"a {type(config).__name__} cannot be added to a VeraModel: call its add_adapter with a VeraConfig, or pass"
             " PEFT the model that merge_and_unload() or unload() returns"
         )
 
@@ -55,7 +55,7 @@ class AdapterSet(ModelWrapper):
         self._biases: dict[str, AdapterBiases] = {}
         self._active: list[str] = []
         self._disabled = 0
-        # By name: sharding, offloading and merging replace the parameters themselves.
+        # Stored by name, because sharding, offloading and merging replace the parameters themselves.
         self._trainable_before = {name for name, parameter in base_parameters(model) if parameter.requires_grad}
         self.base_model = model
         self.training = model.training
@@ -73,14 +73,14 @@ class AdapterSet(ModelWrapper):
 
     @property
     def active_adapter(self) -> str:
-        """The name of the one active adapter.
+        """The name of the only active adapter.
 
         Raises:
             ValueError: no adapter is active, or several are.
         """
         if len(self._active) != 1:
             remedy = (
-                "give adapter_name, or choose one with set_adapter" if self.peft_config else "all adapters were removed"
+                "pass adapter_name, or choose one with set_adapter" if self.peft_config else "all adapters were removed"
             )
             raise ValueError(f"there is no single active adapter (active_adapters is {self._active}): {remedy}")
         return self._active[0]
@@ -182,12 +182,12 @@ class AdapterSet(ModelWrapper):
             if len(owners) > 1:
                 raise ValueError(
                     f"the adapters {owners} each have a trained copy of {name!r} and cannot be active together:"
-                    " an adapter made with modules_to_save=[] has none"
+                    " create adapters with modules_to_save=[] to train no copy"
                 )
 
     def _let_inputs_require_grad(self) -> None:
-        # Reentrant checkpointing computes no gradients in a block unless one of its inputs requires them, and with
-        # frozen embeddings none does.
+        # Reentrant checkpointing computes no gradients in a block unless an input of the block requires them, which is
+        # not the case if the embeddings are frozen.
         enable: Callable[[], None] | None = getattr(self.base_model, "enable_input_require_grads", None)
         if enable is not None and not self._inputs_require_grad:
             enable()

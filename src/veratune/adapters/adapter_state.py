@@ -49,14 +49,14 @@ class AdapterState:
         yield from self.biases.values()
 
     def tensors(self) -> Iterator[Tensor]:
-        """Yield the parameters, and the buffers of modules that are trained in full."""
+        """Yield the parameters and the buffers of modules that are trained in full."""
         yield from self.parameters()
         for module in self.saved.values():
             yield from module.buffers()
 
 
 def check_adapter_name(name: str) -> None:
-    """Raise ValueError unless the name can be part of a parameter name, and the name of a directory."""
+    """Raise ValueError unless the name can be part of a parameter name and the name of a directory."""
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise ValueError(
             f"adapter_name={name!r} is not allowed: it must be 1 to 128 letters, digits, '_' or '-', because it"
@@ -64,7 +64,7 @@ def check_adapter_name(name: str) -> None:
         )
     if len(name.encode("utf-8", "surrogatepass")) > _MOST_NAME_BYTES:
         raise ValueError(
-            f"adapter_name={name!r} is not allowed: it has {len(name.encode())} bytes in UTF-8, and the name of a"
+            f"adapter_name={name!r} is not allowed: it has {len(name.encode())} bytes in UTF-8, but the name of a"
             f" directory may have at most {_MOST_NAME_BYTES}"
         )
     if hasattr(nn.ModuleDict(), name) or hasattr(nn.ParameterDict(), name):
@@ -72,5 +72,5 @@ def check_adapter_name(name: str) -> None:
 
 
 def as_names(names: str | Sequence[str]) -> list[str]:
-    """Return adapter names as a list; a string is one name."""
+    """Return adapter names as a list; a string is a single name."""
     return [names] if isinstance(names, str) else list(names)

@@ -1,4 +1,4 @@
-"""A table of all weights of a model, and which of them VeRA can adapt."""
+"""A table of all weights of a model that shows which of them VeRA can adapt."""
 
 import math
 from dataclasses import dataclass
@@ -34,8 +34,8 @@ class WeightInfo:
             "vector".
         module: the class of the module that holds it.
         shape: its shape; for a quantized layer, that of the dequantized matrix.
-        by: the setting that adapts it: "all-linear"; "target_modules" or "target_parameters", in which it has to be
-            named; "bias", which trains it in full; or "" if it cannot be adapted.
+        by: the setting that adapts it: "all-linear"; "target_modules" or "target_parameters", if it must be listed
+            there; "bias", which trains it in full; or "" if it cannot be adapted.
         why_not: the reason why it cannot be adapted.
     """
 
@@ -77,7 +77,7 @@ class SupportTable(list[WeightInfo]):
 
 
 def supported(model: nn.Module) -> SupportTable:
-    """Return all weights of a model, with the setting that adapts each, or the reason why none does.
+    """Return all weights of a model, each with the setting that adapts it or the reason why it cannot be adapted.
 
     Args:
         model: any module, with or without adapters on it.
@@ -124,7 +124,7 @@ def _info(name: str, module: nn.Module, parameter_name: str, parameter: nn.Param
             shape = (size.out_features, size.in_features)
         return WeightInfo(full, layer_class(module).kind, class_name, shape, by)
     if nn.parameter.is_lazy(parameter):
-        return WeightInfo(full, "parameter", class_name, (), "", "it is lazy and has no shape yet")
+        return WeightInfo(full, "parameter", class_name, (), "", "it is a lazy parameter, which has no shape yet")
     if parameter.ndim < 2:
         trained: By = "bias" if parameter_name == "bias" else ""
         return WeightInfo(full, "vector", class_name, shape, trained, "" if trained else "it is not a matrix")

@@ -39,7 +39,7 @@ def resolve_config(model: nn.Module, config: VeraConfig, notify: Callable[[str],
     Args:
         model: the model without a wrapper.
         config: the user's configuration; not changed.
-        notify: called with a sentence if a choice may be surprising.
+        notify: called with a message if a choice may be surprising.
     """
     changes: dict[str, object] = {}
     model = without_wrappers(model)
@@ -69,7 +69,7 @@ def _query_and_value(model: nn.Module, model_type: str) -> tuple[str, ...] | Non
 
 
 def _modules_to_save(model: nn.Module, config: VeraConfig) -> list[str]:
-    """Return the full names of the modules to save: those the configuration names, or the model's new head."""
+    """Return the full names of the modules to save: those in the configuration, or the model's new head."""
     modules = base_modules(model)
     if config.modules_to_save is None:
         return _new_head(model, config)
@@ -88,7 +88,7 @@ def _modules_to_save(model: nn.Module, config: VeraConfig) -> list[str]:
 
 
 def _new_head(model: nn.Module, config: VeraConfig) -> list[str]:
-    """Return the names of the head of a classification model, which is randomly initialized and has to be trained."""
+    """Return the names of a classification model's head, which is randomly initialized and must be trained."""
     prefix = getattr(model, "base_model_prefix", None)
     children = {name: child for name, child in model.named_children() if next(child.parameters(), None) is not None}
     by_class = _NEW_HEAD_CLASS.search(type(model).__name__) is not None

@@ -1,4 +1,4 @@
-"""Matching names against the lists, regular expressions and layer indices of a configuration."""
+"""Match names against the lists, regular expressions and layer indices of a configuration."""
 
 from collections.abc import Callable
 
@@ -23,7 +23,7 @@ def matcher(patterns: list[str] | str, budget: Budget | None = None) -> Callable
 
 
 def narrowed(names: list[str], config: VeraConfig, budget: Budget | None = None) -> list[str]:
-    """Remove names by `exclude_modules` and `layers_to_transform`."""
+    """Filter names by `exclude_modules` and `layers_to_transform`."""
     if config.exclude_modules is not None:
         excluded = matcher(config.exclude_modules, budget)
         names = [name for name in names if not excluded(name)]

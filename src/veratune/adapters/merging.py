@@ -1,4 +1,4 @@
-"""Merging adapters into the weights of a model, and unmerging them."""
+"""Merge adapters into the weights of a model, and unmerge them."""
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -32,7 +32,7 @@ class MergingModel(AdapterSet):
 
     @contextmanager
     def only(self, adapter_names: Sequence[str]) -> Iterator[None]:
-        """Activate only these adapters within this context. Which parameters are trainable does not change.
+        """Activate only these adapters within this context. The parameters' `requires_grad` does not change.
 
         Merged adapters are unmerged, and merged again on exit.
 
@@ -58,18 +58,18 @@ class MergingModel(AdapterSet):
     def merge_adapter(self, adapter_names: str | Sequence[str] | None = None, safe_merge: bool = False) -> None:
         """Add the deltas of adapters to the weights, so that the adapters cost nothing in the forward pass.
 
-        A merged adapter does not learn: its vectors get no gradients until `unmerge_adapter`. The modules and biases
+        A merged adapter is not trained: its vectors get no gradients until `unmerge_adapter`. The modules and biases
         that it trains in full are used while it is merged, even if it is not active.
 
         The original weights are kept in addition to the merged ones (this doubles the memory of the adapted layers),
         and `unmerge_adapter` restores them bit for bit. Modules that share a merged weight keep the original.
 
         A bitsandbytes weight is dequantized, the delta is added, and the sum is quantized again, which loses part of
-        the adapter; a torchao weight becomes a plain tensor. Both cause a warning. Other quantized layers cannot be
-        merged into, because veratune does not know their formats.
+        the adapter; a torchao weight becomes a plain tensor. Both cause a warning. Merging into other quantized layers
+        is an error, because veratune does not support their formats.
 
-        `state_dict` then has the merged weights under the names of the original ones: loading it into an unmerged model
-        would add the deltas twice. `save_pretrained` writes the same adapter, merged or not.
+        `state_dict` then has the merged weights under the original names: loading it into an unmerged model would add
+        the deltas twice. `save_pretrained` writes the same adapter, merged or not.
 
         Args:
             adapter_names: which adapters; the active ones by default.
@@ -100,8 +100,8 @@ class MergingModel(AdapterSet):
         """Undo `merge_adapter`, bit for bit.
 
         Raises:
-            ValueError: merged weights were offloaded or written to since; nothing is changed then. `merge_and_unload`
-                keeps weights that were written to as they are.
+            ValueError: merged weights have been offloaded or written to since merging; nothing is changed.
+                `merge_and_unload` keeps weights that were written to.
         """
         for layer in self._layers():
             layer.check_unmergeable()
@@ -119,8 +119,8 @@ class MergingModel(AdapterSet):
         The adapted layers get new weight parameters; tied layers are untied, and `tie_word_embeddings` in the model's
         configuration is then set to False.
 
-        If this is interrupted, or runs out of memory, while merging, finished layers stay merged and the others keep
-        their adapters: outputs stay correct, and the same call resumes. The model is unchanged after any other error.
+        If merging is interrupted or runs out of memory, finished layers stay merged and the others keep their adapters:
+        outputs stay correct, and the same call resumes. The model is unchanged after any other error.
 
         Args:
             progressbar: print a line for each percent of the layers.
@@ -152,7 +152,7 @@ class MergingModel(AdapterSet):
             model_config: Any = getattr(self.base_model, "config", None)
             if self._tied_weights(names) and getattr(model_config, "tie_word_embeddings", False):
                 model_config.tie_word_embeddings = False
-            # Not undone on errors, because that would need memory for the original weights.
+            # Not undone on errors, because this would take memory for the original weights.
             for done, layer in enumerate(remaining, start=1):
                 merged = [name for name in names if name in layer.entries]
                 if merged:
@@ -163,13 +163,13 @@ class MergingModel(AdapterSet):
                 if progressbar and done * 100 // len(remaining) > (done - 1) * 100 // len(remaining):
                     print(f"merged {done} of {len(remaining)} layers")
             with self.undone_on_error():
-                self._forget_biases()  # the installed ones stay
+                self._forget_biases()  # the installed biases stay in the model
                 return self._take_apart()
 
     def unload(self) -> nn.Module:
-        """Remove all adapters and return the model as it was before.
+        """Remove all adapters and return the original model.
 
-        If a checkpointed block's backward pass is still pending, that backward pass raises RuntimeError.
+        If the backward pass of a checkpointed block is still pending, it raises RuntimeError.
 
         Raises:
             ValueError: such a backward pass is pending in a model that reads adapted weights without calling their
@@ -218,7 +218,7 @@ class MergingModel(AdapterSet):
         if not names and adapter_names is None:
             raise ValueError(
                 "no adapter is active, so there is nothing to merge: "
-                + ("give adapter_names, or call set_adapter first" if self.peft_config else "all adapters were removed")
+                + ("pass adapter_names, or call set_adapter first" if self.peft_config else "all adapters were removed")
             )
         return names
 
@@ -239,11 +239,11 @@ class MergingModel(AdapterSet):
             if loss is not None:
                 notify(
                     f"merging into {count} quantized layers {loss}, which changes the outputs. unmerge_adapter restores"
-                    " the weights; an adapter that is not merged is exact"
+                    " the weights; unmerged adapters are exact"
                 )
 
     def _tied_weights(self, names: Sequence[str]) -> bool:
-        """Return whether a weight that is about to be merged or replaced is shared with another module."""
+        """Return whether any weight that will be merged or replaced is shared with another module."""
         holders: dict[int, int] = {}
         changing: set[int] = set()
         for module in self.modules():

@@ -1,4 +1,4 @@
-"""Names of a model's modules, ignoring adapters and the wrappers of torch."""
+"""Names of a model's modules, ignoring adapters and torch's wrappers."""
 
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple, TypeVar
@@ -15,8 +15,8 @@ class ModuleName(NamedTuple):
     """The names of one module.
 
     Attributes:
-        public: without the wrappers of torch; used in files, targets and messages. A wrapper has the same public name
-            as the module inside.
+        public: its name without torch's wrappers, used in files, targets and messages. A wrapper has the same public
+            name as the module inside.
         state: the prefix of its keys in a state dict, in which some wrappers appear and some do not.
         wrapper: whether it is a wrapper.
     """
@@ -27,12 +27,12 @@ class ModuleName(NamedTuple):
 
 
 def joined(module_name: str, name: str) -> str:
-    """Return the dotted name of something in a module."""
+    """Return the dotted name of a member of a module."""
     return f"{module_name}.{name}" if module_name else name
 
 
 def ends_in(name: str, suffix: str) -> bool:
-    """Return whether a dotted name is equal to a suffix, or ends in it after a dot."""
+    """Return whether a dotted name equals a suffix, or ends with it after a dot."""
     return name == suffix or name.endswith(f".{suffix}")
 
 
@@ -46,7 +46,7 @@ def without_wrappers(module: nn.Module) -> nn.Module:
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
-    """Return the base module of an adapted or saved module, or the module itself, without the wrappers of torch."""
+    """Return the base module of an adapted or saved module, or else the module itself, without torch's wrappers."""
     module = without_wrappers(module)
     if isinstance(module, VeraLayer | VeraModule):
         return without_wrappers(module.base_layer)
@@ -54,10 +54,10 @@ def unwrapped(module: nn.Module) -> nn.Module:
 
 
 def base_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the model's modules by dotted name, ignoring adapters and the wrappers of torch.
+    """Return the model's modules by dotted name, ignoring adapters and torch's wrappers.
 
     A module that is used several times has several names. Adapted layers and saved modules have the names of the
-    modules they wrap; of the modules inside them, only the submodules of a saved module's original are listed.
+    modules that they wrap; of the modules inside them, only the submodules of a saved module's original are listed.
     """
     found: dict[str, nn.Module] = {}
 
@@ -141,7 +141,7 @@ def load_public_state(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 
 
 def public_key(key: str, names: Mapping[str, str]) -> str:
-    """Return a key of a state dict without the wrappers of torch.
+    """Return a key of a state dict without torch's wrappers.
 
     Args:
         key: the key.

@@ -1,4 +1,4 @@
-"""Planning an adapter: everything is checked before the model is changed."""
+"""Plan an adapter: check everything before the model is changed."""
 
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
@@ -26,10 +26,10 @@ class AdapterPlan:
     """Everything needed to add an adapter to a model.
 
     Attributes:
-        config: the configuration, with everything that depends on the model filled in.
-        targets: the layers it adapts.
+        config: the configuration, with all values that depend on the model filled in.
+        targets: the layers that the adapter adapts.
         scheme: its projections.
-        bias_owners: the name of each bias it trains, mapped to the modules that hold that bias.
+        bias_owners: the name of each bias that it trains, mapped to the modules that hold this bias.
     """
 
     config: VeraConfig
@@ -42,7 +42,7 @@ def plan_adapter(model: nn.Module, config: VeraConfig, scheme: Scheme | None = N
     """Plan an adapter for a model, without changing the model. All errors in the configuration are raised here.
 
     Args:
-        model: the model without a wrapper; it may have adapters already.
+        model: the model without a wrapper; it may already have adapters.
         config: the configuration; not changed.
         scheme: projections read from a file, instead of those that the configuration describes.
 
@@ -90,10 +90,10 @@ def modules_with_biases(
 
 
 def input_groups(targets: Sequence[Target], scheme: Scheme) -> dict[str, InputGroup]:
-    """Return the input group of each target: targets of one parent module with the same input width and rank share one.
+    """Return the input group of each target, shared by targets of one parent module with the same input width and rank.
 
-    Layers of one parent module often read the same input (query, key, value). This is not assumed: the shared cache
-    compares inputs.
+    Layers of one parent module often read the same input (query, key, value). Correctness does not depend on this,
+    because the shared cache compares inputs.
     """
 
     def key(target: Target) -> tuple[str, int, int]:

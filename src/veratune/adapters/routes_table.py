@@ -1,4 +1,4 @@
-"""A table of the routes of an adapter's layers, with the cost of each alternative."""
+"""A table of the routes of an adapter's layers, with the costs of the alternatives."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -97,7 +97,7 @@ def explain_routes(
     for name, layer in layers:
         entry = layer.entries.get(adapter_name)
         if entry is None or entry.parts or not layer.chooses_route:
-            continue  # it has only one route, or one for each part
+            continue  # the layer has only one route, or one for each part
         shape = replace(entry.shapes[0], tokens=tokens)
         weight_dtype = layer.base_weight.dtype
         plain = weight_dtype.is_floating_point and weight_dtype.itemsize > 1

@@ -1,4 +1,4 @@
-"""Replacing modules in a model, and undoing changes that failed halfway."""
+"""Replace modules in a model, and undo changes that fail halfway."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -19,7 +19,7 @@ def replace_modules(model: nn.Module, replacements: dict[int, nn.Module]) -> Non
         return
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
-            # A new wrapper already holds the module it wraps: do not put it into itself.
+            # A new wrapper already holds the module that it wraps: do not put the wrapper into itself.
             if id(child) in replacements and replacements[id(child)] is not parent:
                 parent._modules[name] = replacements[id(child)]
                 follow_replacement(parent)
@@ -38,7 +38,7 @@ def undone_on_error(model: nn.Module, *others: object) -> Iterator[None]:
 
     This restores each module's attributes, the contents of its dicts, lists and sets (modules, parameters, buffers,
     hooks, names of adapters), and the `requires_grad` of parameters. It does not restore tensor values: code that
-    writes to tensors in place has to keep the old values.
+    writes to tensors in place must keep the old values.
 
     Args:
         model: the root of all modules that may change.
@@ -101,7 +101,7 @@ class _Kept:
 
     def put_back(self) -> None:
         for container, copied in (*self._dicts, (self._own, self._attributes)):
-            # Only if it differs: assigning to some containers has side effects.
+            # Only if the contents differ, because assigning to some containers has side effects.
             if not _same(list(container.items()), list(copied.items())):
                 container.clear()
                 container.update(copied)

@@ -13,7 +13,7 @@ from veratune.utils.text import clipped
 
 @dataclass(frozen=True)
 class Target:
-    """A layer, or a parameter that its module's forward reads, to be adapted.
+    """A layer to adapt, or a parameter to adapt that its module's forward reads directly.
 
     Attributes:
         name: its dotted name; the first one if a module is used several times.
@@ -21,7 +21,7 @@ class Target:
         parameter: the parameter's name in its module; None for a layer.
         r: the adapter's rank on it.
         geometry: its dimensions.
-        parts: the number of outputs of each part of a fused layer, such as query, key and value in one.
+        parts: the number of outputs of each part of a fused layer, such as one for query, key and value.
     """
 
     name: str
@@ -48,13 +48,13 @@ class TargetError(ValueError):
 
 
 def above_largest_rank(targets: Sequence[Target]) -> tuple[Target, int] | None:
-    """Return the first target whose rank exceeds the largest that any target allows, and that limit; or None."""
+    """Return the first target whose rank exceeds the largest rank that any target allows, with that limit; or None."""
     most = max(target.geometry.largest_rank for target in targets)
     return next(((target, most) for target in targets if target.r > most), None)
 
 
 def parts_of(name: str, size: Geometry, config: VeraConfig) -> tuple[int, ...]:
-    """Return the number of outputs of each part of a layer, from `fused_parts`; empty if that does not list the layer.
+    """Return the number of outputs of each part of a layer from `fused_parts`; empty if the layer is not listed there.
 
     Raises:
         TargetError: the parts do not add up to the layer's outputs.
@@ -66,11 +66,11 @@ def parts_of(name: str, size: Geometry, config: VeraConfig) -> tuple[int, ...]:
     parts = config.fused_parts[key]
     if not isinstance(parts, int):
         sizes = parts
-    else:  # the number may be huge: do not make a list of that length unchecked
+    else:  # the number may be huge: do not create a list of this length unchecked
         sizes = [size.out_features // parts] * parts if parts <= size.out_features else []
     if sum(sizes) != size.out_features or 0 in sizes:
         raise TargetError(
-            f"fused_parts[{key!r}]={parts!r} does not fit {name}, which has {size.out_features} outputs: give a number"
-            " that divides them, or a list that adds up to them"
+            f"fused_parts[{key!r}]={parts!r} does not fit {name}, which has {size.out_features} outputs: use a number"
+            f" of parts that divides {size.out_features}, or a list of sizes that add up to it"
         )
     return tuple(sizes)

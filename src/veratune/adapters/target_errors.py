@@ -1,4 +1,4 @@
-"""Checks of an adapter's targets, with messages that list the names in the model."""
+"""Check an adapter's targets; error messages list names in the model."""
 
 import itertools
 import re
@@ -21,7 +21,7 @@ from veratune.projections.schemes import SCHEMES
 from veratune.utils.sharding import describe_sharding, is_emptied, is_engines
 from veratune.utils.text import closest
 
-# Names for which similar ones are looked for, which takes milliseconds each in a large model.
+# The largest number of names to look for similar names of, which takes milliseconds per name in a large model.
 _MOST_COMPARED = 8
 
 
@@ -30,8 +30,8 @@ def check_settings(config: VeraConfig, targets: list[Target]) -> None:
     if (found := above_largest_rank(targets)) is not None:
         large, most = found
         raise TargetError(
-            f"a rank of {large.r} is not allowed on {large.name}: {most} is the largest for layers of these sizes,"
-            " and 256 to 1024 are usual"
+            f"rank {large.r} is not allowed on {large.name}: the largest rank for layers of these sizes is {most},"
+            " and 256 to 1024 is typical"
         )
     for key in config.fused_parts:
         if not any(ends_in(target.name, key) for target in targets):
@@ -43,11 +43,11 @@ def check_settings(config: VeraConfig, targets: list[Target]) -> None:
         module = unwrapped(target.module)
         kind = layer_class(module, target.parameter)
         if target.parts and not kind.supports_parts:
-            raise TargetError(f"fused_parts: {target.name} ({kind.kind}) has no parts")
+            raise TargetError(f"fused_parts: {target.name} ({kind.kind}) cannot be split into parts: remove its key")
         if config.vera_dropout > 0.0 and not kind.supports_dropout(module):
             raise TargetError(
                 f"vera_dropout={config.vera_dropout!r} is not supported on {target.name}: its adapter has no separate"
-                " input to apply dropout to. Use vera_dropout=0.0, or add it to exclude_modules"
+                " input to apply dropout to. Use vera_dropout=0.0, or add the layer to exclude_modules"
             )
     check_scheme(config.projection, targets)
 
@@ -61,8 +61,8 @@ def check_scheme(name: str, targets: list[Target]) -> None:
             kind.one_hot and not scheme.has_columns
         ):
             raise TargetError(
-                f"projection={name!r} cannot adapt {target.name} ({kind.kind}): use projection='per_dimension', or name"
-                " it in exclude_modules"
+                f"projection={name!r} cannot adapt {target.name} ({kind.kind}): use projection='per_dimension', or add"
+                " the layer to exclude_modules"
             )
 
 
@@ -83,7 +83,7 @@ def check_not_sharded(targets: list[Target]) -> None:
 
 
 def check_conflicts(modules: Mapping[str, nn.Module], saved: list[str], adapted: list[str]) -> None:
-    """Raise TargetError if an adapter cannot train these modules in full, or adapt these layers.
+    """Raise TargetError if an adapter cannot train these modules in full or cannot adapt these layers.
 
     A module cannot be adapted by one adapter and trained in full by another, and some modules cannot be saved.
 
@@ -98,12 +98,12 @@ def check_conflicts(modules: Mapping[str, nn.Module], saved: list[str], adapted:
         layer = next((other for other in inside if isinstance(modules[other], VeraLayer | VeraModule)), None)
         if layer is not None:
             raise TargetError(
-                f"modules_to_save: {name} cannot be trained in full, because another adapter adapts {layer}: leave it"
-                " out (modules_to_save=[] trains nothing in full), or delete that adapter first"
+                f"modules_to_save: {name} cannot be trained in full, because another adapter adapts {layer}: remove it"
+                " (modules_to_save=[] trains no module in full), or delete that adapter first"
             )
         if isinstance(module, nn.ModuleList | nn.ModuleDict):
             raise TargetError(
-                f"modules_to_save: {name} is a {type(module).__name__}, which has no forward: name the modules in it"
+                f"modules_to_save: {name} is a {type(module).__name__}, which has no forward: list the modules in it"
             )
         original = unwrapped(module)
         if not all(isinstance(value, Tensor) for value in original.state_dict().values()):
@@ -113,8 +113,8 @@ def check_conflicts(modules: Mapping[str, nn.Module], saved: list[str], adapted:
         top = next((other for other in wrapped if name == other or name.startswith(f"{other}.")), None)
         if top is not None:
             raise TargetError(
-                f"{name} cannot be adapted, because another adapter trains {top} in full: exclude it, or delete that"
-                " adapter first"
+                f"{name} cannot be adapted, because another adapter trains {top} in full: add it to exclude_modules, or"
+                " delete that adapter first"
             )
 
 
@@ -139,7 +139,7 @@ def warn_of_ties(model: nn.Module, targets: list[Target], notify: Callable[[str]
 def check_narrowing(
     modules: dict[str, nn.Module], config: VeraConfig, matched: list[str], notify: Callable[[str], None]
 ) -> None:
-    """Warn about an exclusion that matches nothing, and raise TargetError for an index that no layer has."""
+    """Warn if `exclude_modules` matches nothing, and raise TargetError for an index that no layer has."""
     parameters = [joined(name, p) for name, module in modules.items() for p in unwrapped(module)._parameters]
     names = [*modules, *parameters]
     if config.exclude_modules is not None and not any(map(matcher(config.exclude_modules), names)):
@@ -155,8 +155,8 @@ def check_narrowing(
         if absent:
             present = sorted(index for index in indices if index is not None)
             raise TargetError(
-                f"layers_to_transform={config.layers_to_transform!r}: no module that"
-                f" target_modules={config.target_modules!r} matches is in layer {absent[0]}, only in {present}"
+                f"layers_to_transform={config.layers_to_transform!r}: target_modules={config.target_modules!r} matches"
+                f" no module in layer {absent[0]}, only in {present}"
             )
 
 
@@ -173,7 +173,7 @@ def check_rank_pattern(config: VeraConfig, names: list[str]) -> None:
 def check_each_pattern(
     wanted: list[str] | str, matched: list[str], inside_saved: set[str], modules: dict[str, nn.Module]
 ) -> None:
-    """Raise TargetError for a pattern that matches nothing, and for a listed name that matches nothing adaptable."""
+    """Raise TargetError for a pattern that matches nothing, or a listed name that matches no adaptable module."""
     types = {name: type(unwrapped(module)).__name__ for name, module in modules.items() if name}
     if isinstance(wanted, str):
         if not matched:
@@ -196,13 +196,12 @@ def check_each_pattern(
             raise TargetError(
                 f"target_modules={wanted!r}: {suffix!r} matches only modules that are trained in full, such as"
                 f" {matching[0]} (modules_to_save): remove it from target_modules or modules_to_save;"
-                " modules_to_save=[] trains none in full"
+                " modules_to_save=[] trains no module in full"
             )
         if len(wanted) > 1 and not any(_usable(modules[name]) for name in outside):
             raise TargetError(
                 f"target_modules={wanted!r}: {suffix!r} matches only modules that cannot be adapted, such as"
-                f" {outside[0]}: {reason_against(modules[outside[0]])}. Leave {suffix!r} out"
-                + _adaptable_names(modules)
+                f" {outside[0]}: {reason_against(modules[outside[0]])}. Remove {suffix!r}" + _adaptable_names(modules)
             )
 
 
@@ -211,7 +210,7 @@ def _meant_otherwise(wanted: str, modules: dict[str, nn.Module]) -> str:
     if wanted.lower().replace("_", "-").replace(" ", "-") == "all-linear":
         return ' Did you mean "all-linear"?'
     if any(ends_in(name, wanted) for name in modules):
-        return f" A list names the ends of modules' names: [{wanted!r}]."
+        return f" To match the ends of module names, pass a list: [{wanted!r}]."
     return ""
 
 
@@ -227,13 +226,13 @@ def nothing_to_adapt(
         shown = "".join(f"\n  {name}: {reason_against(modules[name])}" for name in considered[:10])
         rest = f"\n  and {len(considered) - 10} more" if len(considered) > 10 else ""
         return (
-            f"{start} matches only modules that cannot be adapted:{shown}{rest}\nLeave them out, or add them to"
+            f"{start} matches only modules that cannot be adapted:{shown}{rest}\nRemove them, or add them to"
             " exclude_modules." + _adaptable_names(modules)
         )
     if matched and all(name in inside_saved for name in matched):
         return (
             f"{start} matches only modules that are trained in full (modules_to_save={config.modules_to_save!r}): "
-            "remove them from target_modules or modules_to_save; modules_to_save=[] trains none in full"
+            "remove them from target_modules or modules_to_save; modules_to_save=[] trains no module in full"
         )
     if matched:
         narrowing = {
@@ -245,13 +244,13 @@ def nothing_to_adapt(
         stacks = sorted({name.rsplit(".", 1)[-1] for name, m in modules.items() if isinstance(m, nn.ModuleList)})
         counted = ""
         if config.layers_to_transform is not None:
-            counted = f"; the layer indices there are {found}, the model's stacks are called {stacks}"
+            counted = f"; the layer indices of these modules are {found}, and the model's stacks are called {stacks}"
         return (
-            f"{start} matches {len(matched)} modules, such as {matched[0]!r}, but none is left after "
+            f"{start} matches {len(matched)} modules, such as {matched[0]!r}, but no module remains after "
             + ", ".join(f"{field}={value!r}" for field, value in narrowing.items())
             + counted
         )
-    return f"{start} finds no linear layer in this {type(modules['']).__name__}" + _adaptable_names(modules)
+    return f"{start} matches no linear layer in this {type(modules['']).__name__}" + _adaptable_names(modules)
 
 
 def closest_in_model(wanted: Iterable[str], types: dict[str, str]) -> str:

@@ -1,4 +1,4 @@
-"""Finding the modules and parameters that an adapter applies to."""
+"""Find the modules and parameters that an adapter applies to."""
 
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
@@ -37,11 +37,11 @@ def find_targets(model: nn.Module, config: VeraConfig, notify: Callable[[str], N
     Args:
         model: the model without a wrapper; it may have adapters.
         config: the result of `resolve_config`.
-        notify: called with a sentence if a choice may be surprising.
+        notify: called with a message if a choice may be surprising.
 
     Raises:
-        TargetError: a name or pattern matches nothing, nothing adaptable, or something that does not support the
-            configuration. The message lists the names that the model has.
+        TargetError: a name or pattern matches nothing, no adaptable layer, or a layer that does not support the
+            configuration. The message lists names in the model.
     """
     model = without_wrappers(model)
     modules = base_modules(model)
@@ -94,10 +94,10 @@ def parameter_targets(model: nn.Module, config: VeraConfig) -> list[Target]:
 def configured_names(modules: Mapping[str, nn.Module], config: VeraConfig, budget: Budget) -> list[str]:
     """Return the adaptable modules that the configuration in a file matches, each under its first name.
 
-    Never warns: this is for checking a file against its configuration.
+    No warnings are issued, because this serves to check a file against its configuration.
 
     Raises:
-        PatternError: its expressions exceed the budget.
+        PatternError: the configuration's expressions exceed the budget.
     """
     wanted = config.target_modules
     assert wanted is not None
@@ -108,7 +108,7 @@ def configured_names(modules: Mapping[str, nn.Module], config: VeraConfig, budge
 
 
 class _Candidate(NamedTuple):
-    """Something that can be adapted: a module, or a parameter of a module."""
+    """A module, or a parameter of a module, that can be adapted."""
 
     name: str
     module_name: str

@@ -9,7 +9,7 @@ from torch import nn
 _POSITIONAL, _KEYWORD = inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.KEYWORD_ONLY
 
 
-# The arguments by which PEFT and banks take an adapter for each row. Models with **kwargs would ignore them.
+# The arguments with which PEFT and banks accept an adapter for each row. Models with **kwargs would ignore them.
 _BY_ROW = ("adapter_names", "adapters")
 
 
@@ -17,18 +17,18 @@ def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     """Call the adapted model.
 
     Raises:
-        TypeError: `adapter_names` or `adapters`, an adapter for each row, which the model does not take itself.
+        TypeError: `adapter_names` or `adapters` (an adapter for each row) is given, but the model does not accept it.
     """
     for name in _BY_ROW:
         if kwargs.get(name) is not None and name not in inspect.signature(self.base_model.forward).parameters:
             raise TypeError(
-                f"{name} is not supported here: all rows use the active adapters (set_adapter). Rows with different"
-                " adapters in one batch take a veratune.AdapterBank"
+                f"{name} is not supported here: all rows use the active adapters (set_adapter). To use different"
+                " adapters in one batch, use a veratune.AdapterBank"
             )
     return self.base_model(*args, **kwargs)
 
 
-# Trainers read label names from the class's `forward`, which cannot know the wrapped model. Most have `labels`.
+# Trainers read label names from the `forward` of the class, which is the same for all models. Most have `labels`.
 _forward.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
     [
         inspect.Parameter("self", _POSITIONAL),
@@ -54,7 +54,7 @@ class _BoundForward:
 
     @property
     def __code__(self) -> CodeType:
-        # torch.export checks it for *args.
+        # torch.export checks this for *args.
         return _forward.__code__
 
 
@@ -66,7 +66,7 @@ class ForwardOfBase:
 
 
 class ModelWrapper(nn.Module):
-    """A wrapper around a model. Attributes it does not define are read from, and set on, the model.
+    """A wrapper around a model. Attributes that it does not define are read from, and set on, the model.
 
     Attributes:
         base_model: the model.
