@@ -87,7 +87,7 @@ def test_two_processes_learn_what_one_does(way: str, tmp_path: Path) -> None:
     assert len(set(result["fingerprints"])) == 1 and result["whole_projections"] is True
     for messages in result["refused"] if way == "fsdp2" else []:  # what needs whole parameters
         assert list(messages) == [*EXPORTS, "add_adapter", "load_adapter", "merge_adapter", "merge_and_unload"]
-        assert all("over processes ((Shard(dim=0),))" in message for message in messages.values()), messages
+        assert all("across processes ((Shard(dim=0),))" in message for message in messages.values()), messages
         assert not list((tmp_path / "two").glob("none-*"))
     saved = model_for("bert", tmp_path / "two" / "adapter")
     for ours, theirs in zip(vectors(saved), vectors(alone), strict=True):
@@ -140,7 +140,7 @@ def test_a_tensor_parallel_base_is_refused_unchanged(way: str, tmp_path: Path) -
     tiny_model("llama").save_pretrained(tmp_path / "base")
     result = launch(way, tmp_path / "out", tmp_path / "base")
     assert len(result["messages"]) == 2 and len(set(result["messages"])) == 1
-    assert "sharded over processes" in result["messages"][0] and "layers.0.self_attn.q_proj" in result["messages"][0]
+    assert "sharded across processes" in result["messages"][0] and "layers.0.self_attn.q_proj" in result["messages"][0]
     assert result["unchanged"] is True
 
 

@@ -67,7 +67,7 @@ def check_scheme(name: str, targets: list[Target]) -> None:
 
 
 def check_not_sharded(targets: list[Target]) -> None:
-    """Raise TargetError if a target's weight is sharded over processes."""
+    """Raise TargetError if a target's weight is sharded across processes."""
     for target in targets:
         base = unwrapped(target.module)
         weight = base._parameters.get(target.parameter or weight_name(base))
@@ -76,8 +76,8 @@ def check_not_sharded(targets: list[Target]) -> None:
             continue  # loaded for ZeRO-3, before deepspeed.initialize
         if sharding is not None:
             raise TargetError(
-                f"{target.name} cannot be adapted, because its weight is sharded over processes ({sharding}): load the"
-                " base model without tensor parallelism (tp_plan), and add adapters before fully_shard (FSDP2) or"
+                f"{target.name} cannot be adapted, because its weight is sharded across processes ({sharding}): load"
+                " the base model without tensor parallelism (tp_plan), and add adapters before fully_shard (FSDP2) or"
                 " deepspeed.initialize (ZeRO-3)"
             )
 

@@ -96,7 +96,7 @@ class MergeableLayer(AdapterHolder):
         sharding = next((how for how in map(describe_sharding, tensors) if how is not None), None)
         if sharding is not None:
             raise ValueError(
-                f"cannot merge into {called}: its weight or its vectors are sharded over processes ({sharding}). Call"
+                f"cannot merge into {called}: its weight or its vectors are sharded across processes ({sharding}). Call"
                 " save_pretrained in all of them, then load the adapter in one process and merge it there"
             )
         reason = self.why_not_mergeable()

@@ -1,1 +1,1 @@
-"""Helpers for the other packages: files, torch internals, sharding, timing."""
+"""Helpers for the other packages: files, text, tensors, torch internals, sharding, timing."""

@@ -36,7 +36,7 @@ def write_atomically(path: Path, data: bytes) -> None:
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary path next to `path`; atomically rename it to `path` on success.
 
-    The caller must have closed the file.
+    The caller must close the file before the context ends.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_abandoned(path)
@@ -73,7 +73,7 @@ def remove_abandoned(path: Path) -> None:
 def _runs(process: int) -> bool:
     """Return whether a process with this PID is running, or True if that cannot be determined."""
     if os.name != "posix":
-        return True  # on Windows, os.kill with signal 0 would terminate it
+        return True  # on Windows, os.kill with signal 0 would terminate the process
     try:
         os.kill(process, 0)
     except ProcessLookupError:
@@ -84,7 +84,7 @@ def _runs(process: int) -> bool:
 
 
 def is_there(path: Path) -> bool:
-    """Return whether a path exists; False if the system denies access, as it will then deny creating it as well."""
+    """Return whether a path exists; False if access is denied, because creating the path will then fail as well."""
     try:
         return path.exists()
     except OSError:
@@ -111,7 +111,7 @@ def write_through(path: Path, data: bytes) -> None:
 
 def sync_directory(directory: Path) -> None:
     """Flush the entries of a directory to disk, where the system supports it."""
-    if os.name == "posix":  # elsewhere a directory cannot be opened
+    if os.name == "posix":  # on other systems, directories cannot be opened
         _sync(directory)
 
 

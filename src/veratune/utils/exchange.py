@@ -16,14 +16,14 @@ _AT_FDCWD, _EXCHANGE, _SWAP = -100, 2, 2
 def replace_together(directory: Path, files: dict[str, bytes]) -> None:
     """Replace files of a directory, atomically where the system supports it.
 
-    The new files are first written to a directory next to this one, with hard links to the other files of the old one.
-    Then the two directories are exchanged. Where that is impossible (a directory with subdirectories, a mount point, a
+    The new files are first written to a temporary directory next to this one, along with hard links to its other files.
+    Then the two directories are exchanged. Where this is impossible (a directory with subdirectories, a mount point, a
     file system without exchange), the last of the files is removed first and written last: a process killed in between
-    leaves a directory without it, never new files with the old last one.
+    leaves a directory without the last file, never new files along with the old last file.
 
     Args:
         directory: the destination; created if it does not exist.
-        files: name to contents. The last one must be the file without which no reader accepts the others.
+        files: name to contents. The last file must be one without which no reader accepts the others.
     """
     directory = directory.resolve()
     directory.parent.mkdir(parents=True, exist_ok=True)
@@ -93,7 +93,7 @@ def _exchange(one: Path, other: Path) -> bool:
 
 
 def _remove(staged: Path, directory: Path, files: dict[str, bytes]) -> None:
-    """Remove the replaced directory; move files that were added to it in the meantime to the new one."""
+    """Remove the replaced directory; move files that were added to it in the meantime to the new directory."""
     if not staged.is_dir():
         return
     for path in list(staged.iterdir()):

@@ -19,7 +19,8 @@ from veratune.utils.text import clipped
 LARGEST_TEXT = 64 << 20
 _DEEPEST = 32
 _LONGEST_NUMBER = 40
-# Two bytes of JSON can become an object of 64 bytes. Long files of ours have fewer values than one in 16 bytes.
+# Two bytes of JSON can become an object of 64 bytes. Large files written by veratune have less than one value per 16
+# bytes.
 _MOST_VALUES = 1 << 22
 _BYTES_OF_A_VALUE = 16
 
@@ -37,13 +38,13 @@ def opened(path: Path) -> Iterator[tuple[BufferedReader, int]]:
     """
     flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
     try:
-        # Checked before opening, since opening a device may have side effects.
+        # Checked before opening, because opening a device may have side effects.
         if not stat.S_ISREG(path.stat().st_mode):
             raise OutsideFileError(f"{path} is {'a directory' if path.is_dir() else 'not a regular file'}")
         descriptor = os.open(path, flags)
     except (FileNotFoundError, NotADirectoryError):
         raise OutsideFileError(f"{path} does not exist") from None
-    except (OSError, ValueError) as error:  # a null byte in a path is a ValueError
+    except (OSError, ValueError) as error:  # a null byte in a path raises ValueError
         if isinstance(error, OutsideFileError):
             raise
         raise OutsideFileError(f"{path} cannot be opened: {getattr(error, 'strerror', None) or error}") from None
@@ -58,7 +59,7 @@ def read_bounded(path: Path, largest: int = LARGEST_TEXT) -> bytes:
     """Return the bytes of a regular file of at most `largest` bytes.
 
     Raises:
-        OutsideFileError: the file is missing, not a regular file, larger, or cannot be read.
+        OutsideFileError: the file is missing, not a regular file, too large, or cannot be read.
     """
     with opened(path) as (file, size):
         if size > largest:
@@ -92,8 +93,8 @@ def parse_json(text: str | bytes, *, finite: bool = True) -> Any:
         finite: reject NaN and infinity, which are not valid JSON but which Python's parser accepts.
 
     Raises:
-        ValueError: the text is not JSON, repeats a key, nests too deeply, has a number that is too large, or has more
-            values than are read.
+        ValueError: the text is not JSON, repeats a key, nests too deeply, has a number that is too large, or has too
+            many values.
     """
     check_count(text)
     constant = _refuse_constant if finite else float

@@ -1,9 +1,9 @@
-r"""Match regular expressions against names in bounded time, whatever the expression.
+r"""Match regular expressions against names in bounded time, for any expression.
 
-Python's `re` backtracks: "(\w+\.?)+!" on one name can take exponential time while holding the interpreter's lock. Here
-an expression runs on all positions of a name at once, with the set of positions as the bits of an integer, so that each
-part visits a position at most once. The syntax is that of `re` without the features that need backtracking:
-backreferences, conditionals, atomic groups and possessive quantifiers.
+Python's `re` backtracks: "(\w+\.?)+!" on one name can take exponential time while holding the GIL. Here, an expression
+runs on all positions of a name at once, with the set of positions as the bits of an integer, so that each part visits a
+position at most once. The syntax is that of `re` without the features that need backtracking: backreferences,
+conditionals, atomic groups and possessive quantifiers.
 """
 
 import re
@@ -248,7 +248,7 @@ def _repetition(inside: _Part, least: int, most: int) -> _Part:
         return ends
 
     def from_one(name: _Name, here: int) -> int:
-        # Positions never decrease: after this many repetitions, only those that a repetition does not move are left.
+        # Positions never decrease: after this many repetitions, only positions that a repetition does not move remain.
         for _ in range(min(least, 3 * name.length + 3)):
             here = once(name, here)
             if not here:

@@ -1,7 +1,7 @@
-"""Parameters that are sharded over processes.
+"""Parameters that are sharded across processes.
 
-DeepSpeed's ZeRO-3 keeps parameters empty between uses: from `deepspeed.initialize` on, or, if transformers loads the
-model for ZeRO-3, from the start.
+DeepSpeed's ZeRO-3 keeps parameters empty between uses, starting with `deepspeed.initialize` or, if transformers loads
+the model for ZeRO-3, from the beginning.
 """
 
 from collections.abc import Iterable, Iterator

@@ -1,6 +1,7 @@
-"""Ctrl-C while the command is still importing packages: one line instead of a traceback.
+"""Handle Ctrl-C while the command is still importing packages: print one line instead of a traceback.
 
-Must be imported first, since importing torch takes most of the time. It does nothing in programs that import veratune.
+This module must be imported first, because importing torch takes most of the time. It has no effect in programs that
+import veratune.
 """
 
 import os

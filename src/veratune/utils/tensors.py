@@ -23,7 +23,7 @@ def bytes_of(tensor: Tensor) -> bytes:
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Return whether a tensor has neither NaN nor infinity, without allocating a mask of its size."""
+    """Return whether a tensor contains neither NaN nor infinity, without allocating a mask of its size."""
     if not tensor.is_floating_point() or not tensor.numel() or tensor.is_meta:
         return True
     values = tensor.detach()
@@ -34,7 +34,7 @@ def is_finite(tensor: Tensor) -> bool:
 def checksum(tensor: Tensor) -> tuple[int, int] | None:
     """Return position-dependent sums of a matrix's bits, or None for a tensor that is not an ordinary matrix.
 
-    The sums are exact, and so the same on every device.
+    The sums are exact, and therefore the same on every device.
     """
     if type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.is_meta or tensor.ndim < 2 or not tensor.numel():
         return None
@@ -48,7 +48,7 @@ def checksum(tensor: Tensor) -> tuple[int, int] | None:
 
 
 def float32_of(tensor: Tensor) -> npt.NDArray[np.float32]:
-    """Return a floating tensor of any dtype and device as float32, sharing its memory if possible."""
+    """Return a floating-point tensor of any dtype and device as a float32 array, sharing its memory if possible."""
     array: npt.NDArray[np.float32] = (
         tensor if tensor.dtype == torch.float32 else tensor.detach().to("cpu", torch.float32)
     ).numpy(force=True)
@@ -56,7 +56,7 @@ def float32_of(tensor: Tensor) -> npt.NDArray[np.float32]:
 
 
 def wide_dtype(*dtypes: torch.dtype) -> torch.dtype:
-    """Return the dtype to sum and scale in: float32, or a wider one if any of these is wider."""
+    """Return the dtype in which to sum and scale: float32, or a wider dtype if any argument is wider."""
     wide = torch.float32
     for dtype in dtypes:
         if dtype not in _NARROW:
@@ -65,19 +65,19 @@ def wide_dtype(*dtypes: torch.dtype) -> torch.dtype:
 
 
 def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Cast a tensor to a dtype. If it has that dtype, this skips the call into torch, which takes a microsecond."""
+    """Cast a tensor to a dtype. If it has this dtype, skip the call into torch, which takes a microsecond."""
     return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 def sums_unrounded(tensor: Tensor, dtype: torch.dtype) -> bool:
-    """Return whether `product` of operands like this one returns its sums in this dtype without rounding them."""
+    """Return whether `product` of operands like this tensor returns its sums in `dtype` without rounding them."""
     if tensor.dtype == dtype:
         return True
     return returns_sums and tensor.is_cuda and dtype == torch.float32 and tensor.dtype.itemsize == 2
 
 
 def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return a @ b in a dtype at least as wide as that of the operands, unrounded if the device can.
+    """Return a @ b in a dtype at least as wide as that of the operands, unrounded if the device supports this.
 
     Args:
         a: (..., n, k).
@@ -94,9 +94,9 @@ def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def gradients_wanted(*values: object) -> bool:
-    """Return whether grad mode is enabled and any of these is a tensor that requires a gradient."""
+    """Return whether grad mode is enabled and any argument is a tensor that requires a gradient."""
     if torch.is_grad_enabled():
-        for value in values:  # a plain loop, as each layer calls this several times per forward
+        for value in values:  # a plain loop, because each layer calls this several times per forward pass
             if isinstance(value, Tensor) and value.requires_grad:
                 return True
     return False
@@ -113,5 +113,5 @@ def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
 # torch before 2.13 cannot trace this call.
 @constant_while_compiling
 def _supports_autocast(device_type: str) -> bool:
-    """Return whether autocast supports a device type; for meta, torch would raise an error."""
+    """Return whether autocast supports a device type; for "meta", torch would raise an error."""
     return device_type != "meta" and torch.amp.is_autocast_available(device_type)

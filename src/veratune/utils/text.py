@@ -15,7 +15,7 @@ _SHORT.maxlist = _SHORT.maxtuple = _SHORT.maxset = _SHORT.maxfrozenset = _SHORT.
 def clipped(text: str, longest: int = LONGEST_MESSAGE) -> str:
     """Escape control characters in a text, and cut out its middle if it is too long.
 
-    Names and values in messages come from files. The end is kept because it holds the remedy.
+    Names and values in messages may come from files. The end is kept because it contains the remedy.
     """
     if len(text) > longest:
         end = longest // 3
@@ -31,12 +31,12 @@ def shown(value: object) -> str:
 
 
 def some(names: Sequence[str], most: int = 5) -> str:
-    """Return the first names, separated by commas, and how many there are besides."""
+    """Return the first names, separated by commas, and the number of remaining names."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def closest(name: str, known: Iterable[str], most: int = 3) -> list[str]:
-    """Return the known names that a mistyped one may mean, the closest first."""
+    """Return the known names that resemble a mistyped name, the closest first."""
     return difflib.get_close_matches(name, list(known), n=most, cutoff=0.5)
 
 

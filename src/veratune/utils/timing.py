@@ -1,4 +1,4 @@
-"""Compare the time of calls on a machine that is not idle, and measure the memory that a call takes."""
+"""Compare the times of calls on a machine that is not idle, and measure the memory that a call takes."""
 
 import gc
 import statistics
@@ -19,10 +19,10 @@ def interleaved(
     wait: Callable[[], None] = lambda: None,
     after_each: Callable[[], None] = lambda: None,
 ) -> dict[str, list[float]]:
-    """Return the seconds of one call of each variant, round by round.
+    """Return the time in seconds of one call of each variant, for each round.
 
-    Each is called once to warm up. Then every round calls all of them, starting with the next one in turn, so that
-    other load on the machine affects all of them alike.
+    Each variant is called once to warm up. Then every round calls all variants, each round starting with another
+    variant, so that other load on the machine affects all variants alike.
 
     Args:
         variants: name to callable.
@@ -69,9 +69,9 @@ def median_ratio(times: dict[str, list[float]], name: str, baseline: str) -> flo
 
 
 def peak_bytes(work: Work) -> int:
-    """Return the peak increase of the bytes of all live CPU tensors during a call.
+    """Return the peak increase in the bytes of all live CPU tensors during a call.
 
-    Counts every allocation and release of torch's CPU allocator that the profiler records, even within one operation.
+    Count every allocation and release of torch's CPU allocator that the profiler records, even within one operation.
     Tensors that existed before the call count only if they are freed during it.
     """
     gc.collect()
@@ -87,7 +87,7 @@ def peak_bytes(work: Work) -> int:
 
 
 def peak_device_bytes(work: Work, device: torch.device) -> int:
-    """Return the peak increase of a device's allocated bytes, or of the CPU tensors' bytes, during a call."""
+    """Return the peak increase in a CUDA device's allocated bytes, or else in the CPU tensors' bytes, during a call."""
     if device.type != "cuda":
         return peak_bytes(work)
     torch.cuda.synchronize(device)

@@ -1,4 +1,4 @@
-"""Private torch APIs in use, each with a fallback for versions without it."""
+"""The private torch APIs that veratune uses, each with a fallback for versions without it."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -9,13 +9,13 @@ import torch.utils._pytree
 from torch import nn
 from torch.autograd import forward_ad
 
-# Whether a torch.func transformation is active. Without this API, every call counts as transformed.
+# Whether a torch.func transformation is active. Without this API, every call is treated as transformed.
 _functions_transformed: Callable[[], bool] = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
 
-# The leaves (tensors and other values) of nested dicts, lists and the like.
+# The leaves (tensors and other values) of nested dicts, lists and other containers.
 tree_leaves: Callable[[Any], list[Any]] = torch.utils._pytree.tree_leaves
 
-# Whether products on a GPU can return the float32 sums of half-precision operands, unrounded (`out_dtype=`).
+# Whether products of half-precision operands on a GPU can return their float32 sums unrounded (`out_dtype=`).
 returns_sums: bool = torch.version.hip is None and hasattr(torch.ops.aten.mm, "dtype")
 
 _length_of_mode_stack: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
@@ -27,23 +27,23 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 def constant_while_compiling(function: _Function) -> _Function:
     """Mark a function to be called once while tracing, with its result treated as a constant.
 
-    Its arguments must be constants to a compiler: strings, booleans, devices and dtypes. Older versions of torch reject
-    other objects, and any version may replace a number that differs between layers with a symbol.
+    Its arguments must be constants for the compiler: strings, booleans, devices and dtypes. Older versions of torch
+    reject other objects, and any version may make a number that differs between layers symbolic.
 
-    Does the same as `torch.compiler.assume_constant_result`, which imports the compiler and so would add a second to
-    importing this library.
+    This does the same as `torch.compiler.assume_constant_result`, which imports the compiler and would therefore add a
+    second to the import of this library.
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
 
 
 def apply_function(function: type[torch.autograd.Function], *arguments: Any) -> Any:
-    """Call a `Function` as its `apply` does while no torch.func transformation is active, without asking for one."""
+    """Call a `Function` as `apply` does outside torch.func transformations, without checking for a transformation."""
     return super(torch.autograd.Function, function).apply(*arguments)  # type: ignore[misc]
 
 
 def parameter_of(module: nn.Module, name: str) -> Any:
-    """Return getattr(module, name, None); without the microsecond that torch takes if it is a parameter."""
+    """Return getattr(module, name, None), but save the microsecond that torch takes to look up a parameter."""
     parameters = module._parameters
     if name in parameters and name not in module.__dict__:
         return parameters[name]
@@ -72,14 +72,14 @@ def outside_transformations() -> AbstractContextManager[Any]:
     return context
 
 
-# The hooks that change what autograd saves (checkpointing, offloading), or None; some value if that is unknown.
+# The hooks that change the tensors that autograd saves (checkpointing, offloading), or None; not None if unknown.
 _hooks_on_saved_tensors: Callable[[bool], Any] = getattr(
     torch._C._autograd, "_top_saved_tensors_default_hooks", lambda ignore_is_tracing: True
 )
 
 
 def saved_tensors_are_hooked() -> bool:
-    """Return whether something changes the tensors that autograd saves now. True if unknown."""
+    """Return whether hooks currently change the tensors that autograd saves. True if unknown."""
     return _hooks_on_saved_tensors(False) is not None
 
 
@@ -93,14 +93,15 @@ def in_backward() -> bool:
     return _current_graph_task() != -1
 
 
-# Older versions without this may save anything.
+# Versions of torch without this API may save anything.
 _saving_hooks: Callable[[bool], Any] = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: True)
 
 
 def may_be_recomputed(*, training: bool) -> bool:
-    """Return whether gradient checkpointing may recompute what runs now, as far as that can be seen.
+    """Return whether gradient checkpointing may recompute the current computation, as far as this can be detected.
 
-    It runs a block with hooks for what is saved, or without gradients, as evaluations do. Models use it for training.
+    Checkpointing runs a block with saved-tensor hooks or, like an evaluation, without gradients. Models use it in
+    training mode.
 
     Args:
         training: whether the module is in training mode.
@@ -128,7 +129,7 @@ def may_be_checkpoint(kind: type) -> bool:
 
 
 def pending_checkpoint(kept: Any) -> Any:
-    """Return the function that gradient checkpointing will call in the backward pass, or None if it is done.
+    """Return the function that gradient checkpointing will call in the backward pass, or None after that pass.
 
     Args:
         kept: an object of a type for which `may_be_checkpoint` is true.
@@ -140,12 +141,12 @@ def pending_checkpoint(kept: Any) -> Any:
         kept.saved_tensors  # noqa: B018  # fails after the backward pass
     except RuntimeError:
         return None
-    # The attribute's name in torch and DeepSpeed, and another one in use.
+    # The name of the attribute in torch and DeepSpeed, and in other implementations.
     return getattr(kept, "run_function", None) or getattr(kept, "forward_function", None)
 
 
-# The attribute in which wrappers hold the module, by the wrappers' class: torch.compile, checkpoint_wrapper (also
-# offload_wrapper), FSDP 1. A model may also have a submodule of such a name.
+# The attribute in which a wrapper holds its module, by the wrapper's class: torch.compile, checkpoint_wrapper (also
+# offload_wrapper), FSDP 1. A model may also have a submodule with such a name.
 _WRAPPED = {
     "OptimizedModule": "_orig_mod",
     "ActivationWrapper": "_checkpoint_wrapped_module",
@@ -159,7 +160,7 @@ def name_in_wrapper(module: nn.Module) -> str | None:
     """Return the attribute under which a torch wrapper holds its module; None for other modules."""
     if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
         return "module"
-    for kind in type(module).__mro__:  # by name, as importing these classes takes a second
+    for kind in type(module).__mro__:  # by name, because importing these classes takes a second
         name = _WRAPPED.get(kind.__name__) if kind.__module__.startswith("torch.") else None
         if name is not None and module._modules.get(name) is not None:
             return name
@@ -172,7 +173,7 @@ def in_state_dict(name: str) -> bool:
 
 
 def follow_replacement(parent: nn.Module) -> None:
-    """Make a compiled module call the module it holds now, not the one it was created with."""
+    """Make a compiled module call the module that it holds now, not the one that it was created with."""
     initialize: Callable[[nn.Module], None] | None = getattr(type(parent), "_initialize", None)
     if initialize is not None and name_in_wrapper(parent) == "_orig_mod":
         initialize(parent)
