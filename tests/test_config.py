@@ -187,7 +187,7 @@ def test_configurations_in_the_wrong_function():
     for wrong, message in (
         (peft.LoraConfig(), "whose fields differ from those of LoraConfig; peft.get_peft_model takes a LoraConfig"),
         (peft.VeraConfig(), "the same fields except fan_in_fan_out"),
-        ({"r": 4}, "make one with veratune.VeraConfig"),
+        ({"r": 4}, "create one with veratune.VeraConfig"),
     ):
         with pytest.raises(TypeError) as caught:
             get_peft_model(linear(), wrong)

@@ -85,7 +85,7 @@ def test_swapped_arguments_are_named():
 def test_peft_and_veratune_do_not_adapt_each_others_models(tmp_path):
     peft = pytest.importorskip("peft")
     theirs = peft.get_peft_model(small_net(), peft.LoraConfig(target_modules=["0"]))
-    with pytest.raises(ValueError, match="this model has adapters of PEFT"):
+    with pytest.raises(ValueError, match="this model has PEFT adapters"):
         get_peft_model(theirs, VeraConfig(r=2, target_modules="all-linear"))
     ours = small_adapted()
     with pytest.raises(TypeError, match="a LoraConfig cannot be added to a VeraModel"):

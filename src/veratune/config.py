@@ -25,7 +25,7 @@ _Config = TypeVar("_Config")
 
 # Settings of PEFT's other adapter types, and the VeRA setting to use instead.
 _FOREIGN = {
-    "lora_alpha": "VeRA has no alpha: the trained vectors scale each layer, and d_initial is where d starts",
+    "lora_alpha": "VeRA has no alpha: the trained vectors scale each layer, and d_initial sets the initial d",
     "alpha_pattern": "VeRA has no alpha: the trained vectors scale each layer",
     "lora_dropout": "use vera_dropout",
     "dropout": "use vera_dropout",
@@ -34,18 +34,18 @@ _FOREIGN = {
     "lora_bias": "use bias",
     "init_lora_weights": "leave it out: a new adapter is a no-op; init_weights=False is for tests",
     "use_rslora": "leave it out: VeRA has no alpha to divide by the rank",
-    "use_dora": "leave it out: veratune has no counterpart of DoRA",
+    "use_dora": "leave it out: veratune does not support DoRA",
     "fan_in_fan_out": "leave it out: transformers' Conv1D is recognized by its class",
     "prng_key": "use projection_prng_key",
     "ensure_weight_tying": "leave it out: tied weights are detected",
     "target_module": "use target_modules",
 }
-# Attributes that PEFT reads from its configurations and `VeraConfig` does not have.
+# Attributes that PEFT reads from its configurations but that `VeraConfig` does not have.
 _ASKED_BY_PEFT = ("is_prompt_learning", "is_adaption_prompt", "auto_mapping", "peft_version", "runtime_config")
 
 
 def foreign_field(name: str) -> str:
-    """Return what to use instead of a setting of another adapter, or an empty string for other names."""
+    """Return the remedy for a setting of another adapter type, or an empty string for other names."""
     return _FOREIGN.get(name, "")
 
 
@@ -76,7 +76,7 @@ def check_config(config: object) -> None:
     if isinstance(config, VeraConfig):
         return
     class_name, package = type(config).__qualname__, type(config).__module__.partition(".")[0]
-    remedy = "make one with veratune.VeraConfig(r=256, target_modules=...)"
+    remedy = "create one with veratune.VeraConfig(r=256, target_modules=...)"
     if class_name == "VeraConfig":
         remedy = "veratune.VeraConfig takes the same fields except fan_in_fan_out, which it does not need"
     elif class_name == "VeratuneConfig":
@@ -92,8 +92,8 @@ def check_config(config: object) -> None:
 class VeraFields:
     """The fields that `VeraConfig` and the PEFT plug-in's configuration have in common.
 
-    Each field is defined once, here or in `VeraConfig`. Its metadata (`Setting`) contains its check and says where else
-    the field appears.
+    Each field is defined once, here or in `VeraConfig`. Its metadata (`Setting`) contains its check and specifies where
+    else the field is used.
     """
 
     r: int = setting(256, check.rank, peft="vera", card=True, train=False)
@@ -130,17 +130,16 @@ class VeraConfig(VeraFields):
 
     Args:
         r: rank: the number of rows of A and of columns of B. VeRA's ranks are high (256 to 1024).
-        target_modules: which linear layers to adapt. A list of names, each matching modules with that dotted name or
-            whose dotted name ends in it; a string: a regular expression that must match the full dotted name (without
+        target_modules: which layers to adapt: a list of names, each of which matches modules whose dotted name equals
+            it or ends with it after a dot; a regular expression that must match the full dotted name (without
             backreferences, so that matching takes bounded time); "all-linear" for every linear layer except a language
             model's output head and `modules_to_save`; None to choose by `model.config.model_type`.
         target_parameters: which parameters to adapt that a module's forward reads directly, such as expert tensors: a
-            list of names, each matching parameters with that dotted name or whose dotted name ends in it.
-            "all-linear" includes expert tensors and packed attention weights.
-        fused_parts: for linear layers that fuse several (query, key and value in one), the number of equal parts, or
-            the number of outputs of each part, keyed by the end of the layer's name: {"c_attn": 3},
+            list of names, matched in the same way. "all-linear" includes expert tensors and packed attention weights.
+        fused_parts: for linear layers that fuse several layers (such as query, key and value), the number of equal
+            parts, or the number of outputs of each part, keyed by the end of the layer's name: {"c_attn": 3},
             {"qkv_proj": [64, 32, 32]}. Each part has a separate d and B, as if it were a separate layer.
-        exclude_modules: layers not to adapt, as a list of names or a regular expression, matched the same way.
+        exclude_modules: layers not to adapt: a list of names or a regular expression, matched in the same way.
         layers_to_transform: indices of the layers in the stack to adapt; None for all.
         layers_pattern: name or names of the `nn.ModuleList` that `layers_to_transform` indexes; None for any.
         rank_pattern: the rank to use instead of `r`, keyed by a regular expression, for layers whose dotted name ends
@@ -150,15 +149,16 @@ class VeraConfig(VeraFields):
         d_initial: initial value of each d (the paper's Table 6); b starts at zero.
         vera_dropout: probability of dropout on the adapter's input, in [0, 1).
         bias: which biases to train: "none", "all", or those of the adapted layers ("vera_only").
-        init_weights: False initializes b to one and d randomly, so that a new adapter changes the model. For tests.
+        init_weights: if False, b is initialized to ones and d randomly, so that a new adapter changes the model; for
+            tests.
         projection_prng_key: 64-bit key from which the frozen projections A and B are drawn.
         projection: "per_dimension" for dense projections, drawn for each width; "blocks" for block-sparse ones, which
             are cheaper to compute with; or "peft" for slices of one pair, as wide as the widest layers, with the
             values that PEFT draws.
         projection_blocks: the number of blocks of projection="blocks", from 1 to 64 and at most r.
-        save_projection: write A and B into the adapter's file. Loading does not need them there, as they are drawn from
+        save_projection: write A and B to the adapter's file. Loading does not need them, because they are drawn from
             the key.
-        route: how to compute layers: "auto" (the cheapest for each shape), "factored" or "dense".
+        route: how to compute layers: "auto" (the cheapest way for each shape), "factored" or "dense".
         memory: which intermediate results to keep for the backward pass: "fast" keeps all that save time, "low" as few
             as possible, "balanced" those that are small compared with the model's activations.
         task_type: one of SEQ_CLS, TOKEN_CLS, QUESTION_ANS, CAUSAL_LM, SEQ_2_SEQ_LM, FEATURE_EXTRACTION, or None.
@@ -235,8 +235,8 @@ class VeraConfig(VeraFields):
                 )
         elif self.projection_blocks > (rank := min([self.r, *self.rank_pattern.values()])):
             raise ValueError(
-                f"projection_blocks={self.projection_blocks!r} needs a rank of at least that number, not {rank}: each"
-                " rank reads and writes one block, so some blocks would have no rank; use fewer blocks, or a higher"
+                f"projection_blocks={self.projection_blocks!r} needs a rank of at least this number, not {rank}: each"
+                " rank reads and writes one block, so some blocks would have no rank. Use fewer blocks, or a higher"
                 " rank"
             )
 
@@ -269,10 +269,10 @@ class VeraConfig(VeraFields):
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "VeraConfig":
-        """Make a configuration from the result of `to_dict`.
+        """Create a configuration from the result of `to_dict`.
 
         Raises:
-            ValueError: another `peft_type`, or an unknown field.
+            ValueError: a different `peft_type`, or an unknown field.
         """
         values = dict(values)
         peft_type = values.pop("peft_type", PEFT_TYPE)

@@ -26,12 +26,12 @@ class Setting:
     """Metadata of a configuration field.
 
     Attributes:
-        check: takes the field's name and a value and returns the value to keep, or raises.
+        check: takes the field's name and a value, and returns the value to store or raises an error.
         peft: "vera" if PEFT's VeraConfig has the field with the same meaning, "any" if every PEFT configuration has
             it (such fields do not change what the adapter computes), None if only veratune has it.
         card: whether the model card lists it.
-        train: whether the `vera` settings of `veratune train` may set it; the run determines the other fields, or has
-            separate settings for them.
+        train: whether the `vera` settings of `veratune train` may set it; other fields are determined by the run or
+            have separate settings.
         selects: whether its only effect is to select the modules to adapt or to train in full.
     """
 
@@ -46,7 +46,7 @@ def setting(default: Any, check: Check, **roles: Any) -> Any:
     """Return a dataclass field with its metadata.
 
     Args:
-        default: the field's default, or a type to call for the default (such as `dict`).
+        default: the field's default, or a type that creates the default (such as `dict`).
         check: the field's check.
         roles: other attributes of `Setting`.
     """
@@ -111,7 +111,7 @@ def text(field: str, value: object) -> str | None:
 def initial_d(field: str, value: object) -> float:
     number = _finite(field, value)
     if not _SMALLEST <= abs(number) <= _LARGEST:
-        allowed = "a number other than 0 in float32's range: with b = 0 and d = 0 nothing would ever be learned"
+        allowed = "a nonzero number in float32's range: with b = 0 and d = 0, nothing would ever be learned"
         raise bad(field, number, allowed)
     return number
 
@@ -140,11 +140,11 @@ def _check_regex(field: str, text: str, around: str = "{}") -> None:
         pattern(around.format(text))
     except PatternError as error:
         given = clipped(f"{field}={text!r}", LONGEST_VALUE)
-        raise ValueError(f"{given} is not a regular expression that can be used here: {error}") from None
+        raise ValueError(f"{given} is not an allowed regular expression: {error}") from None
 
 
 def _name_list(field: str, value: Iterable[object]) -> list[str]:
-    # PEFT's configurations contain sets; sorting makes files of equal configurations equal.
+    # PEFT's configurations contain sets; sorting makes the files of equal configurations identical.
     names = sorted(value, key=str) if isinstance(value, set | frozenset) else list(value)
     for name in names:
         if not isinstance(name, str) or not name:

@@ -51,7 +51,7 @@ class VeraModel(AdaptedModel):
     ) -> Self:
         """Load a saved adapter onto a base model.
 
-        If a transformers model has no class names, this sets the ones that the adapter was trained with.
+        If a transformers model has no class names, this sets those that the adapter was trained with.
 
         Args:
             model: the base model; it is adapted in place.
@@ -106,15 +106,15 @@ class VeraModel(AdaptedModel):
             ready.put_on(self, adapter_name, frozen=not is_trainable)
 
     def restore(self, save_directory: str | os.PathLike[str]) -> None:
-        """Load the values that `save_pretrained` wrote into the existing adapters.
+        """Load values written by `save_pretrained` into the existing adapters.
 
-        Parameters keep their identity, so optimizers stay valid. Nothing is changed unless everything fits.
+        Parameters keep their identity, so optimizers stay valid. Nothing is changed unless all values fit.
 
         Args:
-            save_directory: the directory that was given to `save_pretrained`.
+            save_directory: the directory that was passed to `save_pretrained`.
 
         Raises:
-            CheckpointError: an adapter is missing there, or its layers or its rank differ from those in the model.
+            CheckpointError: an adapter is missing in the directory, or its layers or rank differ from the model's.
             ValueError: adapters are merged.
         """
         self._check_unmerged("restore")
@@ -144,7 +144,7 @@ class VeraModel(AdaptedModel):
             save_directory: the directory; created if necessary.
             safe_serialization: must be true: veratune only writes safetensors.
             selected_adapters: which adapters; all of them by default.
-            is_main_process: whether to write; false in all processes but one. All processes must call this if
+            is_main_process: whether to write; false in all processes except one. All processes must call this if
                 parameters are sharded (FSDP2).
 
         Raises:
@@ -187,7 +187,7 @@ class VeraModel(AdaptedModel):
         adapter_name: str | None = None,
         save_projection: bool | None = None,
     ) -> None:
-        """Write an adapter in PEFT's VeRA format: `peft.PeftModel.from_pretrained` then computes the same outputs.
+        """Write an adapter in PEFT's VeRA format, which `peft.PeftModel.from_pretrained` loads with the same outputs.
 
         Args:
             save_directory: the directory; created if necessary.
@@ -196,7 +196,7 @@ class VeraModel(AdaptedModel):
                 case for projection="per_dimension".
 
         Raises:
-            ValueError: the adapter is unknown, or save_projection=False although PEFT needs A and B.
+            ValueError: the adapter is unknown, or save_projection=False even though PEFT needs A and B.
         """
         name = self._to_export(adapter_name)
         export_peft(self, name, Path(save_directory), save_projection=save_projection)
@@ -216,8 +216,8 @@ class VeraModel(AdaptedModel):
             save_directory: the directory; created if necessary.
             adapter_name: which adapter; the active one by default.
             dtype: dtype of the matrices written.
-            rank: a different rank, for all layers. A larger one is padded with zeros; a smaller one is allowed if it
-                represents the deltas exactly.
+            rank: a different rank, for all layers. Matrices are padded with zeros to a larger rank; a smaller rank is
+                allowed if it represents the deltas exactly.
             engine: "vllm" checks that vLLM can load the result; None is for PEFT.
 
         Raises:
@@ -257,7 +257,7 @@ class VeraModel(AdaptedModel):
     def push_to_hub(self, repo_id: str, selected_adapters: str | Sequence[str] | None = None, **settings: Any) -> str:
         """Save adapters and upload them to the Hugging Face hub.
 
-        If the base model was loaded from a directory, its path is uploaded with the configuration; a warning says so.
+        If the base model was loaded from a directory, its path is uploaded with the configuration, with a warning.
 
         Args:
             repo_id: "owner/name"; created if necessary.
@@ -288,7 +288,7 @@ class VeraModel(AdaptedModel):
             sharding = describe_sharding(parameter)
             if sharding is not None:
                 raise ValueError(
-                    f"adapter {name!r} cannot be exported while it is sharded over processes ({sharding}): call"
+                    f"adapter {name!r} cannot be exported while it is sharded across processes ({sharding}): call"
                     " save_pretrained in all of them, then load the adapter in one process and export it there"
                 )
         self._warn_of_nonfinite([name])
@@ -300,10 +300,10 @@ class VeraModel(AdaptedModel):
         names = list(self.peft_config) if selected is None else as_names(selected)
         self._check_known(names)
         if not names:
-            raise ValueError("there is no adapter to save")
+            raise ValueError("there is no adapter to save: add one with add_adapter, or select at least one")
         root = Path(save_directory)
         if root.is_file():
-            raise ValueError(f"save_directory={str(root)!r} is a file; give a directory")
+            raise ValueError(f"save_directory={str(root)!r} is a file: pass a directory")
         return {name: root if name == DEFAULT_ADAPTER else root / name for name in names}
 
 
@@ -315,8 +315,8 @@ def get_peft_model(
 ) -> VeraModel:
     """Add a new VeRA adapter to a model and return the adapted model, ready for training.
 
-    The parameters of the model are frozen; the adapter's vectors, and its `modules_to_save`, are trainable. The adapter
-    starts as an exact no-op.
+    The model's parameters are frozen; the adapter's vectors and its `modules_to_save` are trainable. The adapter starts
+    as an exact no-op.
 
     Args:
         model: any `torch.nn.Module`; it is adapted in place.
@@ -326,7 +326,7 @@ def get_peft_model(
 
     Raises:
         TargetError: the configuration does not match this model. The model is unchanged.
-        ValueError: the model has adapters already, or the name is not allowed.
+        ValueError: the model already has adapters, or the name is not allowed.
     """
     check_adapter_name(adapter_name)
     with ADDING:
@@ -349,18 +349,18 @@ def check_bare(model: nn.Module) -> None:
     """Raise TypeError or ValueError unless this is a model without adapters and without lazy layers."""
     check_is_model(model)
     if any(nn.parameter.is_lazy(parameter) for parameter in model.parameters()):
-        raise ValueError("this model has lazy layers without shapes: run it once before adapting it")
+        raise ValueError("this model has lazy layers without shapes: call it once before adapting it")
     for module in model.modules():
         names = [(kind.__name__, kind.__module__.partition(".")[0]) for kind in type(module).__mro__]
-        if ("BaseTunerLayer", "peft") in names:  # known by its name, as importing peft takes seconds
+        if ("BaseTunerLayer", "peft") in names:  # by name, because importing peft takes seconds
             raise ValueError(
-                "this model has adapters of PEFT, whose layers would be adapted: call merge_and_unload() or unload() of"
+                "this model has PEFT adapters, whose layers would be adapted: call merge_and_unload() or unload() of"
                 " the PeftModel first"
             )
         if isinstance(module, AdaptedModel | VeraLayer | SavedModule):
             raise ValueError(
-                "this model has VeRA adapters already: add another with the VeraModel's add_adapter or load_adapter, or"
-                " remove them first with unload() of the VeraModel, or of the AdapterBank if a bank added them"
+                "this model already has VeRA adapters: add another with add_adapter or load_adapter of the VeraModel,"
+                " or remove them first with unload() of the VeraModel, or of the AdapterBank if a bank added them"
             )
 
 

@@ -12,16 +12,16 @@ from veratune.layers.entries import VECTOR_PREFIX
 VECTOR_RATE, HEAD_RATE = 1e-2, 1e-3
 """Default learning rates for the vectors and for everything else."""
 
-# Outside this range a rate for the vectors is unlikely to work. The paper uses 3e-3 to 3e-2.
+# Learning rates outside this range are unlikely to work for the vectors. The paper uses 3e-3 to 3e-2.
 _LOW_RATE, _HIGH_RATE = 1e-3, 1e-1
 
 
 def rate_advice(lr: float) -> str | None:
     """Return a warning for a learning rate that is unlikely to work for VeRA's vectors, or None."""
     if lr < _LOW_RATE:
-        return f"learning_rate={lr} is low for VeRA, whose vectors need about {VECTOR_RATE:g}: it may not learn"
+        return f"learning_rate={lr} is low for VeRA, whose vectors need about {VECTOR_RATE:g}: training may be too slow"
     if lr > _HIGH_RATE:
-        return f"learning_rate={lr} is high for VeRA, whose vectors need about {VECTOR_RATE:g}: it may diverge"
+        return f"learning_rate={lr} is high for VeRA, whose vectors need about {VECTOR_RATE:g}: training may diverge"
     return None
 
 
@@ -32,7 +32,7 @@ def parameter_groups(
 
     VeRA's vectors need a much higher learning rate than LoRA or full fine-tuning: the paper uses 3e-3 to 3e-2 for
     RoBERTa (its Table 8), with a lower rate for the classification head, and no weight decay. A rate far outside
-    that range triggers a warning.
+    this range causes a warning.
 
     Args:
         model: the adapted model, or a `peft.PeftModel` with veratune's layers.
@@ -41,7 +41,7 @@ def parameter_groups(
         weight_decay: weight decay of both groups.
 
     Returns:
-        Groups for `torch.optim`; empty ones are left out.
+        Groups for `torch.optim`; empty groups are omitted.
 
     Raises:
         TypeError: the model has no VeRA adapter.
@@ -71,7 +71,7 @@ def trained_parts(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Paramet
     named = dict(model.named_parameters())
     vector_names = {name for name in named if any(part.startswith(VECTOR_PREFIX) for part in name.split("."))}
     if not vector_names:
-        raise TypeError(f"this {type(model).__name__} has no adapter to train: make one with get_peft_model first")
+        raise TypeError(f"this {type(model).__name__} has no adapter to train: call get_peft_model first")
     merged = {name for module in model.modules() if isinstance(module, VeraLayer) for name in module.merged_adapters}
     if merged:
         raise ValueError(

@@ -394,9 +394,9 @@ def test_the_config_is_checked() -> None:
     assert get_peft_model(nn.Sequential(nn.Linear(8, 8)), VeraConfig(r=16, target_modules=["0"], projection="blocks"))
     with pytest.raises(ValueError, match=r"projection_blocks=16 has no effect with projection='per_dimension'"):
         VeraConfig(projection_blocks=16)
-    with pytest.raises(ValueError, match=r"projection_blocks=16 needs a rank of at least that number, not 8"):
+    with pytest.raises(ValueError, match=r"projection_blocks=16 needs a rank of at least this number, not 8"):
         VeraConfig(r=8, projection="blocks", projection_blocks=16)
-    with pytest.raises(ValueError, match=r"projection_blocks=8 needs a rank of at least that number, not 4"):
+    with pytest.raises(ValueError, match=r"projection_blocks=8 needs a rank of at least this number, not 4"):
         VeraConfig(r=64, rank_pattern={"out": 4}, projection="blocks")
     for wrong in (0, 65, 1 << 70):
         with pytest.raises(ValueError, match=r"projection_blocks=.*an integer from 1 to 64"):
