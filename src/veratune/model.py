@@ -143,7 +143,7 @@ class VeraModel(AdaptedModel):
         Args:
             save_directory: the directory; created if necessary.
             safe_serialization: must be true: veratune only writes safetensors.
-            selected_adapters: which adapters; all of them by default.
+            selected_adapters: the names of the adapters; defaults to all of them.
             is_main_process: whether to write; false in all processes except one. All processes must call this if
                 parameters are sharded (FSDP2).
 
@@ -172,7 +172,7 @@ class VeraModel(AdaptedModel):
         Args:
             format: the format's name.
             save_directory: the directory; created if necessary.
-            adapter_name: which adapter; the active one by default.
+            adapter_name: the adapter's name; defaults to the active adapter.
 
         Raises:
             ValueError: the format or adapter is unknown, or the format cannot be written or cannot hold the adapter.
@@ -191,7 +191,7 @@ class VeraModel(AdaptedModel):
 
         Args:
             save_directory: the directory; created if necessary.
-            adapter_name: which adapter; the active one by default.
+            adapter_name: the adapter's name; defaults to the active adapter.
             save_projection: whether to write A and B; None writes them if PEFT cannot draw them, which is always the
                 case for projection="per_dimension".
 
@@ -214,7 +214,7 @@ class VeraModel(AdaptedModel):
 
         Args:
             save_directory: the directory; created if necessary.
-            adapter_name: which adapter; the active one by default.
+            adapter_name: the adapter's name; defaults to the active adapter.
             dtype: dtype of the matrices written.
             rank: a different rank, for all layers. Matrices are padded with zeros to a larger rank; a smaller rank is
                 allowed if it represents the deltas exactly.
@@ -228,7 +228,7 @@ class VeraModel(AdaptedModel):
         if engine == "vllm":
             check_vllm(self, name, rank)
         elif engine is not None:
-            raise ValueError(f"engine={engine!r} is not known: it must be 'vllm' or None")
+            raise ValueError(f"engine={engine!r} is not supported: it must be 'vllm' or None")
         export_lora(self, name, Path(save_directory), dtype=dtype, rank=rank)
 
     def export_gguf(
@@ -241,7 +241,7 @@ class VeraModel(AdaptedModel):
 
         Args:
             save_directory: the directory; created if necessary.
-            adapter_name: which adapter; the active one by default.
+            adapter_name: the adapter's name; defaults to the active adapter.
             dtype: dtype of the matrices written: float32, float16 or bfloat16.
 
         Returns:
@@ -261,7 +261,7 @@ class VeraModel(AdaptedModel):
 
         Args:
             repo_id: "owner/name"; created if necessary.
-            selected_adapters: which adapters; all of them by default.
+            selected_adapters: the names of the adapters; defaults to all of them.
             settings: `private`, `token`, `revision`, `commit_message`, `create_pr`.
 
         Returns:

@@ -155,5 +155,5 @@ def test_for_vllm_a_rank_that_it_takes_is_written(tmp_path: Path) -> None:
     for name, delta in own.items():
         assert relative(small[name], delta) < 1e-6, name
     assert [max_lora_rank(rank) for rank in (1, 8, 9, 24, 256, 257, 321, 512)] == [8, 8, 16, 32, 256, 320, 512, 512]
-    with pytest.raises(ValueError, match="engine='sglang' is not known"):
+    with pytest.raises(ValueError, match="engine='sglang' is not supported"):
         model.export_lora(tmp_path / "other", engine="sglang")  # type: ignore[arg-type]

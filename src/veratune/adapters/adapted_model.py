@@ -85,9 +85,9 @@ class AdaptedModel(MergingModel):
 
         Args:
             tokens: the product of the input's leading dimensions (batch times sequence length).
-            adapter_name: which adapter; the active one by default.
-            dtype: the compute dtype; that of each layer by default.
-            device: the device; that of each layer by default.
+            adapter_name: the adapter's name; defaults to the active adapter.
+            dtype: the compute dtype; defaults to each layer's.
+            device: the device; defaults to each layer's.
             training: whether the gradients of the vectors are needed.
 
         Raises:

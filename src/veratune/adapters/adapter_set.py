@@ -114,7 +114,7 @@ class AdapterSet(ModelWrapper):
         return adapted_layers(self.base_model)
 
     def undone_on_error(self) -> AbstractContextManager[None]:
-        """Return a context that undoes all changes to the model and its adapters if anything is raised.
+        """Return a context manager that undoes all changes to the model and its adapters if an exception is raised.
 
         In-place changes of tensors' values are not undone.
         """

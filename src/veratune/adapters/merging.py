@@ -72,7 +72,7 @@ class MergingModel(AdapterSet):
         the deltas twice. `save_pretrained` writes the same adapter, merged or not.
 
         Args:
-            adapter_names: which adapters; the active ones by default.
+            adapter_names: the names of the adapters; defaults to the active ones.
             safe_merge: check that all merged weights are finite before any is changed.
 
         Raises:
@@ -125,7 +125,7 @@ class MergingModel(AdapterSet):
         Args:
             progressbar: print a line for each percent of the layers.
             safe_merge: check that all merged weights are finite before any is changed.
-            adapter_names: which adapters; the active ones by default.
+            adapter_names: the names of the adapters; defaults to the active ones.
 
         Raises:
             ValueError: as for `merge_adapter`, or as for `unload`.

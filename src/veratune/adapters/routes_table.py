@@ -87,10 +87,10 @@ def explain_routes(
 
     Args:
         layers: the adapted layers by name.
-        adapter_name: which adapter.
+        adapter_name: the adapter's name.
         tokens: the product of an input's leading dimensions.
-        dtype: the compute dtype; None for that of the layer.
-        device: the device; None for that of the layer.
+        dtype: the compute dtype; defaults to each layer's.
+        device: the device; defaults to each layer's.
         training: whether the gradients of the vectors are needed.
     """
     table = RouteTable()

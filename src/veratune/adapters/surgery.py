@@ -34,7 +34,7 @@ def prepare(model: nn.Module) -> None:
 
 @contextmanager
 def undone_on_error(model: nn.Module, *others: object) -> Iterator[None]:
-    """Undo all changes to a model's structure if anything is raised, including out-of-memory errors and Ctrl-C.
+    """Undo all changes to a model's structure on any exception, including out-of-memory errors and Ctrl-C.
 
     This restores each module's attributes, the contents of its dicts, lists and sets (modules, parameters, buffers,
     hooks, names of adapters), and the `requires_grad` of parameters. It does not restore tensor values: code that
@@ -72,7 +72,7 @@ class StructureBefore:
 
 @contextmanager
 def kept_on_error(tensors: Iterable[Tensor]) -> Iterator[None]:
-    """Restore the values of these tensors if anything is raised within this context."""
+    """Restore the values of these tensors if an exception is raised within this context."""
     kept = [(tensor, tensor.detach().clone()) for tensor in tensors]
     try:
         yield

@@ -21,7 +21,7 @@ from veratune.projections.schemes import SCHEMES
 from veratune.utils.sharding import describe_sharding, is_emptied, is_engines
 from veratune.utils.text import closest
 
-# The largest number of names to look for similar names of, which takes milliseconds per name in a large model.
+# Look for similar names for at most this many names, because each search takes milliseconds in a large model.
 _MOST_COMPARED = 8
 
 

@@ -44,7 +44,7 @@ class VectorInit:
 
 @dataclass(frozen=True)
 class InputGroup:
-    """The data shared by those of an adapter's layers that may read the same input (query, key and value).
+    """The data shared by an adapter's layers that may read the same input (query, key and value).
 
     Attributes:
         a: the view of A.

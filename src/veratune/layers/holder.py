@@ -192,7 +192,7 @@ class AdapterHolder(LayerKind):
         """Remove an adapter.
 
         Raises:
-            ValueError: the layer does not have it, or it is merged; nothing is changed.
+            ValueError: the layer does not have the adapter, or the adapter is merged; nothing is changed.
         """
         self.vectors(name)
         if name in self.merged_adapters:

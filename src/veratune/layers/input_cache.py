@@ -25,7 +25,7 @@ def _can_be_remembered(x: Tensor) -> bool:
 
 
 def _stream(x: Tensor) -> int:
-    """Return the CUDA stream on which operations run now: products of other streams may not be finished."""
+    """Return the current CUDA stream; products computed on other streams may not be finished."""
     return torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
 
 

@@ -127,7 +127,7 @@ class AdaptedWeight(Tensor):
             return func(args[0]._in_memory(), *args[1:], **kwargs)
         scales = getattr(func, "__name__", "") in ("mul_", "div_") and isinstance(args[0], AdaptedWeight)
         if scales and len(args) > 1 and isinstance(args[1], int | float) and args[1] == 1:
-            return args[0]  # RWKV rescales the first of its layers by a factor of one
+            return args[0]  # RWKV rescales its first layers by a factor of one
         check_not_written(func, args, kwargs)
         cheap = _CHEAP.get(func)
         if cheap is not None:

@@ -59,7 +59,7 @@ def _says_it_is_linear(module: nn.Module) -> bool:
 
 def _has_ordinary_weight(module: nn.Module) -> bool:
     """Return whether a module is a torch or transformers linear layer, whose weight is a plain parameter by default."""
-    # If a model has a Conv1D, the module that defines it has been imported.
+    # If a model contains a Conv1D, the module that defines the class has been imported.
     conv1d = getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", nn.Linear)
     return isinstance(module, nn.Linear | conv1d)
 
@@ -100,9 +100,9 @@ class VeraLinear(VeraLayer):
         own_forward = not _is_plain_forward(cls, module) and _has_ordinary_weight(module)
         if own_forward and module._parameters.get("weight") is None and computes(module, "weight"):
             return (
-                f"{type(module).__name__} computes its weight from other parameters and has its own forward, which"
-                " cannot be given an adapted weight: undo the parametrization first (remove_parametrizations,"
-                " remove_weight_norm or prune.remove of torch.nn.utils)"
+                f"{type(module).__name__} computes its weight from other parameters and has a custom forward, which"
+                " cannot use an adapted weight: undo the parametrization first (with remove_parametrizations,"
+                " remove_weight_norm or prune.remove in torch.nn.utils)"
             )
         return super().why_not_adaptable(module)
 

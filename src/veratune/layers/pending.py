@@ -98,7 +98,7 @@ class RemovalCheck:
 
 
 def _pending_blocks(model: nn.Module) -> list[Any]:
-    """Return the objects that gradient checkpointing keeps for those of a model's blocks not yet recomputed."""
+    """Return the objects that gradient checkpointing keeps for a model's blocks that are not yet recomputed."""
     holders = list(model.modules())
     logs = [value for holder in holders for value in vars(holder).values() if isinstance(value, StateLog)]
     own = {id(module) for module in holders}

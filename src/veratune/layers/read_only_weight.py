@@ -1,4 +1,4 @@
-"""Adapted weights for code that reads them without calling their layer; writing to one raises an error."""
+"""Adapted weights for code that reads them without calling their layer; writing to them raises an error."""
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, Protocol

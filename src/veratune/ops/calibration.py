@@ -116,7 +116,7 @@ def calibration_path() -> Path:
 
 
 def _read(path: Path) -> dict[str, dict[str, float]]:
-    """Return the stored calibrations, or none if the file is missing or damaged: there are defaults."""
+    """Return the stored calibrations, or an empty dict if the file is missing or damaged: there are defaults."""
     try:
         values: Any = parse_json(read_text(path, _LARGEST_FILE))
         return {

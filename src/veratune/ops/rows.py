@@ -77,7 +77,7 @@ def stack_residual(start: Tensor, x: Tensor, factors: Factors, groups: Tensor, *
     Args:
         start: (T, out), in the compute dtype.
         x: (T, in).
-        factors: the adapter, with vectors b (count, out) and d (count, r) of the whole stack.
+        factors: the adapter, with the vectors b (count, out) and d (count, r) of the entire stack.
         groups: int64 (T,), the index of each row's matrix in the stack.
         exactly: whether to compute the vectors' gradients from products in float32 if the compute dtype is narrower;
             ignored under torch.compile and torch.func.

@@ -47,7 +47,7 @@ class Scheme(ABC):
         raise NotImplementedError(f"{cls.name!r} projections are not drawn from a key")
 
     def storage_width(self, side: Side, features: int) -> int:
-        """Return the row length of the pool's tensor of which a layer with this many features uses a view."""
+        """Return the row length of the pool's tensor for layers with this many features."""
         return self.stored_columns(side, features)
 
     def stored_columns(self, side: Side, features: int) -> int:

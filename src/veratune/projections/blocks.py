@@ -8,8 +8,8 @@ Rank k reads one block of consecutive inputs and writes one block of consecutive
 
 Each run of g ranks (those with the same k // g) reads all inputs and writes all outputs, and each run of g^2 connects
 every block of inputs with every block of outputs. A width that g does not divide has gcd(g, width) blocks, and the
-conditions hold modulo that number: a width coprime to g is one block, and so dense. The rules depend on k alone, not on
-r: rank 64 is the first 64 rows of rank 256.
+conditions hold modulo that number: a width coprime to g is one block, and thus dense. The rules depend on k only, not
+on r: rank 64 is the first 64 rows of rank 256.
 """
 
 import math

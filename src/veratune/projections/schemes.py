@@ -1,7 +1,7 @@
 """Projection schemes: descriptions from which the frozen projections A and B can be drawn at any time.
 
 A scheme is immutable, hashable and cheap to compare; two layers whose schemes are equal share their tensors. All
-draws are rank-major, (rank, width), float32, whatever the base model's dtype.
+draws are rank-major, (rank, width), float32, regardless of the base model's dtype.
 """
 
 import dataclasses

@@ -109,7 +109,7 @@ class Dense(NamedTuple):
         return target.addmm_(z, values) if in_place else torch.addmm(target, z, values)
 
     def scaled(self, values: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-        # On small tensors, the time is that of the launches; for one pair, the outer product takes a single one.
+        # For small tensors, launches take most of the time; for one pair, torch.outer takes a single launch.
         scales = torch.outer(rows, columns) if rows.ndim == 1 else rows.unsqueeze(-1) * columns.unsqueeze(-2)
         return cast(scales.mul_(values), values.dtype)
 

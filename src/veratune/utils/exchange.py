@@ -23,7 +23,7 @@ def replace_together(directory: Path, files: dict[str, bytes]) -> None:
 
     Args:
         directory: the destination; created if it does not exist.
-        files: name to contents. The last file must be one without which no reader accepts the others.
+        files: name to contents. The last file must be one that every reader requires.
     """
     directory = directory.resolve()
     directory.parent.mkdir(parents=True, exist_ok=True)

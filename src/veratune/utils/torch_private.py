@@ -61,7 +61,7 @@ def transformations_active() -> bool:
 
 
 def outside_transformations() -> AbstractContextManager[Any]:
-    """Return a context in which new tensors are not wrapped by torch.func transformations, and so outlive them."""
+    """Return a context in which torch.func transformations do not wrap new tensors, so that these outlive them."""
     if not _functions_transformed():
         return nullcontext()
     try:
