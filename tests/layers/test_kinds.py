@@ -371,7 +371,7 @@ def test_the_fused_projection_of_gpt2_in_parts() -> None:
     ("parts", "message"),
     [
         ({"0": 5}, "which has 12 outputs"),
-        ({"0": [6, 5]}, "adds up to them"),
+        ({"0": [6, 5]}, "sizes that add up to it"),
         ({"other": 3}, "no adapted layer's name ends in 'other'"),
     ],
 )
