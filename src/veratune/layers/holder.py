@@ -147,7 +147,7 @@ class AdapterHolder(LayerKind):
         group: InputGroup,
         parts: tuple[int, ...] = (),
     ) -> None:
-        """Add an adapter with new vectors. It is not active yet.
+        """Add an adapter with new vectors; it is not yet active.
 
         Args:
             name: the adapter.

@@ -25,7 +25,7 @@ def delta_weight(factors: Factors) -> Tensor:
 def plus_delta(weight: Tensor, folded: Matrix, A: Matrix, *, transposed: bool = False) -> Tensor:  # noqa: N803
     """Return W0 + C^T A, (out, in).
 
-    The result has W0's memory layout, so that products with it sum in the same order, bit-identically if C = 0.
+    The result has W0's memory layout, so that products with it sum in the same order and are bit-identical if C = 0.
 
     Args:
         weight: W0, (out, in), or (in, out) if `transposed`.

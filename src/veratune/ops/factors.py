@@ -29,8 +29,8 @@ class Factors(NamedTuple):
     Attributes:
         A: (r, in), frozen, in the compute dtype.
         B: stored rank-major, (r, out), frozen, in the compute dtype.
-        b: the vector b, (out,), of any floating dtype.
-        d: the vector d, (r,), of any floating dtype.
+        b: the vector b, (out,), of any floating-point dtype.
+        d: the vector d, (r,), of any floating-point dtype.
         scale: the constant factor of B, which the stored B does not include (see `projections.schemes`).
     """
 

@@ -108,8 +108,8 @@ def row_residual(start: Tensor, xa: Tensor, B: Matrix, b: Tensor, d: Tensor) -> 
         start: (rows, n, out), the base layer's output.
         xa: u = x A^T, (rows, n, r), of the same dtype.
         B: rank-major, (r, out), of the same dtype.
-        b: the vectors b, (rows, out), of any floating dtype.
-        d: the vectors d times the projections' scale, (rows, r), of any floating dtype.
+        b: the vectors b, (rows, out), of any floating-point dtype.
+        d: the vectors d times the projections' scale, (rows, r), of any floating-point dtype.
     """
     z = _row_up(xa, B, d)
     # Compute in the wider of the two dtypes and round once.

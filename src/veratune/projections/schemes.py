@@ -172,7 +172,7 @@ class Stored(Scheme):
 
     @classmethod
     def from_tensors(cls, a: Tensor, b: Tensor) -> "Stored":
-        """Create a scheme from A (r, max_in) and B (max_out, r), of any floating dtype."""
+        """Create a scheme from A (r, max_in) and B (max_out, r), of any floating-point dtype."""
         a = a.detach().to("cpu", torch.float32).contiguous()
         b = b.detach().to("cpu", torch.float32).t().contiguous()
         return cls(digest({"scheme": "stored", "shapes": [list(a.shape), list(b.shape)]}, [a, b]), a, b)
