@@ -278,7 +278,7 @@ def test_packed_lengths_must_fit() -> None:
     bank.add(
         "a", get_peft_model(copy.deepcopy(nn.Sequential(nn.Linear(12, 16))), VeraConfig(r=8, target_modules=["0"]))
     )
-    with pytest.raises(RuntimeError, match="7 tokens, while adapter_lengths add up to 6"):
+    with pytest.raises(RuntimeError, match="7 tokens, but adapter_lengths add up to 6"):
         bank.model(torch.randn(1, 7, 12), adapters=["a", None], adapter_lengths=[3, 3])
     with pytest.raises(BankError, match="one non-negative integer for each of 2 adapters"):
         bank.model(torch.randn(1, 7, 12), adapters=["a", None], adapter_lengths=[7])
@@ -696,7 +696,7 @@ def test_what_does_not_fit_is_refused_with_its_reason() -> None:
             bank.add("x", model)
         assert len(bank) == 0
 
-    refused("has the rank 16 on .*; this bank holds up to 8", r=16)
+    refused("has rank 16 on .*, but this bank's maximum is 8", r=16)
     refused("adapts .*key, which is not one of the 2 layers", target_modules=["query", "key"])
     refused(r"trains \['classifier'\] in full", modules_to_save=["classifier"])
     refused("trains biases", bias="vera_only")
@@ -722,7 +722,7 @@ def test_what_does_not_fit_is_refused_with_its_reason() -> None:
         ("bert", {"target_modules": ["word_embeddings"]}, "it is a Embedding"),
         ("vit", {"target_modules": ["projection"]}, "it is a Conv2d"),
         ("mixtral", {"target_parameters": ["gate_up_proj"]}, "reads the parameter itself"),
-        ("bert", {"target_modules": ["query"], "bias": "all"}, "does not hold biases"),
+        ("bert", {"target_modules": ["query"], "bias": "all"}, "does not support per-adapter biases"),
     ],
 )
 def test_layers_that_a_bank_cannot_hold(kind: str, settings: dict[str, Any], message: str) -> None:
@@ -807,7 +807,7 @@ def test_parts_of_fused_layers() -> None:
 
 def test_a_bank_that_was_unloaded_serves_nothing() -> None:
     bank, _ = tiny("bert")
-    with bank.lease([None]), pytest.raises(BankError, match="cannot be unloaded while requests run"):
+    with bank.lease([None]), pytest.raises(BankError, match="cannot be unloaded while requests are running"):
         bank.unload()
     bank.unload()
     with pytest.raises(BankError, match="was unloaded"):
@@ -819,7 +819,7 @@ def test_layers_serve_their_own_banks_calls_only() -> None:
     other, _ = tiny("bert")
     layer = other.model.base_model.bert.encoder.layer[0].attention.self.query
     one.model.base_model.bert.encoder.layer[0].attention.self.query = layer
-    with pytest.raises(RuntimeError, match="was called without any"):
+    with pytest.raises(RuntimeError, match="was called without adapters"):
         one.model(**inputs_of("bert", 1), adapters=["anna"])
 
 
@@ -965,7 +965,7 @@ def test_images_are_not_divided_among_rows(shape: tuple[int, ...]) -> None:
     config = VeraConfig(r=8, target_modules="all-linear")
     bank = AdapterBank(TextAndImages(), config)
     bank.add("a", get_peft_model(TextAndImages(), config))
-    with pytest.raises(RuntimeError, match=r"vision was given an input of shape .*cannot be matched"):
+    with pytest.raises(RuntimeError, match=r"vision received an input of shape .*cannot be matched"):
         bank.model(input_ids=torch.randn(2, 3, 12), pixel_values=torch.randn(shape), adapters=["a", None])
 
 

@@ -114,7 +114,7 @@ class TextByPosition(nn.Module):
 
 def test_images_are_not_divided_among_rows_of_a_text_given_by_position() -> None:
     bank, _ = served(TextByPosition(), VeraConfig(r=4, target_modules=["text", "image"], modules_to_save=[]))
-    with pytest.raises(RuntimeError, match=r"image was given an input of shape \(6, 8\)"):
+    with pytest.raises(RuntimeError, match=r"image received an input of shape \(6, 8\)"):
         bank.model(torch.randn(2, 5, 8), pixel_values=torch.randn(6, 8), adapters=["anna", "bert"])
 
 
@@ -163,7 +163,7 @@ def test_a_head_that_is_given_lists_and_dictionaries(shape: tuple[int, ...], nam
 
 def test_a_head_that_is_given_time_before_rows_is_refused() -> None:
     bank, _ = served(WithHead(nn.LayerNorm(8), lambda head, x: head(x.transpose(0, 1))))
-    with pytest.raises(RuntimeError, match=r"head was given a tensor of shape \(4, 2, 8\)"):
+    with pytest.raises(RuntimeError, match=r"head received a tensor of shape \(4, 2, 8\)"):
         bank.model(torch.randn(2, 4, 8), adapters=["anna", "carl"])  # four is a multiple of two
 
 
@@ -192,7 +192,7 @@ def _clip_like(kind: str) -> nn.Module:
 
 @pytest.mark.parametrize("kind", ["CLIP", "XCLIP", "CLIPSeg", "OwlViT", "Siglip"])
 def test_models_that_compare_each_row_with_each_are_refused(kind: str) -> None:
-    with pytest.raises(BankError, match=f"cannot serve {kind}Model: it compares each text with each image"):
+    with pytest.raises(BankError, match=f"cannot serve {kind}Model: it compares each text in a batch with each image"):
         AdapterBank(_clip_like(kind), VeraConfig(r=4, target_modules=["q_proj"]))
 
 
@@ -303,7 +303,7 @@ def test_a_bank_is_neither_copied_nor_pickled() -> None:
 @pytest.mark.parametrize(
     ("in_bank", "in_adapter", "message"),
     [
-        ([], None, r"trains \['classifier'\] in full, .*: make it with modules_to_save=\['classifier'\]"),
+        ([], None, r"trains \['classifier'\] in full, .*: create it with modules_to_save=\['classifier'\]"),
         (
             None,
             [],

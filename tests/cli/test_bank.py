@@ -153,7 +153,7 @@ def test_nothing_is_written_where_one_does_not_fit(
         (("add", file, base, f"x={anna}", f"={anna}"), "name='' is not allowed"),
         (("add", file, base, f"x={anna}", f"y={adapters['carl']}"), "which is not one of the"),
         (("remove", file, "anna", "x"), "there is no adapter 'x'"),
-        (("list", base), "is a directory, not a bank's file"),
+        (("list", base), "is a directory: pass a bank file"),
         (("verify", tmp_path / "nothing"), "cannot be opened: No such file"),
     ):
         code, out, err = run(capsys, "bank", *arguments)
@@ -191,7 +191,7 @@ def test_verifying(base: Path, adapters: dict[str, Path], tmp_path: Path, capsys
     data[data.index(b"anna")] ^= 1  # a name
     file.write_bytes(data)
     code, out, err = run(capsys, "bank", "verify", file)
-    assert (code, out) == (1, "") and "is damaged: its names and adapters are not the ones" in err
+    assert (code, out) == (1, "") and "is damaged: its names and adapters do not match" in err
 
 
 def test_a_name_that_would_reach_the_terminal(

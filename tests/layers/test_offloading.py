@@ -345,7 +345,7 @@ def test_a_bank_with_heads_is_refused_then() -> None:
     bank = AdapterBank(tiny_model("bert"), config)
     bank.add("one", adapter)
     cpu_offload(bank.model)
-    with torch.no_grad(), pytest.raises(RuntimeError, match="was given hooks by accelerate after the bank was made"):
+    with torch.no_grad(), pytest.raises(RuntimeError, match=r"accelerate added hooks to .* after the bank was created"):
         bank.model(input_ids=ids, adapters=["one", None])
 
 

@@ -1,4 +1,4 @@
-"""Thousands of adapters of one base model at once, a different one for each sequence of a batch."""
+"""Serve thousands of adapters of one base model at once, a different one for each sequence in a batch."""
 
 from veratune.bank.bank import AdapterBank
 from veratune.bank.layout import BankError

@@ -1,4 +1,4 @@
-"""`AdapterBank`: many adapters of one base model, stored as rows of one tensor, one for each sequence of a batch."""
+"""`AdapterBank`: many adapters of one base model, stored as rows of a tensor; each sequence in a batch selects one."""
 
 import os
 import threading
@@ -36,10 +36,10 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class AdapterBank:
-    """Many adapters of one base model, a different one for each sequence of a batch, for inference.
+    """Hold many adapters of one base model for inference, a different one for each sequence in a batch.
 
-    All layers that the configuration names are replaced once; adding an adapter copies its vectors, those of smaller
-    ranks or of fewer layers exactly. Methods are thread-safe.
+    The layers that the configuration selects are replaced once; adding an adapter only copies its vectors. An adapter
+    with a smaller rank, or on fewer layers, is represented exactly. Methods are thread-safe.
 
     Attributes:
         model: the model to call: `bank.model(**batch, adapters=["anna", None])`.
@@ -59,19 +59,19 @@ class AdapterBank:
         """Install the bank's layers in a model.
 
         Args:
-            model: the base model, without adapters; it is changed in place until `unload`, and put in eval mode.
-            peft_config: what adapters may adapt: `target_modules` and related fields, `modules_to_save`, and `r`, the
-                largest rank. `route` as in training: "auto" computes W0 + delta W for adapters that have many tokens in
-                a batch; "factored" never does, so that the time does not depend on the number of adapters. Each adapter
-                brings its projections; initial values and dropout do not matter.
-            capacity: how many adapters to hold on the model's device. A full bank in memory grows, by copying its
-                tensors; one with a file evicts the least recently used adapter.
+            model: the base model, without adapters; modified in place until `unload`, and set to eval mode.
+            peft_config: the layers that adapters may adapt (`target_modules` and related fields), `modules_to_save`,
+                and `r`, the largest rank. `route` works as in training: "auto" computes W0 + delta W for an adapter
+                with many tokens in the batch; "factored" never does, so the time does not depend on the number of
+                adapters. Projections are set by each adapter; initial values and dropout are ignored.
+            capacity: the number of adapters to hold on the model's device. When full, a bank without a file grows by
+                copying its tensors; a bank with a file evicts the least recently used adapter.
             dtype: the dtype of stored vectors: float32, bfloat16 or float16.
             file: a file that holds all adapters (see `veratune.bank.store`), created if it does not exist.
 
         Raises:
-            BankError: a layer or module that cannot be different for each sequence, or a file for another layout.
-            TargetError: the configuration matches nothing in this model, which stays unchanged.
+            BankError: a layer or module cannot differ between sequences, or the file has another layout.
+            TargetError: the configuration matches nothing in this model. The model is unchanged.
         """
         if capacity < 1:
             raise BankError(f"capacity={capacity} is not allowed: it must be at least 1")
@@ -81,7 +81,7 @@ class AdapterBank:
         check_batch_first(model)
         plan = plan_adapter(model, peft_config)
         if plan.bias_owners:
-            raise BankError(f"bias={peft_config.bias!r}: a bank does not hold biases for each adapter; use bias='none'")
+            raise BankError(f"bias={peft_config.bias!r}: a bank does not support per-adapter biases; use bias='none'")
         modules = base_modules(model)
         rank = max(target.r for target in plan.targets)
         saved_modules = {name: modules[name] for name in plan.config.modules_to_save or []}
@@ -99,7 +99,7 @@ class AdapterBank:
         self._projections = BankProjections(plan.targets, self._installation.layers, rank)
         self._registry = Registry(self._resident, self._projections, self._store)
         self._compiled = False
-        self._changes = threading.RLock()  # one change at a time, without blocking calls while the disk is written
+        self._changes = threading.RLock()  # serializes changes without blocking calls during disk writes
         self.refresh()
         with undone_on_error(model):
             self._installation.install()
@@ -112,16 +112,16 @@ class AdapterBank:
     def for_adapters(
         cls, model: nn.Module, adapters: Mapping[str, str | os.PathLike[str]], **settings: Any
     ) -> "AdapterBank":
-        """Make the smallest bank that holds all of these adapters, and load them.
+        """Create the smallest bank that can hold all of these adapters, and load them.
 
         Args:
-            model: as for the class.
-            adapters: each adapter's name and its directory, or its repository on the hub.
-            settings: `capacity`, `dtype`, `file` and, for a larger bank, `peft_config`, as for the class.
+            model: as for the constructor.
+            adapters: adapter names, mapped to directories or Hub repositories.
+            settings: `capacity`, `dtype`, `file` and, for a larger bank, `peft_config`, as for the constructor.
 
         Raises:
-            BankError: an adapter that no bank supports, or an invalid name; the model stays unchanged.
-            CheckpointError: files that are missing or damaged, or for another model.
+            BankError: a bank does not support one of the adapters, or a name is invalid. The model is unchanged.
+            CheckpointError: an adapter's files are missing, damaged, or for another model.
         """
         if not isinstance(adapters, Mapping):
             raise BankError(f"adapters={adapters!r} is not allowed: pass a dictionary of names to directories")
@@ -134,10 +134,10 @@ class AdapterBank:
         config = settings.pop("peft_config", None) or config_for_adapters(model, adapters)
         bank = cls(model, config, **settings)
         try:
-            if held := [name for name in adapters if name in bank]:  # before any of the others is written to the file
+            if held := [name for name in adapters if name in bank]:  # check before writing any of the others
                 raise BankError(
-                    f"{file} already has {held[0]!r}: AdapterBank.open(model, {str(file)!r}) makes a bank of all"
-                    " adapters in it, and load(..., replace=True) replaces one"
+                    f"{file} already contains {held[0]!r}: use AdapterBank.open(model, {str(file)!r}) for a bank of all"
+                    " adapters in the file, and load(..., replace=True) to replace one"
                 )
             with nullcontext() if new_file is None or bank._store is None else bank._store.batch():
                 for name, path_or_repo in adapters.items():
@@ -151,22 +151,22 @@ class AdapterBank:
 
     @classmethod
     def open(cls, model: nn.Module, file: str | os.PathLike[str], *, capacity: int = 64) -> "AdapterBank":
-        """Make a bank with the layout, dtype and adapters of a file.
+        """Create a bank with the layout, dtype and adapters in a file.
 
         Args:
-            model: as for the class: the base model that the file's adapters are for.
-            file: an existing file.
-            capacity: as for the class.
+            model: the base model of the file's adapters; otherwise as for the constructor.
+            file: an existing bank file.
+            capacity: as for the constructor.
 
         Raises:
-            BankError: the file is missing or damaged, or for another model; the model stays unchanged.
+            BankError: the file is missing, damaged, or for another model. The model is unchanged.
         """
         stored = BankStore(Path(file))
         stored.close()
         config = config_of_layout(model, stored.header.layout, str(file))
         return cls(model, config, capacity=capacity, dtype=stored.header.dtype, file=file)
 
-    # Looking at adapters
+    # Inspecting adapters
 
     def __len__(self) -> int:
         return len(self._registry.names)
@@ -181,13 +181,13 @@ class AdapterBank:
 
     @property
     def capacity(self) -> int:
-        """The number of adapters that fit on the device; a full bank in memory grows."""
+        """The number of adapters that fit on the device; a bank without a file grows when it is full."""
         with self._resident.lock:
             return self._resident.capacity
 
     @property
     def nbytes(self) -> int:
-        """The size in bytes of all rows on the device, including free ones and the values of modules_to_save."""
+        """The size in bytes of all rows on the device, including free rows and the values of modules_to_save."""
         with self._resident.lock:
             return self._resident.slab.nbytes + (0 if self._resident.saved is None else self._resident.saved.nbytes)
 
@@ -200,10 +200,10 @@ class AdapterBank:
             return list(self._registry.names)
 
     def info(self, name: str) -> AdapterInfo:
-        """Return information on an adapter.
+        """Return information about an adapter.
 
         Raises:
-            BankError: an unknown name.
+            BankError: the name is unknown.
         """
         return self._registry.info(name)
 
@@ -215,20 +215,20 @@ class AdapterBank:
         """Read a saved adapter into the bank.
 
         Args:
-            name: its name in the bank: printable characters, up to 256 bytes in UTF-8.
-            model_id: directory of the adapter, in veratune's or PEFT's format, or its repository on the hub.
-            replace: whether to replace an adapter of that name; in-flight calls keep using the previous one.
+            name: the adapter's name in the bank: printable characters, up to 256 bytes in UTF-8.
+            model_id: the adapter's directory, in veratune's or PEFT's format, or its Hub repository.
+            replace: whether to replace the existing adapter of that name; in-flight calls keep using the old one.
             location: `subfolder`, `revision`, `token`, `cache_dir`, `local_files_only`.
 
         Raises:
             BankError: the name is taken (or, with `replace`, unknown), or the adapter does not fit this bank.
-            CheckpointError: the files are missing or damaged, or for another model.
+            CheckpointError: the files are missing, damaged, or for another model.
         """
         self._registry.check_name(name, replace)
         return self._put(name, self._rows.saved(model_id, location), replace)
 
     def check(self, model_id: str | os.PathLike[str], **location: Any) -> None:
-        """Check a saved adapter as `load` does, without adding it.
+        """Run the checks of `load` on a saved adapter without adding it.
 
         Args:
             model_id, location: as for `load`.
@@ -243,16 +243,16 @@ class AdapterBank:
     def add(
         self, name: str, model: AdaptedModel, adapter_name: str | None = None, *, replace: bool = False
     ) -> AdapterInfo:
-        """Copy an adapter of another model of the same architecture into the bank.
+        """Copy an adapter from another model of the same architecture into the bank.
 
         Args:
             name, replace: as for `load`.
             model: the model that has the adapter, for example from `get_peft_model`.
-            adapter_name: the adapter's name there; the active one by default.
+            adapter_name: the adapter's name in `model`; by default, the active adapter.
 
         Raises:
             BankError: as for `load`.
-            CheckpointError: the adapter is for a model of other layers.
+            CheckpointError: the adapter's layers do not match those of this model.
         """
         self._registry.check_name(name, replace)
         return self._put(name, self._rows.active(model, adapter_name), replace)
@@ -261,7 +261,7 @@ class AdapterBank:
         """Remove a name. In-flight calls are unaffected.
 
         Raises:
-            BankError: an unknown name.
+            BankError: the name is unknown.
         """
         with self._changes:
             with self._resident.lock:
@@ -290,20 +290,20 @@ class AdapterBank:
             try:
                 return self._registry.put(name, row)
             except BaseException:
-                if self._store is not None:  # the file has it
+                if self._store is not None:  # the adapter is already in the file
                     self._registry.follow(self._store.names, self._store.adapters)
                 raise
 
     # Serving
 
     def lease(self, names: AdapterNames) -> Lease:
-        """Keep adapters unchanged for a request, in a `with` statement or until `release`.
+        """Keep adapters unchanged until `release` is called or a `with` block ends.
 
         Args:
-            names: a name for each sequence, or None for the base model.
+            names: the adapter name of each sequence; None for the base model.
 
         Raises:
-            BankError: an unknown name, or more different adapters at once than there is room for.
+            BankError: a name is unknown, or there is no room for this many different adapters at once.
         """
         try:
             return self._registry.lease(names)
@@ -312,21 +312,21 @@ class AdapterBank:
             return self._registry.lease(names)
 
     def lease_versions(self, versions: Sequence[Version | None]) -> Lease:
-        """Return another lease of versions that are leased already, whatever their names refer to now.
+        """Return another lease of versions that are already leased, even if their names now refer to other versions.
 
         Args:
             versions: the version of each sequence, from leases that are still held; None for the base model.
 
         Raises:
-            BankError: more different adapters at once than there is room for.
+            BankError: there is no room for this many different adapters at once.
         """
         return self._registry.lease_versions(versions)
 
     def lease_again(self, lease: Lease) -> Lease:
-        """Return another lease of the same versions, which outlives the first one.
+        """Return another lease of the same versions, which may outlive the first one.
 
         Raises:
-            BankError: a lease that has been released, or belongs to another bank.
+            BankError: the lease was released, or belongs to another bank.
         """
         return self._registry.lease_again(lease)
 
@@ -342,27 +342,27 @@ class AdapterBank:
 
         Args:
             lease: the adapters of the sequences.
-            lengths: for packed sequences, the number of tokens of each.
+            lengths: for packed sequences, the number of tokens in each.
             copies, flattened: as in `BankCall`.
 
         Raises:
-            BankError: no sequences, or not one length for each.
+            BankError: there are no sequences, or `lengths` does not have one entry per sequence.
         """
         schemes = self._projections.numbers() if self._compiled else None
         return make_call(self._installation.owner, lease, lengths, schemes, copies=copies, flattened=flattened)
 
     def check_isolation(self, **inputs: Any) -> None:
-        """Check that each sequence of this model's outputs depends on its adapter and on no other sequence's.
+        """Check that the outputs for each sequence depend on its adapter and on no other adapter.
 
-        Layers match the first dimension of their input with the sequences of the batch. Shapes do not reveal time-first
-        inputs or sorted tokens, but this trial does: a random adapter for one sequence must change that sequence and
-        leave all others identical, bit for bit. Run it once for a model with an unusual architecture.
+        Layers assume that the first dimension of their input is the batch. Shapes do not reveal time-first inputs or
+        sorted tokens, but this test does: a random adapter on one sequence must change that sequence's outputs and
+        leave all others bit-identical. Run it once for a model with an unusual architecture.
 
         Args:
-            inputs: the model's arguments, a batch of at least two sequences.
+            inputs: the model's arguments, with a batch of at least two sequences.
 
         Raises:
-            BankError: the model does not keep sequences apart.
+            BankError: the model mixes sequences.
         """
         with self._resident.lock:
             scheme, saved = self._projections.any_number(), self._resident.saved
@@ -375,17 +375,17 @@ class AdapterBank:
         check_isolation(self.model.base_model, call, inputs)
 
     def compile(self, **settings: Any) -> None:
-        """Compile the model with `torch.compile`; calls with other adapters do not trigger recompilation."""
+        """Compile the model with `torch.compile`; using other adapters does not trigger recompilation."""
         self._compiled = True
         self.model.base_model.compile(**settings)
 
     def follow_model(self) -> None:
-        """Move the vectors to the model's device; called when the model moves."""
+        """Move the vectors to the model's device; called after the model was moved."""
         with self._resident.lock:
             self._resident.move(self._installation.current_device())
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
-        raise BankError("a bank cannot be copied or pickled: make another one, on the same file")
+        raise BankError("a bank cannot be copied or pickled: create another bank with the same file")
 
     def unload(self) -> nn.Module:
         """Remove the bank's layers, close its file, and return the base model.

@@ -1,4 +1,4 @@
-"""Derive a bank's configuration from the adapters that it will hold, or from a bank's file."""
+"""Derive a bank's configuration from the adapters that it will hold, or from a bank file."""
 
 import os
 import re
@@ -15,21 +15,20 @@ from veratune.config import VeraConfig
 
 
 def config_for_adapters(model: nn.Module, adapters: Mapping[str, str | os.PathLike[str]]) -> VeraConfig:
-    """Return the configuration of the smallest bank that holds all of these adapters.
+    """Return the configuration of the smallest bank that can hold all of these adapters.
 
-    Its layers are those that any of them adapts, its rank is the largest of theirs, and its `modules_to_save` are the
-    modules that any of them trains in full.
+    Its layers and its `modules_to_save` are the union over the adapters, and its rank is the largest of their ranks.
 
     Args:
-        model: the base model, without adapters; it is not changed.
-        adapters: name to directory, or to repository on the hub.
+        model: the base model, without adapters; it is not modified.
+        adapters: adapter names, mapped to directories or Hub repositories.
 
     Raises:
-        BankError: no adapters, adapters that a bank cannot hold, or ones that split a fused layer differently.
-        CheckpointError: files that are missing or damaged, or for another model.
+        BankError: there are no adapters, a bank cannot hold one of them, or they split a fused layer differently.
+        CheckpointError: an adapter's files are missing, damaged, or for another model.
     """
     if not adapters:
-        raise BankError("there is no adapter to make a bank for")
+        raise BankError("adapters is empty: pass at least one adapter")
     rank = 0
     parts: dict[str, tuple[int, ...]] = {}
     modules_to_save: dict[str, None] = {}
@@ -41,36 +40,36 @@ def config_for_adapters(model: nn.Module, adapters: Mapping[str, str | os.PathLi
             if parts.setdefault(target.name, target.parts) != target.parts:
                 raise BankError(
                     f"adapter {name!r} ({path_or_repo}) has {len(target.parts) or 1} parts on {target.name}, but an"
-                    f" earlier one has {len(parts[target.name]) or 1}: they cannot be in the same bank"
+                    f" earlier adapter has {len(parts[target.name]) or 1}: they cannot be in the same bank"
                 )
             rank = max(rank, target.r)
         if ready.loaded.biases:
             raise BankError(
                 f"adapter {name!r} ({path_or_repo}) cannot be in a bank: it trains biases"
-                f" (bias={ready.plan.config.bias!r}), which a bank does not hold for each adapter"
+                f" (bias={ready.plan.config.bias!r}), but a bank does not support per-adapter biases"
             )
         modules_to_save |= dict.fromkeys(ready.loaded.saved)
     return _config(rank, parts, modules_to_save)
 
 
 def config_of_layout(model: nn.Module, layout: dict[str, Any], origin: str) -> VeraConfig:
-    """Return the configuration of a bank with a file's layout, as returned by `Layout.describe`.
+    """Return the configuration of a bank with the layout in a file.
 
     Args:
         model: the base model.
-        layout: the layout.
-        origin: the file, for messages.
+        layout: the layout, as returned by `Layout.describe`.
+        origin: the file, for error messages.
 
     Raises:
-        BankError: a layer that the model does not have. Of the names in a file, only those of the model's modules are
-            used.
+        BankError: the model does not have one of the layers. Names from the file are only used if they are names of
+            the model's modules.
     """
     modules = base_modules(model)
     parts = {name: tuple(widths) for name, _, _, widths in layout["layers"]}
     modules_to_save = [name for name, _ in layout["modules_to_save"]]
     missing = [name for name in (*parts, *modules_to_save) if name not in modules]
     if missing:
-        raise BankError(f"{origin} is for another model: this one has no {missing[0]!r} ({len(missing)} are missing)")
+        raise BankError(f"{origin} is for another model: this model has no {missing[0]!r} ({len(missing)} missing)")
     return _config(layout["rank"], parts, modules_to_save)
 
 

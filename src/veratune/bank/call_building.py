@@ -1,4 +1,4 @@
-"""Build the `BankCall` that layers read, from the adapters of a batch's sequences."""
+"""Build the `BankCall` of a batch, which layers read, from the adapters of its sequences."""
 
 import operator
 from collections.abc import Sequence
@@ -20,25 +20,25 @@ def make_call(
     copies: tuple[int, ...],
     flattened: bool,
 ) -> BankCall:
-    """Return the call that serves the adapters of a lease.
+    """Return the `BankCall` for the adapters of a lease.
 
     Args:
         owner: as in `BankCall`.
         lease: the adapters of the sequences.
-        lengths: for packed sequences, the number of tokens of each.
+        lengths: for packed sequences, the number of tokens in each.
         schemes: the numbers of all schemes in the bank, for a compiled model; otherwise None.
         copies: as in `BankCall`.
         flattened: as in `BankCall`.
 
     Raises:
-        BankError: there are no sequences, or their number differs from that of the lengths.
+        BankError: there are no sequences, or `lengths` does not have one entry per sequence.
     """
     each = [(row, -1 if v is None else v.scheme) for row, v in zip(lease.rows, lease.versions, strict=True)]
     if lengths is not None:
         lengths = _checked_lengths(lengths, len(each))
         each = [pair for pair, length in zip(each, lengths, strict=True) for _ in range(length)]
     if not each:
-        raise BankError("adapters is empty: give a name, or None, for each sequence")
+        raise BankError("adapters is empty: pass a name, or None, for each sequence")
     device = lease.slab.device
     rows, scheme_of = (torch.tensor(values, device=device) for values in zip(*each, strict=True))
     occurring = sorted({scheme for _, scheme in each} - {-1}) if schemes is None else schemes
@@ -63,13 +63,13 @@ def make_call(
 
 
 def trial_call(owner: object, scheme: int, slab: Tensor, saved: Tensor | None, rows: Tensor) -> BankCall:
-    """Return a call in which each sequence has either the adapter in row 1 of a slab or none.
+    """Return a `BankCall` in which each sequence uses either the adapter in row 1 of a slab or the base model.
 
     Args:
         owner: as in `BankCall`.
-        scheme: the number of its projections' scheme.
+        scheme: the number of the adapter's projection scheme.
         slab: (2, numbers).
-        saved: the bank's values of modules_to_save; the adapter uses those of the base model.
+        saved: the bank's values of modules_to_save; the adapter uses the base model's.
         rows: int64 (sequences,), 1 with the adapter and 0 without.
     """
     saved = None if saved is None else torch.stack([saved[0], saved[0]])
@@ -87,7 +87,7 @@ def _checked_lengths(lengths: Sequence[int], count: int) -> list[int]:
     """Return lengths as integers, one for each of `count` adapters, or raise BankError."""
     try:
         integers = [operator.index(length) for length in lengths]
-    except TypeError:  # not a sequence, or not of integers
+    except TypeError:  # not a sequence of integers
         integers = []
     if len(integers) != count or any(length < 0 for length in integers):
         raise BankError(f"adapter_lengths={lengths} must have one non-negative integer for each of {count} adapters")

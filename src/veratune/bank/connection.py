@@ -1,7 +1,8 @@
-"""Open an SQLite file that may be damaged or malicious, and explain SQLite's error codes.
+"""Open an SQLite file that may be damaged or malicious, and turn SQLite's error codes into clear messages.
 
-The journal is SQLite's rollback journal, not its write-ahead log: a log would keep changes in a second file, which
-copies omit and which SQLite would apply to any file put in the first one's place (docs/adr/0006-bank-in-sqlite.md).
+The file uses SQLite's rollback journal, not its write-ahead log. The log would keep changes in a second file, which is
+easily forgotten in copies, and SQLite would apply it to any file that replaces the first (see
+docs/adr/0006-bank-in-sqlite.md).
 """
 
 import os
@@ -19,7 +20,7 @@ from veratune.bank.schema import APPLICATION_ID, TABLES, VERSION, DamagedError
 from veratune.utils.atomic import publish
 
 PATIENCE = 30.0  # seconds to wait for other processes
-REMEDY = "Put back a copy of it, or build it again from the adapters' directories"
+REMEDY = "Restore a copy, or rebuild it from the adapters' directories"
 
 # A connection must not be used or closed in a process that was forked from the one that opened it.
 _of_other_processes: list[sqlite3.Connection] = []
@@ -27,7 +28,7 @@ _of_other_processes: list[sqlite3.Connection] = []
 # Identifies a file and its contents: device, inode, size and modification time.
 Signature = tuple[int, int, int, int]
 
-# More than any text in a bank's file; `allow_tensors` raises the limit once the layout is known.
+# Larger than any text in a bank file; `allow_tensors` raises the limit once the layout is known.
 _LONGEST_TEXT = 1 << 24
 
 
@@ -41,7 +42,7 @@ class _Held:
     signature: Signature | None = None
 
     def close(self) -> None:
-        """Close the connection, or in a forked process leave it alone."""
+        """Close the connection; in a forked process, leave it open."""
         connection, self.connection = self.connection, None
         if connection is None:
             return
@@ -52,10 +53,10 @@ class _Held:
 
 
 class FileConnections:
-    """The connections to one file, one for reading and one for writing, which are reopened when it has changed.
+    """A connection for reading a file and one for writing it; both are reopened when the file has changed.
 
     Attributes:
-        path: the path that the user gave, for messages.
+        path: the path given by the user, for error messages.
         check: called with each new connection.
     """
 
@@ -70,14 +71,14 @@ class FileConnections:
         self._inode = self._signature()[:2]
 
     def close(self) -> None:
-        """Close both; the caller must ensure that neither is in use."""
+        """Close both connections; the caller must ensure that neither is in use."""
         self._closing()
 
     def reader(self, *, even_replaced: bool = False) -> sqlite3.Connection:
-        """Return the connection for reading; only one thread at a time may call this and use it.
+        """Return the connection for reading; only one thread at a time may use it.
 
         Args:
-            even_replaced: whether to keep reading an open file whose path is gone or now refers to another file.
+            even_replaced: whether to keep reading the open file after it was deleted or replaced.
 
         Raises:
             BankError: the file was closed, deleted, replaced or overwritten.
@@ -86,7 +87,7 @@ class FileConnections:
 
     @contextmanager
     def writer(self) -> Iterator[sqlite3.Connection]:
-        """Yield the connection for writing; only one thread at a time may call this, and must finish its change inside.
+        """Yield the connection for writing to one thread at a time, which must complete its change inside the context.
 
         Raises:
             BankError: as for `reader`.
@@ -98,7 +99,7 @@ class FileConnections:
         with self._lock:
             for held in (self._reader, self._writer):
                 if held.signature == before:
-                    held.signature = after  # SQLite notices its own changes
+                    held.signature = after  # SQLite itself tracks changes made through it
 
     def _current(self, held: _Held, *, even_replaced: bool = False) -> sqlite3.Connection:
         if not self._closing.alive:
@@ -116,8 +117,8 @@ class FileConnections:
             raise
         if held.connection is not None and held.signature == signature:
             return held.connection
-        # Another process has changed it. SQLite detects that by a few numbers in the file, which may be the same in
-        # another bank that was copied over it.
+        # Another process has changed the file. SQLite detects changes by a few counters in the file, which may be
+        # equal in another bank that was copied over it.
         held.close()
         connection = connect(self._file, self.path, write=held.write)
         try:
@@ -134,7 +135,7 @@ class FileConnections:
         try:
             status = self._file.stat()
         except OSError as error:
-            raise BankError(f"{self.path} cannot be read any more: {error.strerror}") from None
+            raise BankError(f"{self.path} can no longer be read: {error.strerror}") from None
         return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
@@ -144,21 +145,21 @@ def _close(*held: _Held) -> None:
 
 
 def connect(path: Path, shown: Path, *, write: bool) -> sqlite3.Connection:
-    """Open a file and check that it is a bank's; nothing in it is executed.
+    """Open a file and check that it is a bank file; nothing in it is executed.
 
     Args:
-        path: the file, absolute and without symbolic links.
-        shown: the path that the user gave, for messages.
+        path: the file's absolute path, without symbolic links.
+        shown: the path given by the user, for error messages.
         write: whether to allow changes.
 
     Raises:
-        BankError: the file is not a bank's, or cannot be opened.
+        BankError: the file is not a bank file, or cannot be opened.
     """
     check_regular(path, shown)
     if os.path.lexists(f"{path}-wal"):
         raise BankError(
-            f"{path}-wal exists, which no bank has: SQLite would apply it to {shown}. If another program has the"
-            " bank open, close it; otherwise remove that file"
+            f"{path}-wal exists, but a bank has no write-ahead log, and SQLite would apply it to {shown}. If another"
+            " program has the bank open, close that program; otherwise, delete the log"
         )
     with explained(shown, "opened"):
         connection = sqlite3.connect(
@@ -171,7 +172,7 @@ def connect(path: Path, shown: Path, *, write: bool) -> sqlite3.Connection:
         connection.close()
         if isinstance(error, NotSQLiteError) and _is_of_the_first_format(path):
             raise BankError(
-                f"{shown} is a bank's file in the first format, which is no longer supported: build it again from the"
+                f"{shown} is a bank file in the first format, which is no longer supported: rebuild it from the"
                 " adapters' directories"
             ) from None
         raise
@@ -179,22 +180,22 @@ def connect(path: Path, shown: Path, *, write: bool) -> sqlite3.Connection:
 
 
 class NotSQLiteError(BankError):
-    """The file is not a database."""
+    """The file is not an SQLite database."""
 
 
 def check_regular(path: Path, shown: Path) -> None:
-    """Raise BankError unless this is a regular file: opening a pipe would block until there is a writer."""
+    """Raise BankError unless this is a regular file: opening a named pipe would block until it has a writer."""
     try:
         mode = path.stat().st_mode
     except OSError as error:
         raise BankError(f"{shown} cannot be opened: {error.strerror}") from None
     if not stat.S_ISREG(mode):
         what = "a directory" if stat.S_ISDIR(mode) else "not a regular file"
-        raise BankError(f"{shown} is {what}, not a bank's file")
+        raise BankError(f"{shown} is {what}: pass a bank file")
 
 
 def allow_tensors(connection: sqlite3.Connection, count: int, shown: Path) -> None:
-    """Limit values to this many bytes.
+    """Set SQLite's limit on the size of values so that tensors of `count` bytes fit.
 
     Raises:
         BankError: SQLite does not support values of this size.
@@ -203,13 +204,13 @@ def allow_tensors(connection: sqlite3.Connection, count: int, shown: Path) -> No
     connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, wanted)
     if connection.getlimit(sqlite3.SQLITE_LIMIT_LENGTH) < wanted:
         raise BankError(
-            f"{shown}: a bank's file cannot hold adapters of {count} bytes: use a bank in memory, or one without"
+            f"{shown}: a bank file cannot hold adapters of {count} bytes: create the bank without a file, or without"
             " modules_to_save"
         )
 
 
-class explained:  # noqa: N801  # used for each adapter that is read; much faster than a generator
-    """Convert errors from SQLite and the system, and damaged content, to BankError: `shown` "cannot be" `action`."""
+class explained:  # noqa: N801  # entered for each adapter that is read; much faster than a generator
+    """Convert SQLite errors, OS errors and damaged contents to BankError: "{shown} cannot be {action}: ..."."""
 
     def __init__(self, shown: Path, action: str) -> None:
         self._shown = shown
@@ -222,7 +223,7 @@ class explained:  # noqa: N801  # used for each adapter that is read; much faste
         match error:
             case DamagedError():
                 raise _damaged(self._shown, error) from None
-            case UnicodeDecodeError():  # in a message that quotes the file
+            case UnicodeDecodeError():  # raised for an SQLite message that quotes the file
                 raise _damaged(self._shown, "it contains text that is not UTF-8") from None
             case sqlite3.Error():
                 raise _explanation(self._shown, self._action, error) from None
@@ -231,10 +232,10 @@ class explained:  # noqa: N801  # used for each adapter that is read; much faste
 
 
 def publish_bank(temporary: Path, path: Path) -> None:
-    """Rename a finished file to its path.
+    """Rename a complete file to its final path.
 
     Raises:
-        BankError: a file of that name exists, or the directory cannot be written to.
+        BankError: a file of that name already exists, or the directory cannot be written to.
     """
     with explained(path, "created"):
         try:
@@ -250,33 +251,33 @@ def _damaged(shown: Path, what: object) -> BankError:
 
 def _explanation(shown: Path, action: str, error: sqlite3.Error) -> BankError:
     code = getattr(error, "sqlite_errorcode", None)
-    text = str(error) if str(error).isprintable() else ascii(str(error))[1:-1]  # it may quote the file
-    unchanged = "; it is unchanged" if action == "written to" else ""
+    text = str(error) if str(error).isprintable() else ascii(str(error))[1:-1]  # SQLite may quote the file
+    unchanged = "; the file is unchanged" if action == "written to" else ""
     match None if code is None else code & 0xFF:
         case sqlite3.SQLITE_BUSY | sqlite3.SQLITE_LOCKED:
             return BankError(
-                f"{shown} cannot be {action}: another process has locked it for {PATIENCE:.0f} s. Try again when it has"
-                " finished"
+                f"{shown} cannot be {action}: another process has kept it locked for {PATIENCE:.0f} s. Try again when"
+                " that process has finished"
             )
         case sqlite3.SQLITE_READONLY if code == sqlite3.SQLITE_READONLY_ROLLBACK:
             return BankError(
-                f"{shown} cannot be {action}: a process was killed while writing, and rolling its change back needs"
-                " permission to write to the file. Open it once as a user who has it"
+                f"{shown} cannot be {action}: a process was killed while writing, and rolling back its change requires"
+                " permission to write to the file. Open the file once as a user with that permission"
             )
         case sqlite3.SQLITE_READONLY:
             return BankError(f"{shown} cannot be {action}: Permission denied")
         case sqlite3.SQLITE_CANTOPEN if action == "written to":
             return BankError(
-                f"{shown} cannot be written to: its journal, {shown}-journal, cannot be created. You need permission to"
-                " write to the directory as well"
+                f"{shown} cannot be written to: its journal, {shown}-journal, cannot be created. Permission to"
+                " write to the directory is required as well"
             )
         case sqlite3.SQLITE_NOTADB:
-            return NotSQLiteError(f"{shown} is not a bank's file")
+            return NotSQLiteError(f"{shown} is not a bank file")
         case sqlite3.SQLITE_FULL:
-            return BankError(f"{shown} cannot be {action}: No space left on the disk{unchanged}")
+            return BankError(f"{shown} cannot be {action}: No space left on disk{unchanged}")
         case sqlite3.SQLITE_CANTOPEN | sqlite3.SQLITE_IOERR:
             return BankError(f"{shown} cannot be {action}: {text}{unchanged}")
-        case _:  # damage, including text that is not UTF-8, for which there is no code
+        case _:  # damage, including invalid UTF-8, which has no error code
             return _damaged(shown, text)
 
 
@@ -284,20 +285,20 @@ def _prepare(connection: sqlite3.Connection, shown: Path, *, write: bool) -> Non
     connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, _LONGEST_TEXT)
     for setting in ("trusted_schema=OFF", "cell_size_check=ON", "mmap_size=0"):
         connection.execute(f"PRAGMA {setting}").fetchall()
-    # These come from the file's first bytes; no table is read before they are checked.
+    # These values are in the file's header; no table is read before they are checked.
     if connection.execute("PRAGMA application_id").fetchone() != (APPLICATION_ID,):
-        raise BankError(f"{shown} is not a bank's file")
+        raise BankError(f"{shown} is not a bank file")
     ((version,),) = connection.execute("PRAGMA user_version")
     if version != VERSION:
-        raise BankError(f"{shown} has format version {version}; this veratune reads {VERSION}")
+        raise BankError(f"{shown} has format version {version}; this version of veratune reads {VERSION}")
     if connection.execute("PRAGMA journal_mode").fetchone() != ("delete",):
         raise BankError(
-            f"{shown} was put into SQLite's write-ahead mode by another program: undo that with"
+            f"{shown} was switched to SQLite's write-ahead log by another program: switch it back with"
             ' "PRAGMA journal_mode=DELETE"'
         )
     _check_tables(connection)
     if write:
-        # A change is reported as done once it, and the end of its journal, are on the disk.
+        # A commit returns once the change and the deletion of its journal are on disk.
         connection.execute("PRAGMA synchronous=EXTRA").fetchall()
     else:
         connection.setlimit(sqlite3.SQLITE_LIMIT_ATTACHED, 0)
@@ -305,12 +306,12 @@ def _prepare(connection: sqlite3.Connection, shown: Path, *, write: bool) -> Non
 
 
 def _check_tables(connection: sqlite3.Connection) -> None:
-    """Refuse views, triggers, virtual tables, and tables with other columns."""
+    """Reject views, triggers, virtual tables, and tables with unexpected columns."""
     expected: set[tuple[str, str, str, str | None]] = {("table", name, name, sql) for name, sql in TABLES.items()}
     expected |= {("index", f"sqlite_autoindex_{name}_1", name, None) for name in ("adapters", "names")}
     found = connection.execute("SELECT type, name, tbl_name, sql FROM sqlite_master LIMIT 9").fetchall()
     if len(found) != len(expected) or set(found) != expected:
-        raise DamagedError("its tables are not those of a bank")
+        raise DamagedError("it does not have the tables of a bank")
 
 
 def _is_of_the_first_format(path: Path) -> bool:

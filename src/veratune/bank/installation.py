@@ -1,4 +1,4 @@
-"""Install a bank's layers in a model and remove them."""
+"""Install a bank's layers in a model, and remove them again."""
 
 import itertools
 from collections.abc import Mapping, Sequence
@@ -17,12 +17,12 @@ from veratune.ops.planning import RouteName
 
 
 class Installation:
-    """A bank's layers, which replace the model's from `install` until `undo`.
+    """A bank's layers; they replace the model's layers from `install` until `undo`.
 
     Attributes:
-        owner: the object by which layers recognize this bank's calls.
-        layers: name to layer.
-        device: the device that all of them compute on.
+        owner: the object that identifies this bank's calls to its layers.
+        layers: the bank's layers by name.
+        device: the device that all layers compute on.
     """
 
     def __init__(
@@ -63,18 +63,18 @@ class Installation:
             module.training = training
 
     def current_device(self) -> torch.device:
-        """Return the device on which the layers compute now: the model may have been moved."""
+        """Return the layers' current device; the model may have been moved."""
         layer = next(iter(self.layers.values()))
         return vector_device(layer.base_layer, layer.base_weight)
 
 
 def _device_of(targets: Sequence[Target]) -> torch.device:
-    """Return the device on which all of these layers compute."""
+    """Return the device that all of these layers compute on."""
     devices = set()
     for target in targets:
         weight = next(itertools.chain(target.module.parameters(), target.module.buffers()))
         devices.add(vector_device(target.module, weight))
     if len(devices) > 1:
         named = ", ".join(sorted(map(str, devices)))
-        raise BankError(f"the model's layers are on several devices ({named}), but a bank keeps its vectors on one")
+        raise BankError(f"the model's layers are on several devices ({named}), but a bank supports only one device")
     return devices.pop()

@@ -1,7 +1,7 @@
-"""The state of one call of a bank's model: the stored rows, and which of them each sequence of the batch uses.
+"""The state of one call to a bank's model: the stored rows, and the row that each sequence in the batch uses.
 
-A model passes nothing but inputs to its layers, so the `BankCall` is stored per thread. A layer without one raises an
-error rather than compute with the wrong adapter or with no adapter.
+A model passes only inputs to its layers, so the `BankCall` is thread-local. A layer that is called without a `BankCall`
+raises an error instead of computing with the wrong adapter or without an adapter.
 """
 
 import math
@@ -15,13 +15,13 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class AdapterGroup:
-    """The sequences of a call (or tokens, if packed) that have the same adapter.
+    """The sequences of a call (or tokens, if packed) that use the same adapter.
 
     Attributes:
         row: the adapter's row in the slab.
-        scheme: the number of its projections' scheme.
+        scheme: the number of the adapter's projection scheme.
         sequences: int64 (n,), their positions in the batch.
-        span: the same as a slice, if they are consecutive.
+        span: the positions as a slice if they are consecutive, otherwise None.
     """
 
     row: int
@@ -36,22 +36,23 @@ class AdapterGroup:
 
 @dataclass(frozen=True)
 class BankCall:
-    """Everything that layers read about one call of the model.
+    """The data that layers read during one call of the model.
 
     Attributes:
-        owner: the bank; layers of another one refuse the call.
-        slab: (rows, numbers), the vectors of all resident adapters; row 0 is zero, which is the base model.
-        saved: (rows, numbers), the values of modules_to_save; row 0 is the base model's. None without modules_to_save.
+        owner: identifies the bank; layers of other banks reject the call.
+        slab: (rows, numbers), the vectors of all resident adapters; row 0, for the base model, is zero.
+        saved: (rows, numbers), the values of modules_to_save; row 0 has the base model's. None without modules_to_save.
         rows: int64 (n,), the row of each sequence of the batch or, if `packed`, of each token.
-        by_scheme: for each scheme in the call, its number and `rows` with 0 for sequences of other schemes; for all
-            schemes of the bank if the model is compiled, so that other combinations do not trigger recompilation.
-        packed: whether `rows` has an entry per token.
-        groups: the sequences by adapter, without those of the base model.
+        by_scheme: for each scheme in the call, its number and `rows` with 0 for sequences of other schemes. If the
+            model is compiled, all schemes of the bank are listed, so that other combinations do not recompile it.
+        packed: whether `rows` has one entry per token.
+        groups: the sequences grouped by adapter, excluding those of the base model.
         largest: the size of the largest group.
-        has_base: whether there may be sequences of the base model.
-        copies: how many consecutive copies of a sequence a layer's input may have: beams and returned sequences.
-        flattened: whether inputs may be (sequences * tokens, in). False if sequences also have images or sounds, whose
-            number is unknown.
+        has_base: whether sequences of the base model may occur.
+        copies: the possible numbers of consecutive copies of each sequence in a layer's input, from beams and returned
+            sequences.
+        flattened: whether inputs may be (sequences * tokens, in). False if sequences also have images or audio clips,
+            whose number is unknown.
         held: an object that keeps the slab's rows in place during the call.
     """
 
@@ -70,7 +71,7 @@ class BankCall:
 
     @property
     def plain(self) -> bool:
-        """Whether all sequences are the base model's."""
+        """Whether all sequences use the base model."""
         return len(self.by_scheme) == 0  # written so that torch.compile can trace it
 
     @property
@@ -88,7 +89,7 @@ _calls = _Calls()
 
 @contextmanager
 def serving(call: BankCall) -> Iterator[None]:
-    """Make this the active call of the thread."""
+    """Make `call` the active call of this thread."""
     before = _calls.current
     _calls.current = call
     try:
@@ -98,12 +99,12 @@ def serving(call: BankCall) -> Iterator[None]:
 
 
 def active_call() -> BankCall | None:
-    """Return the call that this thread is serving, for any bank."""
+    """Return this thread's active call, of any bank, or None."""
     return _calls.current
 
 
 def current_call(owner: object) -> BankCall:
-    """Return this thread's active call of a bank.
+    """Return this thread's active call, which must be one of this bank.
 
     Raises:
         RuntimeError: the model was not called through this bank.
@@ -111,31 +112,31 @@ def current_call(owner: object) -> BankCall:
     call = active_call()
     if call is None or call.owner is not owner:
         raise RuntimeError(
-            "this model serves the adapters of a bank and was called without any: call bank.model(..., adapters=[...])"
-            " or bank.model.generate(..., adapters=[...]), with None for the base model; bank.unload() restores the"
-            " model"
+            "this model serves the adapters of a bank but was called without adapters: call"
+            " bank.model(..., adapters=[...]) or bank.model.generate(..., adapters=[...]), with None for the base"
+            " model; bank.unload() restores the model"
         )
     return call
 
 
 def by_sequence(x: Tensor, call: BankCall, layer: str) -> Tensor:
-    """Return an input (..., in) as (sequences, n, in), where the n vectors of each sequence belong to one adapter.
+    """Reshape an input (..., in) to (sequences, n, in), where all n vectors of a sequence use the same adapter.
 
     Raises:
-        RuntimeError: the input's first dimension is not the sequences (or their beams, or sequences and tokens
-            flattened), so that they cannot be matched with adapters.
+        RuntimeError: the input cannot be matched with adapters: its first dimension is neither the sequences (or their
+            beams) nor sequences and tokens flattened.
     """
     tokens = math.prod(x.shape[:-1])
     if call.packed:
         if tokens != call.sequences:
             raise RuntimeError(
-                f"{layer} was given an input of shape {tuple(x.shape)}, {tokens} tokens, while adapter_lengths add up"
+                f"{layer} received an input of shape {tuple(x.shape)} with {tokens} tokens, but adapter_lengths add up"
                 f" to {call.sequences}"
             )
     elif x.ndim < 2 or not is_by_sequence(x, call):
         raise RuntimeError(
-            f"{layer} was given an input of shape {tuple(x.shape)}, whose first dimension is not the {call.sequences}"
-            " sequences of this batch, so its values cannot be matched with adapters. Exclude the layer from the bank"
+            f"{layer} received an input of shape {tuple(x.shape)}, whose first dimension is not the {call.sequences}"
+            " sequences of this batch, so it cannot be matched with adapters. Exclude the layer from the bank"
             " (exclude_modules)"
         )
     return x.reshape(call.sequences, tokens // call.sequences, x.shape[-1])

@@ -1,4 +1,4 @@
-"""Linear layers of a model that serves many adapters at once, with different vectors for each sequence of a batch."""
+"""Linear layers that serve many adapters at once, with different vectors for each sequence in a batch."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -29,12 +29,12 @@ from veratune.utils.torch_private import transformations_active
 
 @dataclass(frozen=True)
 class Columns:
-    """The columns of a layer's vectors in the slab, for one of its parts (an unfused layer has one).
+    """The columns of the slab that hold the vectors of one part of a layer (an unfused layer has one part).
 
     Attributes:
         d: the first column of d.
         b: the first column of b.
-        outputs: the outputs of the part.
+        outputs: the part's outputs.
     """
 
     d: int
@@ -56,10 +56,10 @@ class BankedLinear(VeraLinear):
     Attributes:
         owner: identifies this bank's calls.
         name: the layer's name in the model.
-        route: which routes are allowed.
-        columns: the columns of its vectors in the slab, for each part.
-        projections: scheme number to this layer's views, filled by the bank when an adapter uses a new scheme. A scheme
-            too narrow for this layer has no adapters on it.
+        route: the allowed routes.
+        columns: the columns of the slab that hold its vectors, for each part.
+        projections: scheme numbers, mapped to this layer's views; the bank adds one when an adapter uses a new scheme.
+            Schemes that are too narrow for this layer are missing, as their adapters cannot adapt it.
     """
 
     def __init__(
@@ -98,20 +98,20 @@ class BankedLinear(VeraLinear):
         return output
 
     def _schemes_of(self, call: BankCall) -> Iterator[tuple[SharedProjections, Tensor]]:
-        """Yield the projections of each scheme in a call that reaches this layer, with each sequence's row."""
+        """Yield the projections of each scheme in a call that covers this layer, and each sequence's row."""
         for scheme, rows in call.by_scheme:
             shared = self.projections.get(scheme)
             if shared is not None:
                 yield shared, rows
 
     def _reads_base(self, x: Tensor) -> bool:
-        """Return whether computing with the base layer's weight directly is equivalent to calling the layer."""
+        """Return whether computing with the base layer's weight directly is equivalent to calling the base layer."""
         if torch.is_autocast_enabled(x.device.type) or transformations_active():
             return False
         return x.dtype == self.base_weight.dtype and self._is_plain()
 
     def _by_rank(self, x: Tensor, slab: Tensor, products: Sequence[tuple[Tensor, SharedProjections, Tensor]]) -> Tensor:
-        """Return the outputs of sequences (sequences, n, in), adapters included, computed through the rank.
+        """Return the outputs for sequences (sequences, n, in), with adapters, computed through the low-rank factors.
 
         Args:
             x: the sequences.
@@ -119,7 +119,7 @@ class BankedLinear(VeraLinear):
             products: for each scheme, x A^T (sequences, n, r), the projections, and each sequence's row.
         """
         weight, bias = self._outputs_first(self.base_weight), self.bias
-        # In 16 bits the sum of the deltas would be rounded before the larger product is added.
+        # In 16-bit dtypes, the sum of the deltas would be rounded before the larger product is added.
         if not products or x.dtype.itemsize < 4 or gradients_wanted(x):
             output = F.linear(x, weight, bias)
             for xa, shared, rows in products:
@@ -134,14 +134,14 @@ class BankedLinear(VeraLinear):
         return output.flatten(0, 1).addmm_(x.flatten(0, 1), weight.t()).view(output.shape)
 
     def _deltas(self, slab: Tensor, xa: Tensor, shared: SharedProjections, rows: Tensor) -> Tensor:
-        """Return the sum of the deltas of one scheme's adapters, (sequences, n, out); arguments as for `_add`."""
+        """Return the deltas of one scheme's adapters, (sequences, n, out); arguments as for `_add`."""
         parts = [row_deltas(xa, *vectors) for vectors in self._vectors_of(xa, slab, shared, rows)]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
     def _vectors_of(
         self, xa: Tensor, slab: Tensor, shared: SharedProjections, rows: Tensor
     ) -> Iterator[tuple[Matrix, Tensor, Tensor]]:
-        """Yield B, rank-major, and each sequence's b and d, for each part of the layer."""
+        """For each part of the layer, yield B (rank-major) and each sequence's b and d."""
         rank = shared.group.a.rank
         for columns, view in zip(self.columns, shared.b, strict=True):
             b = slab[:, columns.b : columns.b + view.features].index_select(0, rows)
@@ -149,7 +149,7 @@ class BankedLinear(VeraLinear):
             yield view.matrix(xa.device, xa.dtype), b, view.structure.arrange(d)
 
     def _project(self, x: Tensor, call: BankCall, dtype: torch.dtype, shared: SharedProjections) -> Tensor:
-        """Return x A^T, (sequences, n, r), from the cache if a layer with the same input has computed it."""
+        """Return x A^T, (sequences, n, r), from the cache if another layer has computed it for the same input."""
         grouped = by_sequence(x, call, self.name)
         flat = grouped.flatten(0, 1).to(dtype)
         A = shared.group.a.matrix(flat.device, dtype)  # noqa: N806
@@ -160,7 +160,7 @@ class BankedLinear(VeraLinear):
         return xa.view(*grouped.shape[:2], -1)
 
     def _add(self, start: Tensor, xa: Tensor, slab: Tensor, shared: SharedProjections, rows: Tensor) -> Tensor:
-        """Return an output plus the deltas of one scheme's adapters on their sequences.
+        """Add the deltas of one scheme's adapters to the output for their sequences.
 
         Args:
             start: (..., out), the output so far.
@@ -178,10 +178,10 @@ class BankedLinear(VeraLinear):
             parts.append(row_residual(part, xa, *vectors))
         return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)).view(start.shape)
 
-    # Few adapters in a batch: compute each one's W0 + delta W once and multiply by it.
+    # With few adapters in a batch, compute W0 + delta W once for each of them and multiply by it.
 
     def _dense_groups(self, x: Tensor, call: BankCall) -> list[AdapterGroup]:
-        """Return the groups for which W0 + delta W costs less than computing all their tokens through the rank."""
+        """Return the groups for which computing W0 + delta W is cheaper than using the low-rank factors."""
         tokens = math.prod(x.shape[:-1])
         few = self.route == "factored" or (self.route == "auto" and tokens * call.largest < 32 * call.sequences)
         if few:
@@ -207,7 +207,7 @@ class BankedLinear(VeraLinear):
         ]
 
     def _forward_dense(self, x: Tensor, call: BankCall, dense: list[AdapterGroup]) -> Tensor:
-        """Return the output, computed with W0 + delta W for these groups and through the rank for the others."""
+        """Return the output, computed with W0 + delta W for these groups and the low-rank factors for the rest."""
         grouped = by_sequence(x, call, self.name)
         count, n, _ = grouped.shape
         if len(dense) == 1 and dense[0].sequences.numel() == count:
@@ -240,7 +240,7 @@ class BankedLinear(VeraLinear):
             torch.addmm(self.bias, x.flatten(0, 1), weight.t(), out=view)
 
     def _dense_weight(self, slab: Tensor, group: AdapterGroup) -> Tensor:
-        """Return W0 + delta W of a group's adapter."""
+        """Return W0 + delta W for a group's adapter."""
         shared = self.projections[group.scheme]
         weight = self._outputs_first(self.base_weight)
         dtype = torch.promote_types(weight.dtype, torch.float32)
@@ -268,8 +268,8 @@ class BankedLinear(VeraLinear):
 
     def adapted_part(self, base: Tensor, index: Any) -> Tensor:
         raise RuntimeError(
-            f"the model reads the weight of {self.name} instead of calling the layer, so that sequences cannot have"
-            " different adapters there: exclude that layer from the bank (exclude_modules)"
+            f"the model reads the weight of {self.name} instead of calling the layer, so sequences cannot use"
+            " different adapters on it: exclude the layer from the bank (exclude_modules)"
         )
 
     def product(self, x: Tensor, base: Tensor, index: Any, bias: Tensor | None = None) -> Any:
@@ -287,10 +287,10 @@ class BankedConv1D(BankedLinear):
         return super().forward(x, *args, **kwargs)
 
 
-# The layer kinds that a bank serves; a bank refuses all others.
+# The layer kinds that a bank supports; it rejects all others.
 BANKED_LAYERS: dict[type[VeraLayer], type[BankedLinear]] = {VeraLinear: BankedLinear, VeraConv1D: BankedConv1D}
 
 
 def part_slices(parts: tuple[int, ...], out_features: int) -> list[slice]:
-    """Return the outputs of each part; an unfused layer has one."""
+    """Return the slice of outputs of each part; an unfused layer has one part."""
     return slices(parts or (out_features,))

@@ -1,4 +1,4 @@
-"""The layout of a bank's rows: each holds the values of one adapter, in the same order for all."""
+"""The layout of a bank's rows, each of which holds the values of one adapter in the same order."""
 
 import functools
 import hashlib
@@ -24,7 +24,7 @@ from veratune.utils.torch_private import name_in_wrapper
 
 
 class BankError(ValueError):
-    """An operation that a bank refuses, with the reason. The bank and its file are unchanged."""
+    """A bank rejected an operation; the message gives the reason. The bank and its file are unchanged."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class LayerColumns:
 
     Attributes:
         name: the layer's name in the model.
-        in_features, out_features: its dimensions.
+        in_features, out_features: the layer's dimensions.
         parts: the outputs of each part; empty if the layer is not fused.
         columns: the columns of each part's vectors.
     """
@@ -47,7 +47,7 @@ class LayerColumns:
 
 @dataclass(frozen=True)
 class ModuleColumns:
-    """A module of modules_to_save, and the columns of its parameters in the row of such values.
+    """A module in modules_to_save, and the columns of its parameters in the row of such values.
 
     Attributes:
         name: the module's name in the model.
@@ -60,10 +60,10 @@ class ModuleColumns:
 
 @dataclass(frozen=True)
 class Layout:
-    """The order of a row.
+    """The order of the values in a row.
 
     Attributes:
-        rank: the largest rank that fits; d of a smaller one is padded with zeros.
+        rank: the largest supported rank; d of a smaller rank is padded with zeros.
         layers: the layers, by name.
         modules_to_save: the modules trained in full, by name.
         numbers: the number of vector elements in a row.
@@ -77,9 +77,9 @@ class Layout:
     saved_numbers: int
 
     def describe(self) -> dict[str, Any]:
-        """Return the layout as JSON values, which are equal if and only if the layouts are.
+        """Return the layout as JSON values, which are equal if and only if the layouts are equal.
 
-        Layers and modules_to_save are lists, since their order is that of a row.
+        Layers and modules_to_save are lists because their order determines the order of a row.
         """
         return {
             "rank": self.rank,
@@ -124,14 +124,14 @@ def make_layout(targets: Sequence[Target], rank: int, modules_to_save: dict[str,
 
 
 def check_kind(target: Target, refusal: str) -> None:
-    """Raise BankError, with `refusal` as its beginning, for a layer that cannot have different vectors per sequence."""
+    """Raise BankError, starting with `refusal`, if a layer cannot have different vectors for each sequence."""
     module = unwrapped(target.module)
     if target.parameter is not None:
         reason = f"its module {type(module).__name__} reads the parameter itself"
     elif layer_class(module) not in BANKED_LAYERS:
         reason = f"it is a {type(module).__name__}"
     elif "experts" in target.name.split("."):
-        reason = "an expert gets selected tokens without the sequences that they belong to"
+        reason = "an expert receives selected tokens, which cannot be matched with sequences"
     else:
         return
     raise BankError(
@@ -143,16 +143,16 @@ def check_kind(target: Target, refusal: str) -> None:
 def _check_module(name: str, module: nn.Module) -> None:
     if any(name_in_wrapper(inner) is not None for inner in module.modules()):
         raise BankError(
-            f"modules_to_save: {name} contains one of torch's wrappers (torch.compile, checkpoint_wrapper,"
-            " DataParallel), which renames parameters: make the bank before you wrap modules"
+            f"modules_to_save: {name} contains a torch wrapper (torch.compile, checkpoint_wrapper,"
+            " DataParallel) that renames parameters: create the bank before wrapping modules"
         )
     if any(True for _ in module.buffers()):
-        raise BankError(f"modules_to_save: {name} has buffers, which a bank cannot hold for each adapter")
+        raise BankError(f"modules_to_save: {name} has buffers, but a bank does not support per-adapter buffers")
     if len({parameter.dtype for parameter in module.parameters()}) > 1:
-        raise BankError(f"modules_to_save: the parameters of {name} are of several dtypes")
+        raise BankError(f"modules_to_save: the parameters of {name} have several dtypes")
     for inner in module.modules():
         if inner is not module and isinstance(inner, nn.Embedding):
-            raise BankError(f"modules_to_save: {name} contains an embedding, which a bank cannot hold for each adapter")
+            raise BankError(f"modules_to_save: {name} contains an embedding, which a bank does not support there")
 
 
 @dataclass(frozen=True)
@@ -161,10 +161,10 @@ class AdapterRow:
 
     Attributes:
         digest: 32 hexadecimal digits of a hash of its values and its scheme.
-        scheme: its projections.
+        scheme: the scheme of its projections.
         rank: its largest rank.
         vectors: (numbers,), on the CPU, in the bank's dtype.
-        saved: (saved_numbers,), the values of modules_to_save, or None if the bank has none.
+        saved: (saved_numbers,), the values of modules_to_save; None without modules_to_save.
     """
 
     digest: str
@@ -178,7 +178,7 @@ def make_row(layout: Layout, ready: ReadyAdapter, dtype: torch.dtype, base_saved
     """Return an adapter's row.
 
     Args:
-        layout: the bank's.
+        layout: the bank's layout.
         ready: the adapter, checked against the model.
         dtype: the dtype of the bank's vectors.
         base_saved: the base model's values of modules_to_save, used for modules that the adapter does not train.
@@ -237,7 +237,7 @@ def saved_row(layout: Layout, modules: dict[str, nn.Module]) -> Tensor | None:
     if not parameters:
         return None
     if len({parameter.dtype for parameter in parameters}) > 1:
-        raise BankError("modules_to_save: the modules are of several dtypes")
+        raise BankError("modules_to_save: the modules have several dtypes")
     if any(parameter.is_meta for parameter in parameters):
         raise BankError(
             f"modules_to_save: {list(layout.modules_to_save)} are on the meta device (offloaded), but adapters that do"
@@ -250,7 +250,7 @@ def _check_fits(layout: Layout, ready: ReadyAdapter) -> None:
     origin = ready.loaded.origin
     if ready.loaded.biases:
         raise BankError(
-            f"{origin} trains biases (bias={ready.plan.config.bias!r}), which a bank does not hold for each adapter"
+            f"{origin} trains biases (bias={ready.plan.config.bias!r}), but a bank does not support per-adapter biases"
         )
     for target in ready.plan.targets:
         layer = layout.layers.get(target.name)
@@ -258,23 +258,24 @@ def _check_fits(layout: Layout, ready: ReadyAdapter) -> None:
             saved = next((name for name in layout.modules_to_save if f"{target.name}.".startswith(f"{name}.")), None)
             if saved is not None:
                 raise BankError(
-                    f"{origin} adapts {target.name}, but this bank holds {saved} in full for each adapter: make it"
+                    f"{origin} adapts {target.name}, but this bank holds {saved} in full for each adapter: create it"
                     f" without {saved!r} in modules_to_save"
                 )
             raise BankError(
-                f"{origin} adapts {target.name}, which is not one of the {len(layout.layers)} layers of this bank: make"
-                " the bank with target_modules that include it"
+                f"{origin} adapts {target.name}, which is not one of the {len(layout.layers)} layers of this bank:"
+                " create the bank with target_modules that include it"
             )
         if target.r > layout.rank:
-            raise BankError(f"{origin} has the rank {target.r} on {target.name}; this bank holds up to {layout.rank}")
+            raise BankError(f"{origin} has rank {target.r} on {target.name}, but this bank's maximum is {layout.rank}")
         if target.parts != layer.parts:
             raise BankError(
-                f"{origin} has {len(target.parts) or 1} parts on {target.name}, this bank {len(layer.parts) or 1}"
+                f"{origin} has {len(target.parts) or 1} parts on {target.name}, but this bank has"
+                f" {len(layer.parts) or 1}"
             )
     missing = sorted(ready.loaded.saved.keys() - layout.modules_to_save.keys())
     if missing:
         raise BankError(
-            f"{origin} trains {missing} in full, which this bank does not hold for each adapter: make it with"
+            f"{origin} trains {missing} in full, which this bank does not hold for each adapter: create it with"
             f" modules_to_save={missing}"
         )
 
@@ -288,11 +289,11 @@ def scheme_to_json(scheme: Scheme) -> dict[str, Any]:
     try:
         return scheme.to_json()
     except ValueError as error:
-        raise BankError(f"{error}, so a bank's file cannot hold the adapter. A bank in memory can") from None
+        raise BankError(f"{error}, so a bank file cannot hold the adapter. Create the bank without a file") from None
 
 
 def scheme_from_json(values: dict[str, Any]) -> Scheme:
-    """Undo `scheme_to_json`.
+    """Restore the scheme from the values that `scheme_to_json` returned.
 
     Raises:
         BankError: this version of veratune draws different values.

@@ -1,4 +1,4 @@
-"""The model of a bank: a call names an adapter for each sequence."""
+"""The model of a bank, called with an adapter name for each sequence."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,9 +13,9 @@ from veratune.bank.layout import BankError
 from veratune.bank.registry import AdapterNames
 from veratune.bank.resident import Lease
 
-# Inputs from which the batch size is read: the first that is present.
+# Inputs that determine the batch size; the first one present is used.
 _MAIN_INPUTS = ("input_ids", "inputs_embeds", "inputs", "pixel_values", "input_values", "input_features")
-# Inputs that accompany text, of which a sequence may have any number.
+# Prefixes of inputs that accompany text; a sequence may have any number of such inputs.
 _ACCOMPANYING = ("pixel_values", "image_", "video_", "input_features", "audio_")
 
 # transformers' own methods would not pass adapters to the model's layers.
@@ -44,7 +44,7 @@ class LendsAdapters(Protocol):
 class BankModel(ModelWrapper):
     """A base model that computes each sequence with its adapter.
 
-    Attributes that this class does not define are read from the model, and set there.
+    Attributes that this class does not define are read from the base model and set on it.
 
     Attributes:
         base_model: the model, with the bank's layers in it.
@@ -67,13 +67,13 @@ class BankModel(ModelWrapper):
 
         Args:
             args, kwargs: the model's own arguments.
-            adapters: a name for each sequence of the batch; None is the base model. Or a lease, for several calls that
-                must use the same versions.
-            adapter_lengths: for sequences packed one after the other, the number of tokens of each.
+            adapters: the adapter name of each sequence in the batch, None for the base model; or a lease, for several
+                calls that must use the same versions.
+            adapter_lengths: for packed sequences, the number of tokens in each.
 
         Raises:
-            BankError: no names, an unknown name, not one name for each sequence, or lengths that do not fit.
-            RuntimeError: a layer whose input cannot be matched with the sequences.
+            BankError: there is not exactly one known name for each sequence, or the lengths are invalid.
+            RuntimeError: a layer's input cannot be matched with the sequences.
         """
         adapters = _given(adapters)
         if adapter_lengths is None:
@@ -83,17 +83,17 @@ class BankModel(ModelWrapper):
             return self.base_model(*args, **kwargs)
 
     def generate(self, *args: Any, adapters: AdapterNames | Lease | None = None, **kwargs: Any) -> Any:
-        """Call the model's `generate`, with the versions that the adapters have at its start.
+        """Call the model's `generate`, with the versions that the adapters have when it starts.
 
-        Beams and returned sequences (`num_beams`, `num_return_sequences`) have the adapter of their prompt.
+        Beams and returned sequences (`num_beams`, `num_return_sequences`) use the adapter of their prompt.
 
         Args:
-            args, kwargs: those of `generate`.
-            adapters: a name for each prompt of the batch; None is the base model. Or a lease.
+            args, kwargs: the arguments of `generate`.
+            adapters: the adapter name of each prompt in the batch, None for the base model; or a lease.
 
         Raises:
-            BankError: an unknown name, not one name for each prompt, or recordings so long that they are generated in
-                chunks, in batches that shrink.
+            BankError: there is not exactly one known name for each prompt, or recordings are so long that Whisper
+                transcribes them in chunks, with a shrinking batch.
         """
         adapters = _given(adapters)
         _check_number(adapters, args, kwargs)
@@ -111,7 +111,7 @@ class BankModel(ModelWrapper):
             yield lease
 
     def save_pretrained(self, *_: Any, **__: Any) -> NoReturn:
-        """Refuse: the base model's files would contain neither its adapters nor its original layers.
+        """Raise an error: the files would contain neither the adapters nor the base model's original layers.
 
         Raises:
             BankError: always.
@@ -119,12 +119,12 @@ class BankModel(ModelWrapper):
         raise BankError("a bank's model cannot be saved: call unload() and save the base model that it returns")
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
-        raise BankError("a bank's model cannot be copied or pickled: make another bank, on the same file")
+        raise BankError("a bank's model cannot be copied or pickled: create another bank with the same file")
 
     def __getattr__(self, name: str) -> Any:
         if name in _BATCHING:
             raise AttributeError(
-                f"{name} does not support a bank's adapters: use generate_batch or BankManager of"
+                f"{name} does not support a bank's adapters: use generate_batch or BankManager from"
                 " veratune.integrations.continuous_batching"
             )
         return super().__getattr__(name)
@@ -142,9 +142,9 @@ def _given(adapters: AdapterNames | Lease | None) -> AdapterNames | Lease:
 
 
 def _check_number(adapters: AdapterNames | Lease, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-    """Raise BankError unless the number of names is the batch size of the main input or, if unknown, of any input."""
+    """Raise BankError unless there are as many names as sequences in the main input or, without one, in any input."""
     if isinstance(adapters, str) or not isinstance(adapters, Sequence | Lease):
-        return  # values of other types are refused later
+        return  # values of other types are rejected later
     named = [kwargs[name] for name in _MAIN_INPUTS if isinstance(kwargs.get(name), Tensor)]
     main = [value for value in (*args, *named) if isinstance(value, Tensor) and value.ndim][:1]
     inputs = main or [value for value in kwargs.values() if isinstance(value, Tensor) and value.ndim]
@@ -157,16 +157,16 @@ def _check_number(adapters: AdapterNames | Lease, args: tuple[Any, ...], kwargs:
 
 
 def _is_text_alone(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-    """Return whether no sequence has images or sounds in addition to text; positional arguments count as text."""
+    """Return whether no sequence has images or audio in addition to text; positional arguments count as text."""
     text = [*args, *(kwargs.get(name) for name in ("input_ids", "inputs_embeds", "inputs"))]
     accompanying = (name.startswith(_ACCOMPANYING) and value is not None for name, value in kwargs.items())
     return not (any(value is not None for value in text) and any(accompanying))
 
 
 def _copies(model: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[int, ...]:
-    """Return how many consecutive copies of a sequence there may be in a generation.
+    """Return the possible numbers of consecutive copies of each sequence during generation.
 
-    Where a generation config has no value (or, in some versions of transformers, 1), the model's applies.
+    Where a generation config has no value (or, in some versions of transformers, 1), the model's value applies.
     """
     configs = (*args, kwargs.get("generation_config"), getattr(model, "generation_config", None))
 
@@ -185,6 +185,6 @@ def _check_length_of_sounds(model: Any, args: tuple[Any, ...], kwargs: Mapping[s
     features = kwargs.get("input_features", args[0] if args else None)
     if isinstance(features, Tensor) and features.shape[-1] > 2 * config.max_source_positions:
         raise BankError(
-            "a bank cannot serve recordings that are generated in chunks, as the batch shrinks on the way: split them"
+            "a bank cannot serve recordings that are transcribed in chunks, because the batch shrinks: split them"
             f" into chunks of up to {2 * config.max_source_positions} frames"
         )

@@ -1,4 +1,4 @@
-"""The projection schemes of a bank's adapters: each has a number, and each layer has its views of the projections."""
+"""The projection schemes of a bank's adapters, identified by numbers, and each layer's views of the projections."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -11,7 +11,7 @@ from veratune.projections.schemes import PerDimension, Scheme
 
 
 class BankProjections:
-    """The schemes that a bank has adapters of. Callers of its methods hold the bank's lock.
+    """The projection schemes that a bank's adapters use. Callers of its methods must hold the bank's lock.
 
     Calls refer to a scheme by its number, which is never reused.
     """
@@ -38,11 +38,11 @@ class BankProjections:
         return list(self._schemes)
 
     def any_number(self) -> int:
-        """Return the number of some scheme, for a trial."""
+        """Return the number of any scheme, for a test run."""
         return next(iter(self._schemes)) if self._schemes else self.number_of(PerDimension(0))
 
     def number_of(self, scheme: Scheme) -> int:
-        """Return a scheme's number; if it is new, give the layers their views first."""
+        """Return a scheme's number; if the scheme is new, create the layers' views first."""
         for known, other in self._schemes.items():
             if other == scheme:
                 return known
@@ -54,7 +54,7 @@ class BankProjections:
         for target in targets:
             widths = target.parts or (target.out_features,)
             if not (scheme.reaches("A", target.in_features) and scheme.reaches("B", max(widths))):
-                continue  # too narrow for this layer, so its adapters do not adapt it
+                continue  # the scheme is too narrow for this layer, so its adapters do not adapt the layer
             views = tuple(projection_pool.view(scheme, "B", rank, width) for width in widths)
             shared[target.name] = SharedProjections(groups[target.name], views)
         for name, views_of_layer in shared.items():
@@ -64,7 +64,7 @@ class BankProjections:
         return number
 
     def drop(self, number: int) -> None:
-        """Drop the projections of a scheme that no adapter has any more."""
+        """Drop the projections of a scheme that no adapter uses any longer."""
         del self._schemes[number]
         for layer in self._layers.values():
             layer.projections.pop(number, None)

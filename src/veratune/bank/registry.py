@@ -16,14 +16,14 @@ AdapterNames = Sequence[str | None]
 
 @dataclass(frozen=True)
 class AdapterInfo:
-    """Information on an adapter of a bank.
+    """Information about an adapter in a bank.
 
     Attributes:
         name: its name.
         digest: 32 hexadecimal digits; equal for equal values.
         rank: its largest rank.
         fingerprint: its projections' fingerprint.
-        resident: whether its vectors are on the device at the moment.
+        resident: whether its vectors are currently on the device.
     """
 
     name: str
@@ -38,7 +38,7 @@ class Registry:
 
     Attributes:
         names: name to version.
-        versions: digest to version, for those that have a name or a lease.
+        versions: digest to version, for versions that have a name or a lease.
         is_closed: whether the bank was unloaded.
     """
 
@@ -53,10 +53,10 @@ class Registry:
     # Names
 
     def info(self, name: str) -> AdapterInfo:
-        """Return information on an adapter.
+        """Return information about an adapter.
 
         Raises:
-            BankError: an unknown name.
+            BankError: the name is unknown.
         """
         with self._resident.lock:
             version = self.version(name)
@@ -67,20 +67,20 @@ class Registry:
         """Return the version that a name refers to.
 
         Raises:
-            BankError: an unknown name.
+            BankError: the name is unknown.
         """
         version = self.names.get(name) if isinstance(name, str) else None
         if version is None:
             close = difflib.get_close_matches(str(name), self.names, n=3) if len(self.names) <= 1000 else []
             hint = f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
-            raise BankError(f"there is no adapter {name!r} in this bank of {len(self.names)}{hint}")
+            raise BankError(f"there is no adapter {name!r} among the {len(self.names)} in this bank{hint}")
         return version
 
     def check_name(self, name: str, replace: bool) -> Version | None:
-        """Return the version that a name refers to now, if `replace` is true; otherwise check that the name is new.
+        """Return the version that a name refers to, if `replace` is true; otherwise check that the name is new.
 
         Raises:
-            BankError: the name is invalid, or taken, or unknown if `replace` is true.
+            BankError: the name is invalid, already taken, or, if `replace` is true, unknown.
         """
         self.check_open()
         check_spelling(name)
@@ -91,11 +91,11 @@ class Registry:
         return None
 
     def put(self, name: str, row: AdapterRow) -> AdapterInfo:
-        """Bind a name to an adapter, and make it resident if there is room."""
+        """Bind a name to an adapter, and make the adapter resident if there is room."""
         with self._resident.lock:
             self._resident.release_abandoned()
             version = self._known(row.digest, row.scheme, row.rank)
-            version.names += 1  # so that its row is kept
+            version.names += 1  # keeps its row
             try:
                 if version.row is None and (self._store is None or self._resident.free):
                     self._resident.put(version, row)
@@ -113,10 +113,10 @@ class Registry:
             self._bind(name, None)
 
     def follow(self, names: Mapping[str, str], adapters: Mapping[str, StoredAdapter]) -> None:
-        """Bind names as in a file.
+        """Bind names as they are bound in the file.
 
         Raises:
-            BankError: projections that this version of veratune draws differently; nothing is changed.
+            BankError: this version of veratune draws an adapter's projections differently. Nothing is changed.
         """
         with self._resident.lock:
             changed = [
@@ -130,7 +130,7 @@ class Registry:
                 self._bind(name, self._known(stored.digest, scheme, stored.rank))
 
     def _known(self, digest: str, scheme: Scheme, rank: int) -> Version:
-        """Return the version of a digest, created if it is new."""
+        """Return the version with this digest, creating it if it is new."""
         if digest not in self.versions:
             self.versions[digest] = Version(digest, self._projections.number_of(scheme), rank)
         return self.versions[digest]
@@ -156,8 +156,8 @@ class Registry:
         """Return a lease of the versions that names refer to.
 
         Raises:
-            AdapterGoneError: the file no longer has one of them.
-            BankError: an unknown name, or more different adapters at once than there is room for.
+            AdapterGoneError: the file no longer contains one of the versions.
+            BankError: a name is unknown, or there is no room for this many different adapters at once.
         """
         if isinstance(names, str) or not isinstance(names, Sequence):
             raise BankError(f"adapters={names!r} is not allowed: pass a list with a name, or None, for each sequence")
@@ -165,7 +165,7 @@ class Registry:
             return self.lease_versions([None if name is None else self.version(name) for name in names])
 
     def lease_versions(self, versions: Sequence[Version | None]) -> Lease:
-        """Return a lease of versions, whatever their names refer to now.
+        """Return a lease of versions, even if their names now refer to other versions.
 
         Raises:
             BankError: as for `lease`.
@@ -185,10 +185,10 @@ class Registry:
             return Lease(self._resident, versions, self._forget)
 
     def lease_again(self, lease: Lease) -> Lease:
-        """Return another lease of the same versions, which outlives the first one.
+        """Return another lease of the same versions, which may outlive the first one.
 
         Raises:
-            BankError: a lease that has been released, or belongs to another bank.
+            BankError: the lease was released, or belongs to another bank.
         """
         with self._resident.lock:
             if not lease.is_of(self._resident):
@@ -198,7 +198,7 @@ class Registry:
             return self.lease_versions(lease.versions)
 
     def close(self) -> None:
-        """Refuse all further leases.
+        """Reject all further leases.
 
         Raises:
             BankError: requests are running, or leases are held.
@@ -207,7 +207,8 @@ class Registry:
             self._resident.release_abandoned()
             if self._resident.open_leases:
                 raise BankError(
-                    "the bank cannot be unloaded while requests run or leases are held: wait, and release the leases"
+                    "the bank cannot be unloaded while requests are running or leases are held: wait for the requests"
+                    " and release the leases"
                 )
             self.is_closed = True
 

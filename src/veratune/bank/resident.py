@@ -1,4 +1,4 @@
-"""The adapters on the device, one row each, and who is using them: no row is written to while it is read."""
+"""The adapters on the device, one row each, and their use: no row is written to while it may be read."""
 
 import threading
 from collections import OrderedDict, deque
@@ -15,15 +15,15 @@ from veratune.bank.layout import AdapterRow, BankError
 
 @dataclass
 class Version:
-    """One immutable set of values, under any number of names.
+    """The immutable values of an adapter, to which any number of names may refer.
 
     Attributes:
-        digest: identifies it.
-        scheme: the number of its projections within the bank.
+        digest: identifies the values.
+        scheme: the number of its projection scheme in the bank.
         rank: its largest rank.
         row: its row in the slab; None while it is not resident.
-        names: how many names refer to it.
-        leases: how many calls are using it.
+        names: the number of names that refer to it.
+        leases: the number of leases that hold it.
     """
 
     digest: str
@@ -36,16 +36,16 @@ class Version:
 
 @dataclass
 class ResidentRows:
-    """The slab and its rows. Callers of its methods hold `lock`.
+    """The slab and its rows. Callers of its methods must hold `lock`.
 
     Attributes:
         slab: (capacity + 1, numbers); row 0 is zero.
-        saved: (capacity + 1, numbers), the values of modules_to_save, or None; row 0 is the base model's.
-        open_leases: how many requests are running or hold adapters, including those of the base model.
+        saved: (capacity + 1, numbers), the values of modules_to_save, or None; row 0 has the base model's.
+        open_leases: the number of open leases, including those without adapters.
         free: the rows without an adapter.
         idle: the resident versions that no call uses, least recently used first.
         abandoned: leases that were garbage-collected without being released.
-        grows: whether a full slab is enlarged; otherwise an unused adapter is evicted.
+        grows: whether to enlarge a full slab instead of evicting an unused adapter.
     """
 
     slab: Tensor
@@ -70,8 +70,8 @@ class ResidentRows:
         base_saved: Tensor | None,
         grows: bool,
     ) -> "ResidentRows":
-        """Return free rows. The operating system provides their memory when they are first written."""
-        with torch.inference_mode(False):  # rows are written to later, also outside of the caller's inference mode
+        """Create free rows. On a CPU, the operating system allocates their memory when they are first written to."""
+        with torch.inference_mode(False):  # rows are also written to outside the caller's inference mode
             slab = _zeros(capacity + 1, numbers, dtype, device)
             saved = None
             if base_saved is not None:
@@ -107,15 +107,15 @@ class ResidentRows:
     def _make_room(self) -> None:
         if self.grows:
             former, more = self.capacity, max(64, self.capacity // 2)
-            # Running calls keep the old tensors, in which versions have the same rows. Both are allocated before
-            # either is assigned, so that running out of memory changes nothing.
+            # Running calls keep the old tensors, in which versions have the same rows. Both new tensors are allocated
+            # before either is assigned, so running out of memory changes nothing.
             slab, saved = _lengthened(self.slab, more), None if self.saved is None else _lengthened(self.saved, more)
             self.slab, self.saved, self.free = slab, saved, list(range(former + more, former, -1))
             return
         if not self.idle:
             raise BankError(
-                f"all {self.capacity} adapters that this bank holds on the device at a time are in use: increase"
-                " capacity or send fewer different adapters at once"
+                f"all {self.capacity} adapters that this bank can hold on the device are in use: increase capacity, or"
+                " use fewer different adapters at once"
             )
         _, version = self.idle.popitem(last=False)
         assert version.row is not None
@@ -127,7 +127,7 @@ class ResidentRows:
             torch.cuda.synchronize(self.slab.device)
 
     def lease(self, version: Version, read: Callable[[str], AdapterRow]) -> None:
-        """Keep a version resident; `read` returns its values by its digest if it is not yet.
+        """Keep a version resident; if it is not resident yet, `read` is called with its digest and returns its row.
 
         Raises:
             BankError: every row is in use.
@@ -152,12 +152,12 @@ class ResidentRows:
             self.abandoned.popleft().release()
 
     def named(self, version: Version, change: int) -> None:
-        """Count a name that now refers to a version, or no longer does."""
+        """Add `change` to the number of names that refer to a version."""
         version.names += change
         self._note(version)
 
     def _note(self, version: Version) -> None:
-        """Free the row of an unneeded version; move one that no call uses to the end of `idle`."""
+        """Update `idle` and `free`: an unleased version moves to the end of `idle`, or its row is freed."""
         if version.row is None:
             return
         if version.leases:
@@ -179,7 +179,7 @@ class ResidentRows:
 def _zeros(rows: int, numbers: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     if device.type != "cpu":
         return torch.zeros(rows, numbers, dtype=dtype, device=device)
-    # numpy gets zeroed pages from the operating system when they are written to; torch would write them at once.
+    # numpy gets zeroed pages from the operating system when they are written to; torch would write zeros immediately.
     return torch.from_numpy(np.zeros(rows * numbers * dtype.itemsize, np.uint8)).view(dtype).view(rows, numbers)
 
 
@@ -200,14 +200,14 @@ def _row_of(version: Version | None) -> int:
 class Lease:
     """Adapters that stay unchanged until `release`, so that a request sees one version of each throughout.
 
-    A lease that is garbage-collected without a call of `release` is released at the bank's next operation.
+    A lease that is garbage-collected without a call to `release` is released during the bank's next operation.
 
     Attributes:
         versions: the version of each sequence, None for the base model.
         rows: the row of each sequence's version, 0 for the base model.
         digests: the digest of each sequence's version, "" for the base model.
-        slab, saved: the tensors that have these rows.
-        is_open: whether it has not been released yet.
+        slab, saved: the tensors that contain these rows.
+        is_open: whether the lease has not been released yet.
     """
 
     is_open = False
@@ -226,7 +226,7 @@ class Lease:
         owner.open_leases += 1
 
     def is_of(self, owner: ResidentRows) -> bool:
-        """Return whether it is a lease of these rows rather than another bank's."""
+        """Return whether this is a lease of these rows, not of another bank's."""
         return self._owner is owner
 
     def release(self) -> None:
@@ -246,6 +246,6 @@ class Lease:
         self.release()
 
     def __del__(self) -> None:
-        # Garbage collection may run in the middle of a change, in a thread that already holds the reentrant lock.
+        # Release it later: garbage collection may interrupt a change in a thread that holds the reentrant lock.
         if self.is_open:
             self._owner.abandoned.append(self)

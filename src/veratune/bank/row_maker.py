@@ -1,4 +1,4 @@
-"""Make a bank's row from an adapter's files, or from an adapter in another model."""
+"""Create a bank's rows from adapter files, or from adapters in other models."""
 
 import os
 from collections.abc import Iterable, Mapping
@@ -17,7 +17,7 @@ from veratune.config import VeraConfig
 
 
 class RowMaker:
-    """Makes the rows of one bank."""
+    """Creates the rows of one bank."""
 
     def __init__(
         self,
@@ -32,10 +32,11 @@ class RowMaker:
         """Store everything that rows depend on.
 
         Args:
-            model: the base model, which has the bank's layers by the time the first row is made.
-            modules: its original modules, by name, so that messages blame this bank rather than another adapter.
+            model: the base model, which contains the bank's layers by the time the first row is created.
+            modules: its original modules by name, so that error messages do not treat the bank's layers as another
+                adapter.
             config: the bank's configuration.
-            named: the layers that the configuration names.
+            named: the layers that the configuration selects.
             layout, dtype, base_saved: as in `make_row`.
         """
         self._model = model
@@ -45,9 +46,9 @@ class RowMaker:
         self._layout = layout
 
     def saved(self, model_id: str | os.PathLike[str], location: dict[str, Any]) -> AdapterRow:
-        """Return the row of an adapter's files."""
+        """Return the row of a saved adapter."""
         ready = read_adapter(self._modules, find_directory(model_id, **location))
-        # Successive adapters mostly have equal configurations, which name the same layers.
+        # Consecutive adapters usually have equal configurations, which select the same layers.
         config, named = self._named
         if ready.plan.config != config:
             config, named = ready.plan.config, layers_named(self._model, ready.plan.config)
@@ -56,7 +57,7 @@ class RowMaker:
         return make_row(self._layout, ready, *self._settings)
 
     def active(self, model: AdaptedModel, adapter_name: str | None) -> AdapterRow:
-        """Return the row of an adapter of another model; the active one by default."""
+        """Return the row of an adapter in another model; by default, of the active adapter."""
         name = model.active_adapter if adapter_name is None else adapter_name
         state = model.adapter_state(name)
         loaded = LoadedAdapter(

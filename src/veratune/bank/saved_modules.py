@@ -13,7 +13,7 @@ from veratune.layers.offloading import is_hooked
 
 
 class BankedModule(SavedModule):
-    """A module of modules_to_save, such as a classifier: each sequence computes with its adapter's copy.
+    """A module in modules_to_save, such as a classifier, that computes each sequence with its adapter's copy.
 
     Attributes:
         owner: identifies this bank's calls.
@@ -35,14 +35,14 @@ class BankedModule(SavedModule):
             return self.original_module(*args, **kwargs)
         if any(is_hooked(module) for module in self.original_module.modules()):
             raise RuntimeError(
-                f"{self.name} was given hooks by accelerate after the bank was made, which would replace each adapter's"
-                " values with the base model's: call accelerate.hooks.remove_hook_from_submodules on it, or offload the"
-                " model without it"
+                f"accelerate added hooks to {self.name} after the bank was created, which would replace each adapter's"
+                " values with the base model's: call accelerate.hooks.remove_hook_from_submodules on the module, or do"
+                " not offload it"
             )
         output = self._adapted(call, args, kwargs)
         if not call.has_base:
             return output
-        # Use the base model's current values, not those from when the bank was made.
+        # Use the base model's current values, not those from when the bank was created.
         base = call.rows == 0
 
         def choose(adapted: Any, plain: Any) -> Any:
@@ -83,16 +83,16 @@ class BankedModule(SavedModule):
         """Map the module over the sequences with `torch.vmap`."""
         if call.packed:
             raise RuntimeError(
-                f"{self.name} is a {type(self.original_module).__name__} of which each adapter has a copy, which cannot"
-                " be computed for packed sequences: pass a batch with one sequence per row"
+                f"each adapter has a copy of {self.name}, a {type(self.original_module).__name__}, which cannot be"
+                " computed for packed sequences: pass a batch with one sequence per row"
             )
         count = call.sequences
 
         def split(value: Tensor) -> Tensor:
             if value.ndim < 2 or not value.shape[0] or not is_by_sequence(value, call):
                 raise RuntimeError(
-                    f"{self.name} was given a tensor of shape {tuple(value.shape)}, whose first dimension is not the"
-                    f" {count} sequences of this batch: leave it out of modules_to_save"
+                    f"{self.name} received a tensor of shape {tuple(value.shape)}, whose first dimension is not the"
+                    f" {count} sequences of this batch: remove the module from modules_to_save"
                 )
             return value.reshape(count, value.shape[0] // count, *value.shape[1:])
 
@@ -111,7 +111,7 @@ class BankedModule(SavedModule):
         call = active_call()
         if call is not None and not call.plain and name in self.__dict__.get("columns", {}):
             raise RuntimeError(
-                f"the model reads {name} of {self.name} itself instead of calling the module, so that sequences cannot"
-                " use different copies of it: leave it out of modules_to_save"
+                f"the model reads {name} of {self.name} itself instead of calling the module, so sequences cannot use"
+                " different copies of it: remove the module from modules_to_save"
             )
         return super().__getattr__(name)

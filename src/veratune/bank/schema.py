@@ -1,11 +1,11 @@
-"""The contents of a bank's file, and the checks that they pass before they are used.
+"""The contents of a bank file, and the checks on them before they are used.
 
-    bank      one row: the layout as JSON, the dtypes, how many changes were made, and a checksum
+    bank      one row: the layout as JSON, the dtypes, the number of changes, and a checksum
     adapters  digest, metadata as JSON ({"rank": ..., "scheme": ...}), the vectors, the values of modules_to_save
     names     name, digest
 
-The checksum is the XOR of a hash of each row; tensors are left out, as the digest covers them. Each change updates it,
-and reading the names checks it: SQLite itself does not notice a flipped bit in a name.
+The checksum is the XOR of the hashes of all rows; tensors are left out because digests cover them. It is updated by
+each change and checked when names are read: SQLite itself does not detect a flipped bit in a name.
 """
 
 import functools
@@ -35,7 +35,7 @@ TABLES = {
     "names": "CREATE TABLE names (id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE, digest TEXT NOT NULL)",
 }
 
-# Without adapters, nothing in a file confirms its claimed sizes, and the sizes of A and B grow with the rank.
+# In a file without adapters, nothing confirms the sizes that it claims, and A and B grow with the rank.
 _LARGEST_RANK = 1 << 16
 _LARGEST_NUMBER = 1 << 40
 _LONGEST_NAME = 256
@@ -46,7 +46,7 @@ Values = dict[str, Any]
 
 
 class DamagedError(ValueError):
-    """Inconsistent content; the message becomes part of a BankError's."""
+    """The contents are inconsistent; the message becomes part of a BankError's message."""
 
 
 @dataclass(frozen=True)
@@ -56,9 +56,9 @@ class BankHeader:
     Attributes:
         layout: as returned by `Layout.describe`.
         dtype: the dtype of the vectors.
-        saved_dtype: the dtype of the values of modules_to_save; may be None.
-        numbers: how many numbers an adapter's vectors have.
-        saved_numbers: how many values an adapter's modules_to_save have.
+        saved_dtype: the dtype of the values of modules_to_save; None without modules_to_save.
+        numbers: the number of elements in an adapter's vectors.
+        saved_numbers: the number of values in an adapter's modules_to_save.
     """
 
     layout: Values
@@ -77,7 +77,7 @@ class BankHeader:
 
     @property
     def adapter_bytes(self) -> int:
-        """The bytes of every adapter's tensors."""
+        """The size of each adapter's tensors in bytes."""
         return self.vector_bytes + (self.saved_bytes or 0)
 
 
@@ -106,7 +106,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def is_name(value: object) -> bool:
-    """Return whether a value is a valid name of an adapter."""
+    """Return whether a value is a valid adapter name."""
     return (
         isinstance(value, str)
         and value.isprintable()
@@ -116,7 +116,7 @@ def is_name(value: object) -> bool:
 
 
 def check_spelling(name: object) -> None:
-    """Raise BankError unless a value is a valid name of an adapter."""
+    """Raise BankError unless a value is a valid adapter name."""
     if not is_name(name):
         shown = (
             f"{name[:40]!r}... ({len(name)} characters)" if isinstance(name, str) and len(name) > 40 else f"{name!r}"
@@ -134,7 +134,7 @@ def header_values(layout: Values, dtype: torch.dtype, saved_dtype: torch.dtype |
     """Return the row that describes a bank.
 
     Raises:
-        DamagedError: `read_header` would refuse it.
+        DamagedError: `read_header` would reject it.
     """
     values = (
         json.dumps(layout, sort_keys=True),
@@ -151,15 +151,15 @@ def read_header(layout: object, dtype: object, saved_dtype: object) -> BankHeade
     Raises:
         DamagedError: it does not describe a bank.
     """
-    _require(isinstance(dtype, str) and dtype in _DTYPES, f"the bank's dtype is {_shown(dtype)}")
+    _require(isinstance(dtype, str) and dtype in _DTYPES, f"the bank's dtype is invalid: {_shown(dtype)}")
     _require(
         saved_dtype is None or (isinstance(saved_dtype, str) and saved_dtype in _DTYPES),
-        f"the dtype of modules_to_save is {_shown(saved_dtype)}",
+        f"the dtype of modules_to_save is invalid: {_shown(saved_dtype)}",
     )
     values = _json(layout, "the bank's layout")
     rank = values.get("rank")
     if type(rank) is int and rank > _LARGEST_RANK:
-        raise DamagedError(f"it claims rank {_shown(rank)}, but a bank's file holds at most {_LARGEST_RANK}")
+        raise DamagedError(f"it claims rank {_shown(rank)}, but the maximum in a bank file is {_LARGEST_RANK}")
     try:
         numbers, saved_numbers = _sizes(values)
     except (KeyError, TypeError, ValueError):
@@ -172,7 +172,7 @@ def read_header(layout: object, dtype: object, saved_dtype: object) -> BankHeade
 
 
 def _sizes(layout: Values) -> tuple[int, int]:
-    """Return how many vector elements and values of modules_to_save an adapter has.
+    """Return the numbers of vector elements and of values of modules_to_save in an adapter.
 
     Raises:
         KeyError, TypeError, ValueError: not a valid layout.
@@ -202,7 +202,7 @@ def metadata_of(row: AdapterRow) -> str:
     """Return an adapter's metadata as the text that the file stores.
 
     Raises:
-        BankError: the projections are defined only by their values.
+        BankError: the projections cannot be drawn from a key.
     """
     return json.dumps({"rank": row.rank, "scheme": scheme_to_json(row.scheme)}, sort_keys=True)
 
@@ -211,16 +211,16 @@ def read_adapter(digest: object, metadata: object, header: BankHeader) -> Stored
     """Parse and check an adapter's row.
 
     Raises:
-        DamagedError: it is inconsistent or does not fit the bank.
+        DamagedError: the row is inconsistent or does not fit the bank.
     """
     _check_digest(digest)
     values = _json(metadata, f"the metadata of adapter {digest}")
     rank, largest = values.get("rank"), header.layout["rank"]
     if type(rank) is not int or not 1 <= rank <= largest:
-        raise DamagedError(f"the rank of adapter {digest} is {_shown(rank)} in a bank of rank {largest}")
+        raise DamagedError(f"adapter {digest} has rank {_shown(rank)} in a bank of rank {largest}")
     scheme = values.get("scheme")
     if not isinstance(scheme, dict) or not _is_scheme(scheme, header.layout):
-        raise DamagedError(f"the projections of adapter {digest} are {_shown(scheme)}")
+        raise DamagedError(f"adapter {digest} has invalid projections: {_shown(scheme)}")
     return StoredAdapter(str(digest), rank, scheme, str(metadata))
 
 
@@ -246,11 +246,11 @@ def scheme_of(metadata: str) -> Scheme:
 
 def _check_digest(digest: object) -> None:
     if not _is_hex(digest, 32):
-        raise DamagedError(f"an adapter's digest is {_shown(digest)}")
+        raise DamagedError(f"an adapter has an invalid digest: {_shown(digest)}")
 
 
 def _is_scheme(scheme: Values, layout: Values) -> bool:
-    """Return whether a layout can have these projections, before anything is drawn for them."""
+    """Return whether these projections are valid for a layout; nothing is drawn."""
     name = scheme.get("scheme")
     registered = SCHEMES.get(name) if isinstance(name, str) else None
     if registered is None:
@@ -277,7 +277,7 @@ def mark_of_all(header: Iterable[str | None], adapters: Iterable[StoredAdapter],
 
 
 def mark_of_rows(adapters: Iterable[StoredAdapter], names: Values) -> int:
-    """Return the part of the checksum that these rows contribute."""
+    """Return the contribution of these rows to the checksum."""
     checksum = 0
     for adapter in adapters:
         checksum ^= mark("adapter", adapter.digest, adapter.metadata)
@@ -302,7 +302,7 @@ def _json(text: object, what: str) -> Values:
 
 
 def _shown(value: object) -> str:
-    """Return a value for a message, shortened and without control characters."""
+    """Format a value for an error message, shortened and without control characters."""
     if type(value) is int and value.bit_length() > 64:
         return "a number of more than 64 bits"
     text = ascii(value)

@@ -1,7 +1,7 @@
-"""A bank's file: an SQLite database of immutable adapters, keyed by digest, and of the names that refer to them.
+"""A bank file: an SQLite database of immutable adapters, keyed by digest, and of the names that refer to them.
 
-Each change is one transaction: a process that is killed leaves the file in the state before or after, and a reader sees
-an adapter under its name or not at all. Rows are checked by `schema` whenever they are read, tensors by their digest.
+Each change is one transaction: if a process is killed, the file is in the state before or after the change, and readers
+never see part of a change. Whenever rows are read, `schema` checks them, and tensors are checked against their digest.
 """
 
 import os
@@ -53,11 +53,11 @@ from veratune.utils.tensors import bytes_of
 
 
 class AdapterGoneError(BankError):
-    """An adapter that is no longer in the file, because another process has removed or replaced it."""
+    """The adapter is no longer in the file, because another process has removed or replaced it."""
 
 
 class _AbandonedError(Exception):
-    """A batch is to be rolled back because of another error."""
+    """Roll back a batch because of another error, which is then raised."""
 
     def __init__(self, error: Exception) -> None:
         super().__init__()
@@ -93,10 +93,10 @@ class BankStore:
         self.path = path
         self.adapters: dict[str, StoredAdapter] = {}
         self.names: dict[str, str] = {}
-        self._lock = threading.RLock()  # held briefly, to read
+        self._lock = threading.RLock()  # held briefly, for reads
         self._write_lock = threading.Lock()  # held while waiting for the disk
         self._state = NO_STATE
-        # The largest ids in that state; None if `names` is not from that state.
+        # The largest ids in `_state`; None if `names` belongs to another state.
         self._last: tuple[int, int] | None = None
         self._batch: _Change | None = None
         self._connections = FileConnections(path)
@@ -114,10 +114,10 @@ class BankStore:
 
     @classmethod
     def create(cls, path: Path, layout: Layout, dtype: torch.dtype, saved_dtype: torch.dtype | None) -> "BankStore":
-        """Create a bank's file without adapters.
+        """Create a bank file without adapters.
 
         Raises:
-            BankError: a file of that name exists already, or cannot be created there.
+            BankError: a file of that name already exists, or cannot be created.
         """
         try:
             header = header_values(layout.describe(), dtype, saved_dtype)
@@ -127,7 +127,7 @@ class BankStore:
         with explained(path, "created"):
             path.parent.mkdir(parents=True, exist_ok=True)
             try:
-                temporary.touch(exist_ok=False)  # raises the reason, which SQLite does not report
+                temporary.touch(exist_ok=False)  # raises an error with the reason, which SQLite does not report
                 write_tables(temporary, header)
                 cls(temporary).close()
                 publish_bank(temporary, path)
@@ -136,7 +136,7 @@ class BankStore:
         return cls(path)
 
     def close(self) -> None:
-        """Close the file; rows read from it stay valid."""
+        """Close the file; rows read from it remain valid."""
         with self._write_lock, self._lock:
             self._connections.close()
 
@@ -146,7 +146,7 @@ class BankStore:
         """Read the changes that other processes have made.
 
         Raises:
-            BankError: the file is damaged, was replaced by another or is gone. What was read before is kept.
+            BankError: the file is damaged, replaced or deleted. The contents read before are kept.
         """
         with self._lock, explained(self.path, "read"):
             connection = self._connections.reader()
@@ -161,21 +161,22 @@ class BankStore:
     def _contents(self, connection: sqlite3.Connection, state: State) -> Contents:
         """Read the rows added since the last refresh or, if anything else has changed, all rows."""
         if self._last is not None:
-            with suppress(DamagedError):  # a new row may refer to one that was changed
+            with suppress(DamagedError):  # a new row may refer to a changed one
                 added = read_contents(connection, self.header, self.adapters, self._last)
                 marks = int.from_bytes(self._state[1], "big") ^ mark_of_rows(added.adapters.values(), added.names)
                 if checksum_bytes(marks) == state[1]:
                     return Contents(self.adapters | added.adapters, self.names | added.names, added.last)
         contents = read_contents(connection, self.header, self.adapters, None)
         if checksum_bytes(mark_of_all(self._header_row, contents.adapters.values(), contents.names)) != state[1]:
-            raise DamagedError("its names and adapters are not the ones written last")
+            raise DamagedError("its names and adapters do not match its checksum")
         return contents
 
     def row(self, digest: str) -> AdapterRow:
-        """Read an adapter and check it.
+        """Read and check an adapter.
 
         Raises:
-            BankError: no adapter has this digest, it is damaged, or this version draws its projections differently.
+            BankError: no adapter has this digest, its row is damaged, or this version of veratune draws its projections
+                differently.
         """
         with explained(self.path, "read"):
             with self._lock:
@@ -186,7 +187,7 @@ class BankStore:
             metadata, *tensors = found
             lengths = [len(tensor) if isinstance(tensor, bytes) else tensor for tensor in tensors]
             if lengths != [self.header.vector_bytes, self.header.saved_bytes]:
-                raise DamagedError(f"the tensors of adapter {digest} do not have the length that the bank requires")
+                raise DamagedError(f"the tensors of adapter {digest} do not have the size that the bank requires")
             stored = self.adapters.get(digest)
             if stored is None or stored.metadata != metadata:
                 stored = read_adapter(digest, metadata, self.header)
@@ -200,7 +201,7 @@ class BankStore:
             return AdapterRow(digest, scheme, stored.rank, vectors, saved)
 
     def check_layout(self, layout: Layout) -> None:
-        """Raise BankError unless the file is for a bank of this layout."""
+        """Raise BankError unless the file is for a bank with this layout."""
         stored, wanted = self.header.layout, layout.describe()
         if stored == wanted:
             return
@@ -216,16 +217,16 @@ class BankStore:
         raise BankError(f"{self.path} is for a bank with another layout: {detail}")
 
     def check_dtypes(self, dtype: torch.dtype, saved_dtype: torch.dtype | None) -> None:
-        """Raise BankError unless the file has vectors and values of modules_to_save of these dtypes."""
+        """Raise BankError unless the file's vectors and values of modules_to_save have these dtypes."""
         for what, stored, wanted in (
             ("vectors", self.header.dtype, dtype),
             ("modules_to_save", self.header.saved_dtype, saved_dtype),
         ):
             if stored != wanted:
-                raise BankError(f"{self.path} has {what} in {stored}, but this bank would use {wanted}")
+                raise BankError(f"{self.path} stores {what} in {stored}, but this bank uses {wanted}")
 
     def sizes(self) -> tuple[int, int]:
-        """Return the file's size in bytes, and how many of them are free for reuse."""
+        """Return the file's size and the free space in it, in bytes."""
         with self._lock, explained(self.path, "read"):
             connection = self._connections.reader()
             with snapshot(connection):
@@ -244,17 +245,17 @@ class BankStore:
     # Writing
 
     def add(self, name: str, row: AdapterRow, *, replacing: str | None) -> None:
-        """Store an adapter, unless the file has it already, and point a name to it.
+        """Store an adapter, unless the file already has it, and bind a name to it.
 
         Args:
             name: the name.
             row: the adapter.
-            replacing: the digest that the name refers to now, or None if it is to be new. That adapter is deleted if no
-                other name refers to it.
+            replacing: the digest that the name currently refers to, or None for a new name. The adapter with this
+                digest is deleted if no other name refers to it.
 
         Raises:
-            BankError: the name does not refer to `replacing`, because another process has changed it, or the file
-                cannot be written to. The file stays unchanged.
+            BankError: another process has changed the name, so it does not refer to `replacing`, or the file cannot be
+                written to. The file is unchanged.
         """
         check_spelling(name)
         metadata = metadata_of(row)
@@ -279,7 +280,7 @@ class BankStore:
                 number = execute(insert, (row.digest, metadata, *tensors)).lastrowid
                 change.last = max(change.last[0], number or 0), change.last[1]
                 change.checksum ^= mark("adapter", row.digest, metadata)
-            elif found != tensors:  # damaged
+            elif found != tensors:  # the stored tensors are damaged
                 execute("UPDATE adapters SET vectors = ?, saved = ? WHERE digest = ?", (*tensors, row.digest))
             self._drop(change, replacing)
         with self._lock:
@@ -301,7 +302,7 @@ class BankStore:
             self.names.pop(name, None)
 
     def compact(self) -> None:
-        """Return the space of removed adapters to the disk.
+        """Return the space of removed adapters to the file system.
 
         Raises:
             BankError: the file cannot be written to; it stays unchanged.
@@ -327,16 +328,16 @@ class BankStore:
 
     @contextmanager
     def batch(self) -> Iterator[None]:
-        """Make all changes in this context in one transaction, during which only the caller may use the file.
+        """Make all changes in this context in one transaction, during which only the caller may use the store.
 
-        If anything is raised, the file is unchanged, but `names` and `adapters` are not.
+        On an exception, the file is unchanged, but `names` and `adapters` are not restored.
         """
         try:
             with self._changing() as change:
                 self._batch = change
                 try:
                     yield
-                except Exception as error:  # unrelated to this file, so not to be explained as an error of the file
+                except Exception as error:  # unrelated to this file, so `explained` must not convert it
                     raise _AbandonedError(error) from error
                 finally:
                     self._batch = None
@@ -345,7 +346,7 @@ class BankStore:
 
     @contextmanager
     def _changing(self) -> Iterator[_Change]:
-        """Run a transaction, which is rolled back on an exception; inside `batch`, return the one in progress."""
+        """Run a transaction, which is rolled back on an exception; inside `batch`, yield the one in progress."""
         if self._batch is not None:
             with explained(self.path, "written to"):
                 yield self._batch
@@ -377,7 +378,7 @@ def _check_header(row: HeaderRow, header: BankHeader, path: Path, connection: sq
 
 
 def open_store(path: Path, layout: Layout, dtype: torch.dtype, saved_dtype: torch.dtype | None) -> BankStore:
-    """Open a bank's file, or create it if it does not exist.
+    """Open a bank file, or create it if it does not exist.
 
     Raises:
         BankError: the file is damaged, has another layout or dtype, or cannot be created.
@@ -387,7 +388,7 @@ def open_store(path: Path, layout: Layout, dtype: torch.dtype, saved_dtype: torc
             return BankStore.create(path, layout, dtype, saved_dtype)
         except BankError:
             if not is_there(path):
-                raise  # otherwise another process has just created it
+                raise  # otherwise, another process has just created it
     store = BankStore(path)
     try:
         store.check_layout(layout)

@@ -21,13 +21,13 @@ from veratune.bank.schema import (
 )
 
 HeaderRow = tuple[str, str, str | None]  # layout, dtype and saved_dtype
-State = tuple[int, bytes]  # how many changes were made, and the checksum
+State = tuple[int, bytes]  # the number of changes, and the checksum
 
 NO_STATE: State = (-1, b"")
 
 
 def write_tables(path: Path, header: HeaderRow) -> None:
-    """Create a bank's tables in an empty file, and wait until they are on the disk."""
+    """Create a bank's tables in an empty file, and wait until they are on disk."""
     connection = sqlite3.connect(f"{path.as_uri()}?mode=rw", uri=True, isolation_level=None)
     try:
         for setting in (f"application_id={APPLICATION_ID}", f"user_version={VERSION}", "journal_mode=OFF"):
@@ -43,7 +43,7 @@ def write_tables(path: Path, header: HeaderRow) -> None:
 
 
 def header_row(connection: sqlite3.Connection) -> HeaderRow:
-    """Return the arguments of `read_header`.
+    """Return the row that describes the bank, as arguments for `read_header`.
 
     Raises:
         DamagedError: there is not exactly one row.
@@ -70,12 +70,12 @@ def read_state(connection: sqlite3.Connection) -> State:
 
 @dataclass(frozen=True)
 class Contents:
-    """Rows of a file.
+    """Rows read from a file.
 
     Attributes:
         adapters: the adapters by digest.
         names: name to digest, in the order in which names were added.
-        last: the largest id of an adapter and of a name.
+        last: the largest adapter id and the largest name id.
     """
 
     adapters: dict[str, StoredAdapter]
@@ -89,16 +89,16 @@ def read_contents(
     known: Mapping[str, StoredAdapter],
     after: tuple[int, int] | None,
 ) -> Contents:
-    """Read all adapters and names, or those that were added after some state.
+    """Read all adapters and names, or only those added since an earlier state.
 
     Args:
-        connection: to the file.
+        connection: a connection to the file.
         header: the file's header.
-        known: adapters that were read before.
-        after: `Contents.last` of that state; None reads everything.
+        known: adapters that were read earlier.
+        after: `Contents.last` of the earlier state; None to read everything.
 
     Raises:
-        DamagedError: a row that is inconsistent, or contradicts another one.
+        DamagedError: a row is invalid, or inconsistent with another row.
     """
     smallest = -(1 << 63)
     start = (smallest, smallest) if after is None else after
@@ -125,9 +125,9 @@ def read_contents(
 
 
 def _rows(connection: sqlite3.Connection, query: str, after: int) -> Iterator[tuple[int, str, str]]:
-    """Yield the rows of a query for an id and two texts.
+    """Yield the rows of a query that selects an id and two texts.
 
-    Ids must increase, as pages of a damaged file may form a cycle.
+    Ids must increase, because the pages of a damaged file may form a cycle.
 
     Raises:
         DamagedError: ids do not increase, or a value is not text.
@@ -135,14 +135,14 @@ def _rows(connection: sqlite3.Connection, query: str, after: int) -> Iterator[tu
     last = after
     for number, first, second in connection.execute(query, (after,)):
         if number <= last or not isinstance(first, str) or not isinstance(second, str):
-            raise DamagedError("its rows are out of order, or not text")
+            raise DamagedError("its rows are out of order or not text")
         last = number
         yield number, first, second
 
 
 @contextmanager
 def snapshot(connection: sqlite3.Connection) -> Iterator[None]:
-    """Make all statements read the same state of the file."""
+    """Make all statements inside the context read the same state of the file."""
     connection.execute("BEGIN")
     try:
         yield

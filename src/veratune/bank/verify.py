@@ -1,4 +1,4 @@
-"""Verify a bank's entire file, and report how much of it is unused."""
+"""Verify an entire bank file, and report how much of it is unused."""
 
 from dataclasses import dataclass
 
@@ -14,7 +14,7 @@ class Examination:
         names: the number of names.
         adapters: the number of different adapters.
         problems: one sentence per damaged adapter and per problem that SQLite reports.
-        free_bytes: the space of removed adapters, to be reused by others; `compact` returns it to the disk.
+        free_bytes: the space of removed adapters, available for new ones; `compact` returns it to the file system.
         total_bytes: the file's size.
     """
 
@@ -26,10 +26,10 @@ class Examination:
 
 
 def examine(store: BankStore) -> Examination:
-    """Read all of an open file and check every page, digest and fingerprint.
+    """Read an entire open file and check every page, digest and fingerprint.
 
-    Opening the file has already checked that every name refers to an adapter in it, and that both are the ones written
-    last.
+    Opening the file has already checked that every name refers to an adapter in it, and that its names and adapters
+    match its checksum.
     """
     named: dict[str, list[str]] = {digest: [] for digest in store.adapters}
     for name, digest in store.names.items():
@@ -37,7 +37,7 @@ def examine(store: BankStore) -> Examination:
     problems = [f"{store.path}: {problem}" for problem in store.structural_problems()]
     for digest, names in named.items():
         if not names:
-            problems.append(f"{store.path} has the adapter {digest}, to which no name refers")
+            problems.append(f"{store.path} contains the adapter {digest}, but no name refers to it")
         try:
             store.row(digest)
         except BankError as error:
