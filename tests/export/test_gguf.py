@@ -188,7 +188,7 @@ def test_a_layer_without_a_counterpart_is_refused(tmp_path: Path) -> None:
     base = tiny_model("llama")
     base.model.layers[1].extra = nn.Linear(4, 4)
     model = adapted(lambda: base, target_modules=["q_proj", "extra"])
-    with pytest.raises(ValueError, match=r"on model\.layers\.1\.extra: no tensor there .*exclude_modules"):
+    with pytest.raises(ValueError, match=r"on model\.layers\.1\.extra: no tensor that supports LoRA .*exclude_modules"):
         model.export_gguf(tmp_path)
     for dtype in (torch.float64, torch.int8):
         with pytest.raises(ValueError, match="is not allowed"):

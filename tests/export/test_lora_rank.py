@@ -126,8 +126,12 @@ def _zeros_beyond(count: int) -> Callable[[VeraModel], None]:
     [
         (lambda: tiny_model("llama"), {"r": 4, "modules_to_save": ["lm_head"]}, "cannot hold .* in full: lm_head"),
         (lambda: tiny_model("gpt2"), {"r": 4, "bias": "vera_only"}, r"in full: transformer\.h\.0\.attn\.c_attn\.bias"),
-        (mixtral, {"r": 4}, r"for linear layers, and model\.layers\.0\.mlp\.experts\.gate_up_proj is not one"),
-        (seeded(Table), {"r": 4, "target_modules": ["table"]}, "for linear layers, and table is not one"),
+        (
+            mixtral,
+            {"r": 4},
+            r"only supports linear layers, and model\.layers\.0\.mlp\.experts\.gate_up_proj is not linear",
+        ),
+        (seeded(Table), {"r": 4, "target_modules": ["table"]}, "only supports linear layers, and table is not linear"),
         # The widest of these deltas has rank 16 or less: all that a tiny layer can hold.
         (lambda: tiny_model("llama"), {"r": 513}, "up to 512, not 513; rank=16 .* holds this adapter exactly"),
         (

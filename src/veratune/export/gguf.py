@@ -22,9 +22,9 @@ from veratune.utils.atomic import replacing
 
 GGUF_NAME = "adapter_model.gguf"
 
-# The model's class in transformers, its architecture in llama.cpp, and how converting the base model reorders rows.
-# "pairs": rows of queries and keys that are rotated together, one in each half of a head, become adjacent. "parts": a
-# fused layer that has query, key and value head by head gets all queries, then all keys, then all values.
+# For each model class in transformers, the architecture in llama.cpp and the order of rows after conversion. "pairs":
+# rows of queries and keys that are rotated together, one in each half of a head, become adjacent. "parts": a fused
+# layer with query, key and value head by head is reordered into all queries, then all keys, then all values.
 _ARCHITECTURES: dict[str, tuple[str, Literal["pairs", "parts"] | None]] = {
     "ArceeForCausalLM": ("arcee", "pairs"),
     "BloomForCausalLM": ("bloom", "parts"),
@@ -81,22 +81,22 @@ def export_gguf(host: AdaptedModel, adapter_name: str, directory: Path, *, dtype
     """Write an adapter as `adapter_model.gguf`, a LoRA for llama.cpp.
 
     Args:
-        host: the model; its base is a causal language model of transformers.
-        adapter_name: which adapter.
+        host: the model, on a causal language model of transformers.
+        adapter_name: the adapter's name.
         directory: the destination; an existing file of this name is replaced atomically.
-        dtype: float32, float16 or bfloat16, for the matrices. With the latter two llama.cpp also rounds activations.
+        dtype: float32, float16 or bfloat16, for the matrices. With the latter two, llama.cpp also rounds activations.
 
     Returns:
         The path of the file.
 
     Raises:
         ImportError: the gguf package is not installed.
-        ValueError: llama.cpp does not support this model or a part of the adapter, or dtype is not one of the three.
+        ValueError: llama.cpp does not support this model or a part of the adapter, or `dtype` is invalid.
     """
     try:
         import gguf
     except ImportError as error:
-        raise ImportError(f"writing a GGUF file needs gguf: pip install 'veratune[gguf]' ({error})") from None
+        raise ImportError(f"writing a GGUF file requires gguf: pip install 'veratune[gguf]' ({error})") from None
     check_dtype(dtype)
     if dtype not in _GGML_TYPES:
         raise ValueError(f"dtype={dtype} is not allowed in GGUF files: use one of {list(map(str, _GGML_TYPES))}")
@@ -140,7 +140,7 @@ def _places(name: str, layer: VeraLayer, names: Any, *, tied: bool) -> list[str]
     """Return the names of the GGUF tensors that one weight becomes: one, or two for the experts' gate and up.
 
     Raises:
-        ValueError: llama.cpp has no such tensor, or no LoRA for it.
+        ValueError: llama.cpp has no such tensor, or does not support LoRA for it.
     """
     stem = name.removesuffix(".weight") if layer.of_parameter else name
     tensor_names = [stem]
@@ -154,9 +154,9 @@ def _places(name: str, layer: VeraLayer, names: Any, *, tied: bool) -> list[str]
     found = [names.get_name(tensor_name) for tensor_name in tensor_names]
     reason = layer.why_not_lora()
     if not found or None in found:
-        reason = f"no tensor there that supports LoRA corresponds to it ({layer.kind})"
+        reason = f"no tensor that supports LoRA corresponds to it ({layer.kind})"
     elif tied and found[0] in ("output", "token_embd"):
-        reason = "the output head and the token embedding are one tensor there"
+        reason = "the output head and the token embedding share one tensor"
     if reason is not None:
         raise ValueError(
             f"llama.cpp's LoRA cannot hold the adapter on {name}: {reason}. Exclude the layer (exclude_modules), or"

@@ -1,7 +1,7 @@
 """Export as a LoRA adapter, for any engine that serves LoRA.
 
-VeRA's delta diag(b) B diag(d) A is LoRA's B A with lora_A = d * A and lora_B = b * B (rows scaled), of the same rank,
-with lora_alpha = r so that LoRA's own scale is one. Nothing is approximated.
+VeRA's delta diag(b) B diag(d) A equals LoRA's delta of the same rank with lora_A = d * A and lora_B = b * B (rows
+scaled), and lora_alpha = r, so that LoRA's scale is one. Nothing is approximated.
 """
 
 import re
@@ -41,9 +41,9 @@ def export_lora(
 
     Args:
         host: the model.
-        adapter_name: which adapter.
+        adapter_name: the adapter's name.
         directory: the destination; existing files are replaced.
-        dtype: dtype of the two matrices of each layer.
+        dtype: the dtype of the two matrices of each layer.
         rank: the LoRA's rank on all layers; None keeps the adapter's ranks.
 
     Raises:
@@ -103,8 +103,8 @@ def _as_parameters(host: AdaptedModel, layers: dict[str, VeraLayer]) -> dict[str
         reason = why_not_as_parameter(layer)
         if reason is not None:
             raise ValueError(
-                f"PEFT's LoRA cannot hold the adapter on {name}: in this type of model, PEFT treats a layer of this"
-                f" name as experts, and it cannot adapt the weight as a parameter, because {reason}. Merge the adapter"
+                f"PEFT's LoRA cannot hold the adapter on {name}: in this type of model, PEFT treats layers of this"
+                f" name as experts, and cannot adapt the weight as a parameter, because {reason}. Merge the adapter"
                 " (merge_and_unload) instead"
             )
         found[name] = joined(name, layer.weight_name)
@@ -122,9 +122,9 @@ def check_vectors_only(host: AdaptedModel, adapter_name: str, whose: str, instea
 
     Args:
         host: the model.
-        adapter_name: which adapter.
-        whose: the name of that LoRA, for the message.
-        instead: what to do with the merged model, for the message.
+        adapter_name: the adapter's name.
+        whose: the engine's LoRA, for the message.
+        instead: the next step for the merged model, for the message.
     """
     state = host.adapter_state(adapter_name)
     in_full = [*state.saved, *state.biases]

@@ -12,11 +12,11 @@ def with_rank(name: str, a: Tensor, b: Tensor, count: int, rank: int) -> tuple[T
     zero, or if it is at least the number of inputs or outputs: one matrix is then the product itself, rounded once.
 
     Args:
-        name: the layer's name, for the message.
+        name: the layer's name, for error messages.
         a: lora_A in PEFT's layout, (count r, in, ...).
         b: lora_B, (out, r count, ...).
-        count: number of matrices in the stack.
-        rank: the new rank of each.
+        count: the number of matrices in the stack.
+        rank: the new rank of each matrix.
 
     Raises:
         ValueError: this rank cannot represent the product exactly.
@@ -39,7 +39,7 @@ def exact_rank(a: Tensor, b: Tensor, count: int) -> int:
 
 
 def _used(a: Tensor, b: Tensor) -> Tensor:
-    """Return which of the r terms of b a are not zero."""
+    """Return a mask of the terms of the product b a that are not zero, (r,)."""
     return (a != 0).any(1) & (b != 0).any(0)
 
 

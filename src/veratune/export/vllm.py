@@ -13,15 +13,15 @@ def check_vllm(host: AdaptedModel, adapter_name: str, rank: int | None) -> None:
 
     Args:
         host: the model.
-        adapter_name: which adapter.
-        rank: the rank it is exported with; None for the adapter's rank.
+        adapter_name: the adapter's name.
+        rank: the rank of the exported LoRA; None for the adapter's rank.
     """
     check_vectors_only(host, adapter_name, "vLLM's LoRA", "serve the model")
     layers = {name: layer for name, layer in host.vera_layers().items() if adapter_name in layer.entries}
     for name, layer in layers.items():
         if "vllm" not in layer.exports:
             raise ValueError(
-                f"vLLM's LoRA is for linear layers, and {name} is not one ({layer.kind}). Merge the adapter"
+                f"vLLM's LoRA only supports linear layers, and {name} is not linear ({layer.kind}). Merge the adapter"
                 " (merge_and_unload) and serve the model"
             )
     largest = rank or max(layer.entries[adapter_name].rank for layer in layers.values())
@@ -33,7 +33,7 @@ def check_vllm(host: AdaptedModel, adapter_name: str, rank: int | None) -> None:
         hint = f"rank={size} (--rank {size}) holds this adapter exactly: export it with that rank"
     else:
         hint = "no smaller rank holds this adapter exactly. Merge it (merge_and_unload) and serve the model"
-    raise ValueError(f"vLLM takes ranks up to {_MAX_RANKS[-1]}, not {largest}; {hint}")
+    raise ValueError(f"vLLM supports ranks up to {_MAX_RANKS[-1]}, not {largest}; {hint}")
 
 
 def max_lora_rank(rank: int) -> int:
