@@ -167,7 +167,7 @@ def test_an_adapter_that_seems_to_be_another_models_is_told_of(tmp_path: Path) -
     bank = AdapterBank(net(2), config)
     bank.load("right", tmp_path / "right")  # without a warning, which would be an error here
     for call in (lambda: bank.check(tmp_path / "shallow"), lambda: bank.load("shallow", tmp_path / "shallow")):
-        with pytest.warns(UserWarning, match="adapts 1 of the 2 layers .* but not 1: is it the model"):
+        with pytest.warns(UserWarning, match="adapts 1 of the 2 layers .* but not 1: is this the model"):
             call()
     bank.load("right again", tmp_path / "right")
     elsewhere = get_peft_model(tiny_model("bert"), config.replace(base_model_name_or_path="one/base"))

@@ -33,7 +33,7 @@ def test_loading_what_is_no_adapter_says_what_it_is(tmp_path):
     (tmp_path / "model.safetensors").unlink()
     model = get_peft_model(small_net(), VeraConfig(r=2, target_modules="all-linear"), "one")
     model.save_pretrained(tmp_path)
-    with pytest.raises(CheckpointError, match=r"in its folders \['one'\]: pass one of them as subfolder="):
+    with pytest.raises(CheckpointError, match=r"in the subfolders \['one'\]: pass one of them as subfolder="):
         VeraModel.from_pretrained(small_net(), tmp_path)
 
 
@@ -42,5 +42,5 @@ def test_an_adapter_of_a_shallower_model_is_loaded_with_a_warning(tmp_path):
         tmp_path
     )
     deeper = nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 3))
-    with pytest.warns(UserWarning, match="adapts 1 of the 2 layers .* but not 2: is it the model"):
+    with pytest.warns(UserWarning, match="adapts 1 of the 2 layers .* but not 2: is this the model"):
         VeraModel.from_pretrained(deeper, tmp_path)

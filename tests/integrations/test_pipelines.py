@@ -95,7 +95,7 @@ def test_a_loaded_classifier_knows_its_classes(tmp_path: Path) -> None:
     loaded = VeraModel.from_pretrained(base(unnamed), tmp_path / "adapter")
     assert told(loaded) == told(model) in names
     assert loaded.config.label2id == {"bad": 0, "fair": 1, "good": 2}
-    with pytest.warns(UserWarning, match="classes bad, fair, good, but this model calls them good, bad"):
+    with pytest.warns(UserWarning, match="classes bad, fair, good, but this model's are good, bad"):
         other = VeraModel.from_pretrained(base(["good", "bad", "fair"]), tmp_path / "adapter")
     assert other.config.id2label == {0: "good", 1: "bad", 2: "fair"}
 

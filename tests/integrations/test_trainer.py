@@ -93,7 +93,7 @@ def test_a_checkpoint_of_another_adapter_is_refused_and_changes_nothing(tmp_path
     key.save_pretrained(tmp_path / "key")
     model = model_of()
     before = state(model)
-    for name, message in (("layers", "is without"), ("rank", "not have the shapes"), ("key", "different projections")):
+    for name, message in (("layers", "is missing"), ("rank", "not have the shapes"), ("key", "different projections")):
         with pytest.raises(CheckpointError, match=message):
             model.restore(tmp_path / name)
     assert all(torch.equal(a, b) for a, b in zip(before, state(model), strict=True))

@@ -1,1 +1,1 @@
-"""Adapters as files: the native format, PEFT's VeRA format, LoRA export, and the hub. Safetensors and JSON only."""
+"""Read and write adapter files in veratune's and PEFT's formats, also on the Hub. Safetensors and JSON only."""

@@ -1,4 +1,4 @@
-"""The interface of checkpoint formats, and the files of an adapter that they read."""
+"""The interface of checkpoint formats, and the adapter files that they read."""
 
 import os
 from abc import ABC, abstractmethod
@@ -27,7 +27,7 @@ Ready = Callable[[dict[str, Tensor], bool], ReadyAdapter]
 
 
 class AdapterFiles:
-    """The files in an adapter's directory. Each is opened when it is first needed, and read once."""
+    """The files in an adapter's directory. Each is opened on first use and read only once."""
 
     def __init__(self, directory: Path, stack: ExitStack) -> None:
         self.directory, self._stack = directory, stack
@@ -37,7 +37,7 @@ class AdapterFiles:
         """`adapter_model.safetensors`.
 
         Raises:
-            CheckpointError: it is missing or damaged.
+            CheckpointError: the file is missing or damaged.
         """
         return self._stack.enter_context(open_tensors(self.directory / WEIGHTS_NAME))
 
@@ -46,21 +46,21 @@ class AdapterFiles:
         """The contents of `adapter_config.json`, or None if there is no such file.
 
         Raises:
-            CheckpointError: it is not a JSON object.
+            CheckpointError: the file is not a JSON object.
         """
         path = self.directory / CONFIG_NAME
         return read_json(path, largest=LARGEST_CONFIG) if os.path.lexists(path) else None
 
     @property
     def peft_type(self) -> Any:
-        """The `peft_type` in `adapter_config.json`, or None without one."""
+        """The `peft_type` in `adapter_config.json`, or None if it is missing."""
         return None if self.config is None else self.config.get("peft_type")
 
     def ready(self, make: Ready) -> ReadyAdapter:
-        """Make the adapter with `make`; for a large file, check names and shapes before reading its tensors.
+        """Create the adapter with `make`; for a large file, check names and shapes before reading the tensors.
 
         Args:
-            make: called with the tensors, and with whether they are on the meta device, so that only names and shapes
+            make: called with the tensors, and with whether they are on the meta device and only their names and shapes
                 can be checked.
         """
         return make(self.weights.tensors(lambda described: make(described, True)), False)
@@ -68,25 +68,25 @@ class AdapterFiles:
 
 @contextmanager
 def open_adapter(directory: Path) -> Iterator[AdapterFiles]:
-    """Yield the files of a directory, and close them at the end."""
+    """Yield the adapter files in a directory, and close them on exit."""
     with ExitStack() as stack:
         yield AdapterFiles(directory, stack)
 
 
 @dataclass(frozen=True)
 class AdapterContents:
-    """The contents of an adapter's files, read without the model. PEFT's common prefix of names is removed.
+    """The contents of an adapter's files, read without the model. PEFT's common name prefix is removed.
 
     Attributes:
         path: the file that holds the tensors.
         format: the format's name.
         config: the settings in the files.
-        vectors: layer name to its tensors by name: `b` and `d`, or the matrices of a LoRA.
+        vectors: layer name to the layer's tensors by name: `b` and `d`, or the matrices of a LoRA.
         others: tensors of modules_to_save, by their names in the file.
         projections: the tensors A and B, if the file has them.
-        fingerprint: the projections' fingerprint, if a file has it.
-        base: information in the files on the base model's class.
-        format_version: the version of veratune's format.
+        fingerprint: the projections' fingerprint, if the files state it.
+        base: the files' information about the base model's class.
+        format_version: the version of veratune's format, for files in that format.
     """
 
     path: Path
@@ -115,25 +115,25 @@ class Format(ABC):
 
     @abstractmethod
     def detect(self, files: AdapterFiles) -> bool:
-        """Return whether files, which include `weights_name`, are in this format."""
+        """Return whether an adapter's files, which include `weights_name`, are in this format."""
 
     @abstractmethod
     def contents(self, files: AdapterFiles) -> AdapterContents:
         """Read the files without a model.
 
         Raises:
-            CheckpointError: they are damaged.
+            CheckpointError: the files are damaged.
         """
 
     def read(self, modules: Mapping[str, nn.Module], files: AdapterFiles) -> ReadyAdapter:
-        """Read an adapter and check it against a model, which is not changed.
+        """Read an adapter and check it against a model, which is not modified.
 
         Args:
-            modules: what `base_modules` returns for the model.
+            modules: the result of `base_modules` for the model.
             files: the adapter's files.
 
         Raises:
-            CheckpointError: the files are damaged, or for another model, or this format cannot be loaded.
+            CheckpointError: the files are damaged or for another model, or this format cannot be loaded.
         """
         raise CheckpointError(
             f"{files.directory / self.weights_name} is in the format {self.name!r}, which veratune can inspect but not"
@@ -141,7 +141,7 @@ class Format(ABC):
         )
 
     def base(self, files: AdapterFiles) -> dict[str, Any]:
-        """Return those of the base model's `class`, `id2label` and `problem_type` that the files state."""
+        """Return the base model's `class`, `id2label` and `problem_type`, as far as the files state them."""
         return self.contents(files).base
 
     @property
@@ -150,12 +150,12 @@ class Format(ABC):
         return type(self).write is not Format.write
 
     def write(self, host: AdaptedModel, adapter_name: str, directory: Path) -> None:
-        """Write an adapter of a model into a directory.
+        """Write a model's adapter to a directory.
 
         Raises:
             ValueError: this format cannot be written, or cannot hold this adapter.
         """
         raise ValueError(
             f"adapter {adapter_name!r} cannot be written in the format {self.name!r}, which veratune only reads:"
-            " save_pretrained writes veratune's format"
+            " use save_pretrained, which writes veratune's format"
         )

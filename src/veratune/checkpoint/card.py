@@ -31,13 +31,13 @@ model = VeraModel.from_pretrained(base_model, "path/to/this/adapter")
 
 
 def write_card(directory: Path, config: VeraConfig, layers: int, numbers: int, others: int) -> None:
-    """Write a model card, unless there is a README that somebody has written or edited.
+    """Write a model card, unless the directory has a README that a user wrote or edited.
 
     Args:
         directory: the adapter's directory.
-        config: its configuration.
+        config: the adapter's configuration.
         layers: the number of layers and parameters that it adapts.
-        numbers: the number of elements of their vectors.
+        numbers: the number of elements in its vectors.
         others: the number of other trained parameters, in modules_to_save and biases.
     """
     path = directory / CARD_NAME
@@ -68,7 +68,7 @@ def _mark(text: str) -> str:
 
 
 def _is_untouched(path: Path) -> bool:
-    """Return whether a README is a card that veratune wrote and that has not been edited."""
+    """Return whether a README is a card written by veratune that has not been edited."""
     try:
         text, _, mark = read_text(path).rstrip("\n").rpartition("\n")
     except OutsideFileError:

@@ -1,4 +1,4 @@
-"""Class names, which an adapter's file contains and a base model with a new head lacks."""
+"""Restore class names, which an adapter's file contains but a base model with a new head lacks."""
 
 from typing import Any
 
@@ -10,10 +10,10 @@ from veratune.utils.text import notify, some
 
 
 def name_classes(model: nn.Module, ready: ReadyAdapter) -> None:
-    """Give a transformers model the class names that an adapter was trained with.
+    """Set the class names of a transformers model to those that an adapter was trained with.
 
-    They are set only if the adapter has its own trained head, which determines what the outputs mean, and if the model
-    has the same number of unnamed classes ("LABEL_0", ...). Different names are kept, with a warning.
+    They are set only if the adapter includes a trained head, which determines the meaning of the outputs, and the model
+    has the same number of unnamed classes ("LABEL_0", ...). If the model's classes already have other names, it warns.
 
     Args:
         model: the base model; its `config.id2label` and `config.label2id` may be changed.
@@ -27,7 +27,7 @@ def name_classes(model: nn.Module, ready: ReadyAdapter) -> None:
         return
     if _are_named(here):
         notify(
-            f"{ready.loaded.origin} was trained with the classes {_some(there)}, but this model calls them"
+            f"{ready.loaded.origin} was trained with the classes {_some(there)}, but this model's are"
             f" {_some(here)}: set model.config.id2label if that is wrong"
         )
         return

@@ -27,9 +27,9 @@ Check = Callable[[dict[str, Tensor]], object]
 
 
 class CheckpointError(ValueError):
-    """A file that cannot be used. The model that it was to be loaded into is unchanged.
+    """A file cannot be used. The model that it was to be loaded into is unchanged.
 
-    The message is shortened if names or values from a file make it too long.
+    A message that is too long because of names or values from a file is shortened.
     """
 
     def __init__(self, message: str) -> None:
@@ -37,10 +37,10 @@ class CheckpointError(ValueError):
 
 
 def write_pair(directory: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
-    """Write PEFT's two files, which do not identify each other, as one change.
+    """Write PEFT's two files, which do not reference each other, as one change.
 
-    A killed process leaves the old pair or the new one. On a system that cannot exchange both at once, it may leave no
-    configuration, which every reader refuses, but never one adapter's configuration with another's weights.
+    If the process is killed, the old pair or the new one remains. On a system that cannot exchange both at once, the
+    configuration may be missing, which every reader rejects, but it never belongs to an adapter other than the weights.
     """
     for name in (WEIGHTS_NAME, CONFIG_NAME):
         remove_abandoned(directory / name)
@@ -69,13 +69,13 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
 
 
 def _tensor_bytes(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
-    # Copies, as the format refuses tensors that share memory.
+    # Copies, because the format does not support tensors that share memory.
     copies = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
     return save(copies, metadata)
 
 
 def gathered(tensor: Tensor) -> Tensor:
-    """Gather a tensor sharded over processes (FSDP2, ZeRO-3), detached; all of them have to call this."""
+    """Return a tensor detached and, if sharded (FSDP2, ZeRO-3), gathered; all processes must call this."""
     if is_emptied(tensor):
         with all_gathered([tensor]):
             return tensor.detach().clone()
@@ -89,7 +89,7 @@ def read_json(path: Path, *, finite: bool = True, largest: int = LARGEST_TEXT) -
 
     Args:
         path: the file.
-        finite: whether to refuse NaN and infinity, which other libraries' logs may contain.
+        finite: whether to reject NaN and infinity, which other libraries' logs may contain.
         largest: the maximum size in bytes.
 
     Raises:
@@ -119,11 +119,11 @@ class TensorsFile:
         return self._header.metadata
 
     def tensors(self, check: Check | None = None) -> dict[str, Tensor]:
-        """Read the tensors, to the CPU.
+        """Read the tensors into CPU memory.
 
         Args:
             check: called with the tensors of a large file on the meta device, before memory is allocated for them;
-                raises an error to refuse them.
+                raises an error to reject them.
 
         Raises:
             CheckpointError: the file is damaged, or larger than this machine's memory.
@@ -134,7 +134,7 @@ class TensorsFile:
             if self._size > memory_of_machine():
                 raise CheckpointError(f"{self.path} has {self._size:,} bytes, more than this machine's memory")
             self._file.seek(0)
-            return dict(sorted(load(self._file.read(self._size)).items()))  # load returns them in another order
+            return dict(sorted(load(self._file.read(self._size)).items()))  # `load` returns them in another order
 
     @contextmanager
     def _errors(self) -> Iterator[None]:
@@ -153,7 +153,7 @@ def open_tensors(path: Path) -> Iterator[TensorsFile]:
     """Open a safetensors file and check its header.
 
     Raises:
-        CheckpointError: the file is missing, truncated, or of another format.
+        CheckpointError: the file is missing, truncated, or in another format.
     """
     with ExitStack() as stack:
         try:

@@ -17,7 +17,7 @@ from veratune.checkpoint.peft_rules import PEFT_VERA
 from veratune.checkpoint.validate import ReadyAdapter
 from veratune.config import PEFT_TYPE
 
-# The first format that detects its files reads them.
+# Formats are tried in this order.
 FORMATS: dict[str, Format] = {format.name: format for format in (NativeFormat(), PeftFormat(), LoraFormat())}
 
 
@@ -32,14 +32,14 @@ def format_of(directory: Path) -> Format:
 
 
 def read_adapter(modules: Mapping[str, nn.Module], directory: Path) -> ReadyAdapter:
-    """Read an adapter of any of the formats and check it against a model, which is not changed.
+    """Read an adapter in any of the formats and check it against a model, which is not modified.
 
     Args:
-        modules: what `base_modules` returns for the model.
+        modules: the result of `base_modules` for the model.
         directory: the adapter's directory.
 
     Raises:
-        CheckpointError: there is no adapter, it is damaged, of another type, or for another model.
+        CheckpointError: there is no adapter, or it is damaged, of another type, or for another model.
     """
     with _opened(directory) as (format, files):
         return format.read(modules, files)
@@ -49,17 +49,17 @@ def read_contents(directory: Path) -> AdapterContents:
     """Read an adapter's files in any of the formats, without a model.
 
     Raises:
-        CheckpointError: they are missing, damaged, or of another type.
+        CheckpointError: the files are missing, damaged, or of another type.
     """
     with _opened(directory) as (format, files):
         return format.contents(files)
 
 
 def read_base(directory: Path) -> dict[str, Any]:
-    """Return information in an adapter's files on its base model's class and labels.
+    """Return the information in an adapter's files about its base model's class and labels.
 
     Raises:
-        CheckpointError: they are missing, damaged, or of another type.
+        CheckpointError: the files are missing, damaged, or of another type.
     """
     with _opened(directory) as (format, files):
         return format.base(files)
@@ -80,7 +80,7 @@ def _opened(directory: Path) -> Iterator[tuple[Format, AdapterFiles]]:
         if format is None and files.config is None:
             names = sorted({format.weights_name for format in there})
             raise CheckpointError(
-                f"{directory} has {', '.join(names)}, but in none of the formats {sorted(FORMATS)}: the file is"
+                f"{directory} has {', '.join(names)}, but not in one of the formats {sorted(FORMATS)}: the file is"
                 " damaged, or was written by another program"
             )
         if format is None:
@@ -92,13 +92,13 @@ def _opened(directory: Path) -> Iterator[tuple[Format, AdapterFiles]]:
 
 
 def no_adapter(directory: Path) -> CheckpointError:
-    """Return the error for a directory without an adapter, with a hint if it has a model or such subfolders."""
+    """Return the error for a directory without an adapter, with a hint if it contains a full model or subfolders."""
     return CheckpointError(f"{directory} has no adapter: {WEIGHTS_NAME} does not exist there{_hint(directory)}")
 
 
 def _hint(directory: Path) -> str:
     model = next((name for name in ("model.safetensors", "pytorch_model.bin") if (directory / name).exists()), None)
     if model is not None:
-        return f". It has a full model ({model}); an adapter is what save_pretrained of a VeraModel writes"
+        return f". It has a full model ({model}); adapters are written by VeraModel.save_pretrained"
     folders = sorted(path.parent.name for path in directory.glob(f"*/{WEIGHTS_NAME}"))
-    return f", but it does in its folders {folders}: pass one of them as subfolder=" if folders else ""
+    return f", but it exists in the subfolders {folders}: pass one of them as subfolder=" if folders else ""

@@ -15,7 +15,7 @@ from veratune.utils.text import clipped
 _LARGEST_HEADER = 64 << 20
 _LARGEST_NUMEL = 1 << 48
 _MOST_DIMENSIONS = 8
-# Several times as many as in an adapter on every expert of the largest models.
+# Several times the number of tensors in an adapter on every expert of the largest models.
 _MOST_TENSORS = 1 << 18
 _DTYPES = {
     "BOOL": torch.bool,
@@ -52,7 +52,7 @@ class Header:
     metadata: dict[str, str]
 
     def described(self) -> dict[str, Tensor]:
-        """Return the tensors on the meta device, in the order in which `TensorsFile.tensors` returns them."""
+        """Return the tensors on the meta device, in the same order as `TensorsFile.tensors`."""
         return {
             name: torch.empty(shape, dtype=dtype, device="meta")
             for name, (dtype, shape) in sorted(self.entries.items())
@@ -96,7 +96,7 @@ def read_header(file: BinaryIO, size: int) -> Header:
             raise ValueError(f"{_quoted(name)} begins at byte {begin:,} of the data, not {end:,}")
         end, entries[name] = stop, (dtype, shape)
     if end != size - 8 - length:
-        raise ValueError(f"its header describes {end:,} bytes of data, and the file has {size - 8 - length:,}")
+        raise ValueError(f"its header describes {end:,} bytes of data, but the file has {size - 8 - length:,}")
     return Header(entries, metadata)
 
 
@@ -106,12 +106,12 @@ def _entry(name: str, entry: Any) -> tuple[tuple[int, int], str, torch.dtype, tu
         raise ValueError(f"the entry of {_quoted(name)} is damaged")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in _DTYPES:
-        raise ValueError(f"{_quoted(name)} has the unsupported dtype {clipped(json.dumps(dtype), 60)}")
+        raise ValueError(f"{_quoted(name)} has unsupported dtype {clipped(json.dumps(dtype), 60)}")
     if not _are_sizes(shape) or len(shape) > _MOST_DIMENSIONS or not _are_sizes(offsets) or len(offsets) != 2:
         raise ValueError(f"the entry of {_quoted(name)} is damaged")
     # A dimension of zero would make the product zero, however large the others are.
     if math.prod(max(length, 1) for length in shape) > _LARGEST_NUMEL:
-        raise ValueError(f"{_quoted(name)} has the shape {shape}, which is too large")
+        raise ValueError(f"{_quoted(name)} has shape {shape}, which is too large")
     begin, stop = offsets
     if stop - begin != math.prod(shape) * _DTYPES[dtype].itemsize:
         raise ValueError(f"{_quoted(name)} has {stop - begin:,} bytes, which does not match its shape {shape}")

@@ -1,4 +1,4 @@
-"""Find an adapter's directory, on this machine or on the Hugging Face hub, and upload one."""
+"""Find an adapter's directory locally or on the Hugging Face Hub, and upload adapters."""
 
 import os
 import re
@@ -22,11 +22,11 @@ def find_directory(
     cache_dir: str | os.PathLike[str] | None = None,
     local_files_only: bool = False,
 ) -> Path:
-    """Return the local directory of an adapter, downloaded from the hub unless `path` is a directory.
+    """Return the local directory of an adapter, downloaded from the Hub unless `path` is a directory.
 
     Raises:
         TypeError: an argument has the wrong type.
-        ValueError: `subfolder` leads out of the directory, or `revision` is not a name.
+        ValueError: `subfolder` is outside the directory, or `revision` is not a valid name.
         CheckpointError: no such directory or repository exists.
     """
     for argument, value in (("path", os.fspath(path)), ("subfolder", subfolder or None), ("revision", revision)):
@@ -42,7 +42,7 @@ def find_directory(
     if is_directory:
         found = local / inside
         if not found.is_dir():
-            raise CheckpointError(f"{local} has no folder {subfolder!r}")
+            raise CheckpointError(f"{local} has no subfolder {subfolder!r}")
         return found
     if local.exists():
         raise CheckpointError(f"{local} is a file; pass the directory that contains {WEIGHTS_NAME}")
@@ -60,45 +60,43 @@ def find_directory(
             allow_patterns=[prefix + name for name in file_names()],
         )
     except HFValidationError:
-        raise CheckpointError(
-            f"{path} is not a directory on this machine and not the name of a hub repository"
-        ) from None
+        raise CheckpointError(f"{path} is neither a local directory nor the name of a Hub repository") from None
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise CheckpointError(
-            f"{path} is not a directory on this machine, and could not be downloaded from the hub: {error}"
+            f"{path} is not a local directory, and could not be downloaded from the Hub: {error}"
         ) from error
     return Path(snapshot) / inside
 
 
 def _check_text(argument: str, value: object) -> None:
-    """Raise an error unless an argument that becomes part of a path or an address is None or ordinary text."""
+    """Raise an error unless an argument that becomes part of a path or URL is None or printable text."""
     if value is not None and not isinstance(value, str):
         raise TypeError(f"{argument}={shown(value)} is not allowed: it must be a string")
     if value is not None and (not value or not value.isprintable()):
-        raise ValueError(f"{argument}={shown(value)} is not allowed: it is empty or has control characters")
+        raise ValueError(f"{argument}={shown(value)} is not allowed: it is empty or contains control characters")
 
 
 def _checked_subfolder(subfolder: str | None) -> PurePosixPath:
     inside = PurePosixPath((subfolder or ".").replace("\\", "/"))
-    # The hub's client interprets its parts as patterns.
+    # The Hub client interprets parts of the path as patterns.
     if inside.is_absolute() or ".." in inside.parts or any(mark in str(inside) for mark in ":*?[]"):
         raise ValueError(f"subfolder={subfolder!r} is not allowed: it must stay inside the adapter's directory")
     return inside
 
 
 def hub_name(base: str | None) -> str | None:
-    """Return a base model's name if it is a name on the hub, or None if it is a path on this machine."""
+    """Return a base model's name if it is a Hub repository name, or None if it is a local path."""
     if base and _HUB_NAME.fullmatch(base) and not Path(base).exists():
         return base
     return None
 
 
 def upload_directory(directory: Path, repo_id: str, **settings: Any) -> str:
-    """Upload a directory's adapter files to a hub repository, created if needed, and return the commit's URL.
+    """Upload a directory's adapter files to a Hub repository, created if needed, and return the commit's URL.
 
     Args:
         directory: the directory.
-        repo_id: "owner/name" on the hub.
+        repo_id: "owner/name" on the Hub.
         settings: `private`, `token`, `revision`, `commit_message`, `create_pr`, as in `huggingface_hub`.
     """
     from huggingface_hub import HfApi

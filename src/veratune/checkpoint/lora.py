@@ -1,4 +1,4 @@
-"""PEFT's LoRA files, which are inspected but not loaded: their matrices are trained, not drawn from a key."""
+"""PEFT's LoRA files, which can be inspected but not loaded: their matrices are trained, not drawn from a key."""
 
 from collections.abc import Mapping
 
@@ -12,18 +12,18 @@ from veratune.checkpoint.validate import ReadyAdapter
 from veratune.config import PEFT_TYPE
 
 PEFT_LORA = "LORA"
-# The names of a layer's two matrices: lora_A and lora_B, or those of an embedding.
+# Suffixes of the names of a layer's two matrices; the last two are an embedding's.
 _ENDS = (".lora_A.weight", ".lora_B.weight", ".lora_embedding_A", ".lora_embedding_B")
 
 
 class LoraFormat(PeftFiles):
-    """PEFT's LoRA. `export_lora` writes it."""
+    """PEFT's LoRA format, which `export_lora` writes."""
 
     name = "lora"
     peft_type = PEFT_LORA
     about = (
         "a LoRA adapter, which veratune cannot read as VeRA: its matrices are trained, not drawn from a key. PEFT and"
-        " engines that serve LoRA load it"
+        " engines that serve LoRA can load it"
     )
 
     def read(self, modules: Mapping[str, nn.Module], files: AdapterFiles) -> ReadyAdapter:

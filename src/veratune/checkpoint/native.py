@@ -10,8 +10,8 @@
     projection.B[.<width>]             B (width, r), likewise
 
 and, in its metadata, the JSON object "veratune": format version, configuration, fingerprint of the projections, and a
-SHA-256 over all of this and the tensors. As the file holds everything that loading needs, replacing it is one atomic
-step; `adapter_config.json` is for people and for programs that look for it, such as `peft`, which reads and writes the
+SHA-256 of all of this and the tensors. The file holds everything needed for loading, so replacing it is one atomic
+step. `adapter_config.json` is for humans and for programs that expect it, such as `peft`, which reads and writes the
 same files with veratune's plug-in.
 """
 
@@ -56,12 +56,12 @@ from veratune.projections.schemes import Scheme, Side, Stored
 from veratune.utils.tensors import is_finite
 from veratune.utils.text import notify
 
-# Fields that may differ silently between the two copies of the configuration: they do not change the adapter.
+# Fields that may differ between the two copies of the configuration without a warning: they do not affect the adapter.
 _INFORMATIVE = {"peft_type", *VeraConfig.names_with(peft="any")}
 
 
 class NativeFile(NamedTuple):
-    """The contents of one file.
+    """The contents of a file in veratune's format.
 
     Attributes:
         loaded: the adapter.
@@ -78,7 +78,7 @@ class NativeFile(NamedTuple):
         return file_tensors(self.loaded.vectors, self.loaded.saved, self.loaded.biases)
 
     def targets(self, modules: Mapping[str, nn.Module]) -> list[Target]:
-        """Return the layers of a model that the adapter is for, having checked names and shapes.
+        """Return a model's layers that the adapter adapts, after checking names and shapes.
 
         Raises:
             CheckpointError: the adapter is for another model.
@@ -90,16 +90,16 @@ class NativeFile(NamedTuple):
         for target in targets:
             if inputs.get(target.name, target.in_features) != target.in_features:
                 raise CheckpointError(
-                    f"{loaded.origin}: {target.name} had {inputs[target.name]} inputs where the adapter was trained,"
-                    f" but {target.in_features} here: the adapter is for a model of other dimensions"
+                    f"{loaded.origin}: {target.name} had {inputs[target.name]} inputs when the adapter was trained, but"
+                    f" has {target.in_features} here: the adapter is for a model with other dimensions"
                 )
         return targets
 
     def scheme(self, targets: list[Target]) -> Scheme:
-        """Return the adapter's projections, after checking that it was trained with the same ones.
+        """Return the adapter's projections, after checking that the adapter was trained with them.
 
         Raises:
-            CheckpointError: it was trained with others.
+            CheckpointError: the adapter was trained with other projections.
         """
         config, origin, fingerprint = self.loaded.config, self.loaded.origin, self.header["fingerprint"]
         scheme = make_scheme(config, targets)
@@ -119,7 +119,7 @@ class NativeFormat(Format):
     name = "veratune"
 
     def detect(self, files: AdapterFiles) -> bool:
-        # The tensors file is complete without its JSON copy; PEFT's is not.
+        # The tensors file is complete without its JSON copy; a file of PEFT's is not.
         return METADATA_KEY in files.weights.metadata or files.config is None or files.peft_type == PEFT_TYPE
 
     def read(self, modules: Mapping[str, nn.Module], files: AdapterFiles) -> ReadyAdapter:
@@ -148,7 +148,7 @@ class NativeFormat(Format):
 
 
 def save_native(host: AdaptedModel, adapter_name: str, directory: Path, *, write: bool = True) -> None:
-    """Write one adapter into a directory, replacing any adapter there.
+    """Write one adapter to a directory, replacing any adapter in it.
 
     Args:
         host: the model.
@@ -157,7 +157,7 @@ def save_native(host: AdaptedModel, adapter_name: str, directory: Path, *, write
         write: if False, only take part in gathering sharded parameters, which all processes must do.
     """
     state = host.adapter_state(adapter_name)
-    saved = {name: public_state(module) for name, module in state.saved.items()}  # parameters know their sharding
+    saved = {name: public_state(module) for name, module in state.saved.items()}  # parameters carry their sharding
     tensors = {name: gathered(tensor) for name, tensor in file_tensors(state.vectors, saved, state.biases).items()}
     if write:
         layers = {name: layer for name, layer in host.vera_layers().items() if adapter_name in layer.entries}
@@ -174,7 +174,7 @@ def write_native(
     layers: Mapping[str, VeraLayer],
     tensors: Mapping[str, Tensor],
 ) -> None:
-    """Write one adapter's tensors into a directory, replacing any adapter there.
+    """Write one adapter's tensors to a directory, replacing any adapter in it.
 
     Args:
         directory: the directory.
@@ -183,11 +183,11 @@ def write_native(
         config: the adapter's configuration.
         scheme: its projections.
         layers: the layers that it adapts, by name.
-        tensors: what `file_tensors` returns.
+        tensors: the result of `file_tensors`.
     """
     tensors = dict(tensors)
     if not all(map(is_finite, tensors.values())):
-        notify(f"adapter {adapter_name!r} contains NaN or infinity and is saved as is: its training diverged")
+        notify(f"adapter {adapter_name!r} contains NaN or infinity because training diverged; it is saved as is")
     if config.save_projection or isinstance(scheme, Stored):
         tensors |= _projection_tensors(layers, adapter_name, scheme)
     config = config.replace(inference_mode=True)
@@ -219,8 +219,8 @@ def file_tensors(
     """Return an adapter's tensors by their names in a file.
 
     Args:
-        vectors: layer name to its vectors by name (`b`, `d`).
-        saved: module name to the state of a module trained in full.
+        vectors: layer name to the layer's vectors by name (`b`, `d`).
+        saved: module name to the state of the module, for modules trained in full.
         biases: parameter name to bias.
     """
     tensors: dict[str, Tensor] = {}
@@ -232,7 +232,7 @@ def file_tensors(
 
 
 def describe_base(model: nn.Module) -> dict[str, Any]:
-    """Return what is needed to create a base model again: its class, and the names of its labels."""
+    """Return the information needed to recreate a base model: its class and the names of its labels."""
     model = without_wrappers(model)
     config: Any = getattr(model, "config", None)
     labels = getattr(config, "id2label", None)
@@ -280,7 +280,7 @@ def _checked(
     try:
         config = VeraConfig.from_dict(header["config"])
     except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: its configuration cannot be used: {error}") from None
+        raise CheckpointError(f"{path} has an invalid configuration: {error}") from None
     _compare_with_json(directory / CONFIG_NAME, config)
     groups = _grouped(path, tensors)
     vectors: dict[str, dict[str, Tensor]] = {}
@@ -292,7 +292,9 @@ def _checked(
     for name, tensor in groups["modules_to_save"].items():
         owner = next((name[:i] for i, letter in enumerate(name) if letter == "." and name[:i] in saved), None)
         if owner is None:
-            raise CheckpointError(f"{path}: {name} belongs to none of modules_to_save={config.modules_to_save!r}")
+            raise CheckpointError(
+                f"{path}: {name} does not belong to any of modules_to_save={config.modules_to_save!r}"
+            )
         saved[owner][name.removeprefix(f"{owner}.")] = tensor
     labels = check_labels(str(path), header.get("base", {}).get("id2label", {}))
     loaded = LoadedAdapter(str(path), config, vectors, saved, groups["bias"], labels)
@@ -300,11 +302,11 @@ def _checked(
 
 
 def _projection_tensors(layers: Mapping[str, VeraLayer], adapter_name: str, scheme: Scheme) -> dict[str, Tensor]:
-    """Return the projections an adapter uses, float32 as drawn: A (r, width), B (width, r) without its scale."""
+    """Return an adapter's projections in float32, as drawn: A (r, width), and B (width, r) without its scale."""
     widths: dict[tuple[Side, int], int] = {}
     for layer in layers.values():
         views = layer.entries[adapter_name].views
-        # An embedding draws single columns of A, never the full matrix.
+        # An embedding draws individual columns of A, never the full matrix.
         for view in views[1:] if layer.one_hot else views:
             key = (view.projection.side, view.projection.width)
             widths[key] = max(widths.get(key, 0), view.rank)
@@ -317,14 +319,14 @@ def _projection_tensors(layers: Mapping[str, VeraLayer], adapter_name: str, sche
 
 
 def _grouped(path: Path, tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """Group tensors by the prefix of their names. The rest of a name is data and is never searched."""
+    """Group tensors by the prefix of their names. The rest of a name is data and is not parsed."""
     groups: dict[str, dict[str, Tensor]] = {
         kind: {} for kind in (*(VECTOR_PREFIX + which for which in VECTORS), "modules_to_save", "bias", "projection")
     }
     for key, tensor in tensors.items():
         kind, _, name = key.partition(".")
         if kind not in groups:
-            raise CheckpointError(f"{path}: {key!r} has no known prefix; a key begins with one of {sorted(groups)}")
+            raise CheckpointError(f"{path}: {key!r} has no known prefix; a key must start with one of {sorted(groups)}")
         groups[kind][name] = tensor
     return groups
 
@@ -339,7 +341,7 @@ def _compare_with_json(path: Path, config: VeraConfig) -> None:
     if differing:
         notify(
             f"{path} differs from the configuration inside {WEIGHTS_NAME} in {differing}; the latter is used. An"
-            " interrupted save can cause this; to change settings, load the adapter, change them and save it"
+            " interrupted save can cause this. To change settings, load the adapter, change them and save it again"
         )
 
 
@@ -348,7 +350,7 @@ def _check_ranks(loaded: LoadedAdapter, targets: list[Target]) -> None:
         for target in targets:
             if target.r != loaded.config.r:
                 raise CheckpointError(
-                    f"{loaded.origin}: d of {target.name} has {target.r} numbers, but the configuration says"
+                    f"{loaded.origin}: d of {target.name} has {target.r} elements, but the configuration says"
                     f" r={loaded.config.r}"
                 )
 
@@ -365,7 +367,7 @@ def _check_shapes(origin: str, targets: list[Target], projections: dict[str, Ten
         fits = side in sizes and stored.ndim == 2 and rank_major[0] <= most_rank and rank_major[1] >= 1
         if width:
             fits = fits and width == str(rank_major[1]) and rank_major[1] in sizes[side]
-        elif fits:  # those of PEFT's scheme may come from a model with wider layers
+        elif fits:  # PEFT's A and B may come from a model with wider layers
             fits = rank_major[0] == most_rank and rank_major[1] >= max(sizes[side])
         if not fits or not stored.dtype.is_floating_point:
             raise CheckpointError(
@@ -379,4 +381,4 @@ def _check_projections(origin: str, scheme: Scheme, projections: dict[str, Tenso
         rank_major = stored if side == "A" else stored.t()
         drawn = projection_pool.view(scheme, side, *rank_major.shape).drawn()
         if drawn.dtype != rank_major.dtype or not torch.equal(drawn, rank_major):
-            raise CheckpointError(f"{origin}: its projection {name} differs from the one that its key gives here")
+            raise CheckpointError(f"{origin}: its projection {name} differs from the one drawn from its key here")

@@ -1,4 +1,4 @@
-"""Read VeRA files that the `peft` package wrote, with equal outputs."""
+"""Read VeRA files written by the `peft` package, with equal outputs."""
 
 from abc import abstractmethod
 from collections.abc import Mapping
@@ -30,7 +30,7 @@ _STEPS_FOR_A_FILE = 3_000_000
 
 _WRAPPER_PARTS = ("original_module.", "modules_to_save.")
 
-# modules_to_save is read separately: null there means that no module is trained in full.
+# modules_to_save is read separately: null in PEFT's file means that no module is trained in full.
 _SAME_FIELDS = {*VeraConfig.names_with(peft="vera"), "base_model_name_or_path", "revision"} - {"modules_to_save"}
 
 
@@ -39,7 +39,7 @@ _HEADS = ("classifier.weight", "score.weight", "out_proj.weight", "qa_outputs.we
 
 
 class PeftFiles(Format):
-    """The two files of the `peft` package: tensors, and a configuration with their type."""
+    """The two files that the `peft` package writes: tensors, and a configuration with the adapter type."""
 
     peft_type: ClassVar[str]
 
@@ -65,11 +65,11 @@ class PeftFiles(Format):
 
 
 class PeftFormat(PeftFiles):
-    """PEFT's VeRA."""
+    """PEFT's VeRA format."""
 
     name = "peft"
     peft_type = PEFT_VERA
-    about = "PEFT's VeRA, which veratune loads; veratune convert writes it in veratune's own format"
+    about = "a VeRA adapter of PEFT, which veratune loads; veratune convert writes it in veratune's own format"
 
     def read(self, modules: Mapping[str, nn.Module], files: AdapterFiles) -> ReadyAdapter:
         config = _config(files.directory / CONFIG_NAME, files.config or {})
@@ -123,7 +123,7 @@ def _ready(
     _check_complete(loaded, modules)
     for target in targets:
         if target.r != config.r:
-            raise CheckpointError(f"{path}: d of {target.name} has {target.r} numbers, but r is {config.r}")
+            raise CheckpointError(f"{path}: d of {target.name} has {target.r} elements, but r is {config.r}")
     scheme = make_scheme(config, targets)
     if a is not None and b is not None:
         _check_shapes(str(path), config, targets, a, b)
@@ -135,7 +135,7 @@ def _ready(
 def _check_complete(loaded: LoadedAdapter, modules: Mapping[str, nn.Module]) -> None:
     """Raise CheckpointError if layers or saved modules that the configuration names are missing from the file.
 
-    If projections are drawn again, a missing layer may change the shapes of the projections of all others.
+    If projections are redrawn, a missing layer may change the shapes of all other layers' projections.
     """
     config = loaded.config
     if config.target_modules not in (None, "all-linear"):
@@ -149,12 +149,12 @@ def _check_complete(loaded: LoadedAdapter, modules: Mapping[str, nn.Module]) -> 
         missing = [name for name in missing if not any(f"{name}.".startswith(f"{top}.") for top in loaded.saved)]
         if missing:
             raise CheckpointError(
-                f"{loaded.origin} has no vectors of {missing[0]} (one of {len(missing)} such layers), which"
-                f" target_modules={config.target_modules!r} names"
+                f"{loaded.origin} has no vectors for {missing[0]} (one of {len(missing)} such layers), which"
+                f" target_modules={config.target_modules!r} selects"
             )
     for name in peft_saved(modules, config.modules_to_save or []):
         if name not in loaded.saved and next(modules[name].parameters(), None) is not None:
-            raise CheckpointError(f"{loaded.origin} has no weights of {name}, which modules_to_save names")
+            raise CheckpointError(f"{loaded.origin} has no weights for {name}, which modules_to_save names")
 
 
 def _config(path: Path, values: dict[str, Any]) -> VeraConfig:
@@ -165,7 +165,7 @@ def _config(path: Path, values: dict[str, Any]) -> VeraConfig:
             raise CheckpointError(f"{path}: {name}={values[name]!r} is not {allowed.__name__} or null")
     if values.get("task_type") is not None:
         kept["task_type"] = values["task_type"]
-    # VeraConfig refuses layers_to_transform together with a regular expression. The adapted layers are read from the
+    # VeraConfig rejects layers_to_transform together with a regular expression. The adapted layers are read from the
     # tensors, so this can be dropped.
     if isinstance(kept.get("target_modules"), str) and "layers_to_transform" in kept:
         kept.pop("layers_to_transform")
@@ -179,7 +179,7 @@ def _config(path: Path, values: dict[str, Any]) -> VeraConfig:
 
 
 def _check_numbers(path: Path, values: dict[str, Any]) -> None:
-    """Raise CheckpointError unless a configuration states what determines the projections: defaults may differ."""
+    """Raise CheckpointError unless the configuration states r and the key: defaults may differ."""
     for name in ("r", "projection_prng_key"):
         if type(values.get(name)) is not int:
             raise CheckpointError(f"{path}: {name}={values.get(name)!r} is not an integer")
@@ -196,7 +196,7 @@ def _sort_tensors(
     loaded = LoadedAdapter(origin, config, {})
     for key, tensor in tensors.items():
         if not key.startswith(PREFIX):
-            raise CheckpointError(f"{origin}: {key!r} does not begin with {PREFIX!r}, as PEFT's names do")
+            raise CheckpointError(f"{origin}: {key!r} does not start with {PREFIX!r}, as PEFT's names do")
         name = key.removeprefix(PREFIX)
         parent, _, last = name.rpartition(".")
         bias_name = name.removesuffix(".base_layer.bias") + ".bias" if name.endswith(".base_layer.bias") else name
@@ -225,7 +225,7 @@ def _check_shapes(origin: str, config: VeraConfig, targets: list[Target], a: Ten
     fits = a.ndim == b.ndim == 2 and a.shape[0] == b.shape[1] == config.r
     if not fits or a.shape[1] < max_in or b.shape[0] < max_out:
         raise CheckpointError(
-            f"{origin}: its projections have the shapes {tuple(a.shape)} and {tuple(b.shape)}, but r is {config.r} and"
+            f"{origin}: its projections have shapes {tuple(a.shape)} and {tuple(b.shape)}, but r is {config.r} and"
             f" the widest layers need ({config.r}, {max_in}) and ({max_out}, {config.r})"
         )
     if not a.dtype.is_floating_point or not b.dtype.is_floating_point:
@@ -233,7 +233,7 @@ def _check_shapes(origin: str, config: VeraConfig, targets: list[Target], a: Ten
 
 
 def _stored_scheme(config: VeraConfig, targets: list[Target], a: Tensor, b: Tensor) -> Scheme:
-    """Return the stored projections, or the scheme that draws them if it gives the same bits."""
+    """Return the stored projections, or the scheme that draws them if it reproduces them bit for bit."""
     stored = Stored.from_tensors(a, b)
     drawn = PeftShared(config.projection_prng_key, config.r, a.shape[1], b.shape[0])
     sides: tuple[tuple[Side, Tensor], ...] = (("A", stored.a), ("B", stored.b))

@@ -1,4 +1,4 @@
-"""PEFT's rules for names, tasks and layers, which reading its files and exporting to it have to follow."""
+"""PEFT's rules for names, tasks and layers, which reading and writing its files must follow."""
 
 import importlib.util
 import re
@@ -36,8 +36,8 @@ TASK_MODELS = {
     "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
 }
 
-# Since version 0.19, PEFT treats targets that end in one of these as the experts of a checkpoint of transformers 4, and
-# adapts the stacked experts instead, even if they are dense layers or shared experts.
+# Since version 0.19, PEFT treats targets whose names end in one of these as experts of a transformers 4 checkpoint, and
+# adapts the stacked experts instead, even if the targets are dense layers or shared experts.
 _EXPERTS = {
     "mixtral": ("gate", "w1", "w2", "w3"),
     "qwen2_moe": ("gate", "gate_proj", "up_proj", "down_proj"),
@@ -53,13 +53,13 @@ _MODEL_TYPES = {
 
 
 def peft_saved(modules: Mapping[str, nn.Module], suffixes: Collection[str]) -> list[str]:
-    """Return the modules that PEFT trains in full for these names, which it compares with the ends of names as text."""
+    """Return the modules that PEFT trains in full for these names, which it compares with `str.endswith`."""
     names = [name for name in modules if name and name.endswith(tuple(suffixes))]
     return [name for name in names if not any(name.startswith(f"{other}.") for other in names)]
 
 
 def exact_targets(model: nn.Module, names: list[str], configured: list[str] | str | None) -> list[str] | str:
-    """Return target_modules that select exactly these layers under PEFT's rules: if possible, the user's.
+    """Return target_modules that select exactly these layers under PEFT's rules: the user's, if possible.
 
     Args:
         model: the model without a wrapper.
@@ -72,16 +72,16 @@ def exact_targets(model: nn.Module, names: list[str], configured: list[str] | st
     for listed in (configured, names):
         if isinstance(listed, list) and list(filter(matcher(listed), everything)) == names:
             return listed
-    # A layer's name may also be the end of another's; a regular expression matches full names only.
+    # A layer's name may also be the end of another's; a regular expression matches only full names.
     return "|".join(re.escape(name) for name in names)
 
 
 def check_called(model: nn.Module, layers: Mapping[str, VeraLayer], whose: str) -> None:
-    """Raise ValueError for a layer whose weight the model computes with without calling the layer.
+    """Raise ValueError if the model computes with the weight of a layer without calling the layer.
 
-    veratune's layers handle that, but PEFT's act only when they are called. This finds layers whose weight was read
-    while the model ran, those that the source code of the model's classes reads, and those of torch's attention and
-    encoder. If only one branch of the source code reads the weight (such as a kernel for one device), it warns instead.
+    veratune's layers handle this, but PEFT's have an effect only when they are called. The check finds weights that
+    were read while the model ran, that the source code of the model's classes reads, or that torch's attention or
+    encoder reads. If only one branch of the source code reads a weight (such as a kernel for one device), it warns.
 
     Args:
         model: the model without a wrapper, with its adapters.
@@ -99,11 +99,11 @@ def check_called(model: nn.Module, layers: Mapping[str, VeraLayer], whose: str) 
         elif is_out_proj(layer.base_layer):
             reader = "torch.nn.MultiheadAttention"
         elif found is not None and isinstance(modules.get(name.rpartition(".")[0]), nn.TransformerEncoderLayer):
-            reader = "torch.nn.TransformerEncoderLayer, in evaluation,"
+            reader = "torch.nn.TransformerEncoderLayer, in eval mode,"
         if reader is not None:
             raise ValueError(
                 f"{whose} cannot hold the adapter on {name}: {reader} computes with its weight without calling it,"
-                " where PEFT's layers have no effect. Add it to exclude_modules, or merge the adapter"
+                " so PEFT's layer would have no effect. Add it to exclude_modules, or merge the adapter"
                 " (merge_and_unload)"
             )
         if found is not None:
@@ -113,13 +113,13 @@ def check_called(model: nn.Module, layers: Mapping[str, VeraLayer], whose: str) 
         more = f" (and {len(sometimes) - 1} more)" if len(sometimes) > 1 else ""
         notify(
             f"{reader} has a branch that computes with the weight of {name}{more} without calling it: in that branch,"
-            f" {whose} loses the adapter. Compare outputs on the device where the model will run, or merge the adapter"
+            f" {whose} has no effect. Compare outputs on the device where the model will run, or merge the adapter"
             " (merge_and_unload)"
         )
 
 
 def check_places(model: nn.Module, layers: Mapping[str, VeraLayer], whose: str) -> None:
-    """Raise ValueError for a layer that occurs in several places in a model, of which PEFT adapts only the first.
+    """Raise ValueError if a layer occurs in several places in a model: PEFT adapts only the first of them.
 
     Args:
         model: the model without a wrapper, with its adapters.
@@ -137,7 +137,7 @@ def check_places(model: nn.Module, layers: Mapping[str, VeraLayer], whose: str) 
         if len(names) > 1:
             raise ValueError(
                 f"{whose} cannot hold the adapter on {name}: it is one module in several places ({', '.join(names)}),"
-                " of which PEFT adapts only the first. Add it to exclude_modules, or merge the adapter"
+                " and PEFT adapts only the first. Add it to exclude_modules, or merge the adapter"
                 " (merge_and_unload)"
             )
 
@@ -158,7 +158,7 @@ def taken_for_experts(model: nn.Module, name: str) -> bool:
 
 
 def _installed_ends(model_type: str) -> set[str]:
-    """Return the endings that the installed PEFT treats as experts; it may know more models."""
+    """Return the name endings that the installed PEFT treats as experts; it may support more models."""
     if importlib.util.find_spec("peft") is None:
         return set()
     try:

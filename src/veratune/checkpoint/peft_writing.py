@@ -30,18 +30,19 @@ from veratune.projections.schemes import Scheme
 def export_peft(host: AdaptedModel, adapter_name: str, directory: Path, *, save_projection: bool | None = None) -> None:
     """Write an adapter so that the `peft` package (`PeftModel.from_pretrained`) computes the same outputs.
 
-    An adapter of the per_dimension scheme is written with projections: PEFT's single A and B are then views of the same
-    random matrix, and the ratio of the layers' scales is multiplied into each d. The d of layers of a smaller rank is
-    padded with zeros.
+    An adapter with the per_dimension scheme is written with projections: PEFT's single A and B are then views of the
+    same random matrix, and the ratio of the layers' scales is multiplied into each d. The d of layers with a smaller
+    rank is padded with zeros.
 
     Args:
         host: the model.
         adapter_name: the adapter's name.
         directory: the directory; files there are replaced.
-        save_projection: whether to write A and B; None writes them if PEFT could not draw them again.
+        save_projection: whether to write A and B; None to write them if the configuration says so, or if PEFT cannot
+            redraw them.
 
     Raises:
-        ValueError: `save_projection` is False and PEFT could not draw the projections again.
+        ValueError: PEFT cannot hold the adapter, or `save_projection` is False and PEFT cannot redraw the projections.
     """
     config, scheme = host.peft_config[adapter_name], host.projection_scheme(adapter_name)
     drawable = scheme.drawn_by_peft
@@ -83,7 +84,7 @@ def export_peft(host: AdaptedModel, adapter_name: str, directory: Path, *, save_
 
 
 def _shared_projections(scheme: Scheme, layers: dict[str, VeraLayer], adapter_name: str) -> tuple[Tensor, Tensor]:
-    """Return PEFT's A (r, max_in) and B (max_out, r), of which the layers' projections are views up to scales."""
+    """Return PEFT's A (r, max_in) and B (max_out, r), of which the layers' projections are views, up to a scale."""
     rank = max(layer.entries[adapter_name].rank for layer in layers.values())
     max_in = max(layer.in_features for layer in layers.values())
     max_out = max(layer.out_features for layer in layers.values())
@@ -119,7 +120,7 @@ def other_tensors(host: AdaptedModel, adapter_name: str) -> dict[str, Tensor]:
         within = [layer for layer in state.vectors if layer == name or layer.startswith(f"{name}.")]
         if within:
             raise ValueError(
-                f"PEFT cannot hold this adapter: it would train {name} in full, as its name ends in one of"
+                f"PEFT cannot hold this adapter: it would train {name} in full, because its name ends in one of"
                 f" modules_to_save={list(state.saved)}, but {within[0]} is adapted"
             )
         # If PEFT treats another module as saved, write its current weights.
@@ -135,7 +136,7 @@ def other_tensors(host: AdaptedModel, adapter_name: str) -> dict[str, Tensor]:
 
 
 def common_values(host: AdaptedModel, adapter_name: str, leave_out: Collection[str] = ()) -> dict[str, Any]:
-    """Return the entries that PEFT's configurations of VeRA and of LoRA have in common.
+    """Return the entries that PEFT's VeRA and LoRA configurations have in common.
 
     Args:
         host: the model.

@@ -1,6 +1,6 @@
-"""Check adapters read from files against a model and add them to it, whatever the format.
+"""Check adapters read from files of any format against a model, and add them to the model.
 
-A format's reader makes a `LoadedAdapter`; `targets_of` and `make_ready` check every name and shape against the model.
+A format's reader returns a `LoadedAdapter`; `targets_of` and `make_ready` check every name and shape against the model.
 Only a `ReadyAdapter` is added to a model.
 """
 
@@ -34,15 +34,15 @@ _MOST_DIGITS = 9
 
 @dataclass
 class LoadedAdapter:
-    """An adapter as read from files, by names in the model without adapters.
+    """An adapter as read from files, with the names of the model without adapters.
 
     Attributes:
         origin: the file, for messages.
         config: its configuration.
-        vectors: layer name to its vectors by name (`b`, `d`).
-        saved: module name to that module's state dict.
+        vectors: layer name to the layer's vectors by name (`b`, `d`).
+        saved: module name to the module's state dict.
         biases: parameter name to bias.
-        labels: class index to class name, for the classes that the file names.
+        labels: class index to class name; empty if the file has no class names.
     """
 
     origin: str
@@ -56,21 +56,21 @@ class LoadedAdapter:
 def check_vectors(origin: str, vectors: Mapping[str, Mapping[str, Tensor]]) -> None:
     """Raise CheckpointError unless there are layers, and each has all of its vectors and no others."""
     if not vectors:
-        raise CheckpointError(f"{origin} adapts no layer")
+        raise CheckpointError(f"{origin} adapts no layers")
     for name, found in vectors.items():
         if found.keys() != set(VECTORS):
             raise CheckpointError(f"{origin}: {name} has the vectors {sorted(found)}, not {list(VECTORS)}")
 
 
 def targets_of(modules: Mapping[str, nn.Module], loaded: LoadedAdapter) -> list[Target]:
-    """Return the layers of a model that a loaded adapter is for, having checked names and shapes.
+    """Return a model's layers that a loaded adapter adapts, after checking names and shapes.
 
     Args:
-        modules: what `base_modules` returns for the model.
-        loaded: what a reader returned.
+        modules: the result of `base_modules` for the model.
+        loaded: the adapter, as returned by a format's reader.
 
     Raises:
-        CheckpointError: a layer that the model does not have, or that has other dimensions or cannot be adapted.
+        CheckpointError: a layer is missing from the model, has other dimensions, or cannot be adapted.
     """
     found = {name: _module_and_parameter(name, modules) for name in loaded.vectors}
     missing = [name for name, owner in found.items() if owner is None]
@@ -89,11 +89,11 @@ def targets_of(modules: Mapping[str, nn.Module], loaded: LoadedAdapter) -> list[
         size = _geometry(loaded.origin, name, module, parameter)
         twin = names.setdefault((id(module), parameter), name)
         if twin != name:
-            raise CheckpointError(f"{loaded.origin} adapts {twin} and {name}, which are the same module here")
+            raise CheckpointError(f"{loaded.origin} adapts {twin} and {name}, which are the same module in this model")
         base = unwrapped(module)
         weight = base._parameters.get(parameter or weight_name(base))
         if weight is not None and weight.is_meta and not hasattr(base, "_hf_hook"):
-            raise CheckpointError(f"{name} is on the meta device: give the model its weights before loading an adapter")
+            raise CheckpointError(f"{name} is on the meta device: load the model's weights before loading an adapter")
         if is_engines(base):
             raise CheckpointError(
                 f"{loaded.origin} cannot be loaded here: {name} is sharded over processes by DeepSpeed's ZeRO-3. Load"
@@ -107,8 +107,8 @@ def targets_of(modules: Mapping[str, nn.Module], loaded: LoadedAdapter) -> list[
                 raise CheckpointError(f"{loaded.origin}: {error}") from None
         if b.shape != size.b_shape:
             raise CheckpointError(
-                f"{loaded.origin}: b of {name} has the shape {tuple(b.shape)}, but that layer has {size.out_features}"
-                f" outputs here, which requires {size.b_shape}: the adapter is for a model of other dimensions"
+                f"{loaded.origin}: b of {name} has shape {tuple(b.shape)}, but the layer has {size.out_features}"
+                f" outputs here, which requires {size.b_shape}: the adapter is for a model with other dimensions"
             )
         rank = d.shape[-1] if d.ndim else 0
         if not b.dtype.is_floating_point or not d.dtype.is_floating_point:
@@ -116,7 +116,7 @@ def targets_of(modules: Mapping[str, nn.Module], loaded: LoadedAdapter) -> list[
         if rank < 1 or d.shape != size.d_shape(rank, parts):
             *leading, _ = size.d_shape(rank, parts)
             expected = f"({leading[0]}, r)" if leading else "(r,)"
-            raise CheckpointError(f"{loaded.origin}: d of {name} has the shape {tuple(d.shape)}, not {expected}")
+            raise CheckpointError(f"{loaded.origin}: d of {name} has shape {tuple(d.shape)}, not {expected}")
         targets.append(Target(name, module, parameter, rank, size, parts))
     _check_ranks(loaded.origin, targets)
     return targets
@@ -126,13 +126,13 @@ def _check_ranks(origin: str, targets: list[Target]) -> None:
     if (found := above_largest_rank(targets)) is not None:
         large, most = found
         raise CheckpointError(
-            f"{origin}: d of {large.name} has {large.r:,} numbers, but the maximum for layers of these sizes"
-            f" is {most:,}: the projections of such a rank would take many times the memory of the layers"
+            f"{origin}: d of {large.name} has {large.r:,} elements, but the maximum rank for layers of these sizes"
+            f" is {most:,}: projections of a larger rank would take many times the memory of the layers"
         )
 
 
 def _module_and_parameter(name: str, modules: Mapping[str, nn.Module]) -> tuple[nn.Module, str | None] | None:
-    """Return the module of this name, or the owner of the parameter of this name and the parameter's name in it."""
+    """Return the module with this name, or the owner of the parameter with this name and the name in the owner."""
     if name in modules:
         return modules[name], None
     owner, _, own = name.rpartition(".")
@@ -148,23 +148,23 @@ def _geometry(origin: str, name: str, module: nn.Module, parameter: str | None) 
     base = unwrapped(module)
     reason = why_not_adaptable(base) if parameter is None else why_not_parameter(base, parameter)
     if reason is not None:
-        raise CheckpointError(f"{origin} adapts {name}, which cannot be adapted here, because {reason}")
+        raise CheckpointError(f"{origin} adapts {name}, which cannot be adapted in this model, because {reason}")
     return geometry(base) if parameter is None else parameter_layout(base, parameter)[0]
 
 
 def make_ready(
     modules: Mapping[str, nn.Module], loaded: LoadedAdapter, targets: list[Target], scheme: Scheme
 ) -> "ReadyAdapter":
-    """Check a loaded adapter's saved modules and biases against a model as well, and return it with its plan.
+    """Check a loaded adapter's saved modules and biases against a model, and return the adapter with its plan.
 
     Args:
-        modules: what `base_modules` returns for the model.
-        loaded: what a reader returned.
-        targets: what `targets_of` returned for this model.
+        modules: the result of `base_modules` for the model.
+        loaded: the adapter, as returned by a format's reader.
+        targets: the result of `targets_of` for this model.
         scheme: the adapter's projections.
 
     Raises:
-        CheckpointError: saved modules or biases that do not fit the model.
+        CheckpointError: saved modules or biases do not fit the model.
     """
     try:
         check_scheme(loaded.config.projection, targets)
@@ -189,8 +189,8 @@ def make_ready(
         shape = shape_of(own)
         if bias.shape != shape or not bias.is_floating_point():
             raise CheckpointError(
-                f"{loaded.origin}: {name} is {bias.dtype} of the shape {tuple(bias.shape)}, but {tuple(shape)} in this"
-                " model"
+                f"{loaded.origin}: {name} is {bias.dtype} with shape {tuple(bias.shape)}, but has shape {tuple(shape)}"
+                " in this model"
             )
     return ReadyAdapter(loaded, AdapterPlan(config, targets, scheme, owners))
 
@@ -203,7 +203,7 @@ class ReadyAdapter:
     plan: AdapterPlan
 
     def put_on(self, host: AdaptedModel, name: str, *, frozen: bool) -> None:
-        """Add the adapter to the model it was made ready for, under a free name; `frozen` is for inference only."""
+        """Add the adapter, under an unused name, to the model it was checked against; `frozen` means inference only."""
         plan = replace(self.plan, config=self.plan.config.replace(inference_mode=frozen))
         with host.undone_on_error():
             try:
@@ -224,25 +224,29 @@ class ReadyAdapter:
         found = next((name for name, tensor in tensors if not is_finite(tensor)), None)
         if found is not None:
             notify(
-                f"{loaded.origin} holds NaN or infinity ({found}): outputs will be NaN. The training diverged; load an"
-                " older checkpoint"
+                f"{loaded.origin} contains NaN or infinity ({found}), so outputs will be NaN: training diverged. Load"
+                " an older checkpoint"
             )
 
     def check_equal_to(self, host: AdaptedModel, name: str) -> None:
-        """Raise CheckpointError unless an adapter on a model has the same layers, ranks, projections and heads."""
+        """Raise CheckpointError unless a model's adapter has the same layers, ranks, projections and saved modules."""
         state, origin = host.adapter_state(name), self.loaded.origin
-        check_keys(f"{origin}, against adapter {name!r}:", state.vectors, self.loaded.vectors)
-        check_keys(f"{origin}, against what adapter {name!r} trains in full:", state.saved, self.loaded.saved)
-        check_keys(f"{origin}, against the biases of adapter {name!r}:", state.biases, self.loaded.biases)
+        check_keys(f"{origin}, compared with adapter {name!r},", state.vectors, self.loaded.vectors)
+        check_keys(
+            f"{origin}, compared with the modules that adapter {name!r} trains in full,", state.saved, self.loaded.saved
+        )
+        check_keys(f"{origin}, compared with the biases of adapter {name!r},", state.biases, self.loaded.biases)
         for layer, vectors in self.loaded.vectors.items():
             shapes = {which: tuple(vector.shape) for which, vector in state.vectors[layer].items()}
             if {which: tuple(vector.shape) for which, vector in vectors.items()} != shapes:
-                raise CheckpointError(f"{origin}: the vectors of {layer} do not have the shapes {shapes} as here")
+                raise CheckpointError(
+                    f"{origin}: the vectors of {layer} do not have the shapes {shapes} that they have in this model"
+                )
         if self.plan.scheme != host.projection_scheme(name):
-            raise CheckpointError(f"{origin}: adapter {name!r} has different projections here")
+            raise CheckpointError(f"{origin}: adapter {name!r} has different projections in this model")
 
     def copy_into(self, host: AdaptedModel, name: str) -> None:
-        """Copy the values into an adapter of the same layers and ranks."""
+        """Copy the values into an adapter with the same layers and ranks."""
         self._warn_of_values()
         state = host.adapter_state(name)
         with torch.no_grad():
@@ -265,7 +269,7 @@ def check_labels(origin: str, labels: Any) -> dict[int, str]:
     """Return a file's class names by class index.
 
     Raises:
-        CheckpointError: they are invalid.
+        CheckpointError: the class names are invalid.
     """
     if not isinstance(labels, dict) or not all(
         isinstance(name, str) and number.isdecimal() and number.isascii() and len(number) <= _MOST_DIGITS
@@ -281,7 +285,7 @@ def tell_apart(model: nn.Module, ready: ReadyAdapter, named: Sequence[str]) -> N
     Args:
         model: the model without a wrapper.
         ready: the adapter.
-        named: what `layers_named` returns for the model and the adapter's configuration.
+        named: the result of `layers_named` for the model and the adapter's configuration.
     """
     config, origin = ready.plan.config, ready.loaded.origin
     here = getattr(getattr(model, "config", None), "_name_or_path", None)
@@ -292,15 +296,16 @@ def tell_apart(model: nn.Module, ready: ReadyAdapter, named: Sequence[str]) -> N
     left_out = [name for name in named if name not in ready.loaded.vectors]
     if left_out:
         notify(
-            f"{origin} adapts {len(ready.loaded.vectors)} of the {len(named)} layers that its target_modules names in"
-            f" this model, but not {some(left_out)}: is it the model that the adapter was trained on?"
+            f"{origin} adapts {len(ready.loaded.vectors)} of the {len(named)} layers that its target_modules selects"
+            f" in this model, but not {some(left_out)}: is this the model that the adapter was trained on?"
         )
 
 
 def layers_named(model: nn.Module, config: VeraConfig) -> list[str]:
-    """Return the layers that a file's configuration names in a model; none if it is not for this model.
+    """Return the layers of a model that a file's configuration selects, or an empty list if it is not for this model.
 
-    Also none if it has regular expressions, or more names than the model has: a mere hint is not worth matching those.
+    The list is also empty if the configuration has regular expressions, or more names than the model has modules:
+    matching them takes too long for a mere warning.
     """
     wanted = config.target_modules
     if not config.names_only() or (isinstance(wanted, list) and len(wanted) > sum(1 for _ in model.modules())):
@@ -312,11 +317,11 @@ def layers_named(model: nn.Module, config: VeraConfig) -> list[str]:
 
 
 def other_projections(origin: str, config: VeraConfig, expected: str, found: str) -> CheckpointError:
-    """Return the error for projections whose fingerprint differs from that of the ones an adapter was trained with."""
+    """Return the error for projections that differ from those that an adapter was trained with."""
     return CheckpointError(
         f"{origin} was trained with other projections: its fingerprint is {expected}, but"
         f" projection={config.projection!r} with projection_prng_key={config.projection_prng_key} gives {found} here."
-        " The adapter would not compute what it learned"
+        " The adapter's outputs would be wrong"
     )
 
 
@@ -324,17 +329,17 @@ def _check_saved(origin: str, modules: Mapping[str, nn.Module], name: str, state
     module = modules.get(name)
     if module is None:
         raise CheckpointError(
-            f"{origin} holds the module {name!r} in full, but this model has none of that name"
+            f"{origin} contains the module {name!r} in full, but this model has no module of that name"
             + _closest(name, modules)
         )
     original = unwrapped(module)
-    expected = public_state(original)  # parameters know their shapes where they are sharded
+    expected = public_state(original)  # parameters, whose full shapes are known if they are sharded
     check_keys(f"{origin}: saved module {name!r}", expected, state)
     for key, tensor in state.items():
         shape = shape_of(expected[key])
         if tensor.shape != shape:
             raise CheckpointError(
-                f"{origin}: {name}.{key} has the shape {tuple(tensor.shape)}, but {tuple(shape)} in this"
+                f"{origin}: {name}.{key} has shape {tuple(tensor.shape)}, but {tuple(shape)} in this"
                 " model: load the base model with the number of labels that it had in training"
             )
         if tensor.is_floating_point() != expected[key].is_floating_point() or tensor.is_complex():
@@ -342,11 +347,11 @@ def _check_saved(origin: str, modules: Mapping[str, nn.Module], name: str, state
 
 
 def check_keys(what: str, expected: Iterable[str], found: Iterable[str]) -> None:
-    """Raise CheckpointError unless both have the same names."""
+    """Raise CheckpointError unless the names found are the expected ones."""
     expected, found = set(expected), set(found)
     problems = []
     if expected - found:
-        problems.append("is without " + some(sorted(expected - found)))
+        problems.append("is missing " + some(sorted(expected - found)))
     if found - expected:
         problems.append("has unexpected names: " + some(sorted(found - expected)))
     if problems:
@@ -354,7 +359,7 @@ def check_keys(what: str, expected: Iterable[str], found: Iterable[str]) -> None
 
 
 def _sharded_like(value: Tensor, own: Tensor) -> Tensor:
-    """Return a value sharded as a parameter is (FSDP2); the value itself if that is not sharded."""
+    """Return a value sharded like a parameter (FSDP2), or unchanged if the parameter is not sharded."""
     mesh = getattr(own, "device_mesh", None)
     if mesh is None:
         return value
@@ -366,4 +371,4 @@ def _sharded_like(value: Tensor, own: Tensor) -> Tensor:
 
 def _closest(name: str, modules: Mapping[str, nn.Module]) -> str:
     close = closest(name, modules)
-    return f"; the closest here: {', '.join(close)}" if close else ""
+    return f"; the closest names are {', '.join(close)}" if close else ""

@@ -1,4 +1,4 @@
-"""Find layers whose weight the model reads instead of calling the layer, from the source code of its classes."""
+"""Find layers whose weight the model reads instead of calling the layer, in the source code of its classes."""
 
 import ast
 import inspect
@@ -11,20 +11,20 @@ from torch import nn
 
 from veratune.adapters.names import unwrapped
 
-# Attributes of a weight that do not depend on its values, and functions that do not use them.
+# Attributes of a weight that do not depend on its values, and functions that do not use its values.
 _ABOUT = {"dtype", "device", "shape", "ndim", "is_meta", "requires_grad", "size", "dim", "numel", "layout", "is_cuda"}
 _ASKING = {"isinstance", "hasattr", "getattr", "type", "id", "len"}
 
-# The path of attributes from a module to a parameter; "*" for any item of a container.
+# The attribute path from a module to a parameter; "*" matches any item of a container.
 Path = tuple[str, ...]
 
 
 class Reader(NamedTuple):
-    """A class whose forward computes with a weight of a module inside it.
+    """A class whose `forward` computes with the weight of a submodule.
 
     Attributes:
         name: the class's name.
-        always: whether it does so in every call rather than in one branch.
+        always: whether it does so in every call, not only in one branch.
     """
 
     name: str
@@ -32,13 +32,13 @@ class Reader(NamedTuple):
 
 
 def reader_of(modules: Mapping[str, nn.Module], parameter: str) -> Reader | None:
-    """Return the class that computes with a parameter of a module inside it, or None if none is found.
+    """Return the class that computes with a parameter of one of its submodules, or None if there is no such class.
 
     This finds expressions such as `self.attention.dense.weight` in `forward` and the methods that it calls, but not
-    weights that are read through other variables or by functions that get the module as an argument.
+    weights that are read through other variables or by functions that receive the module as an argument.
 
     Args:
-        modules: what `base_modules` returns for the model.
+        modules: the result of `base_modules` for the model.
         parameter: the parameter's dotted name in the model without adapters.
     """
     parts = parameter.split(".")
@@ -53,7 +53,7 @@ def reader_of(modules: Mapping[str, nn.Module], parameter: str) -> Reader | None
 
 
 def _is(path: Path, read: Path) -> bool:
-    """Return whether the expression read is the parameter at this path, or an attribute that depends on its values."""
+    """Return whether `read` is the path of this parameter, or of an attribute that depends on its values."""
     here, after = read[: len(path)], read[len(path) :]
     same = len(here) == len(path) and all(other in ("*", own) for own, other in zip(path, here, strict=True))
     return same and not _ABOUT.intersection(after[:1])
@@ -61,9 +61,9 @@ def _is(path: Path, read: Path) -> bool:
 
 @cache
 def _reads(kind: type) -> dict[Path, bool]:
-    """Return the attribute paths that a class reads in `forward`, and whether it does so in every call."""
+    """Return the attribute paths that a class reads in `forward`, mapped to whether every call reads them."""
     found: dict[Path, bool] = {}
-    seen: dict[tuple[type, str], int] = {}  # whether it runs in every call
+    seen: dict[tuple[type, str], int] = {}  # the method, and whether it runs in every call
     waiting: list[tuple[type, str, bool]] = [(kind, "forward", True)]
     while waiting:
         start, name, always = waiting.pop()

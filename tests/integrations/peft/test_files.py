@@ -359,7 +359,7 @@ def test_loading_over_an_adapter_swaps_its_values(tmp_path: Path) -> None:
         loaded.load_adapter(tmp_path / "key", "default")
     with pytest.raises(CheckpointError, match=r"query has the shape \(3,\), but \(4,\)"):
         loaded.load_adapter(tmp_path / "rank", "default")
-    with pytest.raises(CheckpointError, match="against adapter 'default': is without"):
+    with pytest.raises(CheckpointError, match="compared with adapter 'default', is missing"):
         loaded.load_adapter(tmp_path / "fewer", "default")
     assert torch.equal(outputs(loaded, "bert"), outputs(models["two"], "bert"))
     lora = peft.get_peft_model(tiny_model("bert"), peft.LoraConfig(r=2, target_modules=["query"]))
@@ -383,7 +383,7 @@ def edited(directory: Path, change: Any) -> None:
 LAYER = "bert.encoder.layer.0.attention.self.query"
 CHANGES = {
     "one vector": (lambda tensors, _: tensors.pop(f"vera_lambda_b.{LAYER}"), "has the vectors"),
-    "no head": (lambda tensors, _: tensors.pop("modules_to_save.classifier.weight"), r"without .*classifier\.weight"),
+    "no head": (lambda tensors, _: tensors.pop("modules_to_save.classifier.weight"), r"missing .*classifier\.weight"),
     "a wider head": (
         lambda tensors, _: tensors.update({"modules_to_save.classifier.bias": torch.ones(7)}),
         r"classifier\.bias has the shape \(7,\)",
@@ -393,7 +393,7 @@ CHANGES = {
         r"classifier\.bias is torch\.int32",
     ),
     "a bias": (lambda tensors, _: tensors.update({f"bias.{LAYER}.bias": torch.ones(24)}), "has unexpected names"),
-    "another width": (lambda _, header: header["inputs"].update({LAYER: 3}), "had 3 inputs where"),
+    "another width": (lambda _, header: header["inputs"].update({LAYER: 3}), "had 3 inputs when"),
     "other projections": (lambda _, header: header.update(fingerprint="0" * 16), "trained with other projections"),
 }
 

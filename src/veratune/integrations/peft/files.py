@@ -143,7 +143,9 @@ class AdapterWeights(dict[str, Tensor]):
                 tensors |= {f"modules_to_save.{joined(name, key)}": t.detach().clone() for key, t in original.items()}
         keys = file_keys(model, adapter_name)
         expected = {key: tensor for key, tensor in _state(model, adapter_name).items() if key in keys}
-        check_keys(f"{loaded.origin}, against adapter {adapter_name!r}:", {keys[key] for key in expected}, tensors)
+        check_keys(
+            f"{loaded.origin}, compared with adapter {adapter_name!r},", {keys[key] for key in expected}, tensors
+        )
         for key, own in expected.items():
             tensor = tensors[keys[key]]
             if tensor.shape != own.shape:
