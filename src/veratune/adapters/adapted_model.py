@@ -11,7 +11,7 @@ from torch import nn
 from veratune.adapters.adapter_state import as_names, check_adapter_name
 from veratune.adapters.merging import MergingModel
 from veratune.adapters.names import base_modules
-from veratune.adapters.plan import AdapterPlan, input_groups, plan_adapter, vector_dtype
+from veratune.adapters.plan import AdapterPlan, plan_adapter, vector_dtype
 from veratune.adapters.routes_table import RouteTable, explain_routes
 from veratune.adapters.surgery import replace_modules
 from veratune.adapters.target import Target
@@ -144,7 +144,6 @@ class AdaptedModel(MergingModel):
         self._swap_biases(self._computing())
         if plan.bias_owners:
             self._biases[adapter_name] = biases
-        groups = input_groups(plan.targets, plan.scheme)
         settings = ComputeSettings(plan.config.vera_dropout, plan.config.route, plan.config.memory)
         for target in plan.targets:
             layer = _layer_for(target, replacements)
@@ -154,7 +153,7 @@ class AdaptedModel(MergingModel):
                 plan.scheme,
                 self._vector_init(plan.config, target.r, layer.base_weight.dtype),
                 settings,
-                groups[target.name],
+                plan.groups[target.name],
                 target.parts,
             )
         replace_modules(self, replacements)

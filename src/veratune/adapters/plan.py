@@ -2,7 +2,8 @@
 
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import nn
@@ -35,7 +36,12 @@ class AdapterPlan:
     config: VeraConfig
     targets: list[Target]
     scheme: Scheme
-    bias_owners: dict[str, list[nn.Module]]
+    bias_owners: dict[str, list[nn.Module]] = field(default_factory=dict)
+
+    @cached_property
+    def groups(self) -> dict[str, InputGroup]:
+        """The input group of each target, by the target's name."""
+        return input_groups(self.targets, self.scheme)
 
 
 def plan_adapter(model: nn.Module, config: VeraConfig, scheme: Scheme | None = None) -> AdapterPlan:

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 from peft.tuners.tuners_utils import _ExcludedModule, _maybe_include_all_linear_layers
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 
 from veratune.adapters.adapter_state import check_adapter_name
 from veratune.adapters.names import ModuleName, module_names, unwrapped
-from veratune.adapters.plan import input_groups, make_scheme, vector_dtype
+from veratune.adapters.plan import AdapterPlan, make_scheme, vector_dtype
 from veratune.adapters.surgery import prepare, undone_on_error
 from veratune.adapters.target import Target, parts_of
 from veratune.adapters.target_errors import check_not_sharded, check_settings
@@ -29,7 +28,7 @@ from veratune.integrations.peft.merging import MergingTuner
 from veratune.integrations.peft.saved_states import saved_states_noted
 from veratune.integrations.peft.shared_projections import SharedProjections
 from veratune.integrations.peft.state import tensors_to_load, tensors_to_save, without_adapter_name
-from veratune.layers import AdapterEntry, ComputeSettings, InputGroup, SavedModule, VectorInit, VeraLayer, VeraModule
+from veratune.layers import AdapterEntry, ComputeSettings, SavedModule, VectorInit, VeraLayer, VeraModule
 from veratune.layers.entries import VECTOR_PREFIX
 from veratune.layers.offloading import is_hooked, resident_copy
 from veratune.layers.quantized import keep_differentiable
@@ -39,32 +38,15 @@ from veratune.projections.schemes import Scheme
 from veratune.utils.torch_private import follow_replacement, name_in_wrapper
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """Everything needed to add one adapter, determined before the model is changed.
-
-    Attributes:
-        config: its settings.
-        scheme: its projections.
-        layers: the layers to adapt, by the id of the module, or of the tuned layer that wraps it for another adapter.
-        parameters: the parameters to adapt that their modules read themselves.
-        groups: the input groups, which layers with the same input share, by the target's name.
-    """
-
-    config: VeraConfig
-    scheme: Scheme
-    layers: dict[int, Target]
-    parameters: list[Target]
-    groups: dict[str, InputGroup]
-
-
 class VeratuneTuner(MergingTuner):
     """PEFT's tuner for a `VeratuneConfig`."""
 
     prefix = VECTOR_PREFIX
     tuner_layer_cls = TunedLayer
     target_module_mapping: Any = TRANSFORMERS_MODELS_TO_VERA_TARGET_MODULES_MAPPING
-    _plan: _Plan | None = None
+    _plan: AdapterPlan | None = None
+    # The layers in the plan, by the id of the module, or of the tuned layer that wraps it for another adapter.
+    _targets: Mapping[int, Target] | None = None
     # The adapter that is being added.
     _adding: str | None = None
     _named: set[str] | None = None
@@ -119,7 +101,7 @@ class VeratuneTuner(MergingTuner):
                         module.enable_adapters(False)
                 prepare(model)
         finally:
-            self._plan = self._named = self._names = self._adding = None
+            self._plan = self._targets = self._named = self._names = self._adding = None
         config: Any = self.peft_config[adapter_name]
         if isinstance(config, VeratuneConfig):
             config._file = None  # the configuration now names the adapted layers
@@ -221,7 +203,7 @@ class VeratuneTuner(MergingTuner):
         check_not_sharded(targets)
         scheme = make_scheme(config, targets)
         self._check_projections(peft_config, scheme)
-        self._plan = _Plan(config, scheme, layers, parameters, input_groups(targets, scheme))
+        self._plan, self._targets = AdapterPlan(config, targets, scheme), layers
 
     def _matched_layers(self, peft_config: Any, config: VeraConfig, model: nn.Module) -> dict[int, Target]:
         """Return the layers that PEFT is about to replace, after checking that they can be adapted."""
@@ -282,14 +264,14 @@ class VeratuneTuner(MergingTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        plan = self._plan
-        assert plan is not None and id(target) in plan.layers
+        plan, targets = self._plan, self._targets
+        assert plan is not None and targets is not None
         layer: Any = target
         if not isinstance(target, TunedLayer):
             layer = tuned_layer(target)
             self._replace_module(parent, target_name, layer, target)
             follow_replacement(parent)
-        self._add(plan, adapter_name, layer, plan.layers[id(target)])
+        self._add(plan, adapter_name, layer, targets[id(target)])
 
     def _inject_parameters(
         self, peft_config: Any, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
@@ -298,9 +280,11 @@ class VeratuneTuner(MergingTuner):
         if plan is None:  # nothing to adapt: PEFT raises an error
             return []
         made: dict[int, TunedModule] = {}
+        names: list[str] = []
         with init_empty_weights() if low_cpu_mem_usage else nullcontext():
-            for target in plan.parameters:
-                assert target.parameter is not None
+            for target in plan.targets:
+                if target.parameter is None:
+                    continue
                 holder: Any = made.get(id(target.module), target.module)
                 if not isinstance(holder, TunedModule):
                     holder = made[id(target.module)] = TunedModule(target.module)
@@ -308,9 +292,10 @@ class VeratuneTuner(MergingTuner):
                 if target.parameter not in holder.adapted:
                     holder.adapted[target.parameter] = tuned_parameter(holder.base_layer, target.parameter)
                 self._add(plan, adapter_name, holder.adapted[target.parameter], target)
-        return [target.name for target in plan.parameters]
+                names.append(target.name)
+        return names
 
-    def _add(self, plan: _Plan, adapter_name: str, layer: Any, target: Target) -> None:
+    def _add(self, plan: AdapterPlan, adapter_name: str, layer: Any, target: Target) -> None:
         config, weight = plan.config, layer.base_weight
         layer.add_adapter(
             adapter_name,
