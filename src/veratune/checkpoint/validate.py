@@ -96,7 +96,7 @@ def targets_of(modules: Mapping[str, nn.Module], loaded: LoadedAdapter) -> list[
             raise CheckpointError(f"{name} is on the meta device: load the model's weights before loading an adapter")
         if is_engines(base):
             raise CheckpointError(
-                f"{loaded.origin} cannot be loaded here: {name} is sharded over processes by DeepSpeed's ZeRO-3. Load"
+                f"{loaded.origin} cannot be loaded here: {name} is sharded across processes by DeepSpeed's ZeRO-3. Load"
                 " adapters before deepspeed.initialize"
             )
         parts: tuple[int, ...] = ()
