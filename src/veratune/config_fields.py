@@ -140,7 +140,7 @@ def _check_regex(field: str, text: str, around: str = "{}") -> None:
         pattern(around.format(text))
     except PatternError as error:
         given = clipped(f"{field}={text!r}", LONGEST_VALUE)
-        raise ValueError(f"{given} is not an allowed regular expression: {error}") from None
+        raise ValueError(f"{given} is not a regular expression that veratune supports: {error}") from None
 
 
 def _name_list(field: str, value: Iterable[object]) -> list[str]:
