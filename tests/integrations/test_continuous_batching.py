@@ -471,7 +471,7 @@ def test_requests_at_fault_are_refused_and_hold_nothing() -> None:
         ([[3, 4]], "one list of token ids"),
         (torch.tensor([[3, 4]]), "one list of token ids"),
         (None, "one list of token ids"),
-        ([3, 50], "50 is not a token of this model, which has 50"),
+        ([3, 50], "50 is not a token id of this model, which has 50"),
         ([-1, 3], "-1 is not a token"),
     ],
 )

@@ -151,7 +151,7 @@ def test_merged_adapters_are_not_trained(tmp_path: Path) -> None:
     model = model_of()
     model.merge_adapter()
     trainer = VeraTrainer(model, arguments(tmp_path, max_steps=1), train_dataset=Rows())
-    with pytest.raises(ValueError, match=r"\['default'\] are merged and would not learn: call unmerge_adapter"):
+    with pytest.raises(ValueError, match=r"\['default'\] are merged and would not be trained: call unmerge_adapter"):
         trainer.train()
     model.unmerge_adapter()
     before = state(model)

@@ -147,11 +147,9 @@ def test_rates_that_a_class_chooses_itself_stay(tmp_path: Path) -> None:
 
 
 def test_a_mixin_behind_a_trainer_is_refused() -> None:
-    with pytest.raises(
-        TypeError, match=r"Theirs is named before VeraTrainerMixin.*class Late\(VeraTrainerMixin, Theirs"
-    ):
+    with pytest.raises(TypeError, match=r"Theirs precedes VeraTrainerMixin.*class Late\(VeraTrainerMixin, Theirs"):
         type("Late", (Theirs, VeraTrainerMixin), {})
-    with pytest.raises(TypeError, match="Late: Theirs is named before VeraTrainerMixin"):
+    with pytest.raises(TypeError, match="Late: Theirs precedes VeraTrainerMixin"):
         type("Late", (Theirs, VeraTrainerMixin, transformers.Trainer), {})
     derived: Any = type("Derived", (type("More", (Mine,), {}), VeraTrainerMixin), {})
     assert derived.save_model is VeraTrainerMixin.save_model

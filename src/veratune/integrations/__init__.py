@@ -1,1 +1,1 @@
-"""Bridges to other libraries, one file each, imported only by those who use them."""
+"""Integrations with other libraries, which are imported only when used."""

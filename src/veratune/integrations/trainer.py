@@ -2,7 +2,7 @@
 
     class MyTrainer(VeraTrainerMixin, Trainer): ...
 
-The plain `Trainer` trains a `VeraModel` too, and resumes it, but writes the complete model into each checkpoint.
+The plain `Trainer` can also train a `VeraModel` and resume, but writes the complete model to each checkpoint.
 """
 
 import functools
@@ -36,33 +36,33 @@ _LARGEST_STATE = 1 << 30
 if TYPE_CHECKING:
     _TrainerAfterMixin = transformers.Trainer
 else:
-    _TrainerAfterMixin = object  # a class that derives from the mixin names its trainer itself
+    _TrainerAfterMixin = object  # at run time, subclasses of the mixin name their trainer
 
 
 class VeraTrainerMixin(_TrainerAfterMixin):
-    """Mixin that makes a subclass of `transformers.Trainer` train a `VeraModel`; it must be the first base class.
+    """Mixin for a subclass of `transformers.Trainer` that trains a `VeraModel`; it must be the first base class.
 
-    Checkpoints hold the adapters and the modules they train in full, as `save_pretrained` writes them, and the state of
-    the optimizer. `train(resume_from_checkpoint=...)` and `load_best_model_at_end` load these values into the adapters
-    that the model already has.
+    Checkpoints hold the adapters and the modules that they train in full, as written by `save_pretrained`, and the
+    optimizer state. `train(resume_from_checkpoint=...)` and `load_best_model_at_end` load these values into the model's
+    existing adapters.
     """
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Check that no trainer's methods override those of the mixin.
 
         Raises:
-            TypeError: a trainer is named before the mixin in the base classes.
+            TypeError: a trainer precedes the mixin in the base classes.
         """
         super().__init_subclass__(**kwargs)
         for base in cls.__mro__[: cls.__mro__.index(VeraTrainerMixin)]:
             if issubclass(base, transformers.Trainer) and not issubclass(base, VeraTrainerMixin):
                 raise TypeError(
-                    f"{cls.__name__}: {base.__name__} is named before VeraTrainerMixin, and would write the complete"
-                    f" model into each checkpoint: write class {cls.__name__}(VeraTrainerMixin, {base.__name__})"
+                    f"{cls.__name__}: {base.__name__} precedes VeraTrainerMixin and would write the complete model to"
+                    f" each checkpoint: write class {cls.__name__}(VeraTrainerMixin, {base.__name__})"
                 )
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """Create the trainer, with the arguments of the class after the mixin.
+        """Create the trainer, with the arguments of the trainer class.
 
         Raises:
             TypeError: the model is not a `VeraModel`.
@@ -74,12 +74,12 @@ class VeraTrainerMixin(_TrainerAfterMixin):
         """Train, as `transformers.Trainer.train` does.
 
         Raises:
-            ValueError: adapters are merged, and would not learn.
+            ValueError: adapters are merged and would not be trained.
             CheckpointError: a file of the checkpoint to resume from is missing or damaged; nothing is changed.
         """
         merged = self._vera_model().merged_adapters
         if merged:
-            raise ValueError(f"the adapters {merged} are merged and would not learn: call unmerge_adapter() first")
+            raise ValueError(f"the adapters {merged} are merged and would not be trained: call unmerge_adapter() first")
         if not self.is_deepspeed_enabled:
             return super().train(*args, **kwargs)
         with _frozen_may_be_missing(self.accelerator.unwrap_model(self.model, keep_torch_compile=False)):
@@ -88,9 +88,9 @@ class VeraTrainerMixin(_TrainerAfterMixin):
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """Create the optimizer if none was given, with separate learning rates for the vectors and the rest.
 
-        The vectors get the `learning_rate` of the arguments, heads and biases a tenth of it. If that is transformers'
-        default, which is meant for full fine-tuning, both get the defaults of `parameter_groups` instead, with a
-        warning. Learning rates that the trainer's class has set itself are kept.
+        The vectors use the arguments' `learning_rate`, heads and biases a tenth of it. If it is transformers' default,
+        which is meant for full fine-tuning, the defaults of `parameter_groups` are used instead, with a warning.
+        Learning rates that the trainer class sets itself are kept.
         """
         vectors, rest = trained_parts(self._vera_model())  # raises an error if there is nothing to train
         if self.optimizer is not None:
@@ -102,8 +102,8 @@ class VeraTrainerMixin(_TrainerAfterMixin):
             return optimizer
         if rate == type(self.args).__dataclass_fields__["learning_rate"].default:
             notify(
-                f"learning_rate={rate} is the default of {type(self.args).__name__}, which does not suit VeRA: the"
-                f" vectors are trained with {VECTOR_RATE:g}, heads and biases with {HEAD_RATE:g}. Set another"
+                f"learning_rate={rate} is the default of {type(self.args).__name__}, which is not suitable for VeRA:"
+                f" the vectors are trained with {VECTOR_RATE:g}, heads and biases with {HEAD_RATE:g}. Set another"
                 " learning_rate, or pass an optimizer made with parameter_groups"
             )
             rate = VECTOR_RATE
@@ -118,12 +118,14 @@ class VeraTrainerMixin(_TrainerAfterMixin):
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         found = [module for module in model.modules() if isinstance(module, VeraModel)]
         if len(found) != 1:
-            remedy = "pass one, or use another trainer" if not found else f"it contains {len(found)} of them"
+            remedy = (
+                "pass one, or use another trainer" if not found else f"it must contain one VeraModel, not {len(found)}"
+            )
             raise TypeError(f"{type(self).__name__} trains a VeraModel, not a {type(model).__name__}: {remedy}")
         return found[0]
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write the adapters once. All processes have to call this, because their shards are gathered (FSDP2)."""
+        """Write the adapters from one process. All processes must call this, because shards are gathered (FSDP2)."""
         _write(self, self._vera_model(), output_dir)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
@@ -149,7 +151,7 @@ class VeraTrainerMixin(_TrainerAfterMixin):
             super()._save_optimizer_and_scheduler(output_dir)
             return
         engine: Any = self.model_wrapped
-        # transformers asks DeepSpeed for the same if the model is PEFT's. DeepSpeed keeps one name of tied weights.
+        # transformers does the same for PEFT's models. DeepSpeed keeps only one name of tied weights.
         engine.save_checkpoint = functools.partial(engine.save_checkpoint, exclude_frozen_parameters=True)
         handle = engine.module.register_state_dict_post_hook(_leave_out_frozen)
         try:
@@ -175,7 +177,7 @@ def _set_rates(optimizer: Any, groups: list[Any], others: set[int], rate: float,
 
 
 def _write(trainer: Any, model: VeraModel, output_dir: str | None) -> None:
-    """Write the adapters and the tokenizer, once."""
+    """Write the adapters and the tokenizer from one process."""
     directory = Path(output_dir or trainer.args.output_dir or ".")
     model.save_pretrained(directory, is_main_process=trainer.args.should_save)
     tokenizer: Any = trainer.processing_class or getattr(trainer.data_collator, "tokenizer", None)

@@ -22,15 +22,17 @@ REFERENCE_ADAPTER = "ref"
 
 
 class _VeraTrlTrainer(VeraTrainerMixin):
-    """Passes TRL the model inside a `VeraModel`.
+    """Passes the model inside a `VeraModel` to TRL.
 
-    TRL replaces the `forward` of the model it trains, which has to be the language model. The adapters are inside it.
+    TRL replaces the `forward` of the model that it trains, which must be the language model itself. That model contains
+    the adapters.
     """
 
     def __init__(self, model: VeraModel, *args: Any, **kwargs: Any) -> None:
         if not isinstance(model, VeraModel):
             raise TypeError(
-                f"{type(self).__name__} trains a VeraModel, not a {type(model).__name__}: make one with get_peft_model"
+                f"{type(self).__name__} trains a VeraModel, not a {type(model).__name__}: create one with"
+                " get_peft_model"
             )
         self._adapted = model
         base: Any = model.get_base_model()
@@ -57,12 +59,12 @@ class VeraSFTTrainer(_VeraTrlTrainer, SFTTrainer):
 class VeraDPOTrainer(_VeraTrlTrainer, DPOTrainer):
     """`trl.DPOTrainer` for a `VeraModel`; all other arguments are the same.
 
-    Without a `ref_model`, the reference is the model as it is when the trainer is created: without its adapter if that
-    is new, otherwise with a frozen copy of the adapter, called "ref". No second model is loaded.
+    Without a `ref_model`, the reference is the model at the time when the trainer is created: without its adapter if
+    the adapter is new, otherwise with a frozen copy of the adapter, named "ref". No second model is loaded.
 
     Raises:
         TypeError: the model is not a `VeraModel`.
-        ValueError: a copy is needed, but several adapters are active, or an adapter is already called "ref".
+        ValueError: a copy is needed, but several adapters are active, or an adapter is already named "ref".
     """
 
     def __init__(self, model: VeraModel, ref_model: Any = None, *args: Any, **kwargs: Any) -> None:
@@ -72,7 +74,7 @@ class VeraDPOTrainer(_VeraTrlTrainer, DPOTrainer):
 
 
 class _Reference(nn.Module):
-    """DPO's reference: the trained model with other adapters. It adds no parameters."""
+    """DPO's reference model: the trained model with other active adapters. It adds no parameters."""
 
     def __init__(self, model: VeraModel) -> None:
         super().__init__()
@@ -93,14 +95,14 @@ class _Reference(nn.Module):
         return self._model[0].get_output_embeddings()
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the model's state dict, by which TRL detects whether it has computed this reference before."""
+        """Return the model's state dict, from which TRL detects whether it has used this reference before."""
         return self._model[0].state_dict(*args, **kwargs)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self._model[0].base_model(*args, **kwargs)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        # Here rather than in `forward`, since TRL replaces that.
+        # Not in `forward`, because TRL replaces it.
         with self._model[0].only(self._adapters):
             return super().__call__(*args, **kwargs)
 

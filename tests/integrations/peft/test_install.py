@@ -34,7 +34,7 @@ def net():
 before = snapshot()
 assert "VERA" in before["types"] and "VERATUNE" not in before["types"]
 from veratune.integrations.peft import VeratuneConfig, install
-message = r"call veratune\\.integrations\\.peft\\.install\\(\\) before making or reading a VeratuneConfig"
+message = r"call veratune\\.integrations\\.peft\\.install\\(\\) before creating or reading a VeratuneConfig"
 for make in (VeratuneConfig, lambda: VeratuneConfig(r=2, target_modules=["0"])):
     with pytest.raises(RuntimeError, match=message):
         make()

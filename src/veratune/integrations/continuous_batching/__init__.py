@@ -1,4 +1,4 @@
-"""transformers' continuous batching with an adapter of a bank for each request.
+"""transformers' continuous batching, with an adapter from a bank for each request.
 
     from veratune.integrations.continuous_batching import BankManager, generate_batch
 
@@ -6,7 +6,7 @@
     with BankManager(bank) as manager:
         manager.add_request(prompt, adapter="anna", streaming=True)
 
-Requests are added and finish while others are computed; each batch mixes their tokens, packed one after the other.
+Requests may be added, and may finish, while others are running; each batch packs tokens of several requests.
 """
 
 try:
@@ -18,7 +18,7 @@ except ImportError as error:
         f" 'transformers==5.23.*' ({error})"
     ) from error
 
-# The classes used here are not a public interface of transformers, so untested versions are refused.
+# The classes used here are not a public interface of transformers, so untested versions are rejected.
 if not transformers.__version__.startswith("5.23."):
     raise ImportError(
         f"veratune.integrations.continuous_batching needs transformers 5.23, not {transformers.__version__}:"

@@ -24,26 +24,26 @@ def generate_batch(
     max_new_tokens: int | None = None,
     record_timestamps: bool = False,
 ) -> dict[str, GenerationOutput]:
-    """Generate for any number of prompts, each with its adapter, and wait for all.
+    """Generate from any number of prompts, each with its adapter, and wait for all outputs.
 
-    All are computed with the versions that the adapters have at the start.
+    All prompts use the versions that the adapters have when this is called.
 
     Args:
         bank: as for `BankManager`.
         inputs: the prompts.
-        adapters: an adapter's name for each prompt, or None for the base model.
-        max_new_tokens: the maximum number of tokens to generate; the generation config's by default.
+        adapters: the adapter name of each prompt; None for the base model.
+        max_new_tokens: the maximum number of tokens to generate; by default, that of the generation config.
         generation_config: as for `BankManager`.
         continuous_batching_config: as for `BankManager`.
         record_timestamps: whether outputs contain the time of each token.
 
     Returns:
-        request id to output, in the order of `inputs`; with `num_return_sequences`, a request's children precede it, as
-        in transformers. The output of a failed request has its `error`.
+        the outputs by request id, in the order of `inputs`; with `num_return_sequences`, a request's children precede
+        it, as in transformers. The output of a failed request has an `error`.
 
     Raises:
-        BankError: an unknown adapter, or as for `BankManager`; nothing was generated.
-        RuntimeError: generation failed for all.
+        BankError: an adapter is unknown, or as for `BankManager`. Nothing was generated.
+        RuntimeError: generation failed for all requests.
     """
     generation_config = generation_config or bank.model.generation_config
     sequences = generation_config.num_return_sequences or 1

@@ -12,7 +12,7 @@ class OutputHead:
     """The model's output head, which may receive different tokens than the layers before it.
 
     Attributes:
-        in_bank: whether it is one of the bank's layers or modules_to_save.
+        in_bank: whether the head is one of the bank's layers or modules_to_save.
     """
 
     def __init__(self, model: Any) -> None:

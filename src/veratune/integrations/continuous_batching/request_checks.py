@@ -24,12 +24,12 @@ def checked_prompt(bank: AdapterBank, input_ids: Sequence[int], sequences: int) 
             " tokenizer(text).input_ids"
         ) from None
     if not prompt:
-        raise BankError("input_ids is empty: a prompt has at least one token")
+        raise BankError("input_ids is empty: a prompt needs at least one token")
     embeddings: Any = bank.model.base_model.get_input_embeddings()  # type: ignore[operator]
     known = getattr(embeddings, "num_embeddings", None)
     wrong = [token for token in prompt if token < 0 or (known is not None and token >= known)]
     if wrong:
-        raise BankError(f"input_ids: {wrong[0]} is not a token of this model, which has {known}")
+        raise BankError(f"input_ids: {wrong[0]} is not a token id of this model, which has {known} tokens")
     if len(prompt) == 1 and sequences > 1:
         # transformers forks a request before the prompt's last token, which may leave its batch empty.
         raise BankError(
@@ -43,7 +43,9 @@ def checked_prompts(
     bank: AdapterBank, inputs: Sequence[Sequence[int]], lease: Lease, sequences: int
 ) -> list[list[int]]:
     if len(lease.versions) != len(inputs):
-        raise BankError(f"{len(lease.versions)} adapters for {len(inputs)} inputs: pass one, or None, for each")
+        raise BankError(
+            f"{len(lease.versions)} adapters for {len(inputs)} inputs: pass one adapter, or None, for each input"
+        )
     return [checked_prompt(bank, input_ids, sequences) for input_ids in inputs]
 
 
@@ -60,7 +62,9 @@ def check_room(processor: ContinuousBatchProcessor, prompt: Sequence[int], max_n
 
 def check_generation(config: GenerationConfig) -> None:
     if (config.num_beams or 1) > 1:
-        raise BankError(f"num_beams={config.num_beams}: continuous batching has no beams; use bank.model.generate")
+        raise BankError(
+            f"num_beams={config.num_beams}: continuous batching does not support beams; use bank.model.generate"
+        )
 
 
 def check_settings(config: ContinuousBatchingConfig, model: Any) -> None:

@@ -2,12 +2,11 @@
 
     from veratune.integrations.peft import VeratuneConfig, install
 
-    install()  # once, before the first configuration is made or read
+    install()  # once, before the first configuration is created or read
     model = peft.get_peft_model(model, VeratuneConfig(target_modules="all-linear"))
 
-`PeftModel.from_pretrained`, transformers' `Trainer`, and other code for PEFT's models then work with it. Files
-are in veratune's format: `save_pretrained` of a `peft.PeftModel` and of a `veratune.VeraModel` write the same files,
-and each can read those of the other.
+`PeftModel.from_pretrained`, transformers' `Trainer`, and other code for PEFT's models then work with this model. Files
+are in veratune's format: `peft.PeftModel` and `veratune.VeraModel` write the same files, and each can read the other's.
 """
 
 try:

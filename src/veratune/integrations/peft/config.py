@@ -25,7 +25,7 @@ class VeratuneConfig(VeraFields, peft.PeftConfig):
     """
 
     fingerprint: str | None = None
-    # Another key of the JSON file next to an adapter, unused here.
+    # Another key in adapter_config.json, which is unused here.
     base: InitVar[dict[str, Any] | None] = None
 
     def __post_init__(self, base: dict[str, Any] | None) -> None:
@@ -33,7 +33,7 @@ class VeratuneConfig(VeraFields, peft.PeftConfig):
         super().__post_init__()  # type: ignore[no-untyped-call]
         self._file: NativeFile | None = None
         self.peft_type = PeftType[PEFT_TYPE]
-        self._expected = self.fingerprint  # the fingerprint stated in a file, if this was read from one
+        self._expected = self.fingerprint  # the fingerprint in the file, if the configuration was read from one
         self.checked()
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
@@ -60,19 +60,19 @@ class VeratuneConfig(VeraFields, peft.PeftConfig):
         return config
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Refuse: PEFT would write a configuration without a file of the adapter, or without one that can be read.
+        """Raise an error: PEFT would write a configuration without an adapter file, or with one that cannot be read.
 
         Raises:
             ValueError: always.
         """
         raise ValueError(
-            "a VeratuneConfig is only saved with its adapter, by save_pretrained of a peft.PeftModel: transformers'"
-            " save_pretrained of a model with adapters cannot write veratune's file. Make the model with"
+            "a VeratuneConfig can only be saved with its adapter, by save_pretrained of a peft.PeftModel: transformers'"
+            " save_pretrained of a model with adapters cannot write veratune's file. Create the model with"
             " peft.get_peft_model; to_dict() returns the settings"
         )
 
     def checked(self) -> VeraConfig:
-        """Return the same settings as a `veratune.VeraConfig`, which refuses invalid ones."""
+        """Return the same settings as a `veratune.VeraConfig`, which rejects invalid ones."""
         # With target_parameters, an empty list means that no layer is adapted.
         wanted = None if self.target_parameters and not self.target_modules else self.target_modules
         return VeraConfig(

@@ -1,4 +1,4 @@
-"""veratune's files in PEFT: `PeftModel.from_pretrained` and `load_adapter` read them, with the plug-in."""
+"""Make PEFT's `PeftModel.from_pretrained` and `load_adapter` read veratune's files."""
 
 import os
 import re
@@ -32,7 +32,7 @@ from veratune.layers.entries import VECTOR_PREFIX, VECTORS
 from veratune.projections.schemes import Stored
 
 _LOCATION = ("subfolder", "revision", "token", "cache_dir", "local_files_only")
-# The names of what a tuned layer or a tuned module contains.
+# The names of a tuned layer's or tuned module's contents.
 _PARTS = ("base_layer", "adapted", *(VECTOR_PREFIX + which for which in VECTORS), "vera_dropout")
 
 
@@ -46,14 +46,14 @@ def read_for_peft(path_or_repo: str, **location: Any) -> NativeFile:
 
 
 def task_type_for_peft(loaded: LoadedAdapter) -> str | None:
-    """Return an adapter's task type, or None if PEFT would train a head in full for it that the file lacks."""
+    """Return an adapter's task type, or None if PEFT would train a head for it that is not in the file."""
     task = loaded.config.task_type
     heads = TASK_HEADS.get(task or "", ())
     return None if heads and not any(name.endswith(heads) for name in loaded.saved) else task
 
 
 def name_targets(peft_config: Any, file: NativeFile, model: nn.Module) -> None:
-    """Make a configuration name exactly the layers that an adapter in a file is on, under PEFT's rules.
+    """Make a configuration select exactly the layers of an adapter in a file, under PEFT's rules.
 
     Raises:
         CheckpointError: the adapter is not for this model, or PEFT cannot hold it.
@@ -63,20 +63,20 @@ def name_targets(peft_config: Any, file: NativeFile, model: nn.Module) -> None:
     for target in targets:
         if target.r != loaded.config.rank_of(target.name):
             raise CheckpointError(
-                f"{loaded.origin}: d of {target.name} has {target.r} numbers, but its rank in the configuration is"
+                f"{loaded.origin}: d of {target.name} has {target.r} elements, but its rank in the configuration is"
                 f" {loaded.config.rank_of(target.name)}"
             )
     if isinstance(file.scheme(targets), Stored):
         raise CheckpointError(
             f"{loaded.origin} has projections that came from a PEFT file, but veratune's layers in PEFT draw theirs"
-            " from the key: load it with veratune.VeraModel.from_pretrained, write it with export_peft, and give"
-            " that directory to PEFT"
+            " from the key: load the adapter with veratune.VeraModel.from_pretrained, export it with export_peft, and"
+            " load that directory with PEFT"
         )
     for name in peft_saved(modules, peft_config.modules_to_save or ()):
         within = next((layer for layer in loaded.vectors if layer == name or layer.startswith(f"{name}.")), None)
         if within is not None:
             raise _otherwise(loaded, peft_config, within)
-    # It would also treat parts of the tuned layers as saved modules.
+    # PEFT would also treat parts of the tuned layers as saved modules.
     ends = tuple(peft_config.modules_to_save or ())
     inside = next((part for part in _PARTS if ends and part.endswith(ends)), None)
     if inside is not None:
@@ -89,7 +89,7 @@ def name_targets(peft_config: Any, file: NativeFile, model: nn.Module) -> None:
 
 
 def check_named(peft_config: Any, loaded: LoadedAdapter, names: set[str]) -> None:
-    """Raise CheckpointError unless PEFT is about to adapt the layers that an adapter in a file is on."""
+    """Raise CheckpointError unless PEFT is about to adapt exactly the layers of an adapter in a file."""
     apart = sorted(names ^ loaded.vectors.keys())
     if apart:
         raise _otherwise(loaded, peft_config, apart[0])
@@ -97,18 +97,18 @@ def check_named(peft_config: Any, loaded: LoadedAdapter, names: set[str]) -> Non
 
 def _otherwise(loaded: LoadedAdapter, peft_config: Any, name: str) -> CheckpointError:
     return CheckpointError(
-        f"{loaded.origin} cannot be loaded into PEFT here, which would adapt {name} or train it in full differently:"
-        f" PEFT compares the ends of names, with modules_to_save={peft_config.modules_to_save!r} and"
+        f"{loaded.origin} cannot be loaded into PEFT here, because PEFT would not treat {name} as the file does: it"
+        f" compares the ends of names with modules_to_save={peft_config.modules_to_save!r} and the heads for"
         f" task_type={peft_config.task_type!r}. Use veratune.VeraModel.from_pretrained"
     )
 
 
 class AdapterWeights(dict[str, Tensor]):
-    """The result of PEFT's `load_peft_weights` for one of veratune's files: the tensors by their keys in it.
+    """The result of PEFT's `load_peft_weights` for one of veratune's files: the tensors by their keys in the file.
 
     Attributes:
         file: the file.
-        device: where PEFT wants the tensors.
+        device: the device that PEFT passed for the tensors.
     """
 
     def __init__(self, file: NativeFile, device: Any) -> None:
@@ -127,7 +127,7 @@ class AdapterWeights(dict[str, Tensor]):
         loaded, config = self.file.loaded, peft_model.peft_config[adapter_name]
         if config.peft_type != PEFT_TYPE:
             raise CheckpointError(
-                f"{loaded.origin} is a veratune adapter, but adapter {adapter_name!r} here is of the type"
+                f"{loaded.origin} is a veratune adapter, but adapter {adapter_name!r} here has type"
                 f" {config.peft_type.value}: load it under another name"
             )
         if self.file.header["fingerprint"] != config.fingerprint:
@@ -136,7 +136,7 @@ class AdapterWeights(dict[str, Tensor]):
         modules = base_modules(base_model_of(model))
         self.file.targets(modules)
         tensors = dict(self)
-        # Modules that PEFT trains in full as well, because their names end alike, keep the base model's weights.
+        # Modules that PEFT also trains in full, because their names end alike, keep the base model's weights.
         for name, wrapper in saved_wrappers(modules, adapter_name).items():
             if name not in loaded.saved:
                 original = public_state(wrapper.original_module)
@@ -150,7 +150,7 @@ class AdapterWeights(dict[str, Tensor]):
             tensor = tensors[keys[key]]
             if tensor.shape != own.shape:
                 raise CheckpointError(
-                    f"{loaded.origin}: {keys[key]} has the shape {tuple(tensor.shape)}, but {tuple(own.shape)} in this"
+                    f"{loaded.origin}: {keys[key]} has shape {tuple(tensor.shape)}, but {tuple(own.shape)} in this"
                     " model"
                 )
             if tensor.is_floating_point() != own.is_floating_point() or tensor.is_complex():
@@ -179,8 +179,8 @@ def reading(load: Callable[..., Any]) -> Callable[..., Any]:
             changed = next((old for old in key_mapping or () if re.search(old, name)), None)
             if changed is not None:
                 raise CheckpointError(
-                    f"{file.loaded.origin} cannot be loaded with key_mapping, whose {changed!r} would rename {name}:"
-                    " veratune's files name the layers of the model that the adapter was trained on. Leave it out"
+                    f"{file.loaded.origin} cannot be loaded with key_mapping, which would rename {name} ({changed!r}):"
+                    " veratune's files use the names of the model that the adapter was trained on. Omit key_mapping"
                 )
         return AdapterWeights(file, device)
 
@@ -188,7 +188,7 @@ def reading(load: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def refusing(load: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap transformers' `load_adapter`, which reads files itself, to refuse veratune's."""
+    """Wrap transformers' `load_adapter`, which reads files itself, to reject veratune's."""
 
     @wraps(load)
     def load_adapter(self: Any, peft_model_id: Any = None, *args: Any, **kwargs: Any) -> Any:
@@ -219,11 +219,11 @@ def _type_of(path_or_repo: Any, **location: Any) -> Any:
 
 
 def check_local(model_id: Any, **location: Any) -> None:
-    """Raise CheckpointError if a local configuration is of no type that PEFT knows, or is another adapter's.
+    """Raise CheckpointError if a local configuration has a type unknown to PEFT, or belongs to another adapter.
 
     Args:
-        model_id: what is passed to PEFT; hub names are not checked.
-        location: `subfolder`, and other arguments that are passed to PEFT.
+        model_id: the path or Hub name passed to PEFT; Hub names are not checked.
+        location: `subfolder`, and other arguments passed to PEFT.
     """
     if not isinstance(model_id, str | os.PathLike):
         return
@@ -234,7 +234,7 @@ def check_local(model_id: Any, **location: Any) -> None:
     kind = read_json(path, finite=False, largest=LARGEST_CONFIG).get("peft_type")
     if not isinstance(kind, str) or kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
         raise CheckpointError(
-            f"{path}: peft_type={kind!r} is not an adapter type that PEFT knows; that of a veratune adapter is"
+            f"{path}: peft_type={kind!r} is not an adapter type that PEFT supports; a veratune adapter has"
             f" {PEFT_TYPE!r}"
         )
     if kind != PEFT_TYPE and _is_native(directory / WEIGHTS_NAME):
@@ -249,14 +249,14 @@ def _is_native(path: Path) -> bool:
         with open_tensors(path) as file:
             return METADATA_KEY in file.metadata
     except CheckpointError:
-        return False  # PEFT reads it, or reports what is wrong
+        return False  # PEFT reads the file, or reports the error
 
 
 def placing(put: Callable[..., Any], own_tuner: type) -> Callable[..., Any]:
-    """Wrap PEFT's `set_peft_model_state_dict` to accept what `reading` returns, even for a wrapped model.
+    """Wrap PEFT's `set_peft_model_state_dict` to accept an `AdapterWeights`, even for a wrapped model.
 
     Args:
-        put: PEFT's own.
+        put: PEFT's function.
         own_tuner: the tuner class for veratune's layers.
     """
 

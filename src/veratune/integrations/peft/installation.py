@@ -1,4 +1,4 @@
-"""Registration of veratune's layers and files with the `peft` package."""
+"""Register veratune's layers and files with the `peft` package."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,15 +18,15 @@ from veratune.integrations.peft.vera_tuner import PeftVeraTuner
 
 
 def install(*, replace_vera: bool = False) -> None:
-    """Make `VeratuneConfig` and veratune's files known to PEFT. A second call does nothing more.
+    """Register `VeratuneConfig` and veratune's files with PEFT. A second call has no further effect.
 
-    Nothing else changes PEFT: neither importing this package nor making a configuration. transformers' `load_adapter`,
-    which reads files itself, refuses veratune's. If transformers' `Trainer` is in use when an adapter is saved, its
-    `load_best_model_at_end` then also loads adapters not called "default".
+    Nothing else changes PEFT: neither importing this package nor creating a configuration. transformers'
+    `load_adapter`, which reads files itself, will reject veratune's. If transformers' `Trainer` is imported when an
+    adapter is saved, its `load_best_model_at_end` will also load adapters not named "default".
 
     Args:
-        replace_vera: make PEFT's own `VeraConfig` use veratune's layers as well, so that a script that knows nothing of
-            veratune runs on them. Files stay PEFT's, with the same outputs.
+        replace_vera: whether PEFT's own `VeraConfig` uses veratune's layers as well, so that existing PEFT scripts run
+            on them. Files remain in PEFT's format, with the same outputs.
 
     Raises:
         ImportError: the installed version of PEFT is not supported.

@@ -1,4 +1,4 @@
-"""veratune's layers with the layer interface of the `peft` package."""
+"""veratune's layers with the `peft` package's layer interface."""
 
 import warnings
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ class TunedLayer(BaseTunerLayer):
     other_param_names = ("vera_dropout", "entries")
     # The adapters that were merged when all adapters were disabled.
     _taken_out: Sequence[str] = ()
-    # The adapters that were trainable at that moment.
+    # The adapters that were trainable at that time.
     _frozen: Sequence[str] = ()
 
     @property
@@ -36,13 +36,13 @@ class TunedLayer(BaseTunerLayer):
 
     @property
     def vera_A(self) -> SharedProjections:  # noqa: N802
-        """PEFT's A, (r, max_in), of each adapter that has one for all layers. Read-only."""
+        """PEFT's A, (r, max_in), of each adapter that uses one for all layers. Read-only."""
         layer: Any = self
         return SharedProjections("A", layer.entries)
 
     @property
     def vera_B(self) -> SharedProjections:  # noqa: N802
-        """PEFT's B, (max_out, r), of each adapter that has one for all layers. Read-only."""
+        """PEFT's B, (max_out, r), of each adapter that uses one for all layers. Read-only."""
         layer: Any = self
         return SharedProjections("B", layer.entries)
 
@@ -114,10 +114,10 @@ class TunedLayer(BaseTunerLayer):
         if not names:
             return
         layer.check_mergeable(names, safe=safe_merge, called=str(layer.base_layer))
-        if self.disable_adapters:  # until they are enabled
+        if self.disable_adapters:  # merge when they are enabled
             self._taken_out = list(dict.fromkeys([*self._taken_out, *names]))
             return
-        # Merge all of them into the original weight again, which rounds only once.
+        # Merge all of them into the original weight together, which rounds only once.
         before = list(layer.merged_adapters)
         self._vera_class().unmerge(layer)
         self._vera_class().merge(layer, [*before, *names])
@@ -152,7 +152,7 @@ class TunedLayer(BaseTunerLayer):
 
 
 class TunedModule(VeraModule):
-    """A module that reads adapted parameters itself, for PEFT, which sees these parameters' layers as submodules."""
+    """A module that reads adapted parameters itself, for PEFT; the parameters' layers are submodules."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         for layer in self.parameter_layers().values():
@@ -190,18 +190,18 @@ def __getattr__(name: str) -> type:
 
 
 def tuned_layer(module: nn.Module) -> Any:
-    """Wrap an adaptable module in a layer for PEFT, without adapters yet."""
+    """Wrap an adaptable module in a layer for PEFT, initially without adapters."""
     return _tuned_class(layer_class(module))(module, geometry(module))
 
 
 def tuned_parameter(module: nn.Module, name: str) -> Any:
-    """Create a layer for PEFT, without adapters yet, for a parameter that its module reads itself."""
+    """Create a layer for PEFT, initially without adapters, for a parameter that its module reads itself."""
     size, transposed = parameter_layout(module, name)
     return _tuned_class(VeraParameter)(module, name, size, transposed=transposed)
 
 
 def put_in_place_of(model: nn.Module, module: nn.Module, other: nn.Module) -> None:
-    """Replace a module with another one everywhere in a model, except inside the other one."""
+    """Replace `module` with `other` everywhere in a model, except inside `other`."""
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
             if child is module and parent is not other:

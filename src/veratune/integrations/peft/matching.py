@@ -45,7 +45,7 @@ def _is_inside(name: str, saved: str) -> bool:
 
 
 def _first_index(name: str, stacks: list[str] | str | None) -> int | None:
-    """Return the first number in a name, before its last part, that follows one of these stacks, or any name."""
+    """Return the first number in a name, before its last part, that follows one of these stacks (or any name)."""
     parts = name.split(".")
     numbers = [index for index in range(1, len(parts) - 1) if parts[index].isdecimal()]
     if not stacks:

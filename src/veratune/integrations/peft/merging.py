@@ -54,8 +54,8 @@ class MergingTuner(BaseTuner):
                     if layer.merged_adapters:
                         layer.unmerge()
             else:
-                self._enable_adapter_layers(True)  # disabled ones would merge later
-            # First the wrappers that contain tuned layers, which PEFT would remove together with those layers.
+                self._enable_adapter_layers(True)  # disabled adapters would only be merged later
+            # Remove wrappers that contain tuned layers first: PEFT would remove them together with those layers.
             for wrapper in [module for module in self.model.modules() if isinstance(module, TunedModule)]:
                 if merge:
                     wrapper.merge(adapter_names)
@@ -68,7 +68,7 @@ class MergingTuner(BaseTuner):
             return model
 
     def _check_known(self, adapter_names: Iterable[str]) -> None:
-        """Raise ValueError for an unknown name, which PEFT would treat as an adapter that is on no layer."""
+        """Raise ValueError for an unknown name, which PEFT would treat as an adapter without layers."""
         for name in adapter_names:
             if name not in self.peft_config:
                 raise ValueError(
@@ -78,7 +78,7 @@ class MergingTuner(BaseTuner):
     def _check_mergeable(self, adapter_names: list[str] | None, safe: bool, *, for_good: bool = False) -> None:
         """Raise ValueError if adapters cannot be merged into one of the layers. Change nothing."""
         if isinstance(adapter_names, str):
-            raise TypeError(f"adapter_names={adapter_names!r} is not allowed: give a list of names")
+            raise TypeError(f"adapter_names={adapter_names!r} is not allowed: pass a list of names")
         self._check_known(adapter_names or ())
         names = self.active_adapters if adapter_names is None else adapter_names
         for called, wrapper in self.model.named_modules():

@@ -1,4 +1,4 @@
-"""Adding a method to the `peft` package, which has no public API for third-party methods.
+"""Add a method to the `peft` package, which has no public API for third-party methods.
 
 All code that changes PEFT's internal tables is here, with the versions it was tested with.
 """
@@ -13,8 +13,8 @@ from typing import Any
 
 from torch import nn
 
-# The minor versions that the plug-in works with. Since 0.21, PEFT asks a method's class what to save; older versions
-# recognize only their own methods by name, and silently leave out the trained biases of other methods.
+# The minor versions that the plug-in supports. Since 0.21, a method's class selects the tensors that PEFT saves; older
+# versions recognize only PEFT's own methods by name, and silently omit the trained biases of other methods.
 OLDEST, NEWEST = (0, 21), (0, 21)
 
 
@@ -45,23 +45,23 @@ def check_version() -> None:
 
 
 def has_method(name: str) -> bool:
-    """Return whether PEFT knows a method of this name."""
+    """Return whether a method of this name is registered with PEFT."""
     from peft.utils import PeftType
 
     return name in PeftType.__members__
 
 
 def check_installed(name: str) -> None:
-    """Raise RuntimeError unless PEFT knows a method of this name."""
+    """Raise RuntimeError unless a method of this name is registered with PEFT."""
     if not has_method(name):
         raise RuntimeError(
-            "PEFT does not know veratune's layers yet: call veratune.integrations.peft.install() before making or"
-            " reading a VeratuneConfig"
+            "veratune's layers are not registered with PEFT: call veratune.integrations.peft.install() before creating"
+            " or reading a VeratuneConfig"
         )
 
 
 def add_method(name: str, config_class: type, tuner_class: Any) -> None:
-    """Register a method with PEFT under a name in the style of its enumeration."""
+    """Register a method with PEFT under an upper-case name, as in PEFT's enumeration."""
     from peft.utils import PeftType, register_peft_method
 
     # `register_peft_method` requires a member of the enumeration, but does not add one.
@@ -78,8 +78,8 @@ def add_reader(reading: Any, placing: Any, refusing: Any) -> None:
     """Make PEFT read veratune's files.
 
     Args:
-        reading, placing: return PEFT's functions that read weights and put them on a model, extended to such files.
-        refusing: returns transformers' `load_adapter`, which reads files itself, so that it refuses them.
+        reading, placing: wrap PEFT's functions that read weights and load them into a model, to support these files.
+        refusing: wraps transformers' `load_adapter`, which reads files itself, to reject these files.
     """
     import peft
     from peft import peft_model, utils
@@ -99,7 +99,7 @@ def wrap_changes(undone: Callable[[Any], AbstractContextManager[None]], check_lo
     """Make PEFT's methods that add adapters undo their changes on errors, and check files before reading them.
 
     Args:
-        undone: returns a context that undoes changes to a model on errors.
+        undone: returns a context manager that undoes changes to a model on errors.
         check_local: raises an error if files are invalid; takes the path and subfolder that PEFT's methods are given.
     """
     from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftModel
@@ -142,7 +142,7 @@ def _within(method: Callable[..., Any], undone: Callable[[Any], Any], *, of_firs
 
 
 def let_trainer_find_best(tuner_class: type) -> None:
-    """Make transformers' `Trainer`, if it is imported, load the best values of adapters not called "default".
+    """Make transformers' `Trainer`, if it is imported, load the best values of adapters not named "default".
 
     The `Trainer` looks for files only directly in the checkpoint's directory, where PEFT writes only the adapter
     "default". For other adapters, it would keep the last values or load those of "default".
@@ -165,7 +165,7 @@ def let_trainer_find_best(tuner_class: type) -> None:
         best, names = Path(self.state.best_model_checkpoint), model.active_adapters
         missing = [name for name in names if name != "default" and not (best / name).is_dir()]
         if missing:
-            raise ValueError(f"{best} has no files of the adapters {missing}, so their best values are lost")
+            raise ValueError(f"{best} has no files for the adapters {missing}, so their best values are lost")
         for name in names:
             model.load_adapter(str(best if name == "default" else best / name), name)
 

@@ -1,4 +1,4 @@
-"""Record which adapter's copy of a module trained in full PEFT uses, for gradient checkpointing."""
+"""For gradient checkpointing, record which adapter's copy of a module trained in full is used by PEFT."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,9 +11,9 @@ from veratune.layers.recomputation import State, StateLog, matters
 
 
 class SavedCheck:
-    """A hook before the forward of PEFT's wrapper of a module trained in full.
+    """A forward pre-hook for PEFT's wrapper of a module trained in full.
 
-    It raises RuntimeError if a block is recomputed with a different copy, or other values, than in its forward pass.
+    It raises RuntimeError if a block is recomputed with a different copy or different values than in its forward pass.
     """
 
     def __init__(self, wrapper: Any) -> None:

@@ -1,4 +1,4 @@
-"""PEFT's `save_pretrained` for veratune's layers: a killed process leaves the old files or the new ones."""
+"""PEFT's `save_pretrained` for veratune's layers: if the process is killed, the old files or the new ones remain."""
 
 import shutil
 import tempfile
@@ -22,10 +22,10 @@ from veratune.utils.exchange import replace_together
 
 
 def saving(save: Callable[..., Any], replaced_vera: type) -> Callable[..., Any]:
-    """Wrap PEFT's `save_pretrained` to write veratune's files, or all of PEFT's own at once for `replaced_vera`.
+    """Wrap PEFT's `save_pretrained` to write veratune's files, or, for `replaced_vera`, all of PEFT's at once.
 
     Args:
-        save: PEFT's own, which writes an adapter's weights over the old ones, and then its configuration.
+        save: PEFT's method, which overwrites an adapter's weights, and then its configuration.
         replaced_vera: the class of tuners that have veratune's layers but PEFT's files.
     """
 
@@ -56,14 +56,14 @@ def _save(
     """Write adapters in veratune's format, with PEFT's arguments and PEFT's card.
 
     Raises:
-        ValueError: an adapter is unknown, or PEFT would save what these files cannot hold. Nothing has been written.
+        ValueError: an adapter is unknown, or PEFT would save tensors that these files cannot hold. Nothing is written.
     """
     if directory.is_file():
-        raise ValueError(f"{directory} is a file: give a directory to save adapters in")
+        raise ValueError(f"{directory} is a file: pass a directory to save adapters in")
     if not safe_serialization or path_initial_model_for_weight_conversion is not None:
         raise ValueError(
             "safe_serialization=False and path_initial_model_for_weight_conversion are not allowed here: veratune"
-            " writes safetensors, never pickles, and VeRA has no initial weights to subtract. Leave them out"
+            " writes safetensors, never pickles, and VeRA has no initial weights to subtract. Omit these arguments"
         )
     names = list(peft_model.peft_config) if selected_adapters is None else list(selected_adapters)
     unknown = [name for name in names if name not in peft_model.peft_config]
@@ -104,10 +104,10 @@ def _tensors(
     lost = [key for key in found if key not in keys and not key.startswith(trained)]
     if lost:
         raise ValueError(
-            f"adapter {adapter_name!r} cannot be saved: {lost[0]} would be lost, as an adapter's file has what the"
-            " adapter trains. PEFT saves embeddings that were resized, or for save_embedding_layers=True. Name the"
-            " embedding in modules_to_save to train and keep it. Or save the resized base model with its own"
-            " save_pretrained, load it from there before adding the adapter, and leave save_embedding_layers out"
+            f"adapter {adapter_name!r} cannot be saved: {lost[0]} would be lost, because a file contains only what the"
+            " adapter trains. PEFT also saves resized embeddings, and all embeddings if save_embedding_layers=True. Add"
+            " the embedding to modules_to_save to train and keep it, or save the resized base model with its own"
+            " save_pretrained, load it from there before adding the adapter, and omit save_embedding_layers"
         )
     tensors = {keys[key]: tensor for key, tensor in found.items() if key in keys}
     check_at_hand(tensors, f"save adapter {adapter_name!r}")
@@ -134,7 +134,7 @@ def _write_card(peft_model: Any, directory: Path) -> None:
 
 
 def _exchanged(peft_model: Any, root: Path, save: Callable[..., Any]) -> Any:
-    """Save PEFT's files to another directory, and exchange them for the old ones when all are complete."""
+    """Save PEFT's files to another directory, and replace the old files when all are complete."""
     with tempfile.TemporaryDirectory() as temporary:
         for card in root.glob(f"**/{CARD_NAME}") if root.is_dir() else ():  # which PEFT updates
             if card.is_file() and (card.parent == root or card.parent.name in peft_model.peft_config):

@@ -12,7 +12,7 @@ from veratune.projections.schemes import PeftShared, Side, Stored
 
 PeftScheme = PeftShared | Stored
 
-# Held weakly: while a tensor is in use, all adapters with these projections return the same one.
+# Held weakly: while a tensor is in use, all adapters with these projections share it.
 _tensors: WeakValueDictionary[tuple[Side, PeftScheme, int], Tensor] = WeakValueDictionary()
 
 
@@ -33,7 +33,7 @@ def shared_projection(side: Side, entry: AdapterEntry) -> Tensor:
 
 
 class SharedProjections(Mapping[str, Tensor]):
-    """Adapter names, mapped to PEFT's A or B. Only PEFT's own `VeraConfig` and `projection="peft"` have these."""
+    """PEFT's A or B by adapter name. Only adapters of PEFT's own `VeraConfig` or `projection="peft"` have them."""
 
     def __init__(self, side: Side, entries: Mapping[str, AdapterEntry]) -> None:
         self._side, self._entries = side, entries

@@ -1,6 +1,6 @@
 """The tensors of veratune's layers that PEFT saves and loads, by their keys in a model's state dict and in files.
 
-Files have public names, without torch's wrappers. Adapter names are data: a key is never searched for one.
+Files use public names, without torch's wrappers. Adapter names are data: keys are never searched for them.
 """
 
 from collections.abc import Iterator, Mapping
@@ -31,7 +31,7 @@ _NAMED = (*_VECTORS, "base_model.vera_A", "base_model.vera_B")
 
 
 def adapter_layers(model: nn.Module, adapter_name: str) -> Iterator[tuple[ModuleName, Any]]:
-    """Yield the tuned layers that have an adapter, each once, with their names in a model that PEFT has changed."""
+    """Yield each tuned layer that has an adapter once, with its name in a model that PEFT has modified."""
     names = module_names(model)
     for name, module in model.named_modules():
         layer: Any = module
@@ -40,7 +40,7 @@ def adapter_layers(model: nn.Module, adapter_name: str) -> Iterator[tuple[Module
 
 
 class SavedTensors(dict[str, Tensor]):
-    """Tensors by public keys, whatever keys they are added under."""
+    """Tensors by public keys, regardless of the keys that they are added under."""
 
     def __init__(self, names: Mapping[str, str]) -> None:
         super().__init__()
@@ -57,14 +57,14 @@ def tensors_to_save(
 ) -> SavedTensors:
     """Return an adapter's vectors and biases under public keys that still end in the adapter's name.
 
-    PEFT has removed every key that contains another adapter's name from `state`, even if that is the name of a layer.
+    PEFT has removed every key that contains another adapter's name from `state`, even if it is the name of a layer.
     Missing tensors are taken from the model; those of saved modules are added to `state` under the names that
     `named_modules` returns, where PEFT looks for them.
 
     Args:
         model: the model that PEFT saves.
         bias: the configuration's `bias`.
-        adapter_name: which adapter.
+        adapter_name: the adapter's name.
         state: the model's state dict, as passed by PEFT.
         others: the names of all other adapters.
 
@@ -81,7 +81,9 @@ def tensors_to_save(
             key = joined(name.state, f"{VECTOR_PREFIX}{which}.{adapter_name}")
             tensors.update({key: state.get(key, vector)})
     if not tensors:
-        raise ValueError(f"adapter {adapter_name!r} is on no layer of this {type(model).__name__}: nothing to save")
+        raise ValueError(
+            f"adapter {adapter_name!r} is not on any layer of this {type(model).__name__}: there is nothing to save"
+        )
     wrappers = [name for name, module in model.named_modules() if isinstance(module, AuxiliaryTrainingWrapper)]
     foreign = tuple(f"{wrapper}.modules_to_save.{other}." for wrapper in wrappers for other in others)
     tuned = {joined(raw, "base_layer") for raw, module in model.named_modules() if isinstance(module, TunedLayer)}
@@ -102,7 +104,7 @@ def tensors_to_save(
 
 
 def without_adapter_name(key: str, adapter_name: str) -> str:
-    """Return the key in a file of a tensor whose key in a model may end in its adapter's name."""
+    """Return a tensor's key in a file, given its key in a model, which may end in the adapter's name."""
     parent, _, last = key.rpartition(".")
     return parent if last == adapter_name and parent.endswith(_NAMED) else key
 
@@ -111,7 +113,7 @@ def tensors_to_load(model: nn.Module, adapter_name: str, tensors: dict[str, Tens
     """Return an adapter's tensors from a file under their keys in a model's state dict.
 
     Raises:
-        CheckpointError: all vectors of the adapter are missing. PEFT itself reports single missing or unexpected ones.
+        CheckpointError: all vectors of the adapter are missing. PEFT itself reports missing or unexpected tensors.
         ValueError: a module trained in full is offloaded, so torch would load nothing into it.
     """
     names = module_names(model)
@@ -141,13 +143,13 @@ def tensors_to_load(model: nn.Module, adapter_name: str, tensors: dict[str, Tens
         found[expected.get(key) or public_key(key, states)] = tensor
     if tensors and not found.keys() & set(expected.values()):
         raise CheckpointError(
-            f"adapter {adapter_name!r}: none of its vectors is among these tensors, such as {next(iter(tensors))}"
+            f"adapter {adapter_name!r}: none of its vectors are among these tensors, such as {next(iter(tensors))}"
         )
     return found
 
 
 def with_module_names(model: nn.Module, adapter_name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return a file's tensors, those of saved modules under their names in `named_modules`, as PEFT expects."""
+    """Return a file's tensors, with saved modules under their names in `named_modules`, as PEFT expects."""
     names = module_names(model)
     found = dict(tensors)
     inside = dict(_inside_saved(model, adapter_name))
@@ -168,8 +170,8 @@ def file_keys(model: nn.Module, adapter_name: str) -> dict[str, str]:
     PEFT's keys omit the adapter's name, as `get_peft_model_state_dict` returns them.
 
     Args:
-        model: the model that PEFT has changed, with its prefix or without.
-        adapter_name: which adapter.
+        model: the model that PEFT has modified, with or without PEFT's prefix.
+        adapter_name: the adapter's name.
     """
     names = module_names(model)
     raw_names = {id(module): raw for raw, module in model.named_modules() if not names[raw].wrapper}
@@ -194,7 +196,7 @@ def file_keys(model: nn.Module, adapter_name: str) -> dict[str, str]:
 
 
 def base_model_of(model: Any) -> nn.Module:
-    """Return the model that PEFT has changed, without its prefix."""
+    """Return the model that PEFT has modified, without PEFT's prefix."""
     base: nn.Module = model.get_base_model() if isinstance(model, PeftModel) else model
     return base
 
@@ -203,8 +205,8 @@ def saved_wrappers(modules: Mapping[str, nn.Module], adapter_name: str) -> dict[
     """Return PEFT's wrappers of the modules that an adapter trains in full, by the modules' names.
 
     Args:
-        modules: what `base_modules` returns for the model.
-        adapter_name: which adapter.
+        modules: the result of `base_modules` for the model.
+        adapter_name: the adapter's name.
     """
     found: dict[int, tuple[str, Any]] = {}
     for name, module in modules.items():

@@ -56,12 +56,12 @@ class VeratuneTuner(MergingTuner):
 
     @property
     def vera_A(self) -> SharedProjections:  # noqa: N802
-        """PEFT's A, (r, max_in), of each adapter that has one for all layers. Read-only."""
+        """PEFT's A, (r, max_in), of each adapter that uses one for all layers. Read-only."""
         return SharedProjections("A", self._entries())
 
     @property
     def vera_B(self) -> SharedProjections:  # noqa: N802
-        """PEFT's B, (max_out, r), of each adapter that has one for all layers. Read-only."""
+        """PEFT's B, (max_out, r), of each adapter that uses one for all layers. Read-only."""
         return SharedProjections("B", self._entries())
 
     def _entries(self) -> dict[str, AdapterEntry]:
@@ -70,14 +70,16 @@ class VeratuneTuner(MergingTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *_: Any, **kwargs: Any) -> Iterator[None]:
-        """Refuse `adapter_names` and `adapters`, an adapter for each row, which would be ignored silently."""
+        """Reject `adapter_names` and `adapters` (one adapter per row), which would be silently ignored."""
         for name in ("adapter_names", "adapters"):
             if kwargs.get(name) is not None:
-                raise ValueError(f"veratune's layers in PEFT reject {name}: choose one adapter with set_adapter")
+                raise ValueError(
+                    f"veratune's layers in PEFT do not support {name}: choose one adapter with set_adapter"
+                )
         yield
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the model. `adapter_names` is refused here as well."""
+        """Call the model. `adapter_names` is rejected here as well."""
         with self._enable_peft_forward_hooks(*args, **kwargs):
             return super().forward(*args, **kwargs)
 
@@ -110,7 +112,7 @@ class VeratuneTuner(MergingTuner):
         """Set the active adapters; those that were loaded or configured for inference only stay frozen."""
         names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
         if self._adding is not None and self._adding not in names:
-            return  # the choice stays, and PEFT would unmerge and forget what was trainable or merged before
+            return  # the active adapters stay; PEFT would unmerge and forget which were trainable or merged
         self._check_known(names)
         with undone_on_error(self), saved_states_noted(self):
             self._frozen = []
@@ -133,7 +135,7 @@ class VeratuneTuner(MergingTuner):
         self._frozen = [parameter for parameter in self._frozen if id(parameter) not in chosen]
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Remove an adapter. If that fails, change nothing."""
+        """Remove an adapter, or change nothing if an error occurs."""
         with undone_on_error(self), saved_states_noted(self, removed=adapter_name):
             super().delete_adapter(adapter_name)
             for name in self.active_adapters:  # which PEFT has made trainable
@@ -141,7 +143,7 @@ class VeratuneTuner(MergingTuner):
                     self.set_requires_grad(name, False)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        """Widen an adapter's half-precision vectors; PEFT's own also makes frozen ones trainable."""
+        """Cast an adapter's half-precision vectors to float32; PEFT's method also makes frozen vectors trainable."""
         layers = [layer for layer in self._tuned_layers() if adapter_name in layer.entries]
         flags = [vector.requires_grad for layer in layers for vector in layer.vectors(adapter_name).values()]
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
@@ -171,10 +173,10 @@ class VeratuneTuner(MergingTuner):
             super()._replace_module(parent, child_name, new_module, child)
         else:  # the base layer is put back; PEFT's method also sets its `weight`, which not every layer has
             setattr(parent, child_name, new_module)
-        put_in_place_of(self.model, child, new_module)  # PEFT replaces a module in the first of several places only
+        put_in_place_of(self.model, child, new_module)  # PEFT replaces a module only in the first of several places
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: Any) -> Any:
-        # The vectors in a file determine which layers are adapted, whatever its configuration names.
+        # The vectors in a file determine which layers are adapted, regardless of its configuration.
         named = getattr(peft_config, "target_parameters", None) or getattr(peft_config, "_file", None) is not None
         if peft_config.target_modules is None and named:
             peft_config.target_modules = set()
@@ -346,12 +348,12 @@ class VeratuneTuner(MergingTuner):
 
 
 def _copies(wrapper: Any) -> dict[str, nn.Module]:
-    """Return the copies that PEFT's wrapper of a module trained in full has, by adapter."""
+    """Return the copies in PEFT's wrapper of a module trained in full, by adapter name."""
     return dict(getattr(wrapper, "modules_to_save", {}))
 
 
 def _keep_resident(wrapper: Any, adapter_name: str) -> None:
-    """Give an adapter a copy of an offloaded module that is not offloaded, into which files can be loaded."""
+    """Replace an adapter's copy of an offloaded module with a resident copy, into which files can be loaded."""
     copied = _copies(wrapper).get(adapter_name)
     if copied is not None and any(is_hooked(module) for module in copied.modules()):
         trainable = any(parameter.requires_grad for parameter in copied.parameters())
@@ -376,6 +378,6 @@ def _check_untuned(model: nn.Module) -> None:
             module, TunedLayer | TunedModule
         ):
             raise ValueError(
-                "this model has adapters of a VeraModel or a bank: give PEFT the model that merge_and_unload() or"
+                "this model has adapters of a VeraModel or a bank: pass PEFT the model that merge_and_unload() or"
                 " unload() returns"
             )

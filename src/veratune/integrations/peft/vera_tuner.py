@@ -82,7 +82,7 @@ def _entries(model: nn.Module, adapter_name: str) -> list[AdapterEntry]:
 
 
 def _use_projections(model: nn.Module, adapter_name: str, a: Tensor, b: Tensor) -> None:
-    """Make an adapter use projections from a file if they differ from those that its key gives here."""
+    """Make an adapter use projections from a file if they differ from those drawn from its key here."""
     entries = _entries(model, adapter_name)
     stored = Stored.from_tensors(a, b)
     own = Stored.from_tensors(*(shared_projection(side, entries[0]) for side in _SIDES))
