@@ -378,7 +378,7 @@ def _exports(model: VeraModel, directory: Path) -> list[Callable[[], object]]:
 def test_a_weight_read_in_the_source_is_refused_before_the_model_has_run(tmp_path: Path) -> None:
     model = get_peft_model(Always(), VeraConfig(r=4, target_modules=["a", "b"]))
     for export in _exports(model, tmp_path):
-        with pytest.raises(ValueError, match="on b: Always computes with its weight without calling it"):
+        with pytest.raises(ValueError, match="on b: Always computes with its weight without calling the layer"):
             export()
     assert not list(tmp_path.iterdir())
 
@@ -415,7 +415,7 @@ def test_torchs_encoder_layer_reads_weights_in_evaluation(name: str, tmp_path: P
     base = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
     model = get_peft_model(base, VeraConfig(r=4, target_modules=[name]))
     for export in _exports(model, tmp_path):
-        with pytest.raises(ValueError, match="without calling it"):
+        with pytest.raises(ValueError, match="without calling the layer"):
             export()
 
 
@@ -425,7 +425,7 @@ def test_models_that_read_weights_are_refused(name: str, tmp_path: Path) -> None
     model = adapted_architecture(architecture)
     with torch.no_grad():
         call(model, architecture.inputs())
-    with pytest.raises(ValueError, match="without calling it"):
+    with pytest.raises(ValueError, match="without calling the layer"):
         model.export_lora(tmp_path)
 
 

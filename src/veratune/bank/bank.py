@@ -297,7 +297,7 @@ class AdapterBank:
     # Serving
 
     def lease(self, names: AdapterNames) -> Lease:
-        """Keep adapters unchanged until `release` is called or a `with` block ends.
+        """Lease adapters, which stay unchanged until `release` is called or a `with` block ends.
 
         Args:
             names: the adapter name of each sequence; None for the base model.

@@ -87,7 +87,7 @@ class FileConnections:
 
     @contextmanager
     def writer(self) -> Iterator[sqlite3.Connection]:
-        """Yield the connection for writing to one thread at a time, which must complete its change inside the context.
+        """Yield the connection for writing. Only one thread at a time may use it; its change must end in the context.
 
         Raises:
             BankError: as for `reader`.

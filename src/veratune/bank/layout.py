@@ -47,7 +47,7 @@ class LayerColumns:
 
 @dataclass(frozen=True)
 class ModuleColumns:
-    """A module in modules_to_save, and the columns of its parameters in the row of such values.
+    """A module in modules_to_save, and the columns of its parameters in the row of saved values.
 
     Attributes:
         name: the module's name in the model.
@@ -152,7 +152,7 @@ def _check_module(name: str, module: nn.Module) -> None:
         raise BankError(f"modules_to_save: the parameters of {name} have several dtypes")
     for inner in module.modules():
         if inner is not module and isinstance(inner, nn.Embedding):
-            raise BankError(f"modules_to_save: {name} contains an embedding, which a bank does not support there")
+            raise BankError(f"modules_to_save: {name} contains an embedding, which a bank does not support")
 
 
 @dataclass(frozen=True)

@@ -113,7 +113,7 @@ class Registry:
             self._bind(name, None)
 
     def follow(self, names: Mapping[str, str], adapters: Mapping[str, StoredAdapter]) -> None:
-        """Bind names as they are bound in the file.
+        """Bind names to the same adapters as in the file.
 
         Raises:
             BankError: this version of veratune draws an adapter's projections differently. Nothing is changed.
@@ -215,7 +215,7 @@ class Registry:
     def check_open(self) -> None:
         """Raise BankError if the bank was unloaded."""
         if self.is_closed:
-            raise BankError("this bank was unloaded: its model is the base model again")
+            raise BankError("this bank was unloaded: create another bank")
 
     def _read(self, digest: str) -> AdapterRow:
         if self._store is None:

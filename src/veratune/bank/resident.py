@@ -1,4 +1,4 @@
-"""The adapters on the device, one row each, and their use: no row is written to while it may be read."""
+"""The adapters on the device, one row each, and the leases on them: no row is written to while it may be read."""
 
 import threading
 from collections import OrderedDict, deque

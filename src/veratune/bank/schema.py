@@ -149,7 +149,7 @@ def read_header(layout: object, dtype: object, saved_dtype: object) -> BankHeade
     """Parse and check the row that describes a bank.
 
     Raises:
-        DamagedError: it does not describe a bank.
+        DamagedError: the row does not describe a bank.
     """
     _require(isinstance(dtype, str) and dtype in _DTYPES, f"the bank's dtype is invalid: {_shown(dtype)}")
     _require(

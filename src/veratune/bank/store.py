@@ -305,7 +305,7 @@ class BankStore:
         """Return the space of removed adapters to the file system.
 
         Raises:
-            BankError: the file cannot be written to; it stays unchanged.
+            BankError: the file cannot be written to. It is unchanged.
         """
         with self._write_lock, explained(self.path, "written to"), self._connections.writer() as connection:
             connection.execute("VACUUM")

@@ -59,7 +59,7 @@ def read_state(connection: sqlite3.Connection) -> State:
     """Return the number of changes and the checksum, which identify a state of the file.
 
     Raises:
-        DamagedError: they are invalid.
+        DamagedError: the values are invalid.
     """
     rows = connection.execute("SELECT changes, checksum FROM bank LIMIT 2").fetchall()
     if [tuple(map(type, row)) for row in rows] != [(int, bytes)] or len(rows[0][1]) != len(checksum_bytes(0)):

@@ -13,7 +13,7 @@ def name_classes(model: nn.Module, ready: ReadyAdapter) -> None:
     """Set the class names of a transformers model to those that an adapter was trained with.
 
     They are set only if the adapter includes a trained head, which determines the meaning of the outputs, and the model
-    has the same number of unnamed classes ("LABEL_0", ...). If the model's classes already have other names, it warns.
+    has the same number of unnamed classes ("LABEL_0", ...). Other class names are kept, with a warning.
 
     Args:
         model: the base model; its `config.id2label` and `config.label2id` may be changed.

@@ -78,7 +78,7 @@ class NativeFile(NamedTuple):
         return file_tensors(self.loaded.vectors, self.loaded.saved, self.loaded.biases)
 
     def targets(self, modules: Mapping[str, nn.Module]) -> list[Target]:
-        """Return a model's layers that the adapter adapts, after checking names and shapes.
+        """Find the adapter's layers in a model, and check names and shapes.
 
         Raises:
             CheckpointError: the adapter is for another model.
@@ -119,7 +119,7 @@ class NativeFormat(Format):
     name = "veratune"
 
     def detect(self, files: AdapterFiles) -> bool:
-        # The tensors file is complete without its JSON copy; a file of PEFT's is not.
+        # The tensors file is complete without the JSON file; PEFT's is not.
         return METADATA_KEY in files.weights.metadata or files.config is None or files.peft_type == PEFT_TYPE
 
     def read(self, modules: Mapping[str, nn.Module], files: AdapterFiles) -> ReadyAdapter:

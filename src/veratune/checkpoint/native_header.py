@@ -43,7 +43,7 @@ def checked_header(path: Path, metadata: dict[str, str], tensors: dict[str, Tens
 
 def digest_of(header: dict[str, Any], tensors: dict[str, Tensor]) -> str:
     sha = hashlib.sha256()
-    # hashlib releases the GIL for updates of more than a few kilobytes, so use few of them: each may wait for the GIL.
+    # hashlib releases the GIL for large updates and may wait to reacquire it, so make few, large updates.
     pending = bytearray(json.dumps(header, sort_keys=True).encode())
     for name in sorted(tensors):
         tensor = tensors[name]

@@ -69,7 +69,7 @@ class PeftFormat(PeftFiles):
 
     name = "peft"
     peft_type = PEFT_VERA
-    about = "a VeRA adapter of PEFT, which veratune loads; veratune convert writes it in veratune's own format"
+    about = "a VeRA adapter in PEFT's format, which veratune loads; veratune convert writes it in veratune's format"
 
     def read(self, modules: Mapping[str, nn.Module], files: AdapterFiles) -> ReadyAdapter:
         config = _config(files.directory / CONFIG_NAME, files.config or {})

@@ -81,7 +81,8 @@ def check_called(model: nn.Module, layers: Mapping[str, VeraLayer], whose: str) 
 
     veratune's layers handle this, but PEFT's have an effect only when they are called. The check finds weights that
     were read while the model ran, that the source code of the model's classes reads, or that torch's attention or
-    encoder reads. If only one branch of the source code reads a weight (such as a kernel for one device), it warns.
+    encoder reads. If only one branch of the source code reads a weight, such as a kernel for one device, a warning is
+    given instead.
 
     Args:
         model: the model without a wrapper, with its adapters.
@@ -102,8 +103,8 @@ def check_called(model: nn.Module, layers: Mapping[str, VeraLayer], whose: str) 
             reader = "torch.nn.TransformerEncoderLayer, in eval mode,"
         if reader is not None:
             raise ValueError(
-                f"{whose} cannot hold the adapter on {name}: {reader} computes with its weight without calling it,"
-                " so PEFT's layer would have no effect. Add it to exclude_modules, or merge the adapter"
+                f"{whose} cannot hold the adapter on {name}: {reader} computes with its weight without calling the"
+                " layer, so PEFT's layer would have no effect. Add it to exclude_modules, or merge the adapter"
                 " (merge_and_unload)"
             )
         if found is not None:
@@ -112,7 +113,7 @@ def check_called(model: nn.Module, layers: Mapping[str, VeraLayer], whose: str) 
         name, reader = next(iter(sometimes.items()))
         more = f" (and {len(sometimes) - 1} more)" if len(sometimes) > 1 else ""
         notify(
-            f"{reader} has a branch that computes with the weight of {name}{more} without calling it: in that branch,"
+            f"{reader} has a branch that computes with the weight of {name}{more} without calling the layer: there,"
             f" {whose} has no effect. Compare outputs on the device where the model will run, or merge the adapter"
             " (merge_and_unload)"
         )

@@ -34,7 +34,7 @@ _MOST_DIGITS = 9
 
 @dataclass
 class LoadedAdapter:
-    """An adapter as read from files, with the names of the model without adapters.
+    """An adapter as read from files, keyed by names in the model without adapters.
 
     Attributes:
         origin: the file, for messages.
@@ -63,7 +63,7 @@ def check_vectors(origin: str, vectors: Mapping[str, Mapping[str, Tensor]]) -> N
 
 
 def targets_of(modules: Mapping[str, nn.Module], loaded: LoadedAdapter) -> list[Target]:
-    """Return a model's layers that a loaded adapter adapts, after checking names and shapes.
+    """Find a loaded adapter's layers in a model, and check names and shapes.
 
     Args:
         modules: the result of `base_modules` for the model.
@@ -132,7 +132,7 @@ def _check_ranks(origin: str, targets: list[Target]) -> None:
 
 
 def _module_and_parameter(name: str, modules: Mapping[str, nn.Module]) -> tuple[nn.Module, str | None] | None:
-    """Return the module with this name, or the owner of the parameter with this name and the name in the owner."""
+    """Return the module of this name and None, or the owner of the parameter of this name and its name in the owner."""
     if name in modules:
         return modules[name], None
     owner, _, own = name.rpartition(".")
@@ -189,8 +189,8 @@ def make_ready(
         shape = shape_of(own)
         if bias.shape != shape or not bias.is_floating_point():
             raise CheckpointError(
-                f"{loaded.origin}: {name} is {bias.dtype} with shape {tuple(bias.shape)}, but has shape {tuple(shape)}"
-                " in this model"
+                f"{loaded.origin}: {name} is {bias.dtype} with shape {tuple(bias.shape)}, but this model requires"
+                f" a floating-point bias with shape {tuple(shape)}"
             )
     return ReadyAdapter(loaded, AdapterPlan(config, targets, scheme, owners))
 
@@ -347,7 +347,7 @@ def _check_saved(origin: str, modules: Mapping[str, nn.Module], name: str, state
 
 
 def check_keys(what: str, expected: Iterable[str], found: Iterable[str]) -> None:
-    """Raise CheckpointError unless the names found are the expected ones."""
+    """Raise CheckpointError unless the expected and the found names are equal."""
     expected, found = set(expected), set(found)
     problems = []
     if expected - found:

@@ -81,7 +81,7 @@ def export_gguf(host: AdaptedModel, adapter_name: str, directory: Path, *, dtype
     """Write an adapter as `adapter_model.gguf`, a LoRA for llama.cpp.
 
     Args:
-        host: the model, on a causal language model of transformers.
+        host: the model, whose base is a causal language model of transformers.
         adapter_name: the adapter's name.
         directory: the destination; an existing file of this name is replaced atomically.
         dtype: float32, float16 or bfloat16, for the matrices. With the latter two, llama.cpp also rounds activations.

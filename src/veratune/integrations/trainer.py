@@ -36,7 +36,7 @@ _LARGEST_STATE = 1 << 30
 if TYPE_CHECKING:
     _TrainerAfterMixin = transformers.Trainer
 else:
-    _TrainerAfterMixin = object  # at run time, subclasses of the mixin name their trainer
+    _TrainerAfterMixin = object  # at run time, the subclass adds its trainer class
 
 
 class VeraTrainerMixin(_TrainerAfterMixin):

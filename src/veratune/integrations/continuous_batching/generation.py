@@ -1,4 +1,4 @@
-"""Generate for a list of prompts with continuous batching."""
+"""Generate from a list of prompts with continuous batching."""
 
 from collections.abc import Sequence
 

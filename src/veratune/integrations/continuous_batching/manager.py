@@ -51,7 +51,7 @@ class BankManager(ContinuousBatchingManager):
         """Create a manager, without starting it.
 
         Args:
-            bank: a bank on a causal language model of transformers.
+            bank: a bank whose base model is a causal language model of transformers.
             generation_config: the settings for all requests; by default, the model's.
             continuous_batching_config: sizes and other settings. On a CPU, set at least `num_blocks` and
                 `max_batch_tokens`: by default, most of the memory is allocated.
@@ -228,8 +228,8 @@ class BankManager(ContinuousBatchingManager):
         add_waiting = scheduler.add_waiting_request
 
         def compute_batch(model: nn.Module, batch_data: dict[str, Any]) -> None:
-            # transformers would set it in the model's config during the call, where other threads' calls would see it
-            # and compute without a causal mask. With a mask, or with flash attention, it has no effect.
+            # transformers would set is_causal in the model's config during the call, which would make calls in other
+            # threads compute without a causal mask. With a mask, or with flash attention, it has no effect.
             batch_data.pop("is_causal", None)
             with self._serving(processor, batch_data):
                 compute(model, batch_data)
@@ -301,7 +301,7 @@ class BankManager(ContinuousBatchingManager):
 class _MarkedTokens(list[int]):
     """Tokens whose first block is preceded by a digest.
 
-    Only a complete slice from the start of the tokens is a block; other slices are unchanged.
+    Only a slice [0:n] with all n tokens is the first block; other slices are unchanged.
     """
 
     def __init__(self, tokens: Sequence[int], digest: str) -> None:

@@ -118,7 +118,8 @@ class AdapterWeights(dict[str, Tensor]):
     def for_model(self, model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
         """Return the tensors under PEFT's keys for an adapter on a model.
 
-        PEFT itself keeps the initial values of missing tensors, and copies any other tensor whose name is in the model.
+        Names and shapes are checked here, because PEFT keeps the initial values of missing tensors, and copies any
+        other tensor whose name is in the model.
 
         Raises:
             CheckpointError: the adapter has other projections, layers or shapes, or is not one of veratune's.
@@ -136,7 +137,7 @@ class AdapterWeights(dict[str, Tensor]):
         modules = base_modules(base_model_of(model))
         self.file.targets(modules)
         tensors = dict(self)
-        # Modules that PEFT also trains in full, because their names end alike, keep the base model's weights.
+        # Modules that PEFT also trains in full, because their names have the same ending, keep the base weights.
         for name, wrapper in saved_wrappers(modules, adapter_name).items():
             if name not in loaded.saved:
                 original = public_state(wrapper.original_module)

@@ -114,7 +114,7 @@ class TunedLayer(BaseTunerLayer):
         if not names:
             return
         layer.check_mergeable(names, safe=safe_merge, called=str(layer.base_layer))
-        if self.disable_adapters:  # merge when they are enabled
+        if self.disable_adapters:  # merge once they are enabled
             self._taken_out = list(dict.fromkeys([*self._taken_out, *names]))
             return
         # Merge all of them into the original weight together, which rounds only once.

@@ -1,6 +1,6 @@
 """Add a method to the `peft` package, which has no public API for third-party methods.
 
-All code that changes PEFT's internal tables is here, with the versions it was tested with.
+All code that changes PEFT's internal tables is here, with the versions of PEFT that it was tested with.
 """
 
 import sys

@@ -26,7 +26,7 @@ def saving(save: Callable[..., Any], replaced_vera: type) -> Callable[..., Any]:
 
     Args:
         save: PEFT's method, which overwrites an adapter's weights, and then its configuration.
-        replaced_vera: the class of tuners that have veratune's layers but PEFT's files.
+        replaced_vera: the tuner class that combines veratune's layers with PEFT's files.
     """
 
     @wraps(save)
