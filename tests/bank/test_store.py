@@ -191,7 +191,7 @@ def test_creating_where_it_cannot_be(path: Path) -> None:
         make(path / "below a file")
     with pytest.raises(BankError, match="cannot be opened"):
         BankStore(path.parent / "nowhere")
-    with pytest.raises(BankError, match="not a bank file"):
+    with pytest.raises(BankError, match="is a directory: pass a bank file"):
         BankStore(path.parent)
     assert sorted(path.parent.iterdir()) == [path]  # nothing is left over
 
