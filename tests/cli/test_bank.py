@@ -133,7 +133,7 @@ def test_nothing_is_written_where_one_does_not_fit(
         ((anna, f"x={tmp_path / 'nowhere'}"), "is not a directory of an adapter"),
         ((anna, tmp_path / "elsewhere" / "anna"), "are both named 'anna'"),
         ((anna, f"={anna}"), "name='' is not allowed"),
-        ((anna, "--r", 2), "has the rank 4"),
+        ((anna, "--r", 2), "has rank 4"),
         ((anna, "--target-modules", "query"), "is not one of the 2 layers"),
         ((anna, "--dtype", "int8"), "dtype=torch.int8 is not allowed"),
         ((tmp_path / "elsewhere",), "elsewhere has no adapter"),
