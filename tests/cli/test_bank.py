@@ -237,7 +237,7 @@ def test_a_file_that_is_refused_leaves_the_model_alone(base: Path, adapters: dic
     with pytest.raises(BankError, match="cannot be opened"):
         AdapterBank.open(model, tmp_path / "none")
     before = file.read_bytes()  # the script that made it, run again, with one more adapter
-    with pytest.raises(BankError, match=r"already has 'anna': AdapterBank\.open"):
+    with pytest.raises(BankError, match=r"already contains 'anna': use AdapterBank\.open"):
         AdapterBank.for_adapters(model, {"new": adapters["anna"], **adapters}, file=file)
     assert file.read_bytes() == before
     data = bytearray(file.read_bytes())
