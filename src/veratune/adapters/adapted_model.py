@@ -235,7 +235,7 @@ class AdaptedModel(MergingModel):
         del self.peft_config[adapter_name], self._schemes[adapter_name]
 
     def _unwraps_computed(self, adapter_name: str) -> bool:
-        """Return whether removing an adapter unwraps modules, or restores biases, that have already run with it."""
+        """Return whether removing an adapter unwraps modules or restores biases that a forward pass with it used."""
         logs = [layer._log for layer in self._layers() if set(layer.entries) == {adapter_name}]
         saved = [module for module in self.modules() if isinstance(module, SavedModule)]
         logs += [module._log for module in saved if set(module.modules_to_save) == {adapter_name}]

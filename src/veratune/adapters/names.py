@@ -37,7 +37,7 @@ def ends_in(name: str, suffix: str) -> bool:
 
 
 def without_wrappers(module: nn.Module) -> nn.Module:
-    """Return the module inside torch's wrappers: torch.compile, checkpoint_wrapper, DataParallel, FSDP 1."""
+    """Return the module inside torch's wrappers: torch.compile, checkpoint_wrapper, DataParallel, FSDP1."""
     while (name := name_in_wrapper(module)) is not None:
         inside = module._modules[name]
         assert inside is not None

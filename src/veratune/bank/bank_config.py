@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from veratune.adapters.names import base_modules
-from veratune.bank.layout import BankError, check_kind
+from veratune.bank.layout import BankError, check_kind, shown_parts
 from veratune.checkpoint.formats import read_adapter
 from veratune.checkpoint.hub import find_directory
 from veratune.config import VeraConfig
@@ -39,8 +39,9 @@ def config_for_adapters(model: nn.Module, adapters: Mapping[str, str | os.PathLi
             check_kind(target, f"adapter {name!r} ({path_or_repo}) cannot be in a bank")
             if parts.setdefault(target.name, target.parts) != target.parts:
                 raise BankError(
-                    f"adapter {name!r} ({path_or_repo}) has {len(target.parts) or 1} parts on {target.name}, but an"
-                    f" earlier adapter has {len(parts[target.name]) or 1}: they cannot be in the same bank"
+                    f"adapter {name!r} ({path_or_repo}) splits the outputs of {target.name} into"
+                    f" {shown_parts(target.parts)}, but an earlier adapter into {shown_parts(parts[target.name])}: they"
+                    " cannot be in the same bank"
                 )
             rank = max(rank, target.r)
         if ready.loaded.biases:

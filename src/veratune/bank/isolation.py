@@ -25,7 +25,8 @@ def check_batch_first(model: nn.Module) -> None:
     """
     if any(_CONTRASTIVE_OUTPUT in name for name in _declared_outputs(model)):
         raise BankError(
-            f"a bank cannot serve {type(model).__name__}: it compares each text in a batch with each image (or audio)"
+            f"a bank cannot serve {type(model).__name__}: it compares each text in a batch with each image (or audio"
+            " clip)"
         )
     for module in model.modules():  # models may be nested
         config = getattr(module, "config", None)

@@ -104,7 +104,7 @@ def active_call() -> BankCall | None:
 
 
 def current_call(owner: object) -> BankCall:
-    """Return this thread's active call, which must be one of this bank.
+    """Return this thread's active call, which must belong to this bank.
 
     Raises:
         RuntimeError: the model was not called through this bank.

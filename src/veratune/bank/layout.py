@@ -269,8 +269,8 @@ def _check_fits(layout: Layout, ready: ReadyAdapter) -> None:
             raise BankError(f"{origin} has rank {target.r} on {target.name}, but this bank's maximum is {layout.rank}")
         if target.parts != layer.parts:
             raise BankError(
-                f"{origin} has {len(target.parts) or 1} parts on {target.name}, but this bank has"
-                f" {len(layer.parts) or 1}"
+                f"{origin} splits the outputs of {target.name} into {shown_parts(target.parts)}, but this bank into"
+                f" {shown_parts(layer.parts)}: create the bank with the adapter's fused_parts"
             )
     missing = sorted(ready.loaded.saved.keys() - layout.modules_to_save.keys())
     if missing:
@@ -278,6 +278,11 @@ def _check_fits(layout: Layout, ready: ReadyAdapter) -> None:
             f"{origin} trains {missing} in full, which this bank does not hold for each adapter: create it with"
             f" modules_to_save={missing}"
         )
+
+
+def shown_parts(parts: tuple[int, ...]) -> str:
+    """Return the parts of a layer's outputs for a message."""
+    return f"parts of {list(parts)}" if parts else "one part"
 
 
 def scheme_to_json(scheme: Scheme) -> dict[str, Any]:

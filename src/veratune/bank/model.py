@@ -119,7 +119,10 @@ class BankModel(ModelWrapper):
         raise BankError("a bank's model cannot be saved: call unload() and save the base model that it returns")
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
-        raise BankError("a bank's model cannot be copied or pickled: create another bank with the same file")
+        raise BankError(
+            "a bank's model cannot be copied or pickled: create another bank instead (if this one has a file, open it"
+            " with AdapterBank.open)"
+        )
 
     def __getattr__(self, name: str) -> Any:
         if name in _BATCHING:
@@ -185,6 +188,6 @@ def _check_length_of_sounds(model: Any, args: tuple[Any, ...], kwargs: Mapping[s
     features = kwargs.get("input_features", args[0] if args else None)
     if isinstance(features, Tensor) and features.shape[-1] > 2 * config.max_source_positions:
         raise BankError(
-            "a bank cannot serve recordings that are transcribed in chunks, because the batch shrinks: split them"
-            f" into chunks of up to {2 * config.max_source_positions} frames"
+            f"a bank cannot serve recordings of more than {2 * config.max_source_positions} frames: Whisper drops"
+            " finished recordings from the batch while it transcribes longer ones. Split them into shorter recordings"
         )

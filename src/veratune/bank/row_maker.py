@@ -33,10 +33,10 @@ class RowMaker:
 
         Args:
             model: the base model, which contains the bank's layers by the time the first row is created.
-            modules: its original modules by name, so that error messages do not treat the bank's layers as another
+            modules: the base model's original modules by name, so that the bank's layers are not mistaken for another
                 adapter.
             config: the bank's configuration.
-            named: the layers that the configuration selects.
+            named: the names of the layers that the configuration selects.
             layout, dtype, base_saved: as in `make_row`.
         """
         self._model = model

@@ -35,9 +35,9 @@ class BankedModule(SavedModule):
             return self.original_module(*args, **kwargs)
         if any(is_hooked(module) for module in self.original_module.modules()):
             raise RuntimeError(
-                f"accelerate added hooks to {self.name} after the bank was created, which would replace each adapter's"
-                " values with the base model's: call accelerate.hooks.remove_hook_from_submodules on the module, or do"
-                " not offload it"
+                f"accelerate added hooks to {self.name} after the bank was created, and these hooks would replace each"
+                " adapter's values with the base model's: call accelerate.hooks.remove_hook_from_submodules on the"
+                " module, or do not offload it"
             )
         output = self._adapted(call, args, kwargs)
         if not call.has_base:

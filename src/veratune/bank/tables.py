@@ -125,7 +125,7 @@ def read_contents(
 
 
 def _rows(connection: sqlite3.Connection, query: str, after: int) -> Iterator[tuple[int, str, str]]:
-    """Yield the rows of a query that selects an id and two texts.
+    """Yield the rows of a query that selects an id and two text columns.
 
     Ids must increase, because the pages of a damaged file may form a cycle.
 

@@ -96,7 +96,7 @@ class NativeFile(NamedTuple):
         return targets
 
     def scheme(self, targets: list[Target]) -> Scheme:
-        """Return the adapter's projections, after checking that the adapter was trained with them.
+        """Return the adapter's projection scheme, after checking it against the fingerprint in the file.
 
         Raises:
             CheckpointError: the adapter was trained with other projections.

@@ -104,8 +104,8 @@ def check_called(model: nn.Module, layers: Mapping[str, VeraLayer], whose: str) 
         if reader is not None:
             raise ValueError(
                 f"{whose} cannot hold the adapter on {name}: {reader} computes with its weight without calling the"
-                " layer, so PEFT's layer would have no effect. Add it to exclude_modules, or merge the adapter"
-                " (merge_and_unload)"
+                " layer, so PEFT's layer would have no effect. Add it to exclude_modules, or merge the"
+                " adapter (merge_and_unload)"
             )
         if found is not None:
             sometimes[name] = found.name
@@ -137,9 +137,9 @@ def check_places(model: nn.Module, layers: Mapping[str, VeraLayer], whose: str) 
         names = list(names_by_module[id(module)].values())
         if len(names) > 1:
             raise ValueError(
-                f"{whose} cannot hold the adapter on {name}: it is one module in several places ({', '.join(names)}),"
-                " and PEFT adapts only the first. Add it to exclude_modules, or merge the adapter"
-                " (merge_and_unload)"
+                f"{whose} cannot hold the adapter on {name}: the model uses this module under several names"
+                f" ({', '.join(names)}), and PEFT adapts only the first. Add it to exclude_modules, or merge the"
+                " adapter (merge_and_unload)"
             )
 
 

@@ -42,7 +42,7 @@ def inspect(
 ) -> None:
     """Show a model's layers grouped by shape, or an adapter's configuration and vectors."""
     if plot is not None and os.path.lexists(plot):
-        raise CheckpointError(f"{plot} exists; nothing is overwritten: choose another file for --plot")
+        raise CheckpointError(f"{plot} already exists and will not be overwritten: choose another file for --plot")
     if Path(path_or_repo).is_file() and Path(path_or_repo).suffix in (".safetensors", ".json"):
         path_or_repo = str(Path(path_or_repo).parent)
     if is_adapter(str(Path(path_or_repo) / ADAPTER_NAME)):

@@ -103,12 +103,12 @@ class VeraTrainerMixin(_TrainerAfterMixin):
         if rate == type(self.args).__dataclass_fields__["learning_rate"].default:
             notify(
                 f"learning_rate={rate} is the default of {type(self.args).__name__}, which is not suitable for VeRA:"
-                f" the vectors are trained with {VECTOR_RATE:g}, heads and biases with {HEAD_RATE:g}. Set another"
-                " learning_rate, or pass an optimizer made with parameter_groups"
+                f" the vectors are trained at {VECTOR_RATE:g} instead, heads and biases at {HEAD_RATE:g}. Set a"
+                " different learning_rate, or pass an optimizer made with parameter_groups"
             )
             rate = VECTOR_RATE
         elif (advice := rate_advice(rate)) is not None and vectors:
-            notify(f"{advice}; set another learning_rate, or pass an optimizer made with parameter_groups")
+            notify(f"{advice}; set a different learning_rate, or pass an optimizer made with parameter_groups")
         others = {id(parameter) for parameter in rest}
         _set_rates(optimizer, groups, others, rate, rate * HEAD_RATE / VECTOR_RATE)
         return optimizer
@@ -187,7 +187,7 @@ def _write(trainer: Any, model: VeraModel, output_dir: str | None) -> None:
 
 
 def _frozen(model: nn.Module) -> set[str]:
-    """Return all names of the frozen parameters."""
+    """Return the names of the frozen parameters, including every name of a shared one."""
     return {name for name, value in model.named_parameters(remove_duplicate=False) if not value.requires_grad}
 
 
@@ -260,7 +260,7 @@ def _check_digests(checkpoint: Path) -> None:
         try:
             found = _digest(path)
         except (OSError, ValueError) as error:
-            raise CheckpointError(f"{path} cannot be read: {error}: resume from an older checkpoint") from None
+            raise CheckpointError(f"{path} cannot be read: {error}. Resume from an older checkpoint") from None
         if found != digest:
             raise CheckpointError(f"{path} is damaged: its SHA-256 does not match. Resume from an older checkpoint")
 

@@ -20,7 +20,7 @@ from veratune.utils.torch_private import parameter_of
 
 
 class VeraLayer(MergeableLayer):
-    """A weight with VeRA adapters that can also be read without calling the layer.
+    """An adapted layer whose weight can also be read without calling the layer.
 
     Attributes:
         weight_was_read: whether the adapted weight was used in a computation without calling the layer.

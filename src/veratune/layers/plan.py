@@ -93,7 +93,7 @@ def plan_linear(
     replaceable: bool,
     together: bool,
 ) -> LinearPlan:
-    """Decide how a linear layer computes an input with its active adapters.
+    """Decide how a linear layer computes its output, given its active adapters.
 
     Args:
         adapters: the entry and the vectors of each active adapter; there is at least one.

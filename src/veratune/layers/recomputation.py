@@ -172,7 +172,7 @@ class StateLog:
             self._state = State()
 
     def has_computed(self) -> bool:
-        """Return whether an adapter took part in any recorded state."""
+        """Return whether any adapter was active or merged in a recorded state."""
         return self._computed
 
     def void(self) -> None:

@@ -17,9 +17,9 @@ both vectors also come from one matrix,
 where A G^T (r, out) may be computed as u^T g, u = x A^T (T, r), or as written, whichever is cheaper. RunLoRA (ACL 2025)
 similarly chooses among computation graphs of LoRA. The routes are in `ops.routes`.
 
-Products run in the compute dtype (that of x), but arithmetic on the vectors runs in their dtype, or float32 if that is
-narrower. Where it costs little, the gradients of float32 vectors are computed without rounding to a narrower compute
-dtype (`ops.exact`).
+Products run in the compute dtype (that of x), but arithmetic on the vectors runs in their dtype, or in float32 if their
+dtype is narrower. Where it costs little, the gradients of float32 vectors are computed without rounding to a narrower
+compute dtype (`ops.exact`).
 """
 
 from collections.abc import Callable

@@ -74,7 +74,7 @@ class Estimate:
 def estimate(
     choice: RouteChoice, shape: LayerShape, profile: DeviceProfile, *, training: bool, backward: bool | None = None
 ) -> Estimate:
-    """Estimate the cost of a choice on top of the frozen layer: forward and, if `backward`, backward to the input.
+    """Estimate the cost that a choice adds to the frozen layer's: forward and, if `backward`, backward to the input.
 
     Args:
         choice: the route.
@@ -328,7 +328,10 @@ _tables: dict[tuple[Any, ...], tuple[DeviceProfile, RouteTable]] = {}
 
 
 class TableCache:
-    """Cache of one adapter's route tables on one layer, keyed by the arguments that vary between calls. Not copied."""
+    """Cache of one adapter's route tables on one layer, keyed by the arguments that vary between calls.
+
+    Copies start empty.
+    """
 
     def __init__(self) -> None:
         self._found: dict[tuple[Any, ...], tuple[DeviceProfile, tuple[RouteTable, ...]]] = {}

@@ -104,7 +104,7 @@ def parse_json(text: str | bytes, *, finite: bool = True) -> Any:
             text, parse_constant=constant, parse_float=number, parse_int=_integer, object_pairs_hook=_object
         )
     except RecursionError:
-        raise ValueError(f"it nests more than {_DEEPEST} levels deep") from None
+        raise ValueError(f"it is nested more than {_DEEPEST} levels deep") from None
     except json.JSONDecodeError as error:
         raise ValueError(str(error)) from None
     except MemoryError:
@@ -160,4 +160,4 @@ def _check_depth(value: Any) -> None:
         ]
         if not level:
             return
-    raise ValueError(f"it nests more than {_DEEPEST} levels deep")
+    raise ValueError(f"it is nested more than {_DEEPEST} levels deep")

@@ -118,7 +118,7 @@ def _compiled(text: str) -> _Part:
 
 def _sequence(items: Iterable[tuple[Any, Any]], flags: int, depth: int) -> _Part:
     if depth > _DEEPEST:
-        raise PatternError(f"it nests more than {_DEEPEST} levels deep")
+        raise PatternError(f"it is nested more than {_DEEPEST} levels deep")
     parts: list[_Part] = []
     letters = ""
     for kind, value in [*items, (None, None)]:

@@ -27,7 +27,7 @@ def is_emptied(tensor: Tensor | None) -> bool:
 
 
 def is_engines(module: nn.Module) -> bool:
-    """Return whether `deepspeed.initialize` manages a module for ZeRO-3, so that it accepts no new parameters."""
+    """Return whether a DeepSpeed ZeRO-3 engine manages a module, which then accepts no new parameters."""
     return type(module._parameters).__name__ == "ZeROOrderedDict"
 
 

@@ -146,7 +146,7 @@ def pending_checkpoint(kept: Any) -> Any:
 
 
 # The attribute in which a wrapper holds its module, by the wrapper's class: torch.compile, checkpoint_wrapper (also
-# offload_wrapper), FSDP 1. A model may also have a submodule with such a name.
+# offload_wrapper), FSDP1. A model may also have a submodule with such a name.
 _WRAPPED = {
     "OptimizedModule": "_orig_mod",
     "ActivationWrapper": "_checkpoint_wrapped_module",

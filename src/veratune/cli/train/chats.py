@@ -48,7 +48,7 @@ def chat_tokens(tokenizer: Any, messages: list[Message], *, every: bool) -> tupl
 def check_chats(tokenizer: Any, *, every: bool) -> None:
     """Raise ValueError for a tokenizer that cannot convert chats to tokens and labels."""
     if not tokenizer.chat_template:
-        raise ValueError("the model's tokenizer has no chat template: use plain texts instead of lists of messages")
+        raise ValueError("the model's tokenizer has no chat template: use plain text instead of lists of messages")
     if not every and not tokenizer.is_fast:
         raise ValueError("the model has no fast tokenizer to find the assistant's part with: use --chat-loss all")
 

@@ -30,7 +30,7 @@ veratune train --resume run
 def train(*, config: Path | None = None, resume: Path | None = None, **given: Any) -> None:
     """Fine-tune a model with VeRA on rows of text.
 
-    Ctrl-C stops it with a checkpoint; --resume continues to the same result.
+    Ctrl-C saves a checkpoint and stops; --resume then gives the same result as an uninterrupted run.
     """
     options = {}
     for name, option in options_of(TrainSettings).items():

@@ -122,7 +122,7 @@ def _read_parquet(file: BinaryIO) -> list[Row]:
     for batch in ParquetFile(file).iter_batches(batch_size=_ROWS_AT_ONCE, use_threads=False):
         size += batch.nbytes
         if size > most:
-            raise ValueError(f"its rows have more than {most:,} bytes, which is too much for this machine's memory")
+            raise ValueError(f"its rows take up more than {most:,} bytes, which is too much for this machine's memory")
         rows += batch.to_pylist()
     return rows
 

@@ -123,7 +123,7 @@ def one_of(allowed: Collection[str]) -> Check:
 
 
 def text(wanted: str) -> Check:
-    """Check for text that is not empty."""
+    """Return a check for non-empty text without null characters."""
 
     def check(name: str, value: Any) -> str:
         if not isinstance(value, str):

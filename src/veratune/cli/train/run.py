@@ -138,7 +138,7 @@ def last_checkpoint(output: Path) -> Path:
 
 def _rows(settings: TrainSettings) -> tuple[list[Row], list[Row]]:
     if settings.subset is not None and Path(settings.data).exists():
-        raise SettingsError("subset names a part of a data set on the hub: leave it out for a file")
+        raise SettingsError("subset only applies to a data set on the hub: leave it out when data is a local file")
     rows = read_rows(settings.data, settings.subset, settings.split)
     check_columns(settings.data, rows, settings)
     if settings.eval_data is None and settings.eval_split is None:

@@ -218,7 +218,7 @@ def read_settings(path: Path) -> dict[str, Any]:
     except (ValueError, TypeError, OverflowError) as error:  # in a number, a date or a key
         raise SettingsError(f"{path} has a value that cannot be read: {error}") from None
     if not isinstance(values, dict):
-        raise SettingsError(f"{path} does not contain settings: it must be lines of 'name: value'")
+        raise SettingsError(f"{path} does not contain settings: it must consist of 'name: value' lines")
     known = [field.name for field in dataclasses.fields(TrainSettings)]
     unknown = sorted(set(map(str, values)) - set(known))
     if unknown:

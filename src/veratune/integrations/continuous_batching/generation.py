@@ -70,5 +70,7 @@ def generate_batch(
                     break
         fatal = manager.background_thread_status.fatal_error
         if fatal is not None or len(results) < len(wanted):
-            raise RuntimeError(f"continuous batching failed: {fatal}") from fatal
+            raise RuntimeError(
+                f"continuous batching failed: {fatal or 'it stopped before all requests had finished'}"
+            ) from fatal
     return {one: results[one] for one in wanted}

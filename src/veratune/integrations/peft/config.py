@@ -66,9 +66,9 @@ class VeratuneConfig(VeraFields, peft.PeftConfig):
             ValueError: always.
         """
         raise ValueError(
-            "a VeratuneConfig can only be saved with its adapter, by save_pretrained of a peft.PeftModel: transformers'"
-            " save_pretrained of a model with adapters cannot write veratune's file. Create the model with"
-            " peft.get_peft_model; to_dict() returns the settings"
+            "a VeratuneConfig can only be saved with its adapter, by calling save_pretrained on a peft.PeftModel:"
+            " transformers' own save_pretrained cannot write veratune's file. Create the model with"
+            " peft.get_peft_model, or call to_dict() for the settings alone"
         )
 
     def checked(self) -> VeraConfig:

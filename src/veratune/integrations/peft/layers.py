@@ -146,7 +146,7 @@ class TunedLayer(BaseTunerLayer):
         return output
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Return whether PEFT can convert this layer's adapters to LoRA: yes, except for parameters."""
+        """Return whether PEFT can convert this layer's adapters to LoRA: true unless the layer adapts a parameter."""
         layer: Any = self
         return not layer.of_parameter
 

@@ -12,7 +12,7 @@ def is_meant(config: Any, name: str) -> bool | None:
     """Return whether PEFT adapts the module with this name, or None if the configuration excludes the module.
 
     Raises:
-        PatternError: a regular expression of the configuration is invalid, or takes too long.
+        PatternError: a regular expression in the configuration is invalid, or takes too long to match.
     """
     ends = _ends(name)
     excluded, wanted = getattr(config, "exclude_modules", None), config.target_modules

@@ -40,7 +40,7 @@ def adapter_layers(model: nn.Module, adapter_name: str) -> Iterator[tuple[Module
 
 
 class SavedTensors(dict[str, Tensor]):
-    """Tensors by public keys, regardless of the keys that they are added under."""
+    """Tensors by public key; `update` translates the keys that it is given."""
 
     def __init__(self, names: Mapping[str, str]) -> None:
         super().__init__()
@@ -110,7 +110,7 @@ def without_adapter_name(key: str, adapter_name: str) -> str:
 
 
 def tensors_to_load(model: nn.Module, adapter_name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return an adapter's tensors from a file under their keys in a model's state dict.
+    """Return an adapter's tensors, as read from a file, keyed as in a model's state dict.
 
     Raises:
         CheckpointError: all vectors of the adapter are missing. PEFT itself reports missing or unexpected tensors.
