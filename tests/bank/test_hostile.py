@@ -29,14 +29,10 @@ def tamper(path: Path, *statements: str | tuple[str, tuple[Any, ...]]) -> None:
     for statement in statements:
         connection.execute(*((statement,) if isinstance(statement, str) else statement))
 
-    class Row:
-        def __init__(self, digest: Any, metadata: Any) -> None:
-            self.digest, self.metadata = digest, metadata
-
     try:
-        adapters = [Row(*row) for row in connection.execute("SELECT digest, metadata FROM adapters")]
+        adapters = dict(connection.execute("SELECT digest, metadata FROM adapters"))
         names = dict(connection.execute("SELECT name, digest FROM names"))
-        checksum = checksum_bytes(mark_of_all(header_row(connection), adapters, names))  # type: ignore[arg-type]
+        checksum = checksum_bytes(mark_of_all(header_row(connection), adapters, names))
         connection.execute("UPDATE bank SET checksum = ?, changes = changes + 1", (checksum,))
     except (sqlite3.Error, DamagedError, TypeError, AttributeError):
         pass  # it is refused before the checksum matters

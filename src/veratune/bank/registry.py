@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from veratune.bank.layout import AdapterRow, BankError
 from veratune.bank.projections import BankProjections
 from veratune.bank.resident import Lease, ResidentRows, Version
-from veratune.bank.schema import StoredAdapter, check_spelling, scheme_of
+from veratune.bank.schema import Metadata, check_spelling, scheme_of
 from veratune.bank.store import AdapterGoneError, BankStore
 from veratune.projections.schemes import Scheme
 
@@ -112,7 +112,7 @@ class Registry:
         with self._resident.lock:
             self._bind(name, None)
 
-    def follow(self, names: Mapping[str, str], adapters: Mapping[str, StoredAdapter]) -> None:
+    def follow(self, names: Mapping[str, str], adapters: Mapping[str, Metadata]) -> None:
         """Bind names to the same adapters as in the file.
 
         Raises:
@@ -120,14 +120,14 @@ class Registry:
         """
         with self._resident.lock:
             changed = [
-                (name, adapters[digest], scheme_of(adapters[digest].metadata))
+                (name, digest, adapters[digest].rank, scheme_of(adapters[digest].text))
                 for name, digest in names.items()
                 if name not in self.names or self.names[name].digest != digest
             ]
             for name in [name for name in self.names if name not in names]:
                 self._bind(name, None)
-            for name, stored, scheme in changed:
-                self._bind(name, self._known(stored.digest, scheme, stored.rank))
+            for name, digest, rank, scheme in changed:
+                self._bind(name, self._known(digest, scheme, rank))
 
     def _known(self, digest: str, scheme: Scheme, rank: int) -> Version:
         """Return the version with this digest, creating it if it is new."""

@@ -11,7 +11,7 @@ each change and checked when names are read: SQLite itself does not detect a fli
 import functools
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,19 +82,18 @@ class BankHeader:
 
 
 @dataclass(frozen=True)
-class StoredAdapter:
-    """An adapter in the file, without its tensors.
+class Metadata:
+    """The parsed metadata of an adapter. Adapters with equal text share one object.
 
     Attributes:
-        digest, rank: as in `AdapterRow`.
-        scheme: its projections, as JSON values.
-        metadata: the JSON text in the file that contains rank and scheme.
+        text: the JSON text in the file.
+        rank: as in `AdapterRow`.
+        scheme: the projections, as JSON values.
     """
 
-    digest: str
+    text: str
     rank: int
     scheme: Values
-    metadata: str
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -207,31 +206,20 @@ def metadata_of(row: AdapterRow) -> str:
     return json.dumps({"rank": row.rank, "scheme": scheme_to_json(row.scheme)}, sort_keys=True)
 
 
-def read_adapter(digest: object, metadata: object, header: BankHeader) -> StoredAdapter:
-    """Parse and check an adapter's row.
+def read_metadata(digest: str, text: str, header: BankHeader) -> Metadata:
+    """Parse and check an adapter's metadata.
 
     Raises:
         DamagedError: the row is inconsistent or does not fit the bank.
     """
-    _check_digest(digest)
-    values = _json(metadata, f"the metadata of adapter {digest}")
+    values = _json(text, f"the metadata of adapter {digest}")
     rank, largest = values.get("rank"), header.layout["rank"]
     if type(rank) is not int or not 1 <= rank <= largest:
         raise DamagedError(f"adapter {digest} has rank {_shown(rank)} in a bank of rank {largest}")
     scheme = values.get("scheme")
     if not isinstance(scheme, dict) or not _is_scheme(scheme, header.layout):
         raise DamagedError(f"adapter {digest} has invalid projections: {_shown(scheme)}")
-    return StoredAdapter(str(digest), rank, scheme, str(metadata))
-
-
-def with_digest(stored: StoredAdapter, digest: object) -> StoredAdapter:
-    """Return an adapter with another digest but the same metadata, which is parsed and checked only once.
-
-    Raises:
-        DamagedError: the digest is invalid.
-    """
-    _check_digest(digest)
-    return StoredAdapter(str(digest), stored.rank, stored.scheme, stored.metadata)
+    return Metadata(text, rank, scheme)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -244,7 +232,8 @@ def scheme_of(metadata: str) -> Scheme:
     return scheme_from_json(json.loads(metadata)["scheme"])
 
 
-def _check_digest(digest: object) -> None:
+def check_digest(digest: object) -> None:
+    """Raise DamagedError unless a value is an adapter's digest."""
     if not _is_hex(digest, 32):
         raise DamagedError(f"an adapter has an invalid digest: {_shown(digest)}")
 
@@ -271,16 +260,16 @@ def mark(*values: str | None) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:_CHECKSUM_BYTES], "big")
 
 
-def mark_of_all(header: Iterable[str | None], adapters: Iterable[StoredAdapter], names: Values) -> int:
-    """Return the checksum of a file with these contents."""
+def mark_of_all(header: Iterable[str | None], adapters: Mapping[str, str], names: Mapping[str, str]) -> int:
+    """Return the checksum of a file with these contents: the metadata of adapters by digest, and digests by name."""
     return mark("bank", *header) ^ mark_of_rows(adapters, names)
 
 
-def mark_of_rows(adapters: Iterable[StoredAdapter], names: Values) -> int:
+def mark_of_rows(adapters: Mapping[str, str], names: Mapping[str, str]) -> int:
     """Return the contribution of these rows to the checksum."""
     checksum = 0
-    for adapter in adapters:
-        checksum ^= mark("adapter", adapter.digest, adapter.metadata)
+    for digest, metadata in adapters.items():
+        checksum ^= mark("adapter", digest, metadata)
     for name, digest in names.items():
         checksum ^= mark("name", name, digest)
     return checksum

@@ -25,7 +25,7 @@ from veratune.bank.layout import AdapterRow, BankError, Layout, digest_of_bytes
 from veratune.bank.schema import (
     BankHeader,
     DamagedError,
-    StoredAdapter,
+    Metadata,
     check_spelling,
     checksum_bytes,
     header_values,
@@ -33,8 +33,8 @@ from veratune.bank.schema import (
     mark_of_all,
     mark_of_rows,
     metadata_of,
-    read_adapter,
     read_header,
+    read_metadata,
     scheme_of,
 )
 from veratune.bank.tables import (
@@ -85,13 +85,13 @@ class BankStore:
     Attributes:
         path: the file.
         header: the layout and dtypes of all adapters.
-        adapters: digest to adapter, without tensors.
+        adapters: digest to metadata.
         names: name to digest.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.adapters: dict[str, StoredAdapter] = {}
+        self.adapters: dict[str, Metadata] = {}
         self.names: dict[str, str] = {}
         self._lock = threading.RLock()  # held briefly, for reads
         self._write_lock = threading.Lock()  # held while waiting for the disk
@@ -163,11 +163,11 @@ class BankStore:
         if self._last is not None:
             with suppress(DamagedError):  # a new row may refer to a changed one
                 added = read_contents(connection, self.header, self.adapters, self._last)
-                marks = int.from_bytes(self._state[1], "big") ^ mark_of_rows(added.adapters.values(), added.names)
+                marks = int.from_bytes(self._state[1], "big") ^ mark_of_rows(*added.marks())
                 if checksum_bytes(marks) == state[1]:
                     return Contents(self.adapters | added.adapters, self.names | added.names, added.last)
         contents = read_contents(connection, self.header, self.adapters, None)
-        if checksum_bytes(mark_of_all(self._header_row, contents.adapters.values(), contents.names)) != state[1]:
+        if checksum_bytes(mark_of_all(self._header_row, *contents.marks())) != state[1]:
             raise DamagedError("its names and adapters do not match its checksum")
         return contents
 
@@ -184,21 +184,21 @@ class BankStore:
                 found = self._connections.reader(even_replaced=True).execute(query, (digest,)).fetchone()
             if found is None:
                 raise AdapterGoneError(f"{self.path} has no adapter {digest}: call refresh()")
-            metadata, *tensors = found
+            text, *tensors = found
             lengths = [len(tensor) if isinstance(tensor, bytes) else tensor for tensor in tensors]
             if lengths != [self.header.vector_bytes, self.header.saved_bytes]:
                 raise DamagedError(f"the tensors of adapter {digest} do not have the size that the bank requires")
-            stored = self.adapters.get(digest)
-            if stored is None or stored.metadata != metadata:
-                stored = read_adapter(digest, metadata, self.header)
-            scheme = scheme_of(metadata)
+            metadata = self.adapters.get(digest)
+            if metadata is None or metadata.text != text:
+                metadata = read_metadata(digest, text, self.header)
+            scheme = scheme_of(text)
             if digest_of_bytes(scheme, self.header.dtype, filter(None, tensors)) != digest:
                 raise DamagedError(f"the tensors of adapter {digest} do not match its digest")
             vectors = torch.frombuffer(bytearray(tensors[0]), dtype=self.header.dtype)
             saved = None
             if self.header.saved_dtype is not None:
                 saved = torch.frombuffer(bytearray(tensors[1]), dtype=self.header.saved_dtype)
-            return AdapterRow(digest, scheme, stored.rank, vectors, saved)
+            return AdapterRow(digest, scheme, metadata.rank, vectors, saved)
 
     def check_layout(self, layout: Layout) -> None:
         """Raise BankError unless the file is for a bank with this layout."""
@@ -258,9 +258,9 @@ class BankStore:
                 written to. The file is unchanged.
         """
         check_spelling(name)
-        metadata = metadata_of(row)
+        text = metadata_of(row)
         try:
-            stored = read_adapter(row.digest, metadata, self.header)
+            metadata = read_metadata(row.digest, text, self.header)
         except DamagedError as problem:
             raise BankError(f"{self.path} cannot hold {name!r}: {problem}") from None
         tensors = bytes_of(row.vectors), None if row.saved is None else bytes_of(row.saved)
@@ -277,14 +277,14 @@ class BankStore:
             found = execute("SELECT vectors, saved FROM adapters WHERE digest = ?", (row.digest,)).fetchone()
             if found is None:
                 insert = "INSERT INTO adapters (digest, metadata, vectors, saved) VALUES (?, ?, ?, ?)"
-                number = execute(insert, (row.digest, metadata, *tensors)).lastrowid
+                number = execute(insert, (row.digest, text, *tensors)).lastrowid
                 change.last = max(change.last[0], number or 0), change.last[1]
-                change.checksum ^= mark("adapter", row.digest, metadata)
+                change.checksum ^= mark("adapter", row.digest, text)
             elif found != tensors:  # the stored tensors are damaged
                 execute("UPDATE adapters SET vectors = ?, saved = ? WHERE digest = ?", (*tensors, row.digest))
             self._drop(change, replacing)
         with self._lock:
-            self.adapters.setdefault(row.digest, stored)
+            self.adapters.setdefault(row.digest, metadata)
             self.names[name] = row.digest
 
     def remove(self, name: str, digest: str) -> None:

@@ -12,12 +12,12 @@ from veratune.bank.schema import (
     VERSION,
     BankHeader,
     DamagedError,
-    StoredAdapter,
+    Metadata,
+    check_digest,
     checksum_bytes,
     is_name,
     mark_of_all,
-    read_adapter,
-    with_digest,
+    read_metadata,
 )
 
 HeaderRow = tuple[str, str, str | None]  # layout, dtype and saved_dtype
@@ -35,7 +35,7 @@ def write_tables(path: Path, header: HeaderRow) -> None:
         connection.execute("BEGIN")
         for sql in TABLES.values():
             connection.execute(sql)
-        checksum = checksum_bytes(mark_of_all(header, (), {}))
+        checksum = checksum_bytes(mark_of_all(header, {}, {}))
         connection.execute("INSERT INTO bank VALUES (?, ?, ?, 0, ?)", (*header, checksum))
         connection.execute("COMMIT")
     finally:
@@ -73,20 +73,24 @@ class Contents:
     """Rows read from a file.
 
     Attributes:
-        adapters: the adapters by digest.
+        adapters: digest to metadata.
         names: name to digest, in the order in which names were added.
         last: the largest adapter id and the largest name id.
     """
 
-    adapters: dict[str, StoredAdapter]
+    adapters: dict[str, Metadata]
     names: dict[str, str]
     last: tuple[int, int]
+
+    def marks(self) -> tuple[dict[str, str], dict[str, str]]:
+        """Return the arguments of `mark_of_rows`."""
+        return {digest: metadata.text for digest, metadata in self.adapters.items()}, self.names
 
 
 def read_contents(
     connection: sqlite3.Connection,
     header: BankHeader,
-    known: Mapping[str, StoredAdapter],
+    known: Mapping[str, Metadata],
     after: tuple[int, int] | None,
 ) -> Contents:
     """Read all adapters and names, or only those added since an earlier state.
@@ -103,16 +107,16 @@ def read_contents(
     smallest = -(1 << 63)
     start = (smallest, smallest) if after is None else after
     last_adapter, last_name = start
-    adapters: dict[str, StoredAdapter] = {}
-    parsed: dict[str, StoredAdapter] = {}
+    adapters: dict[str, Metadata] = {}
+    parsed: dict[str, Metadata] = {}
     query = "SELECT id, digest, metadata FROM adapters WHERE id > ? ORDER BY id"
-    for last_adapter, digest, metadata in _rows(connection, query, start[0]):  # noqa: B007  # used below
-        stored = known.get(digest)
-        if stored is None or stored.metadata != metadata:
-            same = parsed.get(metadata)
-            stored = read_adapter(digest, metadata, header) if same is None else with_digest(same, digest)
-            parsed[metadata] = stored
-        adapters[digest] = stored
+    for last_adapter, digest, text in _rows(connection, query, start[0]):  # noqa: B007  # used below
+        metadata = known.get(digest)
+        if metadata is None or metadata.text != text:
+            check_digest(digest)
+            metadata = parsed.get(text) or read_metadata(digest, text, header)
+            parsed[text] = metadata
+        adapters[digest] = metadata
     names: dict[str, str] = {}
     query = "SELECT id, name, digest FROM names WHERE id > ? ORDER BY id"
     for last_name, name, digest in _rows(connection, query, start[1]):  # noqa: B007

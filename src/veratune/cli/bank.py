@@ -128,7 +128,7 @@ def remove(file: FileArgument, names: Annotated[list[str], typer.Argument(help="
 def show(file: FileArgument, as_json: JsonOption = False) -> None:
     """List the adapters of a bank's file. This needs no model."""
     bank = BankStore(file)
-    rows = [(name, bank.adapters[digest]) for name, digest in bank.names.items()]
+    rows = [(name, digest, bank.adapters[digest]) for name, digest in bank.names.items()]
     header = bank.header
     size, _ = bank.sizes()
     bank.close()
@@ -146,13 +146,13 @@ def show(file: FileArgument, as_json: JsonOption = False) -> None:
         listed = [
             {
                 "name": name,
-                "digest": stored.digest,
+                "digest": digest,
                 "rank": stored.rank,
                 "scheme": stored.scheme["scheme"],
                 "key": stored.scheme.get("key"),
                 "fingerprint": stored.scheme["fingerprint"],
             }
-            for name, stored in rows
+            for name, digest, stored in rows
         ]
         print_json(summary | {"adapters": listed})
         return
@@ -162,7 +162,7 @@ def show(file: FileArgument, as_json: JsonOption = False) -> None:
     )
     if summary["modules_to_save"]:
         print_text(f"trained in full: {', '.join(summary['modules_to_save'])}, {summary['saved_dtype']}")
-    table = [(name, s.digest, str(s.rank), s.scheme["scheme"], s.scheme["fingerprint"]) for name, s in rows]
+    table = [(name, digest, str(s.rank), s.scheme["scheme"], s.scheme["fingerprint"]) for name, digest, s in rows]
     print_table(("name", "digest", "rank", "projections", "fingerprint"), table)
 
 
