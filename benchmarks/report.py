@@ -1,35 +1,31 @@
-"""Write the tables of all results into README.md, between its markers, so that no number is copied by hand.
+"""Write the pages of all results and the tables of headline figures, so that no figure is copied by hand.
 
-python benchmarks/report.py
+python benchmarks/report.py           writes results/*.md below their marker, and the tables of headline.yaml
+python benchmarks/report.py --check   only says which of them differ, and exits with 1 if any does
 """
 
+import argparse
 import json
-import re
-from collections.abc import Sequence
+import sys
+from pathlib import Path
 from typing import Any
 
-import bank
-import quick
-from common import RESULTS, ROOT, Table, Target, targets_table
+import headline
+from common import RESULTS, Target, targets_table
+from headline import markdown
 
-README = ROOT / "README.md"
 LONG = 20
-MARKERS = re.compile(r"(<!-- results: (\w+) -->\n).*?(<!-- /results -->)", re.DOTALL)
+MARKER = "<!-- Below this line: made by benchmarks/report.py from {}. -->\n"
 
 
-def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a table in markdown, its first column aligned left, the others right."""
-    rule = ["---", *("---:" for _ in header[1:])]
-    return "\n".join(f"| {' | '.join(line)} |" for line in (header, rule, *rows))
-
-
-def section(table: dict[str, Any]) -> str:
-    """Return a titled table, folded away if it is long."""
-    text = markdown(table["header"], table["rows"])
-    if len(table["rows"]) > LONG:
-        summary = f"<summary>{table['title']} ({len(table['rows'])} rows)</summary>"
-        return f"<details>\n{summary}\n\n{text}\n\n</details>"
-    return f"**{table['title']}**\n\n{text}"
+def section(table: dict[str, Any], source: str) -> str:
+    """Return a titled table; of a long one, only where its rows are."""
+    title, rows = table["title"], table["rows"]
+    if len(rows) > LONG:
+        return f"**{title}**: {len(rows)} rows, in [{source}]({source}) under `tables`."
+    # a ratio to a variant that was not measured
+    shown = [["-" if cell == "nan" else cell for cell in row] for row in rows]
+    return f"**{title}**\n\n{markdown(table['header'], shown)}"
 
 
 def machine_line(results: dict[str, Any]) -> str:
@@ -45,28 +41,45 @@ def machine_line(results: dict[str, Any]) -> str:
     )
 
 
-def report(name: str) -> str:
-    """Return all results of one benchmark, in markdown."""
-    path = RESULTS / f"{name}.json"
-    if not path.exists():
-        return "Not measured yet.\n"
-    results = json.loads(path.read_text(encoding="utf-8"))
-    targets: Table = targets_table([Target(**target) for target in results["targets"]])
+def generated(source: Path) -> str:
+    """Return all results of one file, in markdown."""
+    results = json.loads(source.read_text(encoding="utf-8"))
+    targets = targets_table([Target(**target) for target in results["targets"]])
     parts = [machine_line(results)]
     if targets.rows:
         parts.append(markdown(targets.header, targets.rows))
-    if path.with_suffix(".png").exists():
-        parts.append(f"![{name}](results/{name}.png)")
-    parts += map(section, results["tables"])
+    if source.with_suffix(".png").exists():
+        parts.append(f"![{source.stem}]({source.stem}.png)")
+    parts += [section(table, source.name) for table in results["tables"]]
     return "\n\n".join(parts) + "\n"
 
 
+def pages() -> dict[Path, str]:
+    """Return the text that the page of every benchmark should have; what is written above its marker stays."""
+    found = {}
+    for source in sorted(RESULTS.glob("*.json")):
+        if "tables" not in json.loads(source.read_text(encoding="utf-8")):
+            continue
+        page, marker = source.with_suffix(".md"), MARKER.format(source.name)
+        above = page.read_text(encoding="utf-8").partition(marker)[0] if page.exists() else f"# {source.stem}\n\n"
+        found[page] = above + marker + "\n" + generated(source)
+    return found
+
+
 def main() -> None:
-    text = README.read_text(encoding="utf-8")
-    marked = {match[2] for match in MARKERS.finditer(text)}
-    if missing := {*quick.ORDER, *bank.ORDER} - marked:
-        raise SystemExit(f"README.md has no markers for {sorted(missing)}")
-    README.write_text(MARKERS.sub(lambda match: match[1] + "\n" + report(match[2]) + "\n" + match[3], text), "utf-8")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing")
+    options = parser.parse_args()
+    differing = {
+        path: text
+        for path, text in {**pages(), **headline.pages()}.items()
+        if not path.exists() or path.read_text(encoding="utf-8") != text
+    }
+    for path, text in differing.items():
+        print(f"{path.relative_to(headline.REPOSITORY)} {'differs' if options.check else 'written'}")
+        if not options.check:
+            path.write_text(text, encoding="utf-8")
+    sys.exit(1 if options.check and differing else 0)
 
 
 if __name__ == "__main__":

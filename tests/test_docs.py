@@ -116,6 +116,26 @@ def quick_start(page: str) -> None:
     torch.testing.assert_close(main_output(names["plain"], "bert"), expected, rtol=1e-4, atol=1e-5)
 
 
+def adapters(page: str) -> None:
+    model = randomise_trainable(
+        get_peft_model(tiny_model("bert"), VeraConfig(r=4, target_modules=TARGETS["bert"])), 0.3
+    )
+    model.save_pretrained("my-adapter")
+    several, exported = blocks(page)
+    names: dict[str, Any] = {"model": model}
+    exec(several, names)
+    assert sorted(model.peft_config) == ["default", "other"] and model.active_adapters == ["default"]
+    expected = main_output(model, "bert")
+    exec(exported, names)
+    assert {"for-peft", "for-lora-engines"} <= {path.name for path in Path().iterdir()}
+    assert not any("vera" in name for name, _ in names["merged"].named_parameters())
+    torch.testing.assert_close(main_output(names["merged"], "bert"), expected, rtol=1e-4, atol=1e-5)
+
+
+def weights(page: str) -> None:
+    run(page, {"base": tiny_model("gpt2")})
+
+
 def bank(page: str) -> None:
     saved_adapters("bert", ["anna", "anna-2", "boris", "carla"])
     first, leased, checked = blocks(page)
@@ -224,12 +244,14 @@ def integrations(page: str) -> None:
 PAGES: dict[str, Callable[[str], None]] = {
     "docs/quick-start.md": quick_start,
     "docs/quick-start.zh-CN.md": quick_start,
+    "docs/adapters.md": adapters,
     "docs/bank.md": bank,
     "docs/continuous-batching.md": continuous_batching,
     "docs/engines.md": engines,
     "docs/from-peft.md": from_peft,
     "docs/from-peft.zh-CN.md": from_peft_in_chinese,
     "docs/integrations.md": integrations,
+    "docs/weights.md": weights,
 }
 
 
