@@ -118,7 +118,7 @@ def quick_start(page: str) -> None:
 
 def adapters(page: str) -> None:
     model = randomise_trainable(
-        get_peft_model(tiny_model("bert"), VeraConfig(r=4, target_modules=TARGETS["bert"])), 0.3
+        get_peft_model(tiny_model("bert"), VeraConfig(r=4, target_modules=TARGETS["bert"])), std=0.3
     )
     model.save_pretrained("my-adapter")
     several, exported = blocks(page)

@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 BENCHMARKS = ROOT / "benchmarks"
 MAPPING = yaml.safe_load((BENCHMARKS / "headline.yaml").read_text(encoding="utf-8"))
-BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+(QUICKSTART,) = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
 
 
 # Examples
@@ -41,7 +41,7 @@ def test_the_quickstart_runs_as_printed(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda name: tiny_tokenizer())
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {}
-    exec(BLOCKS[0], names)
+    exec(QUICKSTART, names)
     model, rows = names["model"], names["rows"]
     assert isinstance(model, VeraModel) and (tmp_path / "my-adapter" / "adapter_model.safetensors").is_file()
     layers = [module for module in tiny_model("bert").bert.modules() if isinstance(module, nn.Linear)]
@@ -61,8 +61,8 @@ def _methods_of_peft() -> Iterator[None]:
 
 @pytest.mark.usefixtures("_methods_of_peft")
 def test_one_line_puts_veratune_under_peft() -> None:
-    assert len(BLOCKS) == 2
-    exec(BLOCKS[1], {})
+    (line,) = re.findall(r"`(veratune\.integrations\.peft\..*?)`", README.read_text(encoding="utf-8"))
+    exec(f"import veratune.integrations.peft\n{line}", {})
     model = peft.get_peft_model(tiny_model("bert"), peft.VeraConfig(r=4, target_modules=["query"]))
     layer = model.base_model.model.bert.encoder.layer[0].attention.self.query
     assert type(layer).__module__.startswith("veratune.")
@@ -248,6 +248,8 @@ def test_the_table_of_sizes_counts_what_is_trained() -> None:
         bytes_of = {vera: 4 * trained, lora: 4 * sum(8 * (fan_in + out) for fan_in, out in sides)}
         assert all(agrees_in_size(text, size) for text, size in bytes_of.items()), (name, bytes_of)
         assert int(ratio) == round(bytes_of[lora] / bytes_of[vera])
+    _, _, vera, lora, _ = next(row for row in rows if row[:2] == ("Llama with 7B parameters", "256"))
+    assert f"An adapter of a 7B Llama takes {vera}, a LoRA of rank 8 {lora}." in README.read_text(encoding="utf-8")
 
 
 def agrees_in_size(text: str, size: float) -> bool:
