@@ -145,12 +145,16 @@ def test_the_tables_show_the_committed_results(name: str) -> None:
     assert [(text, cell) for text, cell in cells(name) if not agrees(text, cell, committed)] == []
 
 
+def printed(value: float, spec: str) -> str:
+    return f"{value / 1e6:.0f} MB" if spec == "size" else f"{value:{spec}}"
+
+
 def test_the_sentences_show_the_committed_results() -> None:
     for page, sentences in MAPPING["sentences"].items():
         text = " ".join((ROOT / page).read_text(encoding="utf-8").split())
         for form, *expressions in sentences:
             specs = re.findall(r"\{:(.*?)\}", form)
-            values = [f"{value_of(x, committed):{spec}}" for spec, x in zip(specs, expressions, strict=True)]
+            values = [printed(value_of(x, committed), spec) for spec, x in zip(specs, expressions, strict=True)]
             assert re.sub(r"\{.*?\}", lambda _, values=values: values.pop(0), form) in text
 
 
