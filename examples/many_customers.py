@@ -175,7 +175,7 @@ def numbers_of(model: VeraModel) -> Iterator[tuple[str, Tensor]]:
         for name, vector in vectors.items():
             yield f"{layer}.{name}", vector
     for module, saved in state.saved.items():
-        for name, parameter in saved.named_parameters():
+        for name, parameter in saved.items():
             yield f"{module}.{name}", parameter
 
 

@@ -514,8 +514,8 @@ def test_each_adapter_has_its_own_head():
     x = x_of(model)
     base = model(x)
     with torch.no_grad():
-        model.adapter_state("one").saved["head"].weight.add_(1)
-        model.adapter_state("two").saved["head"].weight.sub_(1)
+        model.adapter_state("one").saved["head"]["weight"].add_(1)
+        model.adapter_state("two").saved["head"]["weight"].sub_(1)
     outputs = {}
     for name in ("one", "two", "none"):
         model.set_adapter(name)
@@ -625,7 +625,7 @@ def test_parameter_groups():
     assert {id(p) for p in vectors["params"]} == {
         id(v) for layer in model.vera_layers().values() for v in layer.vectors("default").values()
     }
-    assert {id(p) for p in rest["params"]} == {id(p) for p in model.adapter_state("default").saved["head"].parameters()}
+    assert {id(p) for p in rest["params"]} == {id(p) for p in model.adapter_state("default").saved["head"].values()}
     assert len(parameter_groups(get_peft_model(Net(), config()))) == 1
     with pytest.raises(ValueError, match="no trainable parameter"):
         parameter_groups(get_peft_model(Net(), config(inference_mode=True)))

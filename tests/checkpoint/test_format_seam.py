@@ -53,7 +53,7 @@ class Toy(Listed):
     def read(self, modules: Mapping[str, nn.Module], files: AdapterFiles) -> ReadyAdapter:
         contents = self.contents(files)
         config = VeraConfig.from_dict(contents.config)
-        loaded = LoadedAdapter(str(contents.path), config, contents.vectors)
+        loaded = LoadedAdapter(contents.vectors, origin=str(contents.path), config=config)
         targets = targets_of(modules, loaded)
         return make_ready(modules, loaded, targets, make_scheme(config, targets))
 

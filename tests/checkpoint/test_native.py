@@ -563,5 +563,5 @@ def test_the_file_says_what_model_it_is_for(tmp_path):
     get_peft_model(Named(nn.Linear(4, 2)), VeraConfig(r=2, target_modules=["0"])).save_pretrained(tmp_path)
     shown = json.loads((tmp_path / CONFIG).read_text())["base"]
     assert shown == {"class": "Named", "id2label": {"0": "no", "1": "yes"}, "problem_type": None}
-    _, header, _ = native.read_native(tmp_path)
+    header = native.read_native(tmp_path).header
     assert header["base"] == shown

@@ -127,7 +127,7 @@ def test_inspecting_and_converting_what_peft_wrote(
     for name, (b, d) in ((name, own.values()) for name, own in state.vectors.items()):
         assert layers[name]["b_norm"] == pytest.approx(float(b.detach().norm()), rel=1e-5)
         assert layers[name]["d_mean"] == pytest.approx(float(d.detach().mean()), rel=1e-4)
-    assert values["other_parameters"] == sum(p.numel() for p in state.saved["classifier"].parameters())
+    assert values["other_parameters"] == sum(p.numel() for p in state.saved["classifier"].values())
     assert values["config"]["r"] == 4 and values["base_model"].endswith("base")
     assert values["projections"] == {"A": [4, 24], "B": [24, 4]} and values["fingerprint"] is None
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")

@@ -19,7 +19,7 @@ def with_adapters(base: nn.Module, config: VeraConfig, scale: float = 0.5) -> Ve
     randomise(model, scale)
     for name in CUSTOMERS:
         for head in model.adapter_state(name).saved.values():
-            for parameter in head.parameters():
+            for parameter in head.values():
                 nn.init.normal_(parameter)
     return model.eval()
 

@@ -101,7 +101,7 @@ class Adapter:
         return cls(
             key=config.projection_prng_key,
             vectors={layer: (number(own["b"]), number(own["d"])) for layer, own in state.vectors.items()},
-            saved={m: {key: number(t) for key, t in own.state_dict().items()} for m, own in state.saved.items()},
+            saved={m: {key: number(t) for key, t in own.items()} for m, own in state.saved.items()},
             biases={bias: number(own) for bias, own in state.biases.items()},
             scheme=scheme or config.projection,
             frozen=config.inference_mode,

@@ -15,7 +15,7 @@ from state_matrix import Env, is_ours
 from state_setups import FAMILIES, MODES, Family, config_of, fill
 from state_truth import Adapter, Reference, Truth
 from veratune import AdapterState
-from veratune.adapters.names import adapted_layers, module_names
+from veratune.adapters.names import adapted_layers, module_names, public_state
 from veratune.integrations.peft import VeratuneConfig
 
 _PEFT = str(Path(peft.__file__).parent)
@@ -57,11 +57,10 @@ def tuned_state(model: Any, name: str) -> AdapterState:
     return AdapterState(
         vectors={layer: own.vectors(name) for layer, own in layers.items() if name in own.entries},
         saved={
-            names[raw].public: module.modules_to_save[name]
+            names[raw].public: public_state(module.modules_to_save[name])
             for raw, module in base.named_modules()
             if isinstance(module, ModulesToSaveWrapper) and name in module.modules_to_save
         },
-        biases={},
     )
 
 

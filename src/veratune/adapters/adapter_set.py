@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from veratune.adapters.adapter_state import AdapterState
-from veratune.adapters.names import adapted_layers, base_modules, base_parameters, first_names
+from veratune.adapters.names import adapted_layers, base_modules, base_parameters, first_names, public_state
 from veratune.adapters.surgery import undone_on_error
 from veratune.adapters.wrapper import ForwardOfBase, ModelWrapper
 from veratune.config import VeraConfig
@@ -36,6 +36,20 @@ def _check_config(config: object) -> None:
             f"a {type(config).__name__} cannot be added to a VeraModel: call its add_adapter with a VeraConfig, or pass"
             " PEFT the model that merge_and_unload() or unload() returns"
         )
+
+
+def saved_copies(model: nn.Module, adapter_name: str) -> dict[str, nn.Module]:
+    """Return an adapter's copies of the modules that it trains in full, by their names in the model without adapters.
+
+    Args:
+        model: the model without a wrapper.
+        adapter_name: which adapter.
+    """
+    return {
+        name: module.modules_to_save[adapter_name]
+        for name, module in first_names(base_modules(model), SavedModule).items()
+        if adapter_name in module.modules_to_save
+    }
 
 
 class AdapterSet(ModelWrapper):
@@ -92,21 +106,16 @@ class AdapterSet(ModelWrapper):
         return [name for name in self.peft_config if name in merged]
 
     def adapter_state(self, adapter_name: str) -> AdapterState:
-        """Return the parameters of an adapter by their names in the model without adapters."""
+        """Return the tensors of an adapter by their names in the model without adapters."""
         self._check_known([adapter_name])
-        modules = base_modules(self.base_model)
         return AdapterState(
             vectors={
                 name: layer.vectors(adapter_name)
                 for name, layer in adapted_layers(self.base_model).items()
                 if adapter_name in layer.entries
             },
-            saved={
-                name: module.modules_to_save[adapter_name]
-                for name, module in first_names(modules, SavedModule).items()
-                if adapter_name in module.modules_to_save
-            },
-            biases=self._biases[adapter_name].parameters() if adapter_name in self._biases else {},
+            saved={name: public_state(copy) for name, copy in saved_copies(self.base_model, adapter_name).items()},
+            biases=dict(self._biases[adapter_name].parameters()) if adapter_name in self._biases else {},
         )
 
     def vera_layers(self) -> dict[str, VeraLayer]:

@@ -1,12 +1,11 @@
-"""The parameters of one adapter, and the rules for its name."""
+"""The tensors of one adapter, and the rules for its name."""
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
-from veratune.adapters.names import public_state
 from veratune.layers.offloading import check_at_hand
 
 _NAME = re.compile(r"[\w\-]{1,128}")
@@ -16,17 +15,25 @@ _MOST_NAME_BYTES = 255 - 32
 
 @dataclass(frozen=True)
 class AdapterState:
-    """The parameters of one adapter, by their names in the model without adapters.
+    """The tensors of one adapter, by their names in the model without adapters.
 
     Attributes:
         vectors: layer name to its vectors by name (`b`, `d`).
-        saved: module name to the adapter's copy of that module.
+        saved: name of a module trained in full to the state dict of the adapter's copy.
         biases: parameter name to the adapter's copy of that bias.
     """
 
     vectors: dict[str, dict[str, Tensor]]
-    saved: dict[str, nn.Module]
-    biases: dict[str, nn.Parameter]
+    saved: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    biases: dict[str, Tensor] = field(default_factory=dict)
+
+    def described(self) -> dict[str, Tensor]:
+        """Return the tensors by descriptions for messages."""
+        vectors = {
+            f"vector {which} of {name}": vector for name, own in self.vectors.items() for which, vector in own.items()
+        }
+        saved = {f"{name}.{key}": tensor for name, state in self.saved.items() for key, tensor in state.items()}
+        return vectors | saved | self.biases
 
     def check_values(self, operation: str) -> None:
         """Raise ValueError if any of the tensors is offloaded or on the meta device.
@@ -34,25 +41,23 @@ class AdapterState:
         Args:
             operation: the operation that needs the values, for the message.
         """
-        named = {
-            f"vector {which} of {name}": v for name, vectors in self.vectors.items() for which, v in vectors.items()
-        }
-        for name, module in self.saved.items():
-            named.update({f"{name}.{key}": tensor for key, tensor in public_state(module).items()})
-        check_at_hand({**named, **self.biases}, operation)
+        check_at_hand(self.described(), operation)
 
     def parameters(self) -> Iterator[Tensor]:
-        for vectors in self.vectors.values():
-            yield from vectors.values()
-        for module in self.saved.values():
-            yield from module.parameters()
-        yield from self.biases.values()
+        """Yield the tensors that are parameters of a model, each once."""
+        return (tensor for tensor in self.tensors() if isinstance(tensor, nn.Parameter))
 
     def tensors(self) -> Iterator[Tensor]:
-        """Yield the parameters and the buffers of modules that are trained in full."""
-        yield from self.parameters()
-        for module in self.saved.values():
-            yield from module.buffers()
+        """Yield all tensors, each once, including the buffers of modules that are trained in full."""
+        yield from {id(tensor): tensor for tensor in self.described().values()}.values()
+
+    def detached(self) -> "AdapterState":
+        """Return the same tensors without their history."""
+        return AdapterState(
+            {name: {which: v.detach() for which, v in vectors.items()} for name, vectors in self.vectors.items()},
+            {name: {key: tensor.detach() for key, tensor in state.items()} for name, state in self.saved.items()},
+            {name: bias.detach() for name, bias in self.biases.items()},
+        )
 
 
 def check_adapter_name(name: str) -> None:

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from veratune.adapters.adapted_model import AdaptedModel
-from veratune.adapters.names import public_state
 from veratune.bank.layout import AdapterRow, Layout, make_row
 from veratune.checkpoint.formats import read_adapter
 from veratune.checkpoint.hub import find_directory
@@ -59,16 +58,9 @@ class RowMaker:
     def active(self, model: AdaptedModel, adapter_name: str | None) -> AdapterRow:
         """Return the row of an adapter in another model; by default, of the active adapter."""
         name = model.active_adapter if adapter_name is None else adapter_name
-        state = model.adapter_state(name)
+        state = model.adapter_state(name).detached()
         loaded = LoadedAdapter(
-            f"adapter {name!r}",
-            model.peft_config[name],
-            {layer: {which: v.detach() for which, v in vectors.items()} for layer, vectors in state.vectors.items()},
-            {
-                module_name: {key: tensor.detach() for key, tensor in public_state(module).items()}
-                for module_name, module in state.saved.items()
-            },
-            {bias: tensor.detach() for bias, tensor in state.biases.items()},
+            state.vectors, state.saved, state.biases, origin=f"adapter {name!r}", config=model.peft_config[name]
         )
         targets = targets_of(self._modules, loaded)
         ready = make_ready(self._modules, loaded, targets, model.projection_scheme(name))

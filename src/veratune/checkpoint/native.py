@@ -18,13 +18,14 @@ same files with veratune's plug-in.
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from veratune.adapters.adapted_model import AdaptedModel
-from veratune.adapters.names import public_state, without_wrappers
+from veratune.adapters.adapter_state import AdapterState
+from veratune.adapters.names import without_wrappers
 from veratune.adapters.plan import make_scheme
 from veratune.adapters.target import Target
 from veratune.checkpoint.base import AdapterContents, AdapterFiles, Format, open_adapter
@@ -60,59 +61,6 @@ from veratune.utils.text import notify
 _INFORMATIVE = {"peft_type", *VeraConfig.names_with(peft="any")}
 
 
-class NativeFile(NamedTuple):
-    """The contents of a file in veratune's format.
-
-    Attributes:
-        loaded: the adapter.
-        header: the JSON object in the file's metadata.
-        projections: tensors of A and B, if the file has them.
-    """
-
-    loaded: LoadedAdapter
-    header: dict[str, Any]
-    projections: dict[str, Tensor]
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Return the adapter's tensors by their names in the file, without projections."""
-        return file_tensors(self.loaded.vectors, self.loaded.saved, self.loaded.biases)
-
-    def targets(self, modules: Mapping[str, nn.Module]) -> list[Target]:
-        """Find the adapter's layers in a model, and check names and shapes.
-
-        Raises:
-            CheckpointError: the adapter is for another model.
-        """
-        loaded, inputs = self.loaded, self.header.get("inputs", {})
-        targets = targets_of(modules, loaded)
-        _check_ranks(loaded, targets)
-        _check_shapes(loaded.origin, targets, self.projections)
-        for target in targets:
-            if inputs.get(target.name, target.in_features) != target.in_features:
-                raise CheckpointError(
-                    f"{loaded.origin}: {target.name} had {inputs[target.name]} inputs when the adapter was trained, but"
-                    f" has {target.in_features} here: the adapter is for a model with other dimensions"
-                )
-        return targets
-
-    def scheme(self, targets: list[Target]) -> Scheme:
-        """Return the adapter's projection scheme, after checking it against the fingerprint in the file.
-
-        Raises:
-            CheckpointError: the adapter was trained with other projections.
-        """
-        config, origin, fingerprint = self.loaded.config, self.loaded.origin, self.header["fingerprint"]
-        scheme = make_scheme(config, targets)
-        if scheme.fingerprint() == fingerprint:
-            _check_projections(origin, scheme, self.projections)
-            return scheme
-        if config.projection == "peft" and self.projections.keys() == {"A", "B"}:
-            stored = Stored.from_tensors(self.projections["A"], self.projections["B"])
-            if stored.fingerprint() == fingerprint:
-                return stored
-        raise other_projections(origin, config, fingerprint, scheme.fingerprint())
-
-
 class NativeFormat(Format):
     """veratune's own format."""
 
@@ -129,7 +77,7 @@ class NativeFormat(Format):
         )
 
     def contents(self, files: AdapterFiles) -> AdapterContents:
-        loaded, header, projections = _read(files)
+        loaded = _read(files)
         saved = {f"{module}.{key}": t for module, tensors in loaded.saved.items() for key, t in tensors.items()}
         return AdapterContents(
             path=files.weights.path,
@@ -137,10 +85,10 @@ class NativeFormat(Format):
             config=loaded.config.to_dict(),
             vectors=loaded.vectors,
             others=saved | loaded.biases,
-            projections=projections,
-            fingerprint=header["fingerprint"],
-            base=header.get("base", {}),
-            format_version=header["format_version"],
+            projections=loaded.projections,
+            fingerprint=loaded.header["fingerprint"],
+            base=loaded.header.get("base", {}),
+            format_version=loaded.header["format_version"],
         )
 
     def write(self, host: AdaptedModel, adapter_name: str, directory: Path) -> None:
@@ -156,9 +104,7 @@ def save_native(host: AdaptedModel, adapter_name: str, directory: Path, *, write
         directory: the directory.
         write: if False, only take part in gathering sharded parameters, which all processes must do.
     """
-    state = host.adapter_state(adapter_name)
-    saved = {name: public_state(module) for name, module in state.saved.items()}  # parameters carry their sharding
-    tensors = {name: gathered(tensor) for name, tensor in file_tensors(state.vectors, saved, state.biases).items()}
+    tensors = {name: gathered(tensor) for name, tensor in file_tensors(host.adapter_state(adapter_name)).items()}
     if write:
         layers = {name: layer for name, layer in host.vera_layers().items() if adapter_name in layer.entries}
         config, scheme = host.peft_config[adapter_name], host.projection_scheme(adapter_name)
@@ -211,24 +157,14 @@ def write_native(
     write_json(directory / CONFIG_NAME, {**config.to_dict(), **shown})
 
 
-def file_tensors(
-    vectors: Mapping[str, Mapping[str, Tensor]],
-    saved: Mapping[str, Mapping[str, Tensor]],
-    biases: Mapping[str, Tensor],
-) -> dict[str, Tensor]:
-    """Return an adapter's tensors by their names in a file.
-
-    Args:
-        vectors: layer name to the layer's vectors by name (`b`, `d`).
-        saved: module name to the state of the module, for modules trained in full.
-        biases: parameter name to bias.
-    """
+def file_tensors(state: AdapterState) -> dict[str, Tensor]:
+    """Return an adapter's tensors by their names in a file, without projections."""
     tensors: dict[str, Tensor] = {}
-    for name, own in vectors.items():
+    for name, own in state.vectors.items():
         tensors |= {f"{VECTOR_PREFIX}{which}.{name}": vector for which, vector in own.items()}
-    for name, state in saved.items():
-        tensors |= {f"modules_to_save.{name}.{key}": tensor for key, tensor in state.items()}
-    return tensors | {f"bias.{name}": bias for name, bias in biases.items()}
+    for name, saved in state.saved.items():
+        tensors |= {f"modules_to_save.{name}.{key}": tensor for key, tensor in saved.items()}
+    return tensors | {f"bias.{name}": bias for name, bias in state.biases.items()}
 
 
 def describe_base(model: nn.Module) -> dict[str, Any]:
@@ -252,13 +188,50 @@ def _ready(
     sizes_only: bool,
 ) -> ReadyAdapter:
     """Check an adapter against a model; with `sizes_only`, only its names and shapes."""
-    file = _checked(directory, tensors, metadata, sizes_only=sizes_only)
-    targets = file.targets(modules)
-    scheme = make_scheme(file.loaded.config, targets) if sizes_only else file.scheme(targets)
-    return make_ready(modules, file.loaded, targets, scheme)
+    loaded = _checked(directory, tensors, metadata, sizes_only=sizes_only)
+    targets = native_targets(modules, loaded)
+    scheme = make_scheme(loaded.config, targets) if sizes_only else native_scheme(loaded, targets)
+    return make_ready(modules, loaded, targets, scheme)
 
 
-def read_native(directory: Path) -> NativeFile:
+def native_targets(modules: Mapping[str, nn.Module], loaded: LoadedAdapter) -> list[Target]:
+    """Find the layers of an adapter from a file in a model, and check names and shapes.
+
+    Raises:
+        CheckpointError: the adapter is for another model.
+    """
+    inputs = loaded.header.get("inputs", {})
+    targets = targets_of(modules, loaded)
+    _check_ranks(loaded, targets)
+    _check_shapes(loaded.origin, targets, loaded.projections)
+    for target in targets:
+        if inputs.get(target.name, target.in_features) != target.in_features:
+            raise CheckpointError(
+                f"{loaded.origin}: {target.name} had {inputs[target.name]} inputs when the adapter was trained, but"
+                f" has {target.in_features} here: the adapter is for a model with other dimensions"
+            )
+    return targets
+
+
+def native_scheme(loaded: LoadedAdapter, targets: list[Target]) -> Scheme:
+    """Return the projections of an adapter from a file, after checking that it was trained with them.
+
+    Raises:
+        CheckpointError: it was trained with other projections.
+    """
+    config, fingerprint = loaded.config, loaded.header["fingerprint"]
+    scheme = make_scheme(config, targets)
+    if scheme.fingerprint() == fingerprint:
+        _check_projections(loaded.origin, scheme, loaded.projections)
+        return scheme
+    if config.projection == "peft" and loaded.projections.keys() == {"A", "B"}:
+        stored = Stored.from_tensors(loaded.projections["A"], loaded.projections["B"])
+        if stored.fingerprint() == fingerprint:
+            return stored
+    raise other_projections(loaded.origin, config, fingerprint, scheme.fingerprint())
+
+
+def read_native(directory: Path) -> LoadedAdapter:
     """Read an adapter's files without a model.
 
     Raises:
@@ -268,13 +241,13 @@ def read_native(directory: Path) -> NativeFile:
         return _read(files)
 
 
-def _read(files: AdapterFiles) -> NativeFile:
+def _read(files: AdapterFiles) -> LoadedAdapter:
     return _checked(files.directory, files.weights.tensors(), files.weights.metadata)
 
 
 def _checked(
     directory: Path, tensors: dict[str, Tensor], metadata: dict[str, str], *, sizes_only: bool = False
-) -> NativeFile:
+) -> LoadedAdapter:
     path = directory / WEIGHTS_NAME
     header = checked_header(path, metadata, None if sizes_only else tensors)
     try:
@@ -297,8 +270,16 @@ def _checked(
             )
         saved[owner][name.removeprefix(f"{owner}.")] = tensor
     labels = check_labels(str(path), header.get("base", {}).get("id2label", {}))
-    loaded = LoadedAdapter(str(path), config, vectors, saved, groups["bias"], labels)
-    return NativeFile(loaded, header, groups["projection"])
+    return LoadedAdapter(
+        vectors,
+        saved,
+        groups["bias"],
+        origin=str(path),
+        config=config,
+        projections=groups["projection"],
+        labels=labels,
+        header=header,
+    )
 
 
 def _projection_tensors(layers: Mapping[str, VeraLayer], adapter_name: str, scheme: Scheme) -> dict[str, Tensor]:

@@ -193,7 +193,7 @@ def _sort_tensors(
     biases = bias_first_names(
         (name, module if isinstance(module, SavedModule) else unwrapped(module)) for name, module in modules.items()
     )
-    loaded = LoadedAdapter(origin, config, {})
+    loaded = LoadedAdapter({}, origin=origin, config=config)
     for key, tensor in tensors.items():
         if not key.startswith(PREFIX):
             raise CheckpointError(f"{origin}: {key!r} does not start with {PREFIX!r}, as PEFT's names do")

@@ -125,9 +125,10 @@ def other_tensors(host: AdaptedModel, adapter_name: str) -> dict[str, Tensor]:
             )
         # If PEFT treats another module as saved, write its current weights.
         module = modules[name]
-        saved = state.saved.get(name, module.original_module if isinstance(module, SavedModule) else module)
-        for key, tensor in public_state(saved).items():
-            tensors[f"{PREFIX}{name}.{key}"] = tensor
+        saved = state.saved.get(name)
+        if saved is None:
+            saved = public_state(module.original_module if isinstance(module, SavedModule) else module)
+        tensors |= {f"{PREFIX}{name}.{key}": tensor for key, tensor in saved.items()}
     for name, bias in state.biases.items():
         layer = adapted.get(name)
         key = name if layer is None else f"{layer}.base_layer.bias" if layer else "base_layer.bias"

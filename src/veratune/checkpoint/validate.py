@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from veratune.adapters.adapted_model import AdaptedModel
+from veratune.adapters.adapter_set import saved_copies
+from veratune.adapters.adapter_state import AdapterState
 from veratune.adapters.names import load_public_state, public_state, unwrapped
 from veratune.adapters.plan import AdapterPlan, modules_with_biases
 from veratune.adapters.target import Target, TargetError, above_largest_rank, parts_of
@@ -32,25 +34,23 @@ from veratune.utils.text import closest, notify, some
 _MOST_DIGITS = 9
 
 
-@dataclass
-class LoadedAdapter:
-    """An adapter as read from files, keyed by names in the model without adapters.
+@dataclass(frozen=True, kw_only=True)
+class LoadedAdapter(AdapterState):
+    """The tensors of an adapter as read from files, and everything else in the files.
 
     Attributes:
         origin: the file, for messages.
-        config: its configuration.
-        vectors: layer name to the layer's vectors by name (`b`, `d`).
-        saved: module name to the module's state dict.
-        biases: parameter name to bias.
+        config: the adapter's configuration.
+        projections: the tensors A and B by their names in the file, if it has them.
         labels: class index to class name; empty if the file has no class names.
+        header: the JSON object in the metadata of veratune's own file; empty for other formats.
     """
 
     origin: str
     config: VeraConfig
-    vectors: dict[str, dict[str, Tensor]]
-    saved: dict[str, dict[str, Tensor]] = field(default_factory=dict)
-    biases: dict[str, Tensor] = field(default_factory=dict)
+    projections: dict[str, Tensor] = field(default_factory=dict)
     labels: dict[int, str] = field(default_factory=dict)
+    header: dict[str, Any] = field(default_factory=dict)
 
 
 def check_vectors(origin: str, vectors: Mapping[str, Mapping[str, Tensor]]) -> None:
@@ -213,19 +213,14 @@ class ReadyAdapter:
             self.copy_into(host, name)
 
     def _warn_of_values(self) -> None:
-        loaded = self.loaded
-        tensors = [
-            *((name, vector) for name, vectors in loaded.vectors.items() for vector in vectors.values()),
-            *((f"{name}.{key}", tensor) for name, state in loaded.saved.items() for key, tensor in state.items()),
-            *loaded.biases.items(),
-        ]
+        tensors = self.loaded.described()
         if isinstance(self.plan.scheme, Stored):
-            tensors += [("its projections", self.plan.scheme.a), ("its projections", self.plan.scheme.b)]
-        found = next((name for name, tensor in tensors if not is_finite(tensor)), None)
+            tensors |= {"its projection A": self.plan.scheme.a, "its projection B": self.plan.scheme.b}
+        found = next((name for name, tensor in tensors.items() if not is_finite(tensor)), None)
         if found is not None:
             notify(
-                f"{loaded.origin} contains NaN or infinity ({found}), so outputs will be NaN: training diverged. Load"
-                " an older checkpoint"
+                f"{self.loaded.origin} contains NaN or infinity ({found}), so outputs will be NaN: training diverged."
+                " Load an older checkpoint"
             )
 
     def check_equal_to(self, host: AdaptedModel, name: str) -> None:
@@ -248,17 +243,16 @@ class ReadyAdapter:
     def copy_into(self, host: AdaptedModel, name: str) -> None:
         """Copy the values into an adapter with the same layers and ranks."""
         self._warn_of_values()
-        state = host.adapter_state(name)
+        state, copies = host.adapter_state(name), saved_copies(host.base_model, name)
         with torch.no_grad():
             for layer_name, vectors in self.loaded.vectors.items():
                 for which, value in vectors.items():
                     own = state.vectors[layer_name][which]
                     own.copy_(_sharded_like(value, own))
             for module_name, tensors in self.loaded.saved.items():
-                module = state.saved[module_name]
-                own_state = public_state(module)
+                own_state = state.saved[module_name]
                 load_public_state(
-                    module, {key: _sharded_like(tensor, own_state[key]) for key, tensor in tensors.items()}
+                    copies[module_name], {key: _sharded_like(tensor, own_state[key]) for key, tensor in tensors.items()}
                 )
             for bias_name, bias in self.loaded.biases.items():
                 own = state.biases[bias_name]

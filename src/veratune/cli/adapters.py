@@ -150,14 +150,14 @@ def diff(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Compare the settings, layers and vectors of two adapters. The exit code is 1 if they differ."""
-    (a, head_a, _), (b, head_b, _) = read_native(adapter_in(first)), read_native(adapter_in(second))
+    a, b = read_native(adapter_in(first)), read_native(adapter_in(second))
     settings_a, settings_b = a.config.to_dict(), b.config.to_dict()
     settings = {
         name: [settings_a[name], settings_b[name]] for name in settings_a if settings_a[name] != settings_b[name]
     }
-    comparable = head_a["fingerprint"] == head_b["fingerprint"]
+    comparable = a.header["fingerprint"] == b.header["fingerprint"]
     if not comparable:
-        settings["fingerprint"] = [head_a["fingerprint"], head_b["fingerprint"]]
+        settings["fingerprint"] = [a.header["fingerprint"], b.header["fingerprint"]]
     only = {"first": sorted(a.vectors.keys() - b.vectors.keys()), "second": sorted(b.vectors.keys() - a.vectors.keys())}
     layers = {
         name: {which: _distance(x, b.vectors[name][which]) for which, x in a.vectors[name].items()}

@@ -6,7 +6,7 @@ from typing import Any, Self
 import peft
 from peft.utils import PeftType
 
-from veratune.checkpoint.native import NativeFile
+from veratune.checkpoint.validate import LoadedAdapter
 from veratune.config import PEFT_TYPE, VeraConfig, VeraFields, explains_unknown_fields
 from veratune.config_fields import settings_of
 from veratune.integrations.peft import files as peft_files
@@ -31,7 +31,7 @@ class VeratuneConfig(VeraFields, peft.PeftConfig):
     def __post_init__(self, base: dict[str, Any] | None) -> None:
         peft_method.check_installed(PEFT_TYPE)
         super().__post_init__()  # type: ignore[no-untyped-call]
-        self._file: NativeFile | None = None
+        self._file: LoadedAdapter | None = None
         self.peft_type = PeftType[PEFT_TYPE]
         self._expected = self.fingerprint  # the fingerprint in the file, if the configuration was read from one
         self.checked()
@@ -46,13 +46,13 @@ class VeratuneConfig(VeraFields, peft.PeftConfig):
         return cls._of_file(peft_files.read_for_peft(pretrained_model_name_or_path, subfolder=subfolder, **kwargs))
 
     @classmethod
-    def _of_file(cls, file: NativeFile) -> Self:
-        own = file.loaded.config
+    def _of_file(cls, file: LoadedAdapter) -> Self:
+        own = file.config
         # PEFT names tasks differently, and treats an empty list as an explicit choice.
         kept = {*settings_of(VeraFields), *VeraConfig.names_with(peft="any")} - {"modules_to_save", "task_type"}
         config = cls(
             **{name: getattr(own, name) for name in kept},
-            task_type=peft_files.task_type_for_peft(file.loaded),
+            task_type=peft_files.task_type_for_peft(file),
             modules_to_save=own.modules_to_save or None,
             fingerprint=file.header["fingerprint"],
         )

@@ -22,7 +22,7 @@ from veratune.checkpoint.files import (
     read_json,
 )
 from veratune.checkpoint.hub import find_directory
-from veratune.checkpoint.native import NativeFile, read_native
+from veratune.checkpoint.native import file_tensors, native_scheme, native_targets, read_native
 from veratune.checkpoint.native_header import METADATA_KEY
 from veratune.checkpoint.peft_rules import TASK_HEADS, exact_targets, peft_saved
 from veratune.checkpoint.validate import LoadedAdapter, check_keys, other_projections
@@ -36,7 +36,7 @@ _LOCATION = ("subfolder", "revision", "token", "cache_dir", "local_files_only")
 _PARTS = ("base_layer", "adapted", *(VECTOR_PREFIX + which for which in VECTORS), "vera_dropout")
 
 
-def read_for_peft(path_or_repo: str, **location: Any) -> NativeFile:
+def read_for_peft(path_or_repo: str, **location: Any) -> LoadedAdapter:
     """Return the adapter in a directory or repository that is passed to PEFT.
 
     Raises:
@@ -52,21 +52,21 @@ def task_type_for_peft(loaded: LoadedAdapter) -> str | None:
     return None if heads and not any(name.endswith(heads) for name in loaded.saved) else task
 
 
-def name_targets(peft_config: Any, file: NativeFile, model: nn.Module) -> None:
+def name_targets(peft_config: Any, loaded: LoadedAdapter, model: nn.Module) -> None:
     """Make a configuration select exactly the layers of an adapter in a file, under PEFT's rules.
 
     Raises:
         CheckpointError: the adapter is not for this model, or PEFT cannot hold it.
     """
-    loaded, modules = file.loaded, base_modules(model)
-    targets = file.targets(modules)
+    modules = base_modules(model)
+    targets = native_targets(modules, loaded)
     for target in targets:
         if target.r != loaded.config.rank_of(target.name):
             raise CheckpointError(
                 f"{loaded.origin}: d of {target.name} has {target.r} elements, but its rank in the configuration is"
                 f" {loaded.config.rank_of(target.name)}"
             )
-    if isinstance(file.scheme(targets), Stored):
+    if isinstance(native_scheme(loaded, targets), Stored):
         raise CheckpointError(
             f"{loaded.origin} has projections that came from a PEFT file, but veratune's layers in PEFT draw theirs"
             " from the key: load the adapter with veratune.VeraModel.from_pretrained, export it with export_peft, and"
@@ -107,13 +107,13 @@ class AdapterWeights(dict[str, Tensor]):
     """The result of PEFT's `load_peft_weights` for one of veratune's files: the tensors by their keys in the file.
 
     Attributes:
-        file: the file.
+        loaded: the file's contents.
         device: the device that PEFT passed for the tensors.
     """
 
-    def __init__(self, file: NativeFile, device: Any) -> None:
-        super().__init__(file.tensors())
-        self.file, self.device = file, device
+    def __init__(self, loaded: LoadedAdapter, device: Any) -> None:
+        super().__init__(file_tensors(loaded))
+        self.loaded, self.device = loaded, device
 
     def for_model(self, model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
         """Return the tensors under PEFT's keys for an adapter on a model.
@@ -125,17 +125,17 @@ class AdapterWeights(dict[str, Tensor]):
             CheckpointError: the adapter has other projections, layers or shapes, or is not one of veratune's.
         """
         peft_model: Any = model
-        loaded, config = self.file.loaded, peft_model.peft_config[adapter_name]
+        loaded, config = self.loaded, peft_model.peft_config[adapter_name]
         if config.peft_type != PEFT_TYPE:
             raise CheckpointError(
                 f"{loaded.origin} is a veratune adapter, but adapter {adapter_name!r} here has type"
                 f" {config.peft_type.value}: load it under another name"
             )
-        if self.file.header["fingerprint"] != config.fingerprint:
+        if loaded.header["fingerprint"] != config.fingerprint:
             found = config.fingerprint
-            raise other_projections(loaded.origin, config.checked(), self.file.header["fingerprint"], found)
+            raise other_projections(loaded.origin, config.checked(), loaded.header["fingerprint"], found)
         modules = base_modules(base_model_of(model))
-        self.file.targets(modules)
+        native_targets(modules, loaded)
         tensors = dict(self)
         # Modules that PEFT also trains in full, because their names have the same ending, keep the base weights.
         for name, wrapper in saved_wrappers(modules, adapter_name).items():
@@ -175,15 +175,15 @@ def reading(load: Callable[..., Any]) -> Callable[..., Any]:
     def load_weights(model_id: Any, device: Any = None, key_mapping: Any = None, **location: Any) -> Any:
         if _type_of(model_id, **location) != PEFT_TYPE:
             return load(model_id, device=device, key_mapping=key_mapping, **location)
-        file = read_for_peft(model_id, **location)
-        for name in (*file.loaded.vectors, *file.loaded.saved, *file.loaded.biases):
+        loaded = read_for_peft(model_id, **location)
+        for name in (*loaded.vectors, *loaded.saved, *loaded.biases):
             changed = next((old for old in key_mapping or () if re.search(old, name)), None)
             if changed is not None:
                 raise CheckpointError(
-                    f"{file.loaded.origin} cannot be loaded with key_mapping, which would rename {name} ({changed!r}):"
+                    f"{loaded.origin} cannot be loaded with key_mapping, which would rename {name} ({changed!r}):"
                     " veratune's files use the names of the model that the adapter was trained on. Omit key_mapping"
                 )
-        return AdapterWeights(file, device)
+        return AdapterWeights(loaded, device)
 
     return load_weights
 

@@ -16,8 +16,7 @@ from veratune.adapters.surgery import prepare, undone_on_error
 from veratune.adapters.target import Target, parts_of
 from veratune.adapters.target_errors import check_not_sharded, check_settings
 from veratune.adapters.targets import parameter_targets
-from veratune.checkpoint.native import NativeFile
-from veratune.checkpoint.validate import other_projections
+from veratune.checkpoint.validate import LoadedAdapter, other_projections
 from veratune.config import VeraConfig
 from veratune.integrations.peft import files as peft_files
 from veratune.integrations.peft import method as peft_method
@@ -184,7 +183,7 @@ class VeratuneTuner(MergingTuner):
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         # PEFT calls this for every adapter, after completing the configuration and before searching for layers.
-        file: NativeFile | None = getattr(peft_config, "_file", None)
+        file: LoadedAdapter | None = getattr(peft_config, "_file", None)
         if file is not None:
             peft_files.name_targets(peft_config, file, model)
         if peft_config.target_modules == "all-linear":
@@ -198,7 +197,7 @@ class VeratuneTuner(MergingTuner):
         parameters = self._matched_parameters(config, model)
         targets = [*layers.values(), *parameters]
         if file is not None:
-            peft_files.check_named(peft_config, file.loaded, {target.name for target in targets})
+            peft_files.check_named(peft_config, file, {target.name for target in targets})
         if not targets:
             return  # PEFT raises an error
         check_settings(config, targets)
