@@ -38,7 +38,7 @@ QUICK_POINTS = ((64, 96, 32, 64),)
 COST_POINTS = ((384, 1536, 256, 4096), (1024, 1024, 64, 2048), (4096, 4096, 256, 512))
 DTYPES = (torch.bfloat16, torch.float16)
 PEFT, ROUNDING = "PEFT VeRA", "A, B"
-COMPARED = [name for name, route in ROUTES.items() if route.keeps != "xa"]  # the Triton route, which has none
+COMPARED = [name for name, route in ROUTES.items() if not route.keeps_xa]  # the Triton route, which has none
 KEY = 0
 
 Gradients = dict[str, Tensor]

@@ -41,13 +41,11 @@ def exact_share(share: float) -> Iterator[None]:
     before = planning.EXACT_SHARE
     planning.EXACT_SHARE = share
     planning.route_table.cache_clear()
-    planning._tables.clear()
     try:
         yield
     finally:
         planning.EXACT_SHARE = before
         planning.route_table.cache_clear()
-        planning._tables.clear()
 
 
 def with_veratune(encoder: nn.Module) -> nn.Module:

@@ -8,7 +8,8 @@ from typing import Any, Literal, NoReturn, TypeVar
 
 from veratune import config_fields as check
 from veratune.config_fields import LONGEST_VALUE, setting, settings_of
-from veratune.ops.planning import MEMORY_NAMES, ROUTE_NAMES, MemoryName, RouteName
+from veratune.ops.planning import MEMORY_NAMES, ROUTE_NAMES, RouteName
+from veratune.ops.routes import MemoryName
 from veratune.projections.base import KEYS
 from veratune.projections.blocks import MOST_BLOCKS
 from veratune.projections.schemes import SCHEMES

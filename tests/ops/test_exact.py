@@ -248,7 +248,6 @@ class Attention(nn.Module):
 def test_layers_with_the_same_input(route: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(planning, "EXACT_SHARE", math.inf)
     monkeypatch.setattr(planning, "route_table", planning.route_table.__wrapped__)
-    monkeypatch.setattr(planning, "_tables", {})
     torch.manual_seed(0)
     model = get_peft_model(Attention().bfloat16(), VeraConfig(r=8, target_modules="all-linear", route=route))
     expected, found = {}, {}

@@ -49,7 +49,6 @@ def registered(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Free, "calls", ())
     # Tables that were made without the toys, and those with them, must not meet.
     monkeypatch.setattr(planning, "route_table", planning.route_table.__wrapped__)
-    monkeypatch.setattr(planning, "_tables", {})
 
 
 def test_it_is_chosen_explained_computed_and_differentiated() -> None:

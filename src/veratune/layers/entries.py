@@ -8,7 +8,8 @@ import torch
 from veratune.layers.input_cache import InputCache
 from veratune.ops.costs import LayerShape
 from veratune.ops.factors import Factors
-from veratune.ops.planning import MemoryName, RouteName, TableCache
+from veratune.ops.planning import RouteName, TableCache
+from veratune.ops.routes import MemoryName
 from veratune.projections.pool import ProjectionView
 
 # The names of an adapter's vectors on one weight. Parameter names and keys in files consist of the prefix and a name.

@@ -67,19 +67,23 @@ def add_cost_of_rows(cost: Cost, shape: LayerShape) -> None:
         cost.pass_over(elements, 4 + size)
 
 
-def add_cost(cost: Cost, shape: LayerShape, route: str, gradients_from: str) -> None:
-    """Add the extra cost of exact gradients over those that a route computes in the compute dtype."""
+def add_cost(cost: Cost, shape: LayerShape, gradients_from: str, *, output_uses_xa: bool) -> None:
+    """Add the extra cost of exact gradients over those that a route computes in the compute dtype.
+
+    Args:
+        cost: the running sum to add to.
+        shape: the call's dimensions.
+        gradients_from: as in `Route`; with "xa" the gradients come from u^T g.
+        output_uses_xa: whether the output is computed from u, which then has to be rounded.
+    """
     n, m, r, t = shape.in_features, shape.out_features, shape.rank, shape.tokens
     density, size = shape.density, cost.profile.itemsize
     returns_sums = cost.profile.returns_sums
     if gradients_from == "xa":
         cost.widen_product(t, r, n, share=shape.sharing, density=density)
         cost.saved_bytes += t * r * (4 - size) // shape.sharing
-        if route != "mixed":  # the output of the mixed route does not use u
+        if output_uses_xa:
             cost.pass_over(t * r / shape.sharing, 4 + size)
-        if route == "scaled":  # computes u^T g only for exact gradients
-            cost.product(r, m, t, density=density)
-            cost.pass_over(4 * r * m * density)
         split_elements, result, inner = t * r, r * m * density, t
         cast_elements = [t * n / shape.sharing, r * n * density, t * m]
     else:

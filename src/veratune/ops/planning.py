@@ -15,12 +15,11 @@ import torch
 from veratune.ops import exact
 from veratune.ops.calibration import device_profile
 from veratune.ops.costs import Cost, DeviceProfile, LayerShape
-from veratune.ops.routes import ROUTES
+from veratune.ops.routes import ROUTES, MemoryName
 from veratune.utils.torch_private import constant_while_compiling
 
 RouteName = Literal["auto", "factored", "dense"]
 ROUTE_NAMES: tuple[RouteName, ...] = ("auto", "factored", "dense")
-MemoryName = Literal["balanced", "low", "fast"]
 MEMORY_NAMES: tuple[MemoryName, ...] = ("balanced", "low", "fast")
 
 
@@ -89,13 +88,8 @@ def estimate(
     route = ROUTES[choice.route]
     route.cost(cost, shape, training=training, backward=backward, keep=choice.keep)
     if choice.exact:
-        exact.add_cost(cost, shape, route.name, route.gradients_from)
+        route.add_exact_cost(cost, shape)
     return Estimate(choice, cost.flops, cost.saved_bytes, cost.seconds)
-
-
-# For an adapted weight with at most this many elements, launching the operations takes longer than computing, and
-# keeping the result takes little memory.
-_FEW = 1 << 14
 
 
 def possible_choices(
@@ -113,9 +107,8 @@ def possible_choices(
     Args:
         route: which routes are allowed: "factored" excludes those that read the weight, "dense" all but "dense".
         memory: "low" saves only the smaller of x and x A^T for the gradients, and neither if autograd saves the tensors
-            that x was computed from; "fast" saves everything that avoids recomputation; "balanced" saves an adapted
-            weight that is small compared with the layer's activations or has at most `_FEW` elements, and activations
-            that are small compared with the layer's weight.
+            that x was computed from; "fast" saves everything that avoids recomputation; "balanced" saves what is small
+            (`Route.worth_keeping`).
         shape: the call's dimensions.
         training: whether the vectors' gradients will be required.
         weight_readable: whether W0 can be read, as the routes with a dense output require.
@@ -125,7 +118,7 @@ def possible_choices(
     backward = training if backward is None else backward
     profile = profile or device_profile(torch.device("cpu"), torch.float32)
     possible = [each for each in ROUTES.values() if each.available(profile, shape)]
-    possible = [each for each in possible if training or each.name != "mixed"]
+    possible = [each for each in possible if training or not each.training_only]
     if not weight_readable:
         possible = [each for each in possible if not each.reads_weight]
         if route == "dense":
@@ -137,19 +130,12 @@ def possible_choices(
     if training and memory == "low" and route == "auto":
         smaller = "x" if shape.in_features < shape.rank else "xa"
         possible = [each for each in possible if each.gradients_from == smaller] or possible
-    elements = shape.in_features * shape.out_features
-    weight_is_small = elements <= _FEW or 8 * elements <= shape.tokens * (shape.in_features + shape.out_features)
-    activations_are_small = 8 * shape.tokens <= shape.in_features
-    kept = {
-        "weight": backward and (memory == "fast" or (memory == "balanced" and weight_is_small)),
-        "product": training and (memory == "fast" or (memory == "balanced" and activations_are_small)),
-        "xa": training,
-    }
-    # A route that keeps x A^T does not need the input for the vectors' gradients.
     input_again = training and memory == "low"
     return [
         RouteChoice(
-            each.name, each.keeps is not None and kept[each.keeps], input_again=input_again and each.keeps != "xa"
+            each.name,
+            each.worth_keeping(shape, memory, training=training, backward=backward),
+            input_again=input_again and not each.keeps_xa,
         )
         for each in possible
     ]
@@ -162,7 +148,7 @@ EXACT_SHARE = 0.03
 def exactly(choice: RouteChoice, memory: MemoryName) -> RouteChoice | None:
     """Return the choice with exact gradients; None if the route has none or `memory` rules out saving their tensors."""
     route = ROUTES[choice.route]
-    if route.keeps == "xa" or (memory == "low" and route.gradients_from == "xa"):
+    if route.keeps_xa or (memory == "low" and route.gradients_from == "xa"):
         return None
     # With exact gradients, which come from u^T g, the `scaled` route need not keep its product with B.
     return choice._replace(keep=choice.keep and choice.reads_weight, exact=True)
@@ -306,31 +292,22 @@ def table_for(
     shape_key: str,
     device: torch.device,
     dtype: torch.dtype,
-    training: bool,
-    weight_readable: bool,
-    backward: bool,
-    wide_vectors: bool,
+    *flags: bool,
 ) -> RouteTable:
-    """Return the `route_table` for a device, dtype and `LayerShape.key`; torch.compile does not trace the search."""
-    profile = device_profile(device, dtype)
-    arguments = (route, memory, shape_key, device.type, dtype, training, weight_readable, backward, wide_vectors)
-    found = _tables.get(arguments)
-    if found is None or found[0] is not profile:  # not cached, or recalibrated since
-        shape = LayerShape.of_key(shape_key)
-        flags = (training, weight_readable, backward, wide_vectors)
-        found = profile, route_table(route, memory, shape, profile, *flags)
-        _tables[arguments] = found
-    return found[1]
+    """Return the `route_table` for a device, dtype and `LayerShape.key`; torch.compile does not trace the search.
 
-
-# Looked up in every layer call, where hashing a shape and a profile would take longer than a small product.
-_tables: dict[tuple[Any, ...], tuple[DeviceProfile, RouteTable]] = {}
+    Args:
+        route, memory: as for `route_table`.
+        shape_key, device, dtype: determine its `shape` and `profile`.
+        flags: its arguments from `training` on.
+    """
+    return route_table(route, memory, LayerShape.of_key(shape_key), device_profile(device, dtype), *flags)
 
 
 class TableCache:
-    """Cache of one adapter's route tables on one layer, keyed by the arguments that vary between calls.
+    """Cache of one adapter's route tables on one layer, keyed by the arguments that vary between calls. Not copied.
 
-    Copies start empty.
+    It is looked up in every layer call, where hashing a shape and a profile would take longer than a small product.
     """
 
     def __init__(self) -> None:
@@ -343,17 +320,15 @@ class TableCache:
         shapes: tuple[LayerShape, ...],
         device: torch.device,
         dtype: torch.dtype,
-        training: bool,
-        weight_readable: bool,
-        backward: bool,
-        wide_vectors: bool,
+        *flags: bool,
     ) -> tuple[RouteTable, ...]:
         """Return the table for each shape. The first three arguments must be the same in every call."""
-        key = (device, dtype, training, weight_readable, backward, wide_vectors)
+        key = (device, dtype, flags)
+        profile = device_profile(device, dtype)
         found = self._found.get(key)
-        if found is None or found[0] is not device_profile(device, dtype):
-            tables = tuple(table_for(route, memory, shape.key, *key) for shape in shapes)
-            found = self._found[key] = device_profile(device, dtype), tables
+        if found is None or found[0] is not profile:  # not cached, or recalibrated since
+            tables = tuple(route_table(route, memory, shape, profile, *flags) for shape in shapes)
+            found = self._found[key] = profile, tables
         return found[1]
 
     def __getstate__(self) -> dict[str, Any]:

@@ -12,7 +12,7 @@ With T tokens and rank r:
 To add a route, write a class with the methods of `Route` in a file here and add it to `ROUTES`.
 """
 
-from veratune.ops.routes.base import Gradients, LinearInputs, Route, Wanted
+from veratune.ops.routes.base import Gradients, LinearInputs, MemoryName, Route, Wanted
 from veratune.ops.routes.dense import Dense
 from veratune.ops.routes.folded import Folded
 from veratune.ops.routes.mixed import Mixed
@@ -21,4 +21,4 @@ from veratune.ops.routes.triton import Triton
 
 ROUTES: dict[str, Route] = {route.name: route for route in (Scaled(), Folded(), Triton(), Dense(), Mixed())}
 
-__all__ = ["ROUTES", "Gradients", "LinearInputs", "Route", "Wanted"]
+__all__ = ["ROUTES", "Gradients", "LinearInputs", "MemoryName", "Route", "Wanted"]

@@ -6,9 +6,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from veratune.ops import exact
 from veratune.ops.costs import Cost, DeviceProfile, LayerShape
 from veratune.ops.factors import Factors
 from veratune.utils.tensors import wide_dtype
+
+MemoryName = Literal["balanced", "low", "fast"]
 
 
 class LinearInputs(NamedTuple):
@@ -78,9 +81,6 @@ class Gradients(NamedTuple):
     d: Tensor | None = None
 
 
-Keeps = Literal["weight", "product", "xa"]
-
-
 class Route(Protocol):
     """One exact way to compute an adapted layer, forward and backward.
 
@@ -88,14 +88,18 @@ class Route(Protocol):
         name: its name in tables and its key in `ROUTES`.
         reads_weight: whether it computes with W0 itself, rather than adding to the base layer's output.
         gradients_from: the tensor saved for the gradients of b and d: x, or x A^T.
-        keeps: the intermediate result that `forward` can save: the adapted weight, (out, in), the product with B,
-            (T, out), or x A^T, (T, r); None if there is none.
+        training_only: whether the route pays off only if the vectors' gradients are required.
+        keeps: a name, for tables, of the intermediate result that `forward` can save; None if there is none.
+        keeps_xa: whether that result is x A^T, so that the gradients need neither the input nor another product, and
+            are never exact (`ops.exact`).
     """
 
     name: ClassVar[str]
     reads_weight: ClassVar[bool]
     gradients_from: ClassVar[Literal["x", "xa"]]
-    keeps: ClassVar[Keeps | None] = None
+    training_only: ClassVar[bool] = False
+    keeps: ClassVar[str | None] = None
+    keeps_xa: ClassVar[bool] = False
 
     def available(self, profile: DeviceProfile, shape: LayerShape) -> bool:
         """Return whether the route can compute a layer of this shape on a device."""
@@ -104,6 +108,17 @@ class Route(Protocol):
     def uses_xa(self, training: bool) -> bool:
         """Return whether the route computes with x A^T."""
         ...
+
+    def worth_keeping(self, shape: LayerShape, memory: MemoryName, *, training: bool, backward: bool) -> bool:
+        """Return whether `forward` keeps its intermediate result for the backward pass.
+
+        Args:
+            shape: the call's dimensions.
+            memory: as in `VeraConfig`.
+            training: whether the vectors' gradients are wanted.
+            backward: whether any gradient is wanted.
+        """
+        return False
 
     def forward(self, inputs: LinearInputs, keep: bool) -> tuple[Tensor, Tensor | None]:
         """Return the output (T, out), and the tensor to save for the backward pass if `keep`, otherwise None."""
@@ -134,6 +149,10 @@ class Route(Protocol):
             keep: whether the forward pass saves the result that the backward pass would otherwise recompute.
         """
         ...
+
+    def add_exact_cost(self, cost: Cost, shape: LayerShape) -> None:
+        """Add the extra cost of exact gradients (`ops.exact`) over those in the compute dtype."""
+        exact.add_cost(cost, shape, self.gradients_from, output_uses_xa=self.uses_xa(training=False))
 
 
 def vectors_dtype(g: Tensor, factors: Factors) -> torch.dtype:

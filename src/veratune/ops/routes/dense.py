@@ -7,7 +7,11 @@ from torch.nn import functional as F
 
 from veratune.ops.costs import Cost, LayerShape
 from veratune.ops.delta import plus_delta, weighted_by_gradient
-from veratune.ops.routes.base import Gradients, Keeps, LinearInputs, Route, Wanted, vectors_dtype
+from veratune.ops.routes.base import Gradients, LinearInputs, MemoryName, Route, Wanted, vectors_dtype
+
+# For an adapted weight with at most this many elements, launching the operations takes longer than computing, and
+# keeping the result takes little memory.
+_FEW = 1 << 14
 
 
 def adapted_weight(inputs: LinearInputs) -> Tensor:
@@ -23,10 +27,15 @@ class Dense(Route):
     name: ClassVar[str] = "dense"
     reads_weight: ClassVar[bool] = True
     gradients_from: ClassVar[Literal["x", "xa"]] = "x"
-    keeps: ClassVar[Keeps | None] = "weight"
+    keeps: ClassVar[str | None] = "weight"
 
     def uses_xa(self, training: bool) -> bool:
         return False
+
+    def worth_keeping(self, shape: LayerShape, memory: MemoryName, *, training: bool, backward: bool) -> bool:
+        elements = shape.in_features * shape.out_features
+        is_small = elements <= _FEW or 8 * elements <= shape.tokens * (shape.in_features + shape.out_features)
+        return backward and (memory == "fast" or (memory == "balanced" and is_small))
 
     def forward(self, inputs: LinearInputs, keep: bool) -> tuple[Tensor, Tensor | None]:
         assert inputs.x is not None

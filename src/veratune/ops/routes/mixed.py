@@ -15,6 +15,7 @@ class Mixed(Dense):
 
     name: ClassVar[str] = "mixed"
     gradients_from: ClassVar[Literal["x", "xa"]] = "xa"
+    training_only: ClassVar[bool] = True
 
     def uses_xa(self, training: bool) -> bool:
         return training

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from veratune.ops.costs import Cost, LayerShape
 from veratune.ops.factors import Factors
-from veratune.ops.routes.base import Gradients, Keeps, LinearInputs, Route, Wanted, vectors_dtype
+from veratune.ops.routes.base import Gradients, LinearInputs, MemoryName, Route, Wanted, vectors_dtype
 from veratune.ops.routes.folded import vector_gradients_through_rank
 from veratune.utils.tensors import cast
 
@@ -22,10 +22,14 @@ class Scaled(Route):
     name: ClassVar[str] = "scaled"
     reads_weight: ClassVar[bool] = False
     gradients_from: ClassVar[Literal["x", "xa"]] = "xa"
-    keeps: ClassVar[Keeps | None] = "product"
+    keeps: ClassVar[str | None] = "product"
 
     def uses_xa(self, training: bool) -> bool:
         return True
+
+    def worth_keeping(self, shape: LayerShape, memory: MemoryName, *, training: bool, backward: bool) -> bool:
+        activations_are_small = 8 * shape.tokens <= shape.in_features
+        return training and (memory == "fast" or (memory == "balanced" and activations_are_small))
 
     def forward(self, inputs: LinearInputs, keep: bool) -> tuple[Tensor, Tensor | None]:
         factors, xa = inputs.factors, inputs.xa
@@ -80,3 +84,9 @@ class Scaled(Route):
         cost.pass_over(2 * t * r, size)
         cost.pass_over(4 * t * m, size)
         cost.saved_bytes += t * r * size // shape.sharing
+
+    def add_exact_cost(self, cost: Cost, shape: LayerShape) -> None:
+        super().add_exact_cost(cost, shape)
+        r, m, t = shape.rank, shape.out_features, shape.tokens
+        cost.product(r, m, t, density=shape.density)  # u^T g, which this route computes only for exact gradients
+        cost.pass_over(4 * r * m * shape.density)

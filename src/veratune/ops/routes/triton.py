@@ -6,7 +6,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from veratune.ops.costs import Cost, DeviceProfile, LayerShape
-from veratune.ops.routes.base import Gradients, Keeps, LinearInputs, Wanted
+from veratune.ops.routes.base import Gradients, LinearInputs, MemoryName, Wanted
 from veratune.ops.routes.folded import Folded, add_vector_gradients, vector_gradients_through_rank
 
 # A tile of x A^T, (rows, r), must fit in the registers of one program.
@@ -20,13 +20,17 @@ class Triton(Folded):
     """
 
     name: ClassVar[str] = "triton"
-    keeps: ClassVar[Keeps | None] = "xa"
+    keeps: ClassVar[str | None] = "xa"
+    keeps_xa: ClassVar[bool] = True
 
     def available(self, profile: DeviceProfile, shape: LayerShape) -> bool:
         return profile.triton_flops > 0 and shape.rank <= LARGEST_RANK and shape.density == 1.0
 
     def uses_xa(self, training: bool) -> bool:
         return False
+
+    def worth_keeping(self, shape: LayerShape, memory: MemoryName, *, training: bool, backward: bool) -> bool:
+        return training
 
     def forward(self, inputs: LinearInputs, keep: bool) -> tuple[Tensor, Tensor | None]:
         from veratune.ops.triton_kernel import add_product_
