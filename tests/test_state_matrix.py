@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from state_matrix import Kept, Method, never, public_names, run
+from state_matrix import Kept, Method, never, public_names, run, run_kept
 from state_methods import METHODS, expected, live_on
 from state_setups import STATES, make_env, saved_adapters
 from veratune import VeraModel
@@ -63,17 +63,7 @@ MAKING = [method for method in METHODS if method.name in _NAMES]
 def test_a_method_in_a_state(
     family: str, mode: str, method: Method, library: Callable[[str, str], Path], places: Iterator[Path]
 ) -> None:
-    env = KEPT.get((family, mode), lambda: make_env(family, mode, library))
-    env.path = next(places)
-    try:
-        unchanged = run(env, method, expected, live_on)
-    except BaseException:
-        env.context.close()
-        raise
-    if unchanged:
-        KEPT.keep((family, mode), env)
-    else:
-        env.context.close()
+    run_kept(KEPT, (family, mode), lambda: make_env(family, mode, library), next(places), method, expected, live_on)
 
 
 @pytest.mark.parametrize("method", MAKING, ids=[method.id for method in MAKING])

@@ -4,7 +4,7 @@ from torch import nn
 
 from reference import randomise
 from small_net import FIRST_LAYER, small_net
-from tiny_models import tiny_model
+from tiny_models import llama, tiny_model
 from veratune import TargetError, VeraConfig, get_peft_model
 from veratune.adapters.coverage import supported
 from veratune.adapters.plan import plan_adapter
@@ -327,17 +327,7 @@ def test_layer_patterns_with_groups_and_alternatives(pattern):
 
 
 def test_an_adapted_tied_head_can_be_tied_again():
-    import transformers
-
-    config = transformers.LlamaConfig(
-        vocab_size=50,
-        hidden_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=24,
-        tie_word_embeddings=True,
-    )
-    base = transformers.LlamaForCausalLM(config).eval()
+    base = llama(tie_word_embeddings=True).eval()
     with pytest.warns(UserWarning, match="lm_head shares its weight"):
         model = get_peft_model(base, VeraConfig(r=4, target_modules=["lm_head"]))
     randomise(model)

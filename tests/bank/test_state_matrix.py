@@ -11,7 +11,7 @@ import pytest
 
 from bank_methods import BANK_METHODS, expected, live_on
 from bank_states import BANK_MODES, make_bank, saved_sources
-from state_matrix import WIDE, Kept, Method, never, public_names, run
+from state_matrix import WIDE, Kept, Method, never, public_names, run_kept
 from veratune.adapters.wrapper import ModelWrapper
 from veratune.bank import AdapterBank
 from veratune.bank.model import BankModel
@@ -75,19 +75,17 @@ def _forgotten() -> Iterator[None]:
 def test_a_method_in_a_state(
     family: str, mode: str, method: Method, library: Callable[[str, str], Path], places: Iterator[Path]
 ) -> None:
-    env = KEPT.get((family, mode), lambda: make_bank(family, mode, library, next(places)))
-    env.path = next(places)
-    call = method.call
+    call, path = method.call, next(places)
     surrounded = method if method.name == "live on" else replace(method, call=lambda env: env.surrounding(env, call))
-    try:
-        unchanged = run(env, surrounded, expected, live_on)
-    except BaseException:
-        env.context.close()
-        raise
-    if unchanged:
-        KEPT.keep((family, mode), env)
-    else:
-        env.context.close()
+    run_kept(
+        KEPT,
+        (family, mode),
+        lambda: make_bank(family, mode, library, next(places)),
+        path,
+        surrounded,
+        expected,
+        live_on,
+    )
 
 
 def test_every_public_method_is_in_the_matrix() -> None:

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from command_line import run
-from reference import randomise
+from small_net import TwoLayers, all_adapted
 from tiny_models import tiny_model
-from veratune import AdapterBank, CheckpointError, VeraConfig, VeraModel, get_peft_model
+from veratune import AdapterBank, CheckpointError, VeraConfig, VeraModel
 from veratune.adapters.adapted_model import AdaptedModel
 from veratune.adapters.plan import make_scheme
 from veratune.bank.bank_config import config_for_adapters
@@ -71,22 +71,8 @@ def registered(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(FORMATS, "toy", Toy())
 
 
-class Net(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(3)
-        self.first, self.second = nn.Linear(12, 8), nn.Linear(8, 6)
-
-    def forward(self, x: Tensor) -> Tensor:
-        output: Tensor = self.second(torch.tanh(self.first(x)))
-        return output
-
-
-def adapted(make: Callable[[], nn.Module] = Net, **settings: Any) -> VeraModel:
-    model = get_peft_model(make(), VeraConfig(r=4, target_modules="all-linear", modules_to_save=[], **settings)).eval()
-    torch.manual_seed(4)
-    randomise(model)
-    return model
+def adapted(make: Callable[[], nn.Module] = TwoLayers, **settings: Any) -> VeraModel:
+    return all_adapted(make(), r=4, modules_to_save=[], **settings).eval()
 
 
 @pytest.mark.usefixtures("registered")
@@ -96,7 +82,7 @@ def test_it_is_written_loaded_restored_and_kept_in_a_bank(tmp_path: Path) -> Non
     model.export("toy", tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == [VECTORS] and format_of(tmp_path).name == "toy"
 
-    loaded = VeraModel.from_pretrained(Net(), tmp_path).eval()
+    loaded = VeraModel.from_pretrained(TwoLayers(), tmp_path).eval()
     assert torch.equal(loaded(X), expected)
     loaded.load_adapter(tmp_path, "second")
     loaded.set_adapter("second")
@@ -110,12 +96,12 @@ def test_it_is_written_loaded_restored_and_kept_in_a_bank(tmp_path: Path) -> Non
     model.restore(tmp_path)
     assert torch.equal(model(X), expected)
 
-    bank = AdapterBank(Net(), config_for_adapters(Net(), {"a": tmp_path}), capacity=2)
+    bank = AdapterBank(TwoLayers(), config_for_adapters(TwoLayers(), {"a": tmp_path}), capacity=2)
     bank.load("a", tmp_path)
     with torch.no_grad():
         mixed = bank.model(X, adapters=["a"] * 4 + [None])
     torch.testing.assert_close(mixed[:4], expected[:4], rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(mixed[4], Net()(X)[4])
+    torch.testing.assert_close(mixed[4], TwoLayers()(X)[4])
 
 
 @pytest.mark.usefixtures("registered")
@@ -129,7 +115,7 @@ def test_its_adapters_are_checked_as_others_are(tmp_path: Path) -> None:
     values["layers"]["first"]["b"].append(1.0)
     write_json(tmp_path / VECTORS, values)
     with pytest.raises(CheckpointError, match=r"vectors\.json: b of first has shape \(9,\)"):
-        VeraModel.from_pretrained(Net(), tmp_path)
+        VeraModel.from_pretrained(TwoLayers(), tmp_path)
     with pytest.raises(ValueError, match="a toy holds vectors alone"):
         FORMATS["toy"].write(adapted(bias="all"), "default", tmp_path / "other")
     model = adapted()
@@ -141,7 +127,7 @@ def test_its_adapters_are_checked_as_others_are(tmp_path: Path) -> None:
         model.export("toy", tmp_path / "other")
     (tmp_path / VECTORS).write_text("{}")
     with pytest.raises(CheckpointError, match="not in one of the formats"):
-        VeraModel.from_pretrained(Net(), tmp_path)
+        VeraModel.from_pretrained(TwoLayers(), tmp_path)
 
 
 @pytest.mark.usefixtures("registered")
@@ -171,7 +157,7 @@ def test_a_format_that_is_only_listed_refuses_the_rest(
     Toy().write(adapted(), "default", tmp_path)
     monkeypatch.setitem(FORMATS, "toy", Listed())
     assert json.loads(run(capsys, "inspect", tmp_path, "--json")[1])["vector_parameters"] == 8 + 6 + 2 * 4
-    model = Net()
+    model = TwoLayers()
     with pytest.raises(CheckpointError, match=r"vectors\.json is in the format 'toy', which veratune can inspect but"):
         VeraModel.from_pretrained(model, tmp_path)
     assert type(model.first) is nn.Linear
@@ -191,11 +177,11 @@ def test_the_hub_is_asked_for_its_file(tmp_path: Path, monkeypatch: pytest.Monke
         return str(tmp_path)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
-    loaded = VeraModel.from_pretrained(Net(), "owner/name").eval()
+    loaded = VeraModel.from_pretrained(TwoLayers(), "owner/name").eval()
     assert VECTORS in asked["allow_patterns"] and torch.equal(loaded(X), model(X))
 
 
 def test_without_the_line_its_files_are_no_adapter(tmp_path: Path) -> None:
     Toy().write(adapted(), "default", tmp_path)
     with pytest.raises(CheckpointError, match="has no adapter"):
-        VeraModel.from_pretrained(Net(), tmp_path)
+        VeraModel.from_pretrained(TwoLayers(), tmp_path)

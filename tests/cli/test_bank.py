@@ -4,14 +4,12 @@ import json
 import shutil
 import sqlite3
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-import transformers
 
-from command_line import run
-from tiny_models import randomise_trainable, tiny_inputs, tiny_model
+from command_line import loaded, run
+from tiny_models import randomise_trainable, tiny_inputs
 from veratune import VeraConfig, VeraModel, get_peft_model
 from veratune.bank import AdapterBank, BankError
 from veratune.bank.store import BankStore
@@ -24,21 +22,11 @@ _ADAPTERS = {
 
 
 @pytest.fixture
-def base(tmp_path: Path) -> Path:
-    tiny_model("bert").save_pretrained(tmp_path / "base")
-    return tmp_path / "base"
-
-
-@pytest.fixture
 def adapters(base: Path, tmp_path: Path) -> dict[str, Path]:
     for seed, (name, config) in enumerate(_ADAPTERS.items()):
         model = get_peft_model(loaded(base), config)
         randomise_trainable(model, seed=seed, std=0.3).save_pretrained(tmp_path / "adapters" / name)
     return {name: tmp_path / "adapters" / name for name in _ADAPTERS}
-
-
-def loaded(base: Path) -> Any:
-    return transformers.AutoModelForSequenceClassification.from_pretrained(base).eval()
 
 
 def alone(base: Path, adapter: Path | None) -> torch.Tensor:

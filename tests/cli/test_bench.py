@@ -95,12 +95,6 @@ def test_a_step_is_a_training_step() -> None:
         torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-7)
 
 
-@pytest.fixture
-def base(tmp_path: Path) -> Path:
-    tiny_model("bert").save_pretrained(tmp_path / "base")
-    return tmp_path / "base"
-
-
 def test_the_command(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["bench", str(base), "--r", "2", "--r", "4", "--batch", "2", "--length", "8", "--rounds", "3"]
     assert main([*arguments, "--json"]) == 0

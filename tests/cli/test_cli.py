@@ -12,22 +12,12 @@ import torch
 import transformers
 
 import veratune
-from command_line import run
+from command_line import loaded, run
 from tiny_models import main_output, randomise_trainable, tiny_inputs, tiny_model
 from veratune import VeraConfig, VeraModel, get_peft_model, supported
 from veratune.cli import main
 
 peft = pytest.importorskip("peft")
-
-
-@pytest.fixture
-def base(tmp_path: Path) -> Path:
-    tiny_model("bert").save_pretrained(tmp_path / "base")
-    return tmp_path / "base"
-
-
-def loaded(base: Path) -> Any:
-    return transformers.AutoModelForSequenceClassification.from_pretrained(base).eval()
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ import yaml
 from torch import nn
 
 from tiny_models import tiny_model
-from training_runs import sentences, train, with_tokenizer, write_lines
+from training_runs import sentences, train, write_lines
 from veratune import VeraConfig, get_peft_model
 from veratune.checkpoint.formats import FORMATS
 from veratune.cli import main
@@ -29,16 +29,6 @@ from veratune.cli.train.data import check_columns, label_names, read_rows
 from veratune.cli.train.fields import SettingsError
 from veratune.cli.train.settings import TrainSettings
 from veratune.utils.startup import INTERRUPTED
-
-
-@pytest.fixture(scope="module")
-def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return with_tokenizer("bert", tmp_path_factory.mktemp("encoder"))
-
-
-@pytest.fixture(scope="module")
-def decoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return with_tokenizer("llama", tmp_path_factory.mktemp("decoder"))
 
 
 @pytest.fixture(scope="module")

@@ -17,23 +17,13 @@ import yaml
 from safetensors.torch import load_file
 
 from tiny_models import tiny_model
-from training_runs import sentences, train, with_tokenizer, write_lines
+from training_runs import sentences, train, write_lines
 from veratune import VeraConfig, VeraModel
 from veratune.cli import main
 from veratune.cli.train.chats import chat_tokens
 from veratune.cli.train.fields import options_of
 from veratune.cli.train.settings import TrainSettings
 from veratune.cli.train.tasks import make_task
-
-
-@pytest.fixture(scope="module")
-def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return with_tokenizer("bert", tmp_path_factory.mktemp("encoder"))
-
-
-@pytest.fixture(scope="module")
-def decoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return with_tokenizer("llama", tmp_path_factory.mktemp("decoder"))
 
 
 def saved_tensors(output: Path) -> dict[str, torch.Tensor]:

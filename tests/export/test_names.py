@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from reference import randomise, relative
 from sweep_check import adapted as adapted_architecture
 from sweep_models import ARCHITECTURES, call
+from tiny_models import randomise_trainable
 from veratune import VeraConfig, VeraModel, get_peft_model
 from veratune.integrations.peft import VeratuneConfig, install
 from veratune.utils import exchange
@@ -160,11 +161,7 @@ def test_wrappers_inside_saved_modules_show_in_no_file(wrap: Callable[[nn.Module
     assert torch.equal(model(X), expected)
     install()
     plugin = peft.get_peft_model(DeepHead(wrap), VeratuneConfig(**settings))
-    with torch.no_grad():
-        for parameter in plugin.parameters():
-            if parameter.requires_grad:
-                parameter.normal_(generator=torch.Generator().manual_seed(parameter.numel()))
-    expected = plugin(X)
+    expected = randomise_trainable(plugin)(X)
     plugin.save_pretrained(tmp_path / "plugin")
     keys = set(load_file(tmp_path / "plugin" / "adapter_model.safetensors"))
     assert {key.removeprefix("modules_to_save.") for key in keys if "head" in key} == heads
@@ -218,11 +215,7 @@ def test_modules_that_are_called_like_wrappers_keep_their_names(compiled: bool, 
                 model.load_state_dict({name: tensor}, strict=False)
     model.unmerge_adapter()
     plugin = peft.get_peft_model(base(), VeratuneConfig(**{**settings, "target_modules": sorted(names)}))
-    with torch.no_grad():
-        for parameter in plugin.parameters():
-            if parameter.requires_grad:
-                parameter.normal_(generator=torch.Generator().manual_seed(parameter.numel()))
-    expected = plugin(X)
+    expected = randomise_trainable(plugin)(X)
     plugin.save_pretrained(tmp_path / "plugin")
     assert torch.equal(peft.PeftModel.from_pretrained(base(), str(tmp_path / "plugin"))(X), expected)
     assert torch.equal(VeraModel.from_pretrained(base(), tmp_path / "plugin")(X), expected)
@@ -237,11 +230,7 @@ def test_wrappers_show_in_no_file_of_the_plugin(
     model = peft.get_peft_model(wrap(Net()) if when == "before" else Net(), config)
     if when == "after":
         wrap(model.base_model.model)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.normal_(generator=torch.Generator().manual_seed(parameter.numel()))
-    expected = model(X)
+    expected = randomise_trainable(model)(X)
     model.save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "adapter_model.safetensors")
     assert set(tensors) == {f"vera_lambda_{which}.{name}" for name in NAMES for which in "bd"} | {

@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from state_matrix import Env, bits, flags, snapshot
-from state_setups import FAMILIES, MODES, Family, adapted, tiny
+from state_matrix import Env, bits, snapshot
+from state_setups import FAMILIES, MODES, Family, adapted, original_of, tiny
 from state_truth import IDS, Adapter, Reference, Truth, close, number
 from veratune import VeraConfig, VeraModel
 from veratune.bank import AdapterBank, BankError
@@ -184,12 +184,7 @@ def make_bank(family: str, mode: str, library: Callable[[str, str], Path], place
     """
     own, state = BANK_FAMILIES[family], BANK_MODES[mode]
     base = own.make()
-    original = {
-        "training": base.training,
-        "bits": {name: parameter.detach().clone() for name, parameter in base.named_parameters()},
-        "flags": flags(base),
-        "names": [name for name, _ in base.named_modules()],
-    }
+    original = original_of(base)
     reference = Reference(own.reference(base).eval(), own.rounding)
     env = BankEnv(family, mode, base, reference, BankTruth({}), partial(library, family))  # type: ignore[arg-type]
     env.tolerance, env.traits, env.original = own.tolerance, own.traits | state.traits, original

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load as load_bytes
 from torch import Tensor, nn
 
+from tiny_models import randomise_trainable
 from veratune import VeraConfig, get_peft_model
 from veratune.integrations.peft import VeratuneConfig, install
 
@@ -51,12 +52,7 @@ SETTINGS: dict[str, Any] = {"r": 4, "target_modules": ["up", "down"], "modules_t
 
 
 def randomised(model: nn.Module) -> Any:
-    generator = torch.Generator().manual_seed(11)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
-    return model
+    return randomise_trainable(model, seed=11, std=0.3)
 
 
 def make_files(kind: str, directory: Path) -> None:

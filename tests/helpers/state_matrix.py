@@ -237,6 +237,29 @@ class Kept:
         self._key = self._env = None
 
 
+def run_kept(
+    kept: Kept,
+    key: object,
+    make: Callable[[], Any],
+    path: Path,
+    method: Method,
+    expected: Callable[[Any, Method], Any],
+    live_on: Callable[[Any], None],
+) -> None:
+    """Run a method in the state of this key, which is kept if the method changes nothing; `path` is free for it."""
+    env = kept.get(key, make)
+    env.path = path
+    try:
+        unchanged = run(env, method, expected, live_on)
+    except BaseException:
+        env.context.close()
+        raise
+    if unchanged:
+        kept.keep(key, env)
+    else:
+        env.context.close()
+
+
 def public_names(*classes: type, of: tuple[str, ...] = ("veratune.",)) -> set[str]:
     """Return the names of the public methods and properties that classes and their bases define in these packages."""
     return {

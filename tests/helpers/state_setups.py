@@ -283,16 +283,21 @@ STATES = [
 ]
 
 
-def make_env(family: str, mode: str, library: Callable[[str, str], Path]) -> Env:
-    """Return a model in a state."""
-    own = FAMILIES[family]
-    base = own.make()
-    original = {
+def original_of(base: nn.Module) -> dict[str, Any]:
+    """Return what a base model has to be again after `unload`."""
+    return {
         "training": base.training,
         "bits": {name: parameter.detach().clone() for name, parameter in base.named_parameters()},
         "flags": flags(base),
         "names": [name for name, _ in base.named_modules()],
     }
+
+
+def make_env(family: str, mode: str, library: Callable[[str, str], Path]) -> Env:
+    """Return a model in a state."""
+    own = FAMILIES[family]
+    base = own.make()
+    original = original_of(base)
     model, reference, truth = adapted(own)
     change, traits = MODES[mode]
     env = Env(family, mode, model, reference, truth, partial(library, family))

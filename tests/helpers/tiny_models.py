@@ -3,6 +3,8 @@
 Every bias and norm is random as well, so that a bias that is lost or mixed up changes the output.
 """
 
+from typing import Any
+
 import torch
 import transformers
 from torch import Tensor, nn
@@ -54,11 +56,10 @@ def _gpt2() -> nn.Module:
     return transformers.GPT2LMHeadModel(config)
 
 
-def _llama() -> nn.Module:
-    config = transformers.LlamaConfig(
-        **_ROTARY, intermediate_size=40, max_position_embeddings=32, initializer_range=0.3
-    )
-    return transformers.LlamaForCausalLM(config)
+def llama(**settings: Any) -> Any:
+    """A Llama with these settings in place of the usual ones; its weights are drawn at each call."""
+    usual = {**_ROTARY, "intermediate_size": 40, "max_position_embeddings": 32, "initializer_range": 0.3}
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**usual, **settings}))
 
 
 def _t5() -> nn.Module:
@@ -118,7 +119,7 @@ def _distilbert() -> nn.Module:
 _BUILDERS = {
     "bert": _bert,
     "gpt2": _gpt2,
-    "llama": _llama,
+    "llama": llama,
     "t5": _t5,
     "vit": _vit,
     "mixtral": _mixtral,

@@ -14,6 +14,7 @@ from transformers import TrainingArguments
 
 from distributed_worker import leave
 from tiny_models import tiny_model
+from trainers import losses
 from veratune import VeraConfig, get_peft_model
 from veratune.checkpoint import native
 from veratune.integrations.trainer import VeraTrainer
@@ -65,10 +66,6 @@ def trainer_for(
     # transformers multiplies the loss by the number of processes, and only language models divide it by all tokens.
     trainer.model_accepts_loss_kwargs = kind != "bert"
     return trainer
-
-
-def losses(trainer: VeraTrainer) -> list[float]:
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
 def gathered(value: Any) -> list[Any]:

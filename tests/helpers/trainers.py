@@ -69,6 +69,14 @@ def trained_with_its_best(kind: type[transformers.Trainer], tmp_path: Path) -> t
     return trainer
 
 
+def assert_pushed(hub: "NoHub", trainer: Any, directory: Path) -> None:
+    """The last upload is of the adapter alone, and a new model loads it from the directory."""
+    _, files = hub.uploads[-1]
+    assert "adapter_model.safetensors" in files and not any(name.startswith("model") for name in files)
+    loaded = VeraModel.from_pretrained(tiny_model("bert"), directory)
+    assert all(torch.equal(a, b) for a, b in zip(state(loaded), state(trainer.model), strict=True))
+
+
 class NoHub:
     """Notes what would be uploaded, as (repository, files). There is no network in tests."""
 

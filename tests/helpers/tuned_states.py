@@ -12,7 +12,7 @@ from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
 from state_matrix import Env, is_ours
-from state_setups import FAMILIES, MODES, Family, config_of, fill
+from state_setups import FAMILIES, MODES, Family, config_of, fill, frozen, merged
 from state_truth import Adapter, Reference, Truth
 from veratune import AdapterState
 from veratune.adapters.names import adapted_layers, module_names, public_state
@@ -119,11 +119,6 @@ def several(env: TunedEnv) -> None:
     env.truth = env.truth.changed(active=("other", "default"), trainable=frozenset({"default", "other"}))
 
 
-def merged(env: TunedEnv, *names: str) -> None:
-    env.model.merge_adapter(list(names))
-    env.truth = env.truth.changed(merged=names)
-
-
 def merged_both(env: TunedEnv) -> None:
     several(env)
     merged(env, "default", "other")
@@ -140,11 +135,6 @@ def disabled(env: TunedEnv) -> None:
 def disabled_while_merged(env: TunedEnv) -> None:
     merged(env, "default")
     disabled(env)
-
-
-def frozen(env: TunedEnv) -> None:
-    env.model.set_adapter("default", inference_mode=True)
-    env.truth = env.truth.changed(trainable=frozenset())
 
 
 def for_inference(env: TunedEnv) -> None:

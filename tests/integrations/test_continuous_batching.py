@@ -16,6 +16,7 @@ from transformers import ContinuousBatchingConfig, GenerationConfig
 from transformers.generation.configuration_utils import CompileConfig
 from transformers.generation.continuous_batching.requests import GenerationOutput, RequestState
 
+from tiny_models import llama, randomise_trainable
 from veratune import VeraConfig, VeraModel, get_peft_model
 from veratune.bank import AdapterBank, BankError
 from veratune.integrations import continuous_batching
@@ -34,21 +35,7 @@ def _quiet() -> None:
 
 def _llama(attention: str = "sdpa") -> Any:
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=50,
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        intermediate_size=40,
-        max_position_embeddings=256,
-        initializer_range=0.3,
-        bos_token_id=0,
-        eos_token_id=None,
-        pad_token_id=2,
-        attn_implementation=attention,
-    )
-    return transformers.LlamaForCausalLM(config).eval()
+    return llama(max_position_embeddings=256, eos_token_id=None, attn_implementation=attention).eval()
 
 
 def _config(targets: Sequence[str], **settings: Any) -> VeraConfig:
@@ -58,10 +45,7 @@ def _config(targets: Sequence[str], **settings: Any) -> VeraConfig:
 
 def _adapted(seed: int, config: VeraConfig) -> VeraModel:
     model = get_peft_model(_llama(), config)
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data.normal_(0, 0.5, generator=generator)
+    randomise_trainable(model, seed)
     return model.eval()
 
 

@@ -15,6 +15,7 @@ from sentence_transformers.sentence_transformer.losses import CosineSimilarityLo
 from transformers import TrainerCallback
 
 from assets import package_file
+from trainers import losses
 from veratune import VeRAConfig, VeraModel, get_peft_model
 from veratune.integrations.sentence_transformers import VeraSentenceTransformerTrainer
 
@@ -56,10 +57,6 @@ def trainer_for(model: SentenceTransformer, directory: Path, **more: Any) -> Ver
         },
     )
     return VeraSentenceTransformerTrainer(model, arguments, train_dataset=data, loss=CosineSimilarityLoss(model))
-
-
-def losses(trainer: Any) -> list[float]:
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
 def test_embeddings_are_learned_saved_and_loaded_again(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import transformers
 from transformers import TrainingArguments
 
 from tiny_models import randomise_trainable, tiny_inputs, tiny_model
-from trainers import NoHub, Rows, arguments, losses, model_of, state, trained_with_its_best
+from trainers import NoHub, Rows, arguments, assert_pushed, losses, model_of, state, trained_with_its_best
 from veratune import CheckpointError, VeraConfig, VeraModel, get_peft_model, parameter_groups
 from veratune.integrations.trainer import DIGESTS_NAME, VeraTrainer
 
@@ -198,10 +198,7 @@ def test_pushing_while_training(strategy: str, hub: NoHub, tmp_path: Path) -> No
     trainer = VeraTrainer(model_of(), settings, train_dataset=Rows())
     trainer.train()
     trainer.push_to_hub()
-    _, files = hub.uploads[-1]
-    assert "adapter_model.safetensors" in files and not any(name.startswith("model") for name in files)
-    loaded = VeraModel.from_pretrained(tiny_model("bert"), tmp_path)
-    assert all(torch.equal(a, b) for a, b in zip(state(loaded), state(trainer.model), strict=True))
+    assert_pushed(hub, trainer, tmp_path)
 
 
 def test_vectors_and_heads_have_rates_of_their_own(tmp_path: Path) -> None:

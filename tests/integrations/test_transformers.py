@@ -7,7 +7,7 @@ from torch import nn
 
 from assets import package_file
 from reference import dense_delta, projections, randomise, relative
-from tiny_models import KINDS, TARGETS, main_output, tiny_inputs, tiny_model
+from tiny_models import KINDS, TARGETS, llama, main_output, tiny_inputs, tiny_model
 from veratune import VeRAConfig, VeraConfig, VeraModel, get_peft_model
 from veratune.layers import VeraConv1D
 
@@ -239,15 +239,7 @@ def test_layers_that_a_real_model_runs_several_times():
 
 
 def test_merging_a_tied_head_unties_the_configuration():
-    config = transformers.LlamaConfig(
-        vocab_size=50,
-        hidden_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=24,
-        tie_word_embeddings=True,
-    )
-    base = transformers.LlamaForCausalLM(config).eval()
+    base = llama(tie_word_embeddings=True).eval()
     assert base.lm_head.weight is base.model.embed_tokens.weight
     embedding = base.model.embed_tokens.weight.detach().clone()
     with pytest.warns(UserWarning, match="lm_head shares its weight"):
@@ -259,8 +251,7 @@ def test_merging_a_tied_head_unties_the_configuration():
     assert merged.config.tie_word_embeddings is False
     assert torch.equal(merged.model.embed_tokens.weight, embedding)
     torch.testing.assert_close(merged(ids).logits, expected)
-    config.tie_word_embeddings = True
-    kept = get_peft_model(transformers.LlamaForCausalLM(config), VeraConfig(r=4)).merge_and_unload()
+    kept = get_peft_model(llama(tie_word_embeddings=True), VeraConfig(r=4)).merge_and_unload()
     assert kept.config.tie_word_embeddings is True
     assert kept.lm_head.weight is kept.model.embed_tokens.weight
 

@@ -16,6 +16,7 @@ from transformers import TrainerCallback  # noqa: E402
 from sentences import _sentence, texts  # noqa: E402
 from tiny_models import TARGETS, main_output, tiny_model  # noqa: E402
 from tiny_text import tiny_tokenizer  # noqa: E402
+from trainers import losses  # noqa: E402
 from veratune import VeraConfig, VeraModel, get_peft_model  # noqa: E402
 from veratune.integrations.peft import VeratuneConfig, install  # noqa: E402
 from veratune.integrations.peft.layers import TunedLayer  # noqa: E402
@@ -87,10 +88,6 @@ def peft_trainer(
         peft_config=config,
         **({} if ref_model is None else {"ref_model": ref_model}),
     )
-
-
-def losses(trainer: Any) -> list[float]:
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
 def logits(model: Any) -> torch.Tensor:

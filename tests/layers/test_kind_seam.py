@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from reference import projections, randomise
+from small_net import TwoLayers, all_adapted
 from veratune import AdapterBank, TargetError, VeraConfig, VeraModel, get_peft_model, supported
 from veratune.layers.base import VeraLayer
 from veratune.layers.geometry import Geometry
@@ -78,22 +79,12 @@ def registered() -> Iterator[None]:
     del LAYER_KINDS[0]
 
 
-class Net(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(3)
-        self.first, self.second = nn.Linear(6, 8), Permuted(8, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        output: Tensor = self.second(torch.tanh(self.first(x)))
-        return output
+def toy_net() -> TwoLayers:
+    return TwoLayers(Permuted, (6, 8, 5)).double()
 
 
 def adapted(**settings: Any) -> VeraModel:
-    model = get_peft_model(Net().double(), VeraConfig(r=3, target_modules="all-linear", **settings))
-    torch.manual_seed(4)
-    randomise(model)
-    return model
+    return all_adapted(toy_net(), r=3, **settings)
 
 
 X = torch.randn(7, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
@@ -101,7 +92,7 @@ X = torch.randn(7, 6, dtype=torch.float64, generator=torch.Generator().manual_se
 
 def reference(model: VeraModel, x: Tensor) -> Tensor:
     """Float64 dense algebra, with a weight (out, in) that is read off the toy's outputs for unit vectors."""
-    base = Net().double()
+    base = toy_net()
     for name, layer in model.vera_layers().items():
         b, d = layer.vectors("default").values()
         plain = base.get_submodule(name)
@@ -148,7 +139,7 @@ def test_two_adapters_add_up() -> None:
 def test_it_is_saved_and_loaded(tmp_path: Path) -> None:
     model = adapted()
     model.save_pretrained(tmp_path)
-    loaded = VeraModel.from_pretrained(Net().double(), tmp_path)
+    loaded = VeraModel.from_pretrained(toy_net(), tmp_path)
     assert torch.equal(loaded(X), model(X))
     assert torch.equal(copy.deepcopy(model)(X), model(X))
 
@@ -180,7 +171,7 @@ def test_its_weight_can_be_read_without_a_call() -> None:
 
 def test_it_is_listed() -> None:
     model = adapted()
-    for table in (supported(Net()), supported(model.base_model)):
+    for table in (supported(toy_net()), supported(model.base_model)):
         assert [(info.name, info.kind, info.by) for info in table if info.kind != "vector"] == [
             ("first.weight", "linear", "all-linear"),
             ("second.table", "permuted", "all-linear"),
@@ -213,12 +204,12 @@ def test_what_it_does_not_state_is_refused(tmp_path: Path) -> None:
         ({"fused_parts": {"second": 5}}, "fused_parts: second"),
         ({"projection": "peft"}, "projection='peft' cannot adapt second"),
     ):
-        net = Net()
+        net = toy_net()
         with pytest.raises(TargetError, match=message):
             get_peft_model(net, VeraConfig(r=3, target_modules="all-linear", **settings))
         assert type(net.second) is Permuted
     with pytest.raises(ValueError, match="second cannot be in a bank: second is adapted, but it is a Permuted"):
-        AdapterBank(Net(), VeraConfig(r=3, target_modules="all-linear"), capacity=2)
+        AdapterBank(toy_net(), VeraConfig(r=3, target_modules="all-linear"), capacity=2)
 
 
 def test_it_is_exported_as_a_lora_if_it_says_so(tmp_path: Path) -> None:
@@ -243,7 +234,7 @@ def test_the_plug_in_for_peft_trains_and_merges_it() -> None:
 
     plugin.install()
     config = plugin.VeratuneConfig(r=3, target_modules=["first", "second"])
-    model = peft.get_peft_model(Net().double(), config)
+    model = peft.get_peft_model(toy_net(), config)
     torch.manual_seed(4)
     randomise(model)
     assert type(model.base_model.model.second).__name__ == "TunedVeraPermuted"

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from tiny_models import TARGETS, main_output, tiny_model
+from tiny_models import TARGETS, main_output, randomise_trainable, tiny_model
 from veratune import AdapterBank, VeraConfig, VeraModel, get_peft_model
 from veratune.checkpoint.native import read_native
 from veratune.layers import VeraConv, VeraEmbedding, VeraParameter
@@ -86,11 +86,7 @@ WAYS = pytest.mark.parametrize("offload", [cpu_offload, disk_offload, dispatch],
 
 
 def fill(model: nn.Module) -> VeraModel:
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.4)
+    randomise_trainable(model, seed=1, std=0.4)
     assert isinstance(model, VeraModel)
     return model
 

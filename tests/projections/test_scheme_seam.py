@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from reference import randomise
+from small_net import TwoLayers, all_adapted
 from veratune import AdapterBank, TargetError, VeraConfig, VeraModel, get_peft_model, supported
 from veratune.projections.philox import symmetric_uniform
 from veratune.projections.schemes import SCHEMES, Scheme, Side, scheme_from_json
@@ -106,23 +106,8 @@ def registered(monkeypatch: pytest.MonkeyPatch) -> None:
     _calls.clear()
 
 
-class Net(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(3)
-        self.first, self.second = nn.Linear(12, 8), nn.Linear(8, 6)
-
-    def forward(self, x: Tensor) -> Tensor:
-        output: Tensor = self.second(torch.tanh(self.first(x)))
-        return output
-
-
 def adapted(**settings: Any) -> VeraModel:
-    config = VeraConfig(r=5, target_modules="all-linear", projection="halves", **settings)
-    model = get_peft_model(Net().double(), config)
-    torch.manual_seed(4)
-    randomise(model)
-    return model
+    return all_adapted(TwoLayers().double(), r=5, projection="halves", **settings)
 
 
 def reference(model: VeraModel, x: Tensor) -> Tensor:
@@ -134,7 +119,7 @@ def reference(model: VeraModel, x: Tensor) -> Tensor:
         full[0::2, : width // 2], full[1::2, width // 2 :] = stored[0::2], stored[1::2]
         return full
 
-    base = Net().double()
+    base = TwoLayers().double()
     for name, layer in model.vera_layers().items():
         b, d = layer.vectors("default").values()
         plain = base.get_submodule(name)
@@ -167,19 +152,19 @@ def test_it_is_saved_loaded_merged_and_kept_in_a_bank(tmp_path: Any) -> None:
     model, x = adapted(), torch.randn(9, 12, dtype=torch.float64)
     expected = model(x).detach()
     model.save_pretrained(tmp_path)
-    loaded = VeraModel.from_pretrained(Net().double(), tmp_path)
+    loaded = VeraModel.from_pretrained(TwoLayers().double(), tmp_path)
     assert torch.equal(loaded(x), model(x))
-    bank = AdapterBank(Net().double(), loaded.peft_config["default"], capacity=4)
+    bank = AdapterBank(TwoLayers().double(), loaded.peft_config["default"], capacity=4)
     bank.load("toy", tmp_path)
     with torch.no_grad():
         mixed = bank.model(x, adapters=["toy"] * 8 + [None])
     torch.testing.assert_close(mixed[:8], expected[:8], rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(mixed[8], Net().double()(x)[8])
+    torch.testing.assert_close(mixed[8], TwoLayers().double()(x)[8])
     bank.unload()
-    kept = AdapterBank(Net().double(), loaded.peft_config["default"], capacity=4, file=tmp_path / "toy.bank")
+    kept = AdapterBank(TwoLayers().double(), loaded.peft_config["default"], capacity=4, file=tmp_path / "toy.bank")
     kept.load("toy", tmp_path)
     kept.unload()
-    opened = AdapterBank.open(Net().double(), tmp_path / "toy.bank")
+    opened = AdapterBank.open(TwoLayers().double(), tmp_path / "toy.bank")
     with torch.no_grad():
         assert torch.equal(opened.model(x, adapters=["toy"] * 8 + [None]), mixed)
     opened.unload()
@@ -192,7 +177,7 @@ def test_it_is_exported_as_a_lora_and_refused_where_it_does_not_fit(tmp_path: An
     peft = pytest.importorskip("peft")
     model, x = adapted(), torch.randn(9, 12, dtype=torch.float64)
     model.export_lora(tmp_path / "lora")
-    there = peft.PeftModel.from_pretrained(Net().double(), tmp_path / "lora")
+    there = peft.PeftModel.from_pretrained(TwoLayers().double(), tmp_path / "lora")
     torch.testing.assert_close(there(x), model(x), rtol=1e-5, atol=1e-6)
     with pytest.raises(ValueError, match=r"PEFT's VeRA cannot hold projections of the scheme 'halves'.*export_lora"):
         model.export_peft(tmp_path / "peft")

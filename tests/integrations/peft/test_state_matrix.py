@@ -10,7 +10,7 @@ import pytest
 import torch.distributed as dist
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 
-from state_matrix import WIDE, Kept, Method, never, public_names, run
+from state_matrix import WIDE, Kept, Method, never, public_names, run_kept
 from tuned_methods import NOT_OURS, TUNED_METHODS, expected, live_on
 from tuned_states import TUNED_MODES, make_tuned, saved_by_peft
 from veratune.integrations.peft import VeratuneTuner, install
@@ -62,17 +62,7 @@ def _installed() -> Iterator[None]:
 def test_a_method_in_a_state(
     family: str, mode: str, method: Method, library: Callable[[str, str], Path], places: Iterator[Path]
 ) -> None:
-    env = KEPT.get((family, mode), lambda: make_tuned(family, mode, library))
-    env.path = next(places)
-    try:
-        unchanged = run(env, method, expected, live_on)
-    except BaseException:
-        env.context.close()
-        raise
-    if unchanged:
-        KEPT.keep((family, mode), env)
-    else:
-        env.context.close()
+    run_kept(KEPT, (family, mode), lambda: make_tuned(family, mode, library), next(places), method, expected, live_on)
 
 
 def test_every_public_method_is_in_the_matrix() -> None:

@@ -115,8 +115,8 @@ class Route(Protocol):
         Args:
             shape: the call's dimensions.
             memory: as in `VeraConfig`.
-            training: whether the vectors' gradients are wanted.
-            backward: whether any gradient is wanted.
+            training: whether the vectors' gradients are required.
+            backward: whether any gradient is required.
         """
         return False
 
