@@ -55,7 +55,7 @@ class Layer:
     """One layer's tensors, on which any route can run."""
 
     def __init__(self, shape: LayerShape, dtype: torch.dtype) -> None:
-        n, m, r, tokens = shape.in_features, shape.out_features, shape.rank, shape.tokens
+        n, m, r, tokens = shape.in_features, shape.out_features, shape.r, shape.tokens
 
         def random_tensor(*size: int) -> Tensor:
             return torch.randn(size).to(dtype)
@@ -86,7 +86,7 @@ def near_the_best(seconds: dict[str, float]) -> set[str]:
 
 def measure(shape: LayerShape, dtype_name: str, rounds: int) -> Case:
     """Time all routes of one point."""
-    n, m, r, tokens = shape.in_features, shape.out_features, shape.rank, shape.tokens
+    n, m, r, tokens = shape.in_features, shape.out_features, shape.r, shape.tokens
     key = f"{n}->{m} r={r} T={tokens} {dtype_name}"
     case = new_case(key, shape=[n, m], r=r, tokens=tokens, dtype=dtype_name, chosen={})
     layer = Layer(shape, getattr(torch, dtype_name))

@@ -92,9 +92,9 @@ def reference(model, x, names, vectors, mask=lambda layer, name, x: x):
                 continue
             entry = module.entries[name]
             source = entry.a.projection.scheme
-            a = source.draw("A", range(entry.rank), entry.a.projection.width, CPU)[:, : module.in_features]
-            b = source.draw("B", range(entry.rank), entry.b[0].projection.width, CPU)[:, : module.out_features]
-            delta = dense_delta(*vectors[entry.name, name], a, source.scale(entry.rank) * b.double().t())
+            a = source.draw("A", range(entry.r), entry.a.projection.width, CPU)[:, : module.in_features]
+            b = source.draw("B", range(entry.r), entry.b[0].projection.width, CPU)[:, : module.out_features]
+            delta = dense_delta(*vectors[entry.name, name], a, source.scale(entry.r) * b.double().t())
             y = y + mask(module, name, x) @ delta.t()
         x = y
     return x

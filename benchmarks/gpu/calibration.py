@@ -53,7 +53,7 @@ def run(stage: Stage) -> None:
     stage.case("constants", measured)
     for dtype, (shape, scheme) in itertools.product(DTYPES, points(stage.toy)):
         short = str(dtype).removeprefix("torch.")
-        key = f"{shape.in_features}->{shape.out_features} r={shape.rank} T={shape.tokens} {scheme} {short}"
+        key = f"{shape.in_features}->{shape.out_features} r={shape.r} T={shape.tokens} {scheme} {short}"
         stage.case(key, partial(one_point, stage, shape, scheme, dtype, profiles[dtype]), seconds=1)
     stage.case("summary", lambda: summary(stage.cases))
 
@@ -79,8 +79,8 @@ def balanced(found: list[tuple[LayerShape, str]]) -> list[tuple[LayerShape, str]
     def levels(point: tuple[LayerShape, str]) -> list[tuple[object, ...]]:
         shape, scheme = point
         layer = (shape.in_features, shape.out_features)
-        own = [("layer", layer), ("rank", shape.rank), ("tokens", shape.tokens), ("scheme", scheme)]
-        return [*own, ("pair", shape.rank, shape.tokens), ("pair", layer, shape.tokens)]
+        own = [("layer", layer), ("rank", shape.r), ("tokens", shape.tokens), ("scheme", scheme)]
+        return [*own, ("pair", shape.r, shape.tokens), ("pair", layer, shape.tokens)]
 
     while rest:
         point = min(rest, key=lambda point: sum(seen[level] for level in levels(point)))
@@ -113,7 +113,7 @@ class Layer:
     """One layer's tensors on the device."""
 
     def __init__(self, shape: LayerShape, scheme: str, dtype: torch.dtype, device: torch.device) -> None:
-        n, m, r, tokens = shape.in_features, shape.out_features, shape.rank, shape.tokens
+        n, m, r, tokens = shape.in_features, shape.out_features, shape.r, shape.tokens
         self.x = torch.randn(tokens, n, device=device).to(dtype).requires_grad_()
         self.gradient = torch.randn(tokens, m, device=device).to(dtype)
         self.weight = torch.randn(m, n, device=device).to(dtype)

@@ -59,6 +59,8 @@ def cases_of(report: dict[str, Any]) -> Iterator[Case]:
         for kind in ("training", "forward"):
             if kind in case:
                 numbers = {name: value for name, value in case["shape"].items() if name != "key"}
+                if "rank" in numbers:  # an older report
+                    numbers["r"] = numbers.pop("rank")
                 ms = routes_of(case[kind]["ms"])
                 if len(ms) > 1:
                     yield Case(f"calibration, {kind}", LayerShape(**numbers), case["dtype"], kind == "training", ms)

@@ -64,7 +64,7 @@ def _delta_of(layer: VeraLayer, b: Tensor, d: Tensor) -> Tensor:
     entry = layer.entries["default"]
     up = [view.drawn().double() for view in entry.b]
     if isinstance(layer, VeraEmbedding):
-        columns = entry.a.projection.scheme.one_hot_columns(entry.rank, torch.arange(layer.in_features))
+        columns = entry.a.projection.scheme.one_hot_columns(entry.r, torch.arange(layer.in_features))
         return dense_delta(b, d, columns.double(), up[0], entry.scale).t()
     a = entry.a.drawn().double()
     if isinstance(layer, VeraParameter) and b.ndim == 2:

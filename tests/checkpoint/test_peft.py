@@ -211,7 +211,7 @@ def test_export_gives_equal_outputs_in_peft(kind, projection, save_projection, w
     if projection == "ranks":
         settings = {"rank_pattern": RANK_PATTERNS[kind]}
     ours = vera_model(kind, projection_prng_key=3, modules_to_save=[], **settings)
-    assert len({entry.rank for layer in ours.vera_layers().values() for entry in layer.entries.values()}) == (
+    assert len({entry.r for layer in ours.vera_layers().values() for entry in layer.entries.values()}) == (
         3 if projection == "ranks" else 1
     )
 

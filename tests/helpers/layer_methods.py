@@ -290,8 +290,8 @@ def unmerged_and_back(case: Case) -> None:
 
 def added(case: Case, name: str) -> None:
     entry = case.layer.entries["other"]
-    scheme, rank = entry.a.projection.scheme, entry.rank
-    init = VectorInit(rank, 0.1, False, torch.float32)
+    scheme, r = entry.a.projection.scheme, entry.r
+    init = VectorInit(r, 0.1, False, torch.float32)
     case.layer.add_adapter(
         name, entry.name, scheme, init, ComputeSettings(0.0, "auto", "auto"), entry.group, entry.parts
     )

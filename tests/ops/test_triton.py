@@ -50,5 +50,5 @@ def test_it_takes_part_only_where_it_was_measured_and_is_chosen_only_where_it_is
     assert {c.route: c.input_again for c in low}["triton"] is False and any(c.input_again for c in low)
     assert chosen(profile.flops / 100) != "triton"
     assert chosen(profile.flops) == "triton"
-    assert chosen(profile.flops, replace(LAYER, rank=257)) != "triton"
+    assert chosen(profile.flops, replace(LAYER, r=257)) != "triton"
     assert chosen(profile.flops, replace(LAYER, density=0.5)) != "triton"

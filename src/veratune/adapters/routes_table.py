@@ -37,7 +37,7 @@ class RouteTable(list[LayerRoutes]):
         rows: list[tuple[str, ...]] = [header]
         for name, routes in self._grouped():
             shape = routes.shape
-            dimensions = (shape.in_features, shape.out_features, shape.rank, shape.tokens)
+            dimensions = (shape.in_features, shape.out_features, shape.r, shape.tokens)
             rows.append((name, *map(str, dimensions), *_cells(routes.chosen)))
             others = (e for e in routes.alternatives if e.choice != routes.chosen.choice)
             rows.extend(("", "", "", "", "", *_cells(other, mark="  or ")) for other in others)

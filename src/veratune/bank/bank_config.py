@@ -29,7 +29,7 @@ def config_for_adapters(model: nn.Module, adapters: Mapping[str, str | os.PathLi
     """
     if not adapters:
         raise BankError("adapters is empty: pass at least one adapter")
-    rank = 0
+    r = 0
     parts: dict[str, tuple[int, ...]] = {}
     modules_to_save: dict[str, None] = {}
     modules = base_modules(model)
@@ -43,14 +43,14 @@ def config_for_adapters(model: nn.Module, adapters: Mapping[str, str | os.PathLi
                     f" {shown_parts(target.parts)}, but an earlier adapter into {shown_parts(parts[target.name])}: they"
                     " cannot be in the same bank"
                 )
-            rank = max(rank, target.r)
+            r = max(r, target.r)
         if ready.loaded.biases:
             raise BankError(
                 f"adapter {name!r} ({path_or_repo}) cannot be in a bank: it trains biases"
                 f" (bias={ready.plan.config.bias!r}), but a bank does not support per-adapter biases"
             )
         modules_to_save |= dict.fromkeys(ready.loaded.saved)
-    return _config(rank, parts, modules_to_save)
+    return _config(r, parts, modules_to_save)
 
 
 def config_of_layout(model: nn.Module, layout: dict[str, Any], origin: str) -> VeraConfig:
@@ -74,10 +74,10 @@ def config_of_layout(model: nn.Module, layout: dict[str, Any], origin: str) -> V
     return _config(layout["rank"], parts, modules_to_save)
 
 
-def _config(rank: int, parts: dict[str, tuple[int, ...]], modules_to_save: Iterable[str]) -> VeraConfig:
+def _config(r: int, parts: dict[str, tuple[int, ...]], modules_to_save: Iterable[str]) -> VeraConfig:
     # A list of names would also match layers whose names end in one of them.
     return VeraConfig(
-        r=rank,
+        r=r,
         target_modules="|".join(map(re.escape, parts)),
         fused_parts={name: list(widths) for name, widths in parts.items() if widths},
         modules_to_save=list(modules_to_save),

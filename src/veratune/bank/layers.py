@@ -142,10 +142,10 @@ class BankedLinear(VeraLinear):
         self, xa: Tensor, slab: Tensor, shared: SharedProjections, rows: Tensor
     ) -> Iterator[tuple[Matrix, Tensor, Tensor]]:
         """For each part of the layer, yield B (rank-major) and each sequence's b and d."""
-        rank = shared.group.a.rank
+        r = shared.group.a.rank
         for columns, view in zip(self.columns, shared.b, strict=True):
             b = slab[:, columns.b : columns.b + view.features].index_select(0, rows)
-            d = slab[:, columns.d : columns.d + rank].index_select(0, rows)
+            d = slab[:, columns.d : columns.d + r].index_select(0, rows)
             yield view.matrix(xa.device, xa.dtype), b, view.structure.arrange(d)
 
     def _project(self, x: Tensor, call: BankCall, dtype: torch.dtype, shared: SharedProjections) -> Tensor:

@@ -85,7 +85,7 @@ def export_peft(host: AdaptedModel, adapter_name: str, directory: Path, *, save_
 
 def _shared_projections(scheme: Scheme, layers: dict[str, VeraLayer], adapter_name: str) -> tuple[Tensor, Tensor]:
     """Return PEFT's A (r, max_in) and B (max_out, r), of which the layers' projections are views, up to a scale."""
-    rank = max(layer.entries[adapter_name].rank for layer in layers.values())
+    rank = max(layer.entries[adapter_name].r for layer in layers.values())
     max_in = max(layer.in_features for layer in layers.values())
     max_out = max(layer.out_features for layer in layers.values())
     cpu = torch.device("cpu")

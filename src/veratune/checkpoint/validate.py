@@ -110,14 +110,14 @@ def targets_of(modules: Mapping[str, nn.Module], loaded: LoadedAdapter) -> list[
                 f"{loaded.origin}: b of {name} has shape {tuple(b.shape)}, but the layer has {size.out_features}"
                 f" outputs here, which requires {size.b_shape}: the adapter is for a model with other dimensions"
             )
-        rank = d.shape[-1] if d.ndim else 0
+        r = d.shape[-1] if d.ndim else 0
         if not b.dtype.is_floating_point or not d.dtype.is_floating_point:
             raise CheckpointError(f"{loaded.origin}: vectors of {name} are {b.dtype} and {d.dtype}, not floating-point")
-        if rank < 1 or d.shape != size.d_shape(rank, parts):
-            *leading, _ = size.d_shape(rank, parts)
+        if r < 1 or d.shape != size.d_shape(r, parts):
+            *leading, _ = size.d_shape(r, parts)
             expected = f"({leading[0]}, r)" if leading else "(r,)"
             raise CheckpointError(f"{loaded.origin}: d of {name} has shape {tuple(d.shape)}, not {expected}")
-        targets.append(Target(name, module, parameter, rank, size, parts))
+        targets.append(Target(name, module, parameter, r, size, parts))
     _check_ranks(loaded.origin, targets)
     return targets
 

@@ -121,7 +121,7 @@ def export(
             model.export(to, output)
     print_text(f"{output}: {adapter} as {to}")
     if engine is Engine.VLLM:
-        largest = max(entry.rank for layer in model.vera_layers().values() for entry in layer.entries.values())
+        largest = max(entry.r for layer in model.vera_layers().values() for entry in layer.entries.values())
         print_text(f"to serve it, start vLLM with --enable-lora --max-lora-rank {max_lora_rank(rank or largest)}")
 
 

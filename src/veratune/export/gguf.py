@@ -109,7 +109,7 @@ def export_gguf(host: AdaptedModel, adapter_name: str, directory: Path, *, dtype
     tied = bool(getattr(config, "tie_word_embeddings", None))
     placed = {name: _places(name, layer, names, tied=tied) for name, layer in layers.items()}
     orders = _orders(config, order)
-    alpha = Counter(layer.entries[adapter_name].rank for layer in layers.values()).most_common(1)[0][0]
+    alpha = Counter(layer.entries[adapter_name].r for layer in layers.values()).most_common(1)[0][0]
     kind = getattr(gguf.GGMLQuantizationType, _GGML_TYPES[dtype])
     with replacing(directory / GGUF_NAME) as path, closing(gguf.GGUFWriter(path, architecture)) as writer:
         writer.add_type(gguf.GGUFType.ADAPTER)
@@ -181,14 +181,14 @@ def _pairs(
 ) -> Iterator[_Pair]:
     """Yield the float32 matrices of each tensor of one weight, scaled so that llama.cpp's factor alpha / r cancels."""
     a, b = layer.lora_factors(adapter_name)
-    rank, count = layer.entries[adapter_name].rank, layer.geometry.count
-    if rank != alpha:  # the file has one alpha for all layers
-        b = b * (rank / alpha)
+    r, count = layer.entries[adapter_name].r, layer.geometry.count
+    if r != alpha:  # the file has one alpha for all layers
+        b = b * (r / alpha)
     if layer.one_hot:
         a = a.t()
     if count is not None:
-        a, b = a.view(count, rank, -1), b.view(-1, rank, count).permute(2, 0, 1)
+        a, b = a.view(count, r, -1), b.view(-1, r, count).permute(2, 0, 1)
     if order is not None:
-        b = b.view(*order.outer, -1, rank).transpose(*order.swapped).reshape(b.shape)
+        b = b.view(*order.outer, -1, r).transpose(*order.swapped).reshape(b.shape)
     for tensor_name, rows in zip(tensor_names, b.chunk(len(tensor_names), -2), strict=True):
         yield _Pair(tensor_name, a, rows)

@@ -60,7 +60,7 @@ def export_lora(
     check_called(host.base_model, layers, "PEFT's LoRA")
     check_places(host.base_model, layers, "PEFT's LoRA")
     as_parameters = _as_parameters(host, layers)
-    ranks = {name: rank or layer.entries[adapter_name].rank for name, layer in layers.items()}
+    ranks = {name: rank or layer.entries[adapter_name].r for name, layer in layers.items()}
     tensors: dict[str, Tensor] = {}
     for name, layer in layers.items():
         pair = layer.lora_factors(adapter_name)

@@ -24,7 +24,7 @@ def check_vllm(host: AdaptedModel, adapter_name: str, rank: int | None) -> None:
                 f"vLLM's LoRA only supports linear layers, and {name} is not linear ({layer.kind}). Merge the adapter"
                 " (merge_and_unload) and serve the model"
             )
-    largest = rank or max(layer.entries[adapter_name].rank for layer in layers.values())
+    largest = rank or max(layer.entries[adapter_name].r for layer in layers.values())
     if largest <= _MAX_RANKS[-1]:
         return
     needed = max(exact_rank(*layer.lora_factors(adapter_name), 1) for layer in layers.values())

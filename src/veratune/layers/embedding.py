@@ -62,7 +62,7 @@ class VeraEmbedding(TransparentLayer):
         entry = self.entries[name]
         scheme = entry.a.projection.scheme
         with torch.inference_mode(False), torch.no_grad():
-            columns = scheme.one_hot_columns(entry.rank, tokens.to(torch.int64)).t().to(dtype)
+            columns = scheme.one_hot_columns(entry.r, tokens.to(torch.int64)).t().to(dtype)
             return entry.b[0].structure.arrange(columns)
 
     def _rows(self, name: str, tokens: Tensor) -> Tensor:
@@ -154,4 +154,4 @@ class VeraEmbedding(TransparentLayer):
 
     def _drawn_a(self, name: str) -> Tensor:
         entry = self.entries[name]
-        return entry.a.projection.scheme.one_hot_columns(entry.rank, torch.arange(self.in_features))
+        return entry.a.projection.scheme.one_hot_columns(entry.r, torch.arange(self.in_features))

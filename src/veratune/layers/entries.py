@@ -102,7 +102,7 @@ class AdapterEntry:
         return self.group.a
 
     @property
-    def rank(self) -> int:
+    def r(self) -> int:
         return self.a.rank
 
     @property

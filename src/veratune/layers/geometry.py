@@ -30,11 +30,11 @@ class Geometry:
         """Shape of the vectors b."""
         return (self.out_features,) if self.count is None else (self.count, self.out_features)
 
-    def d_shape(self, rank: int, parts: tuple[int, ...] = ()) -> tuple[int, ...]:
+    def d_shape(self, r: int, parts: tuple[int, ...] = ()) -> tuple[int, ...]:
         """Shape of the vectors d, given the number of outputs of each part of a fused layer."""
         if parts:
-            return (len(parts), rank)
-        return (rank,) if self.count is None else (self.count, rank)
+            return (len(parts), r)
+        return (r,) if self.count is None else (self.count, r)
 
 
 def slices(parts: tuple[int, ...]) -> list[slice]:

@@ -250,7 +250,7 @@ class AdapterHolder(LayerKind):
         return result
 
     def extra_repr(self) -> str:
-        adapters = ", ".join(f"{name}: r={entry.rank}" for name, entry in self.entries.items())
+        adapters = ", ".join(f"{name}: r={entry.r}" for name, entry in self.entries.items())
         return f"in_features={self.in_features}, out_features={self.out_features}, adapters={{{adapters}}}"
 
     def __setattr__(self, name: str, value: Any) -> None:

@@ -34,7 +34,7 @@ class LayerShape:
 
     Attributes:
         in_features, out_features: the layer's dimensions.
-        rank: r.
+        r: the rank.
         tokens: T, the product of all leading dimensions of the input.
         sharing: number of layers that share one x A^T.
         density: the fraction of the elements of A and B that the scheme stores; 1 if they are dense.
@@ -42,7 +42,7 @@ class LayerShape:
 
     in_features: int
     out_features: int
-    rank: int
+    r: int
     tokens: int
     sharing: int = 1
     density: float = 1.0
@@ -50,15 +50,15 @@ class LayerShape:
     """All fields except `tokens`, as a string, because torch.compile treats strings as constants."""
 
     def __post_init__(self) -> None:
-        numbers = (self.in_features, self.out_features, self.rank, self.sharing, self.density)
+        numbers = (self.in_features, self.out_features, self.r, self.sharing, self.density)
         object.__setattr__(self, "key", " ".join(map(repr, numbers)))
 
     @classmethod
     def of_key(cls, key: str) -> "LayerShape":
         """Return the shape with this key and zero tokens."""
         *numbers, density = key.split(" ")
-        in_features, out_features, rank, sharing = map(int, numbers)
-        return cls(in_features, out_features, rank, 0, sharing, float(density))
+        in_features, out_features, r, sharing = map(int, numbers)
+        return cls(in_features, out_features, r, 0, sharing, float(density))
 
 
 class Cost:

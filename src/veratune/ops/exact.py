@@ -59,7 +59,7 @@ def _cast(matrix: Matrix, dtype: torch.dtype) -> Matrix:
 
 def add_cost_of_rows(cost: Cost, shape: LayerShape) -> None:
     """Add the extra cost of exact gradients in `ops.rows.stack_residual` over those in the compute dtype."""
-    n, m, r, t = shape.in_features, shape.out_features, shape.rank, shape.tokens
+    n, m, r, t = shape.in_features, shape.out_features, shape.r, shape.tokens
     size, density = cost.profile.itemsize, shape.density
     for rows, columns, inner in ((t, r, n), (t, r, m), (t, m, r)):
         cost.widen_product(rows, columns, inner, density=density)
@@ -76,7 +76,7 @@ def add_cost(cost: Cost, shape: LayerShape, gradients_from: str, *, output_uses_
         gradients_from: as in `Route`; with "xa" the gradients come from u^T g.
         output_uses_xa: whether the output is computed from u, which then has to be rounded.
     """
-    n, m, r, t = shape.in_features, shape.out_features, shape.rank, shape.tokens
+    n, m, r, t = shape.in_features, shape.out_features, shape.r, shape.tokens
     density, size = shape.density, cost.profile.itemsize
     returns_sums = cost.profile.returns_sums
     if gradients_from == "xa":

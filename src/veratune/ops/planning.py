@@ -128,7 +128,7 @@ def possible_choices(
     elif route == "dense":
         possible = [ROUTES["dense"]]
     if training and memory == "low" and route == "auto":
-        smaller = "x" if shape.in_features < shape.rank else "xa"
+        smaller = "x" if shape.in_features < shape.r else "xa"
         possible = [each for each in possible if each.gradients_from == smaller] or possible
     input_again = training and memory == "low"
     return [

@@ -182,7 +182,7 @@ def test_what_cannot_be_is_refused_before_any_change() -> None:
 def test_ranks_by_layer() -> None:
     config = VeratuneConfig(r=4, target_modules=["q_proj", "v_proj"], rank_pattern={r"layers\.1\..*v_proj": 9})
     model = peft.get_peft_model(tiny_model("llama"), config)
-    ranks = {name: layer.entries["default"].rank for name, layer in tuned_layers(model.base_model.model).items()}
+    ranks = {name: layer.entries["default"].r for name, layer in tuned_layers(model.base_model.model).items()}
     assert {rank for name, rank in ranks.items() if "layers.1" in name and "v_proj" in name} == {9}
     assert sorted(ranks.values()) == [4, 4, 4, 9]
 

@@ -22,12 +22,12 @@ def shared_projection(side: Side, entry: AdapterEntry) -> Tensor:
     The result is an inference tensor: the layers use a separate copy, and torch refuses to write to this one.
     """
     scheme: Any = entry.a.projection.scheme
-    key = side, scheme, entry.rank
+    key = side, scheme, entry.r
     tensor = _tensors.get(key)
     if tensor is None:
         with torch.inference_mode():
-            drawn = scheme.draw(side, range(entry.rank), scheme.storage_width(side, 0), torch.device("cpu"))
-            tensor = drawn.clone() if side == "A" else (drawn * scheme.scale(entry.rank)).t().contiguous()
+            drawn = scheme.draw(side, range(entry.r), scheme.storage_width(side, 0), torch.device("cpu"))
+            tensor = drawn.clone() if side == "A" else (drawn * scheme.scale(entry.r)).t().contiguous()
         _tensors[key] = tensor
     return tensor
 

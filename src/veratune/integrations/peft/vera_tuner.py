@@ -93,7 +93,7 @@ def _use_projections(model: nn.Module, adapter_name: str, a: Tensor, b: Tensor) 
     for layer in layers:
         entry = layer.entries.get(adapter_name)
         if entry is not None:
-            view = projection_pool.view(stored, "A", entry.rank, layer.in_features)
+            view = projection_pool.view(stored, "A", entry.r, layer.in_features)
             group = groups.setdefault(id(entry.group), InputGroup(view, InputCache(), entry.group.size))
-            b_view = projection_pool.view(stored, "B", entry.rank, layer.out_features)
-            layer.entries[adapter_name] = replace(entry, group=group, b=(b_view,), scale=stored.scale(entry.rank))
+            b_view = projection_pool.view(stored, "B", entry.r, layer.out_features)
+            layer.entries[adapter_name] = replace(entry, group=group, b=(b_view,), scale=stored.scale(entry.r))

@@ -61,7 +61,7 @@ class Dense(Route):
         return factors.vector_gradients(products, wanted.b, wanted.d)
 
     def cost(self, cost: Cost, shape: LayerShape, *, training: bool, backward: bool, keep: bool) -> None:
-        n, m, r, t = shape.in_features, shape.out_features, shape.rank, shape.tokens
+        n, m, r, t = shape.in_features, shape.out_features, shape.r, shape.tokens
         add_adapted_weight(cost, shape, times=2 if backward and not keep else 1, kept=keep)
         if training:
             cost.product(m, n, t)
@@ -72,7 +72,7 @@ class Dense(Route):
 
 def add_adapted_weight(cost: Cost, shape: LayerShape, *, times: int, kept: bool) -> None:
     """Add the cost of computing the adapted weight `times` times, and of saving it if `kept`."""
-    n, m, r = shape.in_features, shape.out_features, shape.rank
+    n, m, r = shape.in_features, shape.out_features, shape.r
     for _ in range(times):
         cost.pass_over(4 * r * m * shape.density)  # the outer product d b^T, multiplied by B and rounded
         cost.product(m, n, r, density=shape.density**2)

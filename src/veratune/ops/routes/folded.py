@@ -54,7 +54,7 @@ class Folded(Route):
         return Gradients(grad_x, grad_b, grad_d)
 
     def cost(self, cost: Cost, shape: LayerShape, *, training: bool, backward: bool, keep: bool) -> None:
-        n, m, r, t = shape.in_features, shape.out_features, shape.rank, shape.tokens
+        n, m, r, t = shape.in_features, shape.out_features, shape.r, shape.tokens
         density = shape.density
         cost.product(t, r, n, share=shape.sharing, density=density)
         cost.pass_over(4 * r * m * density)
@@ -69,7 +69,7 @@ class Folded(Route):
 
 def add_vector_gradients(cost: Cost, shape: LayerShape) -> None:
     """Add the cost of `vector_gradients_through_rank`, and of saving x A^T for it."""
-    r, m, t = shape.rank, shape.out_features, shape.tokens
+    r, m, t = shape.r, shape.out_features, shape.tokens
     cost.product(r, m, t, density=shape.density)
     cost.saved_bytes += t * r * cost.profile.itemsize // shape.sharing
     cost.pass_over(4 * r * m * shape.density)

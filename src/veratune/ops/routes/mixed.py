@@ -29,6 +29,6 @@ class Mixed(Dense):
     def cost(self, cost: Cost, shape: LayerShape, *, training: bool, backward: bool, keep: bool) -> None:
         add_adapted_weight(cost, shape, times=2 if backward and not keep else 1, kept=keep)
         if training:
-            n, r, t = shape.in_features, shape.rank, shape.tokens
+            n, r, t = shape.in_features, shape.r, shape.tokens
             cost.product(t, r, n, share=shape.sharing, density=shape.density)
             add_vector_gradients(cost, shape)

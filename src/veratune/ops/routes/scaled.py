@@ -63,7 +63,7 @@ class Scaled(Route):
         return Gradients(grad_x, grad_b, grad_d)
 
     def cost(self, cost: Cost, shape: LayerShape, *, training: bool, backward: bool, keep: bool) -> None:
-        n, m, r, t = shape.in_features, shape.out_features, shape.rank, shape.tokens
+        n, m, r, t = shape.in_features, shape.out_features, shape.r, shape.tokens
         size, density = cost.profile.itemsize, shape.density
         cost.product(t, r, n, share=shape.sharing, density=density)
         cost.product(t, m, r, density=density)
@@ -87,6 +87,6 @@ class Scaled(Route):
 
     def add_exact_cost(self, cost: Cost, shape: LayerShape) -> None:
         super().add_exact_cost(cost, shape)
-        r, m, t = shape.rank, shape.out_features, shape.tokens
+        r, m, t = shape.r, shape.out_features, shape.tokens
         cost.product(r, m, t, density=shape.density)  # u^T g, which this route computes only for exact gradients
         cost.pass_over(4 * r * m * shape.density)

@@ -24,7 +24,7 @@ class Triton(Folded):
     keeps_xa: ClassVar[bool] = True
 
     def available(self, profile: DeviceProfile, shape: LayerShape) -> bool:
-        return profile.triton_flops > 0 and shape.rank <= LARGEST_RANK and shape.density == 1.0
+        return profile.triton_flops > 0 and shape.r <= LARGEST_RANK and shape.density == 1.0
 
     def uses_xa(self, training: bool) -> bool:
         return False
@@ -69,7 +69,7 @@ class Triton(Folded):
         return Gradients(grad_x, grad_b, grad_d)
 
     def cost(self, cost: Cost, shape: LayerShape, *, training: bool, backward: bool, keep: bool) -> None:
-        flops = 2 * shape.tokens * shape.rank * (shape.in_features + shape.out_features)
+        flops = 2 * shape.tokens * shape.r * (shape.in_features + shape.out_features)
         cost.triton_kernel(flops)
         if backward:
             cost.triton_kernel(flops)
