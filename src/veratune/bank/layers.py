@@ -43,7 +43,7 @@ class Columns:
 
 
 @dataclass(frozen=True)
-class SharedProjections:
+class LayerProjections:
     """A layer's views of one scheme's projections: A, shared by layers with the same input, and B for each part."""
 
     group: InputGroup
@@ -76,7 +76,7 @@ class BankedLinear(VeraLinear):
         self.name = name
         self.route = route
         self.columns = tuple(columns)
-        self.projections: dict[int, SharedProjections] = {}
+        self.projections: dict[int, LayerProjections] = {}
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         call = current_call(self.owner)
@@ -97,7 +97,7 @@ class BankedLinear(VeraLinear):
             output = self._add(output, self._project(input, call, output.dtype, shared), call.slab, shared, rows)
         return output
 
-    def _schemes_of(self, call: BankCall) -> Iterator[tuple[SharedProjections, Tensor]]:
+    def _schemes_of(self, call: BankCall) -> Iterator[tuple[LayerProjections, Tensor]]:
         """Yield the projections of each scheme in a call that covers this layer, and each sequence's row."""
         for scheme, rows in call.by_scheme:
             shared = self.projections.get(scheme)
@@ -110,7 +110,7 @@ class BankedLinear(VeraLinear):
             return False
         return x.dtype == self.base_weight.dtype and self._is_plain()
 
-    def _by_rank(self, x: Tensor, slab: Tensor, products: Sequence[tuple[Tensor, SharedProjections, Tensor]]) -> Tensor:
+    def _by_rank(self, x: Tensor, slab: Tensor, products: Sequence[tuple[Tensor, LayerProjections, Tensor]]) -> Tensor:
         """Return the outputs for sequences (sequences, n, in), with adapters, computed through the low-rank factors.
 
         Args:
@@ -133,13 +133,13 @@ class BankedLinear(VeraLinear):
         # The base layer's product is added last, in place: allocating another output is expensive.
         return output.flatten(0, 1).addmm_(x.flatten(0, 1), weight.t()).view(output.shape)
 
-    def _deltas(self, slab: Tensor, xa: Tensor, shared: SharedProjections, rows: Tensor) -> Tensor:
+    def _deltas(self, slab: Tensor, xa: Tensor, shared: LayerProjections, rows: Tensor) -> Tensor:
         """Return the deltas of one scheme's adapters, (sequences, n, out); arguments as for `_add`."""
         parts = [row_deltas(xa, *vectors) for vectors in self._vectors_of(xa, slab, shared, rows)]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
     def _vectors_of(
-        self, xa: Tensor, slab: Tensor, shared: SharedProjections, rows: Tensor
+        self, xa: Tensor, slab: Tensor, shared: LayerProjections, rows: Tensor
     ) -> Iterator[tuple[Matrix, Tensor, Tensor]]:
         """For each part of the layer, yield B (rank-major) and each sequence's b and d."""
         r = shared.group.a.rank
@@ -148,7 +148,7 @@ class BankedLinear(VeraLinear):
             d = slab[:, columns.d : columns.d + r].index_select(0, rows)
             yield view.matrix(xa.device, xa.dtype), b, view.structure.arrange(d)
 
-    def _project(self, x: Tensor, call: BankCall, dtype: torch.dtype, shared: SharedProjections) -> Tensor:
+    def _project(self, x: Tensor, call: BankCall, dtype: torch.dtype, shared: LayerProjections) -> Tensor:
         """Return x A^T, (sequences, n, r), from the cache if another layer has computed it for the same input."""
         grouped = by_sequence(x, call, self.name)
         flat = grouped.flatten(0, 1).to(dtype)
@@ -159,7 +159,7 @@ class BankedLinear(VeraLinear):
             xa = shared.group.cache.get(self.name, x, A.values, lambda: project(flat, A))
         return xa.view(*grouped.shape[:2], -1)
 
-    def _add(self, start: Tensor, xa: Tensor, slab: Tensor, shared: SharedProjections, rows: Tensor) -> Tensor:
+    def _add(self, start: Tensor, xa: Tensor, slab: Tensor, shared: LayerProjections, rows: Tensor) -> Tensor:
         """Add the deltas of one scheme's adapters to the output for their sequences.
 
         Args:
@@ -189,7 +189,7 @@ class BankedLinear(VeraLinear):
         per_sequence = by_sequence(x, call, self.name).shape[1]
         profile = device_profile(x.device, x.dtype)
 
-        def pays(shared: SharedProjections, sequences: int, moved: bool) -> bool:
+        def pays(shared: LayerProjections, sequences: int, moved: bool) -> bool:
             a, group = shared.group.a, shared.group
             shape = LayerShape(
                 self.in_features, self.out_features, a.rank, per_sequence * sequences, group.size, a.structure.density

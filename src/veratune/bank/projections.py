@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from veratune.adapters.plan import input_groups
 from veratune.adapters.target import Target
-from veratune.bank.layers import BankedLinear, SharedProjections
+from veratune.bank.layers import BankedLinear, LayerProjections
 from veratune.projections.pool import projection_pool
 from veratune.projections.schemes import PerDimension, Scheme
 
@@ -50,13 +50,13 @@ class BankProjections:
         rank = scheme.largest_rank(self._rank)
         targets = [replace(target, r=rank) for target in self._targets]
         groups = input_groups(targets, scheme)
-        shared: dict[str, SharedProjections] = {}
+        shared: dict[str, LayerProjections] = {}
         for target in targets:
             widths = target.parts or (target.out_features,)
             if not (scheme.reaches("A", target.in_features) and scheme.reaches("B", max(widths))):
                 continue  # the scheme is too narrow for this layer, so its adapters do not adapt the layer
             views = tuple(projection_pool.view(scheme, "B", rank, width) for width in widths)
-            shared[target.name] = SharedProjections(groups[target.name], views)
+            shared[target.name] = LayerProjections(groups[target.name], views)
         for name, views_of_layer in shared.items():
             self._layers[name].projections[number] = views_of_layer
         self._schemes[number] = scheme
