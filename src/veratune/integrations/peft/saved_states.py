@@ -33,17 +33,18 @@ def saved_states_noted(model: nn.Module, *, removed: str | None = None) -> Itera
         model: the model.
         removed: the adapter that the change removes.
     """
-    for wrapper in _wrappers(model):
+    for wrapper in wrappers_in(model):
         _check_of(wrapper)
     yield
-    for wrapper in _wrappers(model):
+    for wrapper in wrappers_in(model):
         log = _check_of(wrapper).log
         log.record(_state(wrapper))
         if removed is not None:
             log.forget(removed)
 
 
-def _wrappers(model: nn.Module) -> list[AuxiliaryTrainingWrapper]:
+def wrappers_in(model: nn.Module) -> list[Any]:
+    """Return PEFT's wrappers of modules trained in full."""
     return [module for module in model.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
 
 

@@ -24,7 +24,7 @@ from veratune.integrations.peft.config import VeratuneConfig
 from veratune.integrations.peft.layers import TunedLayer, TunedModule, put_in_place_of, tuned_layer, tuned_parameter
 from veratune.integrations.peft.matching import is_meant
 from veratune.integrations.peft.merging import MergingTuner
-from veratune.integrations.peft.saved_states import saved_states_noted
+from veratune.integrations.peft.saved_states import saved_states_noted, wrappers_in
 from veratune.integrations.peft.shared_projections import SharedProjections
 from veratune.integrations.peft.state import tensors_to_load, tensors_to_save, without_adapter_name
 from veratune.layers import AdapterEntry, ComputeSettings, SavedModule, VectorInit, VeraLayer, VeraModule
@@ -95,7 +95,7 @@ class VeratuneTuner(MergingTuner):
         try:
             with undone_on_error(self), saved_states_noted(model):
                 super().inject_adapter(model, adapter_name, *args, **kwargs)
-                for wrapper in self._wrappers():
+                for wrapper in wrappers_in(self):
                     _keep_resident(wrapper, adapter_name)
                 for module in _switched(model):
                     if disabled and all(module is not other for other in before):
@@ -116,7 +116,7 @@ class VeratuneTuner(MergingTuner):
         with undone_on_error(self), saved_states_noted(self):
             self._frozen = []
             super().set_adapter(adapter_name, inference_mode=inference_mode)
-            for wrapper in self._wrappers():  # PEFT skips the copies of adapters that were not active before
+            for wrapper in wrappers_in(self):  # PEFT skips the copies of adapters that were not active before
                 wrapper.set_requires_grad([name for name in wrapper._adapters if name not in names], False)
             for name in names:
                 if name in self.peft_config and self.peft_config[name].inference_mode:
@@ -129,7 +129,7 @@ class VeratuneTuner(MergingTuner):
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         self._check_known(names)
         super().set_requires_grad(names, requires_grad)
-        copies = [copy for wrapper in self._wrappers() for name, copy in _copies(wrapper).items() if name in names]
+        copies = [copy for wrapper in wrappers_in(self) for name, copy in _copies(wrapper).items() if name in names]
         chosen = {id(parameter) for copy in copies for parameter in copy.parameters()}
         self._frozen = [parameter for parameter in self._frozen if id(parameter) not in chosen]
 
@@ -153,12 +153,9 @@ class VeratuneTuner(MergingTuner):
     def _tuned_layers(self) -> list[Any]:
         return [module for module in self.modules() if isinstance(module, TunedLayer)]
 
-    def _wrappers(self) -> list[Any]:
-        return [module for module in self.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
-
     def _enable_adapter_layers(self, enabled: bool = True) -> None:
         # PEFT would make copies of modules trainable that were frozen before.
-        copies = [parameter for wrapper in self._wrappers() for parameter in wrapper.parameters()]
+        copies = [parameter for wrapper in wrappers_in(self) for parameter in wrapper.parameters()]
         trainable = [*self._frozen, *(parameter for parameter in copies if parameter.requires_grad)]
         with undone_on_error(self), saved_states_noted(self):
             super()._enable_adapter_layers(enabled)
@@ -245,8 +242,7 @@ class VeratuneTuner(MergingTuner):
 
     def _matched_parameters(self, config: VeraConfig, model: nn.Module) -> list[Target]:
         """Return the parameters that target_parameters names."""
-        wrappers = [module for module in model.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
-        trained = {id(module) for wrapper in wrappers for module in wrapper.modules()}
+        trained = {id(module) for wrapper in wrappers_in(model) for module in wrapper.modules()}
         found = parameter_targets(model, config) if config.target_parameters else []
         if any(target.module is model for target in found):
             raise ValueError(

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from veratune.adapters.names import unwrapped
 from veratune.adapters.target import Target
 from veratune.config import VeraConfig
-from veratune.integrations.peft.layers import TunedLayer
 from veratune.integrations.peft.shared_projections import shared_projection
+from veratune.integrations.peft.state import adapter_layers
 from veratune.integrations.peft.tuner import VeratuneTuner
 from veratune.layers import AdapterEntry, InputGroup
 from veratune.layers.input_cache import InputCache
@@ -77,8 +77,7 @@ class PeftVeraTuner(VeratuneTuner):
 
 
 def _entries(model: nn.Module, adapter_name: str) -> list[AdapterEntry]:
-    layers: list[Any] = [module for module in model.modules() if isinstance(module, TunedLayer)]
-    return [layer.entries[adapter_name] for layer in layers if adapter_name in layer.entries]
+    return [layer.entries[adapter_name] for _, layer in adapter_layers(model, adapter_name)]
 
 
 def _use_projections(model: nn.Module, adapter_name: str, a: Tensor, b: Tensor) -> None:
@@ -89,11 +88,9 @@ def _use_projections(model: nn.Module, adapter_name: str, a: Tensor, b: Tensor) 
     if own == stored:
         return
     groups: dict[int, InputGroup] = {}
-    layers: list[Any] = [module for module in model.modules() if isinstance(module, TunedLayer)]
-    for layer in layers:
-        entry = layer.entries.get(adapter_name)
-        if entry is not None:
-            view = projection_pool.view(stored, "A", entry.r, layer.in_features)
-            group = groups.setdefault(id(entry.group), InputGroup(view, InputCache(), entry.group.size))
-            b_view = projection_pool.view(stored, "B", entry.r, layer.out_features)
-            layer.entries[adapter_name] = replace(entry, group=group, b=(b_view,), scale=stored.scale(entry.r))
+    for _, layer in adapter_layers(model, adapter_name):
+        entry = layer.entries[adapter_name]
+        view = projection_pool.view(stored, "A", entry.r, layer.in_features)
+        group = groups.setdefault(id(entry.group), InputGroup(view, InputCache(), entry.group.size))
+        b_view = projection_pool.view(stored, "B", entry.r, layer.out_features)
+        layer.entries[adapter_name] = replace(entry, group=group, b=(b_view,), scale=stored.scale(entry.r))
