@@ -9,24 +9,29 @@ from reference import randomise
 from veratune import VeraConfig, get_peft_model
 from veratune.ops import planning
 from veratune.ops.costs import Cost, DeviceProfile, LayerShape
-from veratune.ops.routes import ROUTES, Gradients, LinearInputs, Wanted
+from veratune.ops.routes import ROUTES, Gradients, LinearInputs, MemoryName, Wanted
 from veratune.ops.routes.folded import Folded
 
 
 class Free(Folded):
-    """The folded route, which claims to cost nothing, so that it is always chosen."""
+    """The folded route, which claims to cost nothing, so that it is always chosen. It keeps C."""
 
     name = "free"
+    keeps = "C"
     calls: tuple[str, ...] = ()
+
+    def worth_keeping(self, shape: LayerShape, memory: MemoryName, *, training: bool, backward: bool) -> bool:
+        return training
 
     def forward(self, inputs: LinearInputs, keep: bool) -> tuple[Tensor, Tensor | None]:
         type(self).calls += ("forward",)
-        return super().forward(inputs, keep)
+        return super().forward(inputs, keep)[0], inputs.factors.folded().values if keep else None
 
     def backward(
         self, g: Tensor, inputs: LinearInputs, kept: Tensor | None, wanted: Wanted, weight_gradient: Tensor | None
     ) -> Gradients:
         type(self).calls += ("backward",)
+        assert kept is not None and torch.equal(kept, inputs.factors.folded().values)
         return super().backward(g, inputs, kept, wanted, weight_gradient)
 
     def cost(self, cost: Cost, shape: LayerShape, *, training: bool, backward: bool, keep: bool) -> None:
@@ -62,5 +67,5 @@ def test_it_is_chosen_explained_computed_and_differentiated() -> None:
     check_against_dense(base, model, lambda net: net(x))
     assert {"forward", "backward"} == set(Free.calls)
     table = model.explain_routes(5)
-    assert [routes.chosen.choice.route for routes in table] == ["free", "free"]
+    assert [str(routes.chosen.choice) for routes in table] == ["free, C kept"] * 2
     assert "free" in str(table) and "elsewhere" not in str(table)
