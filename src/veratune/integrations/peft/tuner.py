@@ -21,11 +21,17 @@ from veratune.config import VeraConfig
 from veratune.integrations.peft import files as peft_files
 from veratune.integrations.peft import method as peft_method
 from veratune.integrations.peft.config import VeratuneConfig
-from veratune.integrations.peft.layers import TunedLayer, TunedModule, put_in_place_of, tuned_layer, tuned_parameter
+from veratune.integrations.peft.layers import (
+    SharedProjections,
+    TunedLayer,
+    TunedModule,
+    put_in_place_of,
+    tuned_layer,
+    tuned_parameter,
+)
 from veratune.integrations.peft.matching import is_meant
 from veratune.integrations.peft.merging import MergingTuner
 from veratune.integrations.peft.saved_states import saved_states_noted, wrappers_in
-from veratune.integrations.peft.shared_projections import SharedProjections
 from veratune.integrations.peft.state import tensors_to_load, tensors_to_save, without_adapter_name
 from veratune.layers import AdapterEntry, ComputeSettings, SavedModule, VectorInit, VeraLayer, VeraModule
 from veratune.layers.entries import VECTOR_PREFIX

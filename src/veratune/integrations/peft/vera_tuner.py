@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from veratune.adapters.names import unwrapped
 from veratune.adapters.target import Target
 from veratune.config import VeraConfig
-from veratune.integrations.peft.shared_projections import shared_projection
+from veratune.integrations.peft.layers import shared_projection
 from veratune.integrations.peft.state import adapter_layers
 from veratune.integrations.peft.tuner import VeratuneTuner
 from veratune.layers import AdapterEntry, InputGroup
