@@ -7,10 +7,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from veratune.layers.fastpath import choose_paths
+from veratune.layers.base import VeraLayer
 from veratune.layers.guards import guard_surgeries
 from veratune.layers.recomputation import StateLog
 from veratune.utils.torch_private import follow_replacement
+
+# The attribute that disables the fused path in each class. A layer uses the path only if its activation is marked as
+# ReLU or GELU; an encoder creates nested tensors, which only the fused path supports, only if `use_nested_tensor` is
+# set. The attributes have no other effect.
+_SWITCHES: tuple[tuple[type[nn.Module], str, Any], ...] = (
+    (nn.TransformerEncoderLayer, "activation_relu_or_gelu", 0),
+    (nn.TransformerEncoder, "use_nested_tensor", False),
+)
+_KEPT = "_veratune_kept_switch"
 
 
 def replace_modules(model: nn.Module, replacements: dict[int, nn.Module]) -> None:
@@ -28,8 +37,24 @@ def replace_modules(model: nn.Module, replacements: dict[int, nn.Module]) -> Non
 
 def prepare(model: nn.Module) -> None:
     """Update a model for its current adapted layers: fused fast paths, and methods that replace layers."""
-    choose_paths(model)
+    _choose_paths(model)
     guard_surgeries(model)
+
+
+def _choose_paths(model: nn.Module) -> None:
+    """Disable torch's fused encoder, which reads weights without calling layers, where it has adapted layers.
+
+    Its setting is restored in all others.
+    """
+    for module in model.modules():
+        for encoder, switch, off in _SWITCHES:
+            if isinstance(module, encoder) and switch in module.__dict__:
+                adapted = any(isinstance(inside, VeraLayer) for inside in module.modules())
+                if adapted and _KEPT not in module.__dict__:
+                    module.__dict__[_KEPT] = module.__dict__[switch]
+                    module.__dict__[switch] = off
+                elif not adapted and _KEPT in module.__dict__:
+                    module.__dict__[switch] = module.__dict__.pop(_KEPT)
 
 
 @contextmanager
