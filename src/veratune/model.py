@@ -14,13 +14,13 @@ from veratune.adapters.adapter_state import as_names, check_adapter_name
 from veratune.adapters.names import base_modules
 from veratune.adapters.plan import plan_adapter
 from veratune.adapters.surgery import kept_on_error, undone_on_error
+from veratune.checkpoint.base_model import layers_named, name_classes, tell_apart
 from veratune.checkpoint.card import write_card
-from veratune.checkpoint.class_names import name_classes
 from veratune.checkpoint.formats import FORMATS, read_adapter
 from veratune.checkpoint.hub import find_directory, hub_name, upload_directory
 from veratune.checkpoint.native import save_native
 from veratune.checkpoint.peft_writing import export_peft
-from veratune.checkpoint.validate import ReadyAdapter, layers_named, tell_apart
+from veratune.checkpoint.validate import ReadyAdapter
 from veratune.config import VeraConfig
 from veratune.export.gguf import export_gguf
 from veratune.export.lora import export_lora

@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from veratune.adapters.adapted_model import AdaptedModel
 from veratune.bank.layout import AdapterRow, Layout, make_row
+from veratune.checkpoint.base_model import layers_named, tell_apart
 from veratune.checkpoint.formats import read_adapter
 from veratune.checkpoint.hub import find_directory
-from veratune.checkpoint.validate import LoadedAdapter, layers_named, make_ready, targets_of, tell_apart
+from veratune.checkpoint.validate import LoadedAdapter, make_ready, targets_of
 from veratune.config import VeraConfig
 
 

@@ -29,6 +29,7 @@ from veratune.adapters.names import without_wrappers
 from veratune.adapters.plan import make_scheme
 from veratune.adapters.target import Target
 from veratune.checkpoint.base import AdapterContents, AdapterFiles, Format, open_adapter
+from veratune.checkpoint.base_model import check_labels, describe_base
 from veratune.checkpoint.files import (
     CONFIG_NAME,
     LARGEST_CONFIG,
@@ -43,7 +44,6 @@ from veratune.checkpoint.native_header import FORMAT_VERSION, METADATA_KEY, chec
 from veratune.checkpoint.validate import (
     LoadedAdapter,
     ReadyAdapter,
-    check_labels,
     check_vectors,
     make_ready,
     other_projections,
@@ -165,18 +165,6 @@ def file_tensors(state: AdapterState) -> dict[str, Tensor]:
     for name, saved in state.saved.items():
         tensors |= {f"modules_to_save.{name}.{key}": tensor for key, tensor in saved.items()}
     return tensors | {f"bias.{name}": bias for name, bias in state.biases.items()}
-
-
-def describe_base(model: nn.Module) -> dict[str, Any]:
-    """Return the information needed to recreate a base model: its class and the names of its labels."""
-    model = without_wrappers(model)
-    config: Any = getattr(model, "config", None)
-    labels = getattr(config, "id2label", None)
-    described: dict[str, Any] = {"class": type(model).__name__}
-    if isinstance(labels, dict):
-        described["id2label"] = {str(number): str(name) for number, name in labels.items()}
-        described["problem_type"] = getattr(config, "problem_type", None)
-    return described
 
 
 def _ready(

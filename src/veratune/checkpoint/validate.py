@@ -4,9 +4,8 @@ A format's reader returns a `LoadedAdapter`; `targets_of` and `make_ready` check
 Only a `ReadyAdapter` is added to a model.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +18,6 @@ from veratune.adapters.names import load_public_state, public_state, unwrapped
 from veratune.adapters.plan import AdapterPlan, modules_with_biases
 from veratune.adapters.target import Target, TargetError, above_largest_rank, parts_of
 from veratune.adapters.target_errors import check_conflicts, check_scheme
-from veratune.adapters.targets import find_targets
 from veratune.checkpoint.files import CheckpointError
 from veratune.config import VeraConfig
 from veratune.layers import Geometry, VeraLayer
@@ -30,8 +28,6 @@ from veratune.projections.schemes import Scheme, Stored
 from veratune.utils.sharding import is_engines, shape_of
 from veratune.utils.tensors import is_finite
 from veratune.utils.text import closest, notify, some
-
-_MOST_DIGITS = 9
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -257,57 +253,6 @@ class ReadyAdapter:
             for bias_name, bias in self.loaded.biases.items():
                 own = state.biases[bias_name]
                 own.copy_(_sharded_like(bias, own))
-
-
-def check_labels(origin: str, labels: Any) -> dict[int, str]:
-    """Return a file's class names by class index.
-
-    Raises:
-        CheckpointError: the class names are invalid.
-    """
-    if not isinstance(labels, dict) or not all(
-        isinstance(name, str) and number.isdecimal() and number.isascii() and len(number) <= _MOST_DIGITS
-        for number, name in labels.items()
-    ):
-        raise CheckpointError(f"{origin}: its class names (id2label) are invalid")
-    return {int(number): name for number, name in labels.items()}
-
-
-def tell_apart(model: nn.Module, ready: ReadyAdapter, named: Sequence[str]) -> None:
-    """Warn if an adapter fits this model but was probably trained on a different one.
-
-    Args:
-        model: the model without a wrapper.
-        ready: the adapter.
-        named: the result of `layers_named` for the model and the adapter's configuration.
-    """
-    config, origin = ready.plan.config, ready.loaded.origin
-    here = getattr(getattr(model, "config", None), "_name_or_path", None)
-    there = config.base_model_name_or_path
-    # The same model may be in another directory, so only the last component of a name is compared.
-    if here and there and Path(str(here)).name != Path(there).name:
-        notify(f"{origin} was trained on {there!r}, but this model is {str(here)!r}")
-    left_out = [name for name in named if name not in ready.loaded.vectors]
-    if left_out:
-        notify(
-            f"{origin} adapts {len(ready.loaded.vectors)} of the {len(named)} layers that its target_modules selects"
-            f" in this model, but not {some(left_out)}: is this the model that the adapter was trained on?"
-        )
-
-
-def layers_named(model: nn.Module, config: VeraConfig) -> list[str]:
-    """Return the layers of a model that a file's configuration selects, or an empty list if it is not for this model.
-
-    The list is also empty if the configuration has regular expressions, or more names than the model has modules:
-    matching them takes too long for a mere warning.
-    """
-    wanted = config.target_modules
-    if not config.names_only() or (isinstance(wanted, list) and len(wanted) > sum(1 for _ in model.modules())):
-        return []
-    try:
-        return [target.name for target in find_targets(model, config, lambda _: None)]
-    except TargetError:
-        return []
 
 
 def other_projections(origin: str, config: VeraConfig, expected: str, found: str) -> CheckpointError:
