@@ -73,6 +73,12 @@ def test_readmes_are_short() -> None:
     assert len((BENCHMARKS / "README.md").read_text(encoding="utf-8").splitlines()) <= 90
 
 
+def test_relative_links_lead_somewhere() -> None:
+    for page in (README, *BENCHMARKS.glob("*.md"), *BENCHMARKS.glob("results/*.md")):
+        targets = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8"))
+        assert [target for target in targets if not (page.parent / target).exists()] == [], page
+
+
 # Figures, computed here without the code that writes the tables
 
 Results = Callable[[str], Any]
