@@ -209,7 +209,7 @@ def test_vectors_and_heads_have_rates_of_their_own(tmp_path: Path) -> None:
         settings = arguments(tmp_path, learning_rate=given, weight_decay=0.1, max_steps=1)
         trainer = VeraTrainer(model, settings, train_dataset=Rows())
         if given == default:
-            with pytest.warns(UserWarning, match="is the default of TrainingArguments.* trained with 0.01"):
+            with pytest.warns(UserWarning, match="is the default of TrainingArguments.* trained at 0.01"):
                 trainer.create_optimizer()
         else:
             trainer.create_optimizer()
