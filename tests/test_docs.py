@@ -314,6 +314,12 @@ def test_a_chinese_paragraph_is_one_line(page: str) -> None:
     assert not [after for before, after in pairs if before and after and not re.match(r"\||- |<!--|!\[", after)]
 
 
+def test_the_links_of_the_chinese_readme_lead_somewhere() -> None:
+    """mkdocs checks those of the pages."""
+    links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", (ROOT / "README.zh-CN.md").read_text(encoding="utf-8"))
+    assert len(links) > 10 and not [link for link in links if not (ROOT / link).exists()]
+
+
 def test_every_public_name_is_on_the_api_page() -> None:
     shown = set(re.findall(r"^::: veratune\.(\w+)$", (ROOT / "docs/api.md").read_text(encoding="utf-8"), re.MULTILINE))
     assert set(veratune.__all__) - shown == {"VeRAConfig"}  # another name of VeraConfig

@@ -152,7 +152,10 @@ def test_the_tables_show_the_committed_results(name: str) -> None:
 
 
 def printed(value: float, spec: str) -> str:
-    return f"{value / 1e6:.0f} MB" if spec == "size" else f"{value:{spec}}"
+    if spec != "size":
+        return f"{value:{spec}}"
+    kilobytes = value / 1e3
+    return f"{kilobytes:.0f} KB" if kilobytes < 1000 else f"{kilobytes / 1000:.{int(kilobytes < 10_000)}f} MB"
 
 
 def test_the_sentences_show_the_committed_results() -> None:
