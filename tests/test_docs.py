@@ -5,8 +5,10 @@ The README's have a test of their own.
 
 import itertools
 import re
+import runpy
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import peft
@@ -304,6 +306,20 @@ def test_every_page_is_in_the_navigation() -> None:
     ]
     there = {path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md")}
     assert sorted(shown) == sorted(there - set(settings["exclude_docs"].split()))
+
+
+def test_pages_have_their_language_and_link_to_their_translation() -> None:
+    hook = runpy.run_path(str(ROOT / "docs/site/languages.py"))["on_page_context"]
+    names = ("index.md", "quick-start.md", "quick-start.zh-CN.md", "bank.md")
+    pages = [SimpleNamespace(file=SimpleNamespace(src_uri=name), url=name.removesuffix(".md")) for name in names]
+    pages[0].url = ""  # as mkdocs has it
+    found = []
+    for page in pages:
+        config = SimpleNamespace(theme={}, extra={})
+        hook({}, page=page, config=config, nav=SimpleNamespace(pages=pages))
+        found.append((config.theme["language"], *(link["link"] for link in config.extra["alternate"])))
+    start, chinese = "quick-start", "quick-start.zh-CN"
+    assert found == [("en", ".", chinese), ("en", start, chinese), ("zh", start, chinese), ("en", "bank", chinese)]
 
 
 @pytest.mark.parametrize("page", ["README.zh-CN.md", *(x for x in PAGES if x.endswith(".zh-CN.md"))])
