@@ -17,8 +17,25 @@ from veratune.checkpoint.peft_rules import PEFT_VERA
 from veratune.checkpoint.validate import ReadyAdapter
 from veratune.config import PEFT_TYPE
 
+ADAPTER_FOLDER = "adapter"
+"""The folder with the adapter in the output directory of a training run."""
+
 # Formats are tried in this order.
 FORMATS: dict[str, Format] = {format.name: format for format in (NativeFormat(), PeftFormat(), LoraFormat())}
+
+
+def has_adapter(directory: Path) -> bool:
+    """Return whether a directory contains the files of an adapter."""
+    return any((directory / name).is_file() for name in file_names())
+
+
+def adapter_directory(directory: Path) -> Path:
+    """Return the directory with the adapter's files: for the output of a training run, its folder with the adapter.
+
+    A directory without either is returned as it is; readers then say what is missing.
+    """
+    inside = directory / ADAPTER_FOLDER
+    return inside if not has_adapter(directory) and has_adapter(inside) else directory
 
 
 def format_of(directory: Path) -> Format:

@@ -6,7 +6,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from veratune.checkpoint.files import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME, CheckpointError
-from veratune.checkpoint.formats import file_names
+from veratune.checkpoint.formats import adapter_directory, file_names
 from veratune.utils.text import shown
 
 _HUB_NAME = re.compile(r"\w[\w.\-]*(/\w[\w.\-]*)?")
@@ -23,6 +23,8 @@ def find_directory(
     local_files_only: bool = False,
 ) -> Path:
     """Return the local directory of an adapter, downloaded from the Hub unless `path` is a directory.
+
+    The output directory of `veratune train` means the adapter in it.
 
     Raises:
         TypeError: an argument has the wrong type.
@@ -43,7 +45,7 @@ def find_directory(
         found = local / inside
         if not found.is_dir():
             raise CheckpointError(f"{local} has no subfolder {subfolder!r}")
-        return found
+        return adapter_directory(found)
     if local.exists():
         raise CheckpointError(f"{local} is a file; pass the directory that contains {WEIGHTS_NAME}")
     from huggingface_hub import snapshot_download
