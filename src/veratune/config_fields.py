@@ -13,7 +13,6 @@ Check = Callable[[str, Any], Any]
 
 LARGEST_RANK = 1 << 20
 LONGEST_VALUE = 500
-TASK_TYPES = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "CAUSAL_LM", "SEQ_2_SEQ_LM", "FEATURE_EXTRACTION")
 
 _KEY = "veratune"
 _LARGEST_INDEX = (1 << 63) - 1
@@ -64,6 +63,34 @@ def settings_of(config: Any) -> dict[str, Setting]:
 def bad(field: str, value: object, allowed: str, error: type[Exception] = ValueError) -> Exception:
     """Return the exception for an invalid value of a field."""
     return error(f"{clipped(f'{field}={shown(value)}', LONGEST_VALUE)} is not allowed: it must be {allowed}")
+
+
+@dataclass(frozen=True)
+class TaskType:
+    """A task that a configuration can name, as in PEFT.
+
+    Attributes:
+        model: transformers' class that loads the task's base model.
+        heads: the names of the modules that PEFT trains in full for it, in addition to modules_to_save.
+    """
+
+    model: str | None
+    heads: tuple[str, ...] = ()
+
+
+TASK_TYPES = {
+    "SEQ_CLS": TaskType("AutoModelForSequenceClassification", ("classifier", "score")),
+    "TOKEN_CLS": TaskType("AutoModelForTokenClassification", ("classifier", "score")),
+    "QUESTION_ANS": TaskType("AutoModelForQuestionAnswering", ("qa_outputs",)),
+    "CAUSAL_LM": TaskType("AutoModelForCausalLM"),
+    "SEQ_2_SEQ_LM": TaskType("AutoModelForSeq2SeqLM"),
+    "FEATURE_EXTRACTION": TaskType(None),
+}
+
+
+def heads_of(task_type: str | None) -> tuple[str, ...]:
+    """Return the names of the new heads that a task trains in full; none for other tasks and without one."""
+    return TASK_TYPES[task_type].heads if task_type in TASK_TYPES else ()
 
 
 # Checks

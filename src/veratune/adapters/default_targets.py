@@ -9,6 +9,7 @@ from veratune.adapters.names import base_modules, ends_in, unwrapped, without_wr
 from veratune.adapters.target import TargetError
 from veratune.adapters.target_errors import closest_in_model
 from veratune.config import VeraConfig
+from veratune.config_fields import heads_of
 from veratune.layers import VeraLayer
 
 # Query and value projections of attention, as in the paper's experiments, by their names in transformers.
@@ -28,7 +29,6 @@ _QUERY_AND_VALUE = {
     ("q_lin", "v_lin"): "distilbert xlm flaubert",
     ("Wqkv",): "mpt modernbert",
 }
-_NEW_HEAD_TASKS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 _NEW_HEAD_CLASS = re.compile(r"For\w*(Classification|MultipleChoice|QuestionAnswering)$")
 _USUAL_HEADS = ("classifier", "score", "qa_outputs")
 
@@ -92,9 +92,9 @@ def _new_head(model: nn.Module, config: VeraConfig) -> list[str]:
     prefix = getattr(model, "base_model_prefix", None)
     children = {name: child for name, child in model.named_children() if next(child.parameters(), None) is not None}
     by_class = _NEW_HEAD_CLASS.search(type(model).__name__) is not None
-    if prefix in children and (by_class or config.task_type in _NEW_HEAD_TASKS):
+    if prefix in children and (by_class or heads_of(config.task_type)):
         return [name for name in children if name != prefix]
-    if config.task_type in _NEW_HEAD_TASKS:
+    if heads_of(config.task_type):
         return [name for name in _USUAL_HEADS if name in children]
     return []
 

@@ -15,10 +15,11 @@ from veratune.adapters.target import Target
 from veratune.adapters.targets import configured_names
 from veratune.checkpoint.base import AdapterContents, AdapterFiles, Format
 from veratune.checkpoint.files import CONFIG_NAME, WEIGHTS_NAME, CheckpointError
-from veratune.checkpoint.peft_rules import A_KEY, B_KEY, PEFT_VERA, PREFIX, TASK_MODELS, peft_saved
+from veratune.checkpoint.peft_rules import A_KEY, B_KEY, PEFT_VERA, PREFIX, peft_saved
 from veratune.checkpoint.peft_writing import export_peft
 from veratune.checkpoint.validate import LoadedAdapter, ReadyAdapter, check_vectors, make_ready, targets_of
 from veratune.config import VeraConfig
+from veratune.config_fields import TASK_TYPES
 from veratune.layers import SavedModule
 from veratune.layers.biases import bias_first_names
 from veratune.layers.entries import VECTOR_PREFIX
@@ -54,7 +55,8 @@ class PeftFiles(Format):
 
         contents = self.contents(files)
         task = contents.config.get("task_type")
-        named = (TASK_MODELS.get(task) if isinstance(task, str) else None) or contents.base.get("class")
+        known = TASK_TYPES.get(task) if isinstance(task, str) else None
+        named = (None if known is None else known.model) or contents.base.get("class")
         if named is None or not hasattr(transformers, named):
             return {}
         rows = [

@@ -20,22 +20,6 @@ PEFT_VERA = "VERA"
 PREFIX = "base_model.model."
 A_KEY, B_KEY = "base_model.vera_A", "base_model.vera_B"
 
-# The names of the modules that PEFT trains in full for a task, in addition to modules_to_save.
-TASK_HEADS = {
-    "SEQ_CLS": ("classifier", "score"),
-    "TOKEN_CLS": ("classifier", "score"),
-    "QUESTION_ANS": ("qa_outputs",),
-}
-
-# The class that loads a task's base model.
-TASK_MODELS = {
-    "SEQ_CLS": "AutoModelForSequenceClassification",
-    "TOKEN_CLS": "AutoModelForTokenClassification",
-    "QUESTION_ANS": "AutoModelForQuestionAnswering",
-    "CAUSAL_LM": "AutoModelForCausalLM",
-    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
-}
-
 # Since version 0.19, PEFT treats targets whose names end in one of these as experts of a transformers 4 checkpoint, and
 # adapts the stacked experts instead, even if the targets are dense layers or shared experts.
 _EXPERTS = {

@@ -15,13 +15,13 @@ from veratune.checkpoint.peft_rules import (
     B_KEY,
     PEFT_VERA,
     PREFIX,
-    TASK_HEADS,
     check_called,
     check_places,
     exact_targets,
     peft_saved,
 )
 from veratune.config import VeraConfig
+from veratune.config_fields import heads_of
 from veratune.layers import SavedModule, VeraLayer
 from veratune.layers.entries import VECTOR_PREFIX
 from veratune.projections.schemes import Scheme
@@ -168,7 +168,7 @@ def common_values(host: AdaptedModel, adapter_name: str, leave_out: Collection[s
 
 def _adds_heads(host: AdaptedModel, config: VeraConfig) -> bool:
     """Return whether PEFT would train a module in full for this task that the adapter does not save."""
-    if config.task_type not in TASK_HEADS:
+    if not heads_of(config.task_type):
         return False
-    heads = peft_saved(base_modules(host.base_model), TASK_HEADS[config.task_type])
+    heads = peft_saved(base_modules(host.base_model), heads_of(config.task_type))
     return not set(heads) <= set(peft_saved(base_modules(host.base_model), config.modules_to_save or []))

@@ -24,9 +24,10 @@ from veratune.checkpoint.files import (
 from veratune.checkpoint.hub import find_directory
 from veratune.checkpoint.native import file_tensors, native_scheme, native_targets, read_native
 from veratune.checkpoint.native_header import METADATA_KEY
-from veratune.checkpoint.peft_rules import TASK_HEADS, exact_targets, peft_saved
+from veratune.checkpoint.peft_rules import exact_targets, peft_saved
 from veratune.checkpoint.validate import LoadedAdapter, check_keys, other_projections
 from veratune.config import PEFT_TYPE
+from veratune.config_fields import heads_of
 from veratune.integrations.peft.state import base_model_of, file_keys, saved_wrappers, with_module_names
 from veratune.layers.entries import VECTOR_PREFIX, VECTORS
 from veratune.projections.schemes import Stored
@@ -48,7 +49,7 @@ def read_for_peft(path_or_repo: str, **location: Any) -> LoadedAdapter:
 def task_type_for_peft(loaded: LoadedAdapter) -> str | None:
     """Return an adapter's task type, or None if PEFT would train a head for it that is not in the file."""
     task = loaded.config.task_type
-    heads = TASK_HEADS.get(task or "", ())
+    heads = heads_of(task)
     return None if heads and not any(name.endswith(heads) for name in loaded.saved) else task
 
 
