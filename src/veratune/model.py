@@ -164,7 +164,7 @@ class VeraModel(AdaptedModel):
             state = self.adapter_state(name)
             numbers = sum(vector.numel() for vectors in state.vectors.values() for vector in vectors.values())
             others = sum(parameter.numel() for parameter in state.parameters()) - numbers
-            write_card(directory, self.peft_config[name], len(state.vectors), numbers, others)
+            write_card(directory, self.peft_config[name], self.base_model, len(state.vectors), numbers, others)
 
     def export(self, format: str, save_directory: str | os.PathLike[str], adapter_name: str | None = None) -> None:
         """Write an adapter in one of the registered checkpoint formats (`veratune.checkpoint.formats.FORMATS`).
