@@ -50,7 +50,7 @@ def test_building_adding_listing_removing(
     base: Path, adapters: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "customers.bank"
-    assert run(capsys, "bank", "build", base, file, *adapters.values())[0] == 0
+    assert run(capsys, "bank", "build", file, *adapters.values(), "--model", base)[0] == 0
     # Not a directory's name: the layers of all, the largest rank, the module that two of them train in full.
     values = json.loads(run(capsys, "bank", "list", file, "--json")[1])
     model = loaded(base)
@@ -70,8 +70,8 @@ def test_building_adding_listing_removing(
     assert_serves(base, file, adapters)
 
     shutil.copytree(adapters["anna"], tmp_path / "dora" / "adapter")  # as a training run leaves it
-    assert run(capsys, "bank", "add", file, base, tmp_path / "dora")[0] == 0
-    assert run(capsys, "bank", "add", file, base, f"carl={adapters['bert']}", "--replace")[0] == 0
+    assert run(capsys, "bank", "add", file, tmp_path / "dora")[0] == 0
+    assert run(capsys, "bank", "add", file, f"carl={adapters['bert']}", "--replace")[0] == 0
     assert run(capsys, "bank", "remove", file, "anna")[1] == f"{file}: anna removed\n"
     expected = {"bert": adapters["bert"], "carl": adapters["bert"], "dora": adapters["anna"]}
     assert_serves(base, file, expected)
@@ -86,7 +86,7 @@ def test_a_layout_that_is_given(
     base: Path, adapters: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "given.bank"
-    arguments = ("bank", "build", base, file, f"a={adapters['anna']}", "--dtype", "bfloat16", "--r", 16)
+    arguments = ("bank", "build", file, f"a={adapters['anna']}", "--dtype", "bfloat16", "--r", 16)
     assert run(capsys, *arguments, "--target-modules", "query, value")[0] == 0
     again = [tmp_path / "repeated" if x == file else x for x in arguments]
     assert run(capsys, *again, "--target-modules", "query", "--target-modules", "value")[0] == 0
@@ -94,7 +94,7 @@ def test_a_layout_that_is_given(
     header = BankStore(file).header
     assert header.layout["rank"] == 16 and len(header.layout["layers"]) == 4 and header.dtype == torch.bfloat16
     assert_serves(base, file, {"a": adapters["anna"]}, rtol=5e-2, atol=5e-2)
-    code, _, err = run(capsys, "bank", "add", file, base, adapters["bert"])
+    code, _, err = run(capsys, "bank", "add", file, adapters["bert"])
     assert code == 1 and "which is not one of the 4 layers of this bank" in err
     assert list(BankStore(file).names) == ["a"]
     assert (
@@ -127,19 +127,19 @@ def test_nothing_is_written_where_one_does_not_fit(
         ((tmp_path / "elsewhere",), "elsewhere has no adapter"),
         ((tmp_path / "run",), "adapter 'run' ("),
     ):
-        code, out, err = run(capsys, "bank", "build", base, file, *arguments)
+        code, out, err = run(capsys, "bank", "build", file, *arguments)
         # transformers shows how far it is where other tests have made its progress bars visible.
         lines = [line for line in err.splitlines() if line.strip() and "Loading weights" not in line]
         assert (code, out) == (1, "") and message in err and len(lines) == 1, arguments
         assert not file.exists() and not list(tmp_path.glob(".bank*")), arguments
-    assert run(capsys, "bank", "build", base, file, anna, adapters["bert"])[0] == 0
+    assert run(capsys, "bank", "build", file, anna, adapters["bert"])[0] == 0
     before = file.read_bytes()
     for arguments, message in (
-        (("build", base, file, anna), "already exists"),
-        (("add", file, base, anna), "'anna' is already in"),
-        (("add", file, base, f"x={anna}", "--replace"), "there is no adapter 'x'"),
-        (("add", file, base, f"x={anna}", f"={anna}"), "name='' is not allowed"),
-        (("add", file, base, f"x={anna}", f"y={adapters['carl']}"), "which is not one of the"),
+        (("build", file, anna), "already exists"),
+        (("add", file, anna), "'anna' is already in"),
+        (("add", file, f"x={anna}", "--replace"), "there is no adapter 'x'"),
+        (("add", file, f"x={anna}", f"={anna}"), "name='' is not allowed"),
+        (("add", file, f"x={anna}", f"y={adapters['carl']}"), "which is not one of the"),
         (("remove", file, "anna", "x"), "there is no adapter 'x'"),
         (("list", base), "is a directory: pass a bank file"),
         (("verify", tmp_path / "nothing"), "cannot be opened: No such file"),
@@ -147,12 +147,12 @@ def test_nothing_is_written_where_one_does_not_fit(
         code, out, err = run(capsys, "bank", *arguments)
         assert (code, out) == (1, "") and message in err and err.count("\n") == 1, arguments
         assert file.read_bytes() == before
-    assert run(capsys, "bank", "build", base, tmp_path / "x")[0] == 2
+    assert run(capsys, "bank", "build", tmp_path / "x")[0] == 2
 
 
 def test_verifying(base: Path, adapters: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "bank"
-    run(capsys, "bank", "build", base, file, *adapters.values())
+    run(capsys, "bank", "build", file, *adapters.values())
     whole = json.loads(run(capsys, "bank", "verify", file, "--json")[1])
     size = file.stat().st_size
     assert whole == {"names": 3, "adapters": 3, "problems": [], "free_bytes": 0, "total_bytes": size}
@@ -186,7 +186,7 @@ def test_a_name_that_would_reach_the_terminal(
     base: Path, adapters: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "bank"
-    run(capsys, "bank", "build", base, file, adapters["anna"])
+    run(capsys, "bank", "build", file, adapters["anna"])
     connection = sqlite3.connect(file)
     connection.execute("UPDATE names SET name = char(27) || '[31m'")
     connection.commit()
@@ -194,7 +194,7 @@ def test_a_name_that_would_reach_the_terminal(
     for command in ("list", "verify", "compact"):
         code, out, err = run(capsys, "bank", command, file)
         assert (code, out) == (1, "") and "it has an invalid name" in err and "\x1b" not in err
-    code, _, err = run(capsys, "bank", "build", base, tmp_path / "other", f"{'n' * 300}={adapters['anna']}")
+    code, _, err = run(capsys, "bank", "build", tmp_path / "other", f"{'n' * 300}={adapters['anna']}")
     assert code == 1 and "1 to 256 bytes" in err and not (tmp_path / "other").exists()
 
 

@@ -96,7 +96,7 @@ def test_a_step_is_a_training_step() -> None:
 
 
 def test_the_command(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["bench", str(base), "--r", "2", "--r", "4", "--batch", "2", "--length", "8", "--rounds", "3"]
+    arguments = ["bench", str(base), "--r", "2", "--r", "4", "--batch-size", "2", "--length", "8", "--rounds", "3"]
     assert main([*arguments, "--json"]) == 0
     values = json.loads(capsys.readouterr().out)
     assert [case["rank"] for case in values["ranks"]] == [2, 4] and values["device"] and values["dtype"] == "float32"
@@ -117,7 +117,7 @@ def test_what_is_not_possible_is_left_out_and_said(
 ) -> None:
     monkeypatch.setitem(sys.modules, "peft", None)
     monkeypatch.setattr("veratune.cli.steps._free_bytes", lambda device: 1000)
-    arguments = ["bench", str(base), "--batch", "1", "--length", "4", "--rounds", "1", "--r", "2"]
+    arguments = ["bench", str(base), "--batch-size", "1", "--length", "4", "--rounds", "1", "--r", "2"]
     assert main(arguments) == 0
     out = capsys.readouterr().out
     assert f"left out: {PEFT_VERA}: the peft package is not installed" in out

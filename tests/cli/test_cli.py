@@ -33,10 +33,10 @@ def logits(model: Any) -> torch.Tensor:
 
 
 def test_inspecting_a_model(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code, out, _ = run(capsys, "inspect", base, "--rank", 8)
+    code, out, _ = run(capsys, "inspect", base, "--r", 8)
     assert code == 0
     assert "BertForSequenceClassification" in out and "16x16" in out and "all-linear" in out
-    code, out, _ = run(capsys, "inspect", base, "--rank", 8, "--json")
+    code, out, _ = run(capsys, "inspect", base, "--r", 8, "--json")
     values = json.loads(out)
     expected = get_peft_model(tiny_model("bert"), VeraConfig(r=8, target_modules="all-linear", modules_to_save=[]))
     assert values["trained_parameters"] == expected.get_nb_trainable_parameters()[0]
@@ -87,15 +87,15 @@ def test_exporting_and_converting_back(
     to: str, base: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     expected = logits(VeraModel.from_pretrained(loaded(base), adapter))
-    assert run(capsys, "export", adapter, tmp_path / to, "--format", to, "--base", base)[0] == 0
+    assert run(capsys, "export", adapter, tmp_path / to, "--format", to, "--model", base)[0] == 0
     theirs = peft.PeftModel.from_pretrained(loaded(base), tmp_path / to)
     torch.testing.assert_close(logits(theirs), expected, rtol=1e-4, atol=1e-5)
     if to == "peft":
-        assert run(capsys, "convert", tmp_path / to, tmp_path / "back", "--base", base)[0] == 0
+        assert run(capsys, "convert", tmp_path / to, tmp_path / "back", "--model", base)[0] == 0
         again = VeraModel.from_pretrained(loaded(base), tmp_path / "back")
         torch.testing.assert_close(logits(again), expected, rtol=1e-4, atol=1e-5)
     else:
-        code, _, err = run(capsys, "convert", tmp_path / to, tmp_path / "back", "--base", base)
+        code, _, err = run(capsys, "convert", tmp_path / to, tmp_path / "back", "--model", base)
         assert code == 1 and "'LORA'" in err and not (tmp_path / "back").exists()
 
 
@@ -188,9 +188,9 @@ def test_exporting_for_vllm(language_adapter: Path, tmp_path: Path, capsys: pyte
         return transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "llama").eval()
 
     common = ("export", language_adapter, tmp_path / "lora", "--format", "lora")
-    code, _, err = run(capsys, *common, "--rank", 7)
+    code, _, err = run(capsys, *common, "--r", 7)
     assert code == 1 and "rank=7 cannot hold" in err and not (tmp_path / "lora").exists()
-    code, out, _ = run(capsys, *common, "--engine", "vllm", "--rank", 8)
+    code, out, _ = run(capsys, *common, "--engine", "vllm", "--r", 8)
     assert code == 0 and "--max-lora-rank 8" in out
     theirs = peft.PeftModel.from_pretrained(llama(), tmp_path / "lora")
     assert theirs.peft_config["default"].r == 8
@@ -200,7 +200,7 @@ def test_exporting_for_vllm(language_adapter: Path, tmp_path: Path, capsys: pyte
         assert not torch.allclose(main_output(llama(), "llama"), expected, atol=1e-2)
     code, out, _ = run(capsys, "export", language_adapter, tmp_path / "own", "--format", "lora", "--engine", "vllm")
     assert code == 0 and "--max-lora-rank 32" in out
-    for wrong in (("--rank", 8), ("--engine", "vllm")):
+    for wrong in (("--r", 8), ("--engine", "vllm")):
         code, _, err = run(capsys, "export", language_adapter, tmp_path / "x", "--format", "gguf", *wrong)
         assert code == 2 and "are for --format lora" in err
 
@@ -270,9 +270,9 @@ def test_errors_are_one_line_and_nothing_is_overwritten(
         (("export", adapter, tmp_path / "x"), 2, "--format"),
         (("frobnicate",), 2, "frobnicate"),
         (("inspect",), 2, "see veratune inspect --help"),
-        (("inspect", base, "--rank", "many"), 2, "'--rank' / '-r': it must be a whole number; see"),
+        (("inspect", base, "--r", "many"), 2, "'--r' / '-r': it must be a whole number; see"),
         (("export", adapter, tmp_path / "x", "--format", "foo"), 2, "'--format': 'foo' is not one of 'peft', 'lora', "),
-        (("bench", base, "--r", 0), 2, "--r 0"),
+        (("bench", base, "--r", 0), 2, "'--r' / '-r'"),
         (("bench", base, "--dtype", "int8"), 2, "--dtype int8"),
         (("bench", base, "--device", "toaster"), 2, "--device toaster"),
         (("bench", base, "--device", "meta"), 2, "--device meta cannot compute here"),
@@ -308,7 +308,7 @@ def test_warnings_are_one_line(base: Path, adapter: Path, tmp_path: Path, capsys
     """As where an adapter's two copies of its configuration are not the same."""
     config = adapter / "adapter_config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"d_initial": 0.5}))
-    code, _, err = run(capsys, "merge", adapter, tmp_path / "merged", "--base", base)
+    code, _, err = run(capsys, "merge", adapter, tmp_path / "merged", "--model", base)
     assert code == 0 and err.startswith("veratune: warning: ") and err.count("\n") == 1 and "d_initial" in err
 
 
@@ -316,7 +316,7 @@ def test_damaged_adapters_and_those_of_other_models(
     base: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tiny_model("llama").save_pretrained(tmp_path / "other")
-    code, _, err = run(capsys, "merge", adapter, tmp_path / "merged", "--base", tmp_path / "other")
+    code, _, err = run(capsys, "merge", adapter, tmp_path / "merged", "--model", tmp_path / "other")
     assert code == 1 and err.count("\n") == 1 and err.startswith("veratune: ")
     weights = adapter / "adapter_model.safetensors"
     whole = weights.read_bytes()
@@ -336,7 +336,9 @@ def test_what_reads_the_output_may_go_away(base: Path) -> None:
         assert process.wait() == 1
 
 
-@pytest.mark.parametrize("command", ["train", "inspect", "merge", "export", "convert", "diff", "bench", "doctor"])
+@pytest.mark.parametrize(
+    "command", ["train", "predict", "chat", "inspect", "merge", "export", "convert", "diff", "bench", "doctor"]
+)
 def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run(capsys, command, "--help")
     assert code == 0 and out.startswith(f"Usage: veratune {command} ") and "─" not in out

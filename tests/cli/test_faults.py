@@ -25,8 +25,9 @@ from training_runs import sentences, train, write_lines
 from veratune import VeraConfig, get_peft_model
 from veratune.checkpoint.formats import FORMATS
 from veratune.cli import main
-from veratune.cli.train.data import check_columns, label_names, read_rows
+from veratune.cli.train.data import check_columns, label_names
 from veratune.cli.train.fields import SettingsError
+from veratune.cli.train.reading import read_rows
 from veratune.cli.train.settings import TrainSettings
 from veratune.utils.startup import INTERRUPTED
 
@@ -219,7 +220,7 @@ def test_every_setting_has_its_type(name: str) -> None:
             "learning_rate: 1e300",
             "learning_rate='1e300' is not allowed: it must be a finite number above 0, of at most",
         ),
-        ("rank: 256.0", "rank=256.0 is not allowed: it must be an integer"),
+        ("r: 256.0", "r=256.0 is not allowed: it must be an integer"),
         ("split: 2020-01-01", "it must be a name; in a YAML file, put it in quotes"),
         ("model: 7", "model=7 is not allowed"),
         ("data: [rows.csv]", "data=['rows.csv'] is not allowed"),
@@ -324,13 +325,12 @@ def test_a_calibration_and_a_card_are_regular_files(tmp_path: Path, monkeypatch:
 
 
 def test_an_adapter_in_the_place_of_a_model(
-    adapter: Path, encoder: Path, table: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    adapter: Path, encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for place in (adapter, adapter.parent):
         for call in (
-            ("train", "--model", place, "--data", table, "--output", tmp_path / "out"),
             ("bench", place),
-            ("merge", adapter, tmp_path / "out", "--base", place),
+            ("merge", adapter, tmp_path / "out", "--model", place),
         ):
             assert main([str(argument) for argument in call]) == 1
             assert told(capsys).endswith(
@@ -350,7 +350,7 @@ def test_a_base_model_that_is_not_there(
     for call in (("merge", moved, tmp_path / "out"), ("export", moved, tmp_path / "out", "--format", "lora")):
         assert main([str(argument) for argument in call]) == 1
         error = told(capsys)
-        assert named in error and error.endswith("give the base model with --base"), error
+        assert named in error and error.endswith("give the base model with --model"), error
         assert "not in the hub's cache" in error or "is not a directory on this machine" in error
     assert main(["bench", named]) == 1
     assert told(capsys).endswith("check the name, or give a directory")
@@ -385,7 +385,7 @@ def test_a_disk_that_takes_no_more(
     """torch says "basic_ios::clear: iostream error" of it, in the middle of a checkpoint."""
     output = tmp_path / "run"
     with files_of_at_most(9000):
-        given = ("--model", encoder, "--data", table, "--rank", 4, "--max-steps", 2, "--output", output)
+        given = ("--model", encoder, "--data", table, "--r", 4, "--max-steps", 2, "--output", output)
         assert train(*given) == 1
     line = told(capsys)
     assert f"{output} cannot be written: a " in line and line.endswith(" left)") and "iostream" not in line
@@ -491,18 +491,18 @@ def test_advice_before_and_after_a_run(encoder: Path, tmp_path: Path, capsys: py
     rows = [{"text": f"the film {i % 7}", "label": "often" if i % 4 else "seldom"} for i in range(40)]
     data = write_lines(tmp_path / "rows.jsonl", rows)
     given = ("--model", encoder, "--data", data, "--eval-data", data)
-    rates = ("--rank", 8, "--lr", 2, "--head-lr", 1e-9, "--max-steps", 1)
+    rates = ("--r", 8, "--lr", 2, "--head-lr", 1e-9, "--max-steps", 1)
     assert train(*given, "--output", tmp_path / "a", *rates) == 0
     shown = capsys.readouterr()
-    assert "learning_rate=2.0 is high for VeRA" in shown.err and "rank=8 is low for VeRA" in shown.err
-    assert "steps are few" not in shown.err
-    assert "always answering 'often': accuracy 0.7500" in shown.out
+    assert "learning_rate=2.0 is high for VeRA" in shown.err and "r=8 is low for VeRA" in shown.err
+    assert "is short" not in shown.err
+    assert "(always 'often': 0.7500), f1 " in shown.out and " always 'often' \n" in shown.out
     results = json.loads((tmp_path / "a" / "results.json").read_text())
     assert results["trivial"] == {"answer": "'often'", "metric": "accuracy", "score": 0.75}
     assert ("has learned nothing" in shown.err) == (results["metrics"]["accuracy"] <= 0.75)
-    usual = ("--rank", 64, "--epochs", 10, "--batch-size", 16)  # 30 steps of 2e-2 are no few
+    usual = ("--r", 64, "--epochs", 10, "--batch-size", 16)  # 30 steps of 2e-2 are no few
     assert train(*given, "--output", tmp_path / "b", *usual) == 0
-    assert "few" not in capsys.readouterr().err
+    assert "is short" not in capsys.readouterr().err
 
 
 def test_trivial_answers_are_what_they_are() -> None:

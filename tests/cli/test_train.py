@@ -30,7 +30,7 @@ def saved_tensors(output: Path) -> dict[str, torch.Tensor]:
     return load_file(output / "adapter" / "adapter_model.safetensors")
 
 
-COMMON = ("--rank", 8, "--epochs", 2, "--batch-size", 4)
+COMMON = ("--r", 8, "--epochs", 2, "--batch-size", 4)
 
 
 def test_a_classifier_is_trained_saved_and_loaded(
@@ -46,7 +46,7 @@ def test_a_classifier_is_trained_saved_and_loaded(
     assert results["metrics"]["accuracy"] == 1.0
     assert (output / "curves.png").read_bytes().startswith(b"\x89PNG")
     settings = yaml.safe_load((output / "train.yaml").read_text())
-    assert settings["rank"] == 8 and settings["epochs"] == 6.0 and settings["weight_decay"] == 0.0
+    assert settings["r"] == 8 and settings["epochs"] == 6.0 and settings["weight_decay"] == 0.0
     base = transformers.AutoModelForSequenceClassification.from_pretrained(encoder, num_labels=2)
     model = VeraModel.from_pretrained(base, output / "adapter")
     tokenizer = transformers.AutoTokenizer.from_pretrained(output / "adapter")
@@ -59,12 +59,12 @@ def test_a_classifier_is_trained_saved_and_loaded(
 
 def test_a_configuration_file_is_read_and_options_go_before_it(encoder: Path, table: Path, tmp_path: Path) -> None:
     config = tmp_path / "settings.yaml"
-    lines = [f"model: {encoder}", f"data: {table}", "rank: 4", "learning_rate: 1e-2", "epochs: 1"]
+    lines = [f"model: {encoder}", f"data: {table}", "r: 4", "learning_rate: 1e-2", "epochs: 1"]
     lines.append("target_modules: [query]")
     config.write_text("\n".join(lines))
-    assert train("--config", config, "--output", tmp_path / "out", "--rank", 6) == 0
+    assert train("--config", config, "--output", tmp_path / "out", "--r", 6) == 0
     settings = yaml.safe_load((tmp_path / "out" / "train.yaml").read_text())
-    assert (settings["rank"], settings["learning_rate"], settings["target_modules"]) == (6, 0.01, ["query"])
+    assert (settings["r"], settings["learning_rate"], settings["target_modules"]) == (6, 0.01, ["query"])
     saved = json.loads((tmp_path / "out" / "adapter" / "adapter_config.json").read_text())
     assert saved["r"] == 6 and saved["target_modules"] == ["query"]
     assert train("--config", tmp_path / "out" / "train.yaml", "--output", tmp_path / "again") == 0
@@ -157,7 +157,7 @@ def losses(output: Path) -> dict[str, list[tuple[int, float]]]:
 def test_what_a_terminal_shows_and_ctrl_c_in_it(encoder: Path, table: Path, tmp_path: Path) -> None:
     """The real program in a pseudo-terminal, whose driver makes the signal of the key."""
     pty = pytest.importorskip("pty")
-    arguments = ["train", "--model", encoder, "--data", table, "--rank", 4, "--epochs", 400, "--batch-size", 4]
+    arguments = ["train", "--model", encoder, "--data", table, "--r", 4, "--epochs", 400, "--batch-size", 4]
     output = tmp_path / "out"
     command = [sys.executable, "-m", "veratune", *map(str, arguments), "--output", str(output)]
     process, terminal = pty.fork()
@@ -202,7 +202,7 @@ def test_every_setting_is_an_option_with_its_help(capsys: pytest.CaptureFixture[
         text = option.help_text(TrainSettings.__dataclass_fields__[name].default)
         assert text and "{" not in text
         assert re.search(rf"--{name.replace('_', '-')}\b[^.]*? {re.escape(text)}", shown), name
-    assert "-r, --rank" in shown and "--learning-rate, --lr" in shown and "--head-learning-rate, --head-lr" in shown
+    assert "-r, --r" in shown and "--learning-rate, --lr" in shown and "--head-learning-rate, --head-lr" in shown
     assert "sequence-classification (the default), regression, token-classification or causal-lm." in shown
     assert "Initial value of d. [default: 0.1]" in shown and "Rows in a step. [default: 16]" in shown
 
@@ -359,15 +359,15 @@ def test_what_would_disappoint_is_told_before(
     rows = [{"text": text, "label": label} for text, label in sentences(12)]
     data = write_lines(tmp_path / "rows.jsonl", rows)
     given = ("--max-length", 4, "--early-stopping", 3, "--lr", 1e-4, "--precision", "bfloat16", "--epochs", 1)
-    assert train("--model", encoder, "--data", data, "--output", tmp_path / "out", "--rank", 4, *given) == 0
+    assert train("--model", encoder, "--data", data, "--output", tmp_path / "out", "--r", 4, *given) == 0
     told = capsys.readouterr().err
     for warning in (
         "learning_rate=0.0001 is low for VeRA",
         "precision=bfloat16 is slower",
         "11 of 11 texts fill max_length=4 tokens",
-        "there are 11 rows to train with, fewer than batch_size=16",
-        "1 steps are few",
-        "early_stopping=3 cannot happen with only 1 evaluations",
+        "there are only 11 rows to train with, fewer than batch_size=16",
+        "a run of 1 step is short",
+        "early_stopping=3 cannot happen with only 1 evaluation in all",
     ):
         assert warning in told, told
     assert all(line.startswith("veratune: warning: ") for line in told.splitlines()), told
@@ -380,10 +380,10 @@ def test_what_would_disappoint_is_told_before(
     tokenizer.save_pretrained(tmp_path / "chatty")
     long = [{"role": "user", "content": "very " * 30}, CHAT[1]]
     chats = write_lines(tmp_path / "chats.jsonl", [{"text": CHAT}] * 9 + [{"text": long}] * 2)
-    given = ("--task", "causal-lm", "--eval-data", data, "--max-length", 20, "--epochs", 1, "--rank", 4)
+    given = ("--task", "causal-lm", "--eval-data", data, "--max-length", 20, "--epochs", 1, "--r", 4)
     assert train("--model", tmp_path / "chatty", "--data", chats, "--output", tmp_path / "chat", *given) == 0
     shown = capsys.readouterr()
-    assert "2 rows are left out" in shown.err and "9 rows to train with" in shown.out
+    assert "2 rows left out" in shown.err and "9 rows to train with" in shown.out
 
 
 def test_early_stopping(encoder: Path, table: Path, tmp_path: Path) -> None:
@@ -394,7 +394,7 @@ def test_early_stopping(encoder: Path, table: Path, tmp_path: Path) -> None:
         table,
         "--output",
         tmp_path / "out",
-        "--rank",
+        "--r",
         4,
         "--epochs",
         9,
@@ -453,8 +453,8 @@ def test_wrong_calls_are_told_before_any_work(
     for arguments, code, message in (
         (("--data", table, "--output", out), 2, "model is missing"),
         (("--model", encoder, *rows, "--task", "poetry"), 2, "task='poetry' is not allowed"),
-        (("--model", encoder, *rows, "--rank", 0), 2, "rank=0"),
-        (("--model", encoder, *rows, "--rank", "many"), 2, "--rank"),
+        (("--model", encoder, *rows, "--r", 0), 2, "r=0"),
+        (("--model", encoder, *rows, "--r", "many"), 2, "--r"),
         (("--model", encoder, *rows, "--d-initial", 0), 2, "d_initial=0.0"),
         (("--model", encoder, *rows, "--epochs", "nan"), 2, "epochs=nan"),
         (("--model", encoder, *rows, "--chat-loss", "mine"), 2, "chat_loss='mine'"),
@@ -463,13 +463,13 @@ def test_wrong_calls_are_told_before_any_work(
         (("--config", tmp_path, *rows), 2, "is a directory"),
         (("--config", vera, "--model", encoder, *rows), 2, "vera has unknown settings ['r']"),
         (("--resume", full), 2, "train.yaml does not exist"),
-        (("--resume", full, "--rank", 3), 2, "leave out --rank"),
+        (("--resume", full, "--r", 3), 2, "leave out --r"),
         (("--model", encoder, "--data", tmp_path / "no.csv", "--output", out), 2, "is not a file"),
         (("--model", encoder, "--data", tmp_path, "--output", out), 2, "is not a file"),
         (("--model", encoder, "--data", nothing, "--output", out), 1, "nothing.csv is empty"),
         (("--model", encoder, "--data", header, "--output", out), 1, "has no rows"),
         (("--model", encoder, "--data", parquet, "--output", out), 1, "bad.parquet cannot be read"),
-        (("--model", encoder, "--data", sheet, "--output", out), 2, "is not of a supported kind"),
+        (("--model", encoder, "--data", sheet, "--output", out), 2, "unsupported file type"),
         (("--model", encoder, "--data", broken, "--output", out), 1, "line 2 is not JSON"),
         (
             ("--model", encoder, *rows, "--label-column", "score"),
@@ -480,12 +480,12 @@ def test_wrong_calls_are_told_before_any_work(
         (("--model", encoder, *rows, "--task", "regression"), 1, "row 1 has no number in 'label': 'neg'"),
         (("--model", encoder, *rows, "--task", "token-classification"), 1, "a list of as many labels"),
         (("--model", encoder, "--data", one, "--output", out), 1, "all training rows have the same label"),
-        (("--model", encoder, *rows, "--eval-data", other), 1, "labels that no training row has: ['new']"),
+        (("--model", encoder, *rows, "--eval-data", other), 1, "1 label that no training row has: ['new']"),
         (("--model", encoder, "--data", empty, "--output", out), 1, "row 2 has nothing in the column 'text'"),
         (("--model", encoder, "--data", fewer, "--output", out), 1, "row 2 has nothing in the column 'label'"),
         (("--model", encoder, *rows, "--eval-fraction", 0.001), 1, "another --eval-fraction"),
         (("--model", decoder, "--data", chats, *lm), 1, "row 1 has no message of the role 'assistant'"),
-        (("--model", decoder, "--data", letters, *lm), 1, "must have a 'role' and a 'content'"),
+        (("--model", decoder, "--data", letters, *lm), 1, "is from 'me', whose role is unknown"),
         (("--model", encoder, "--data", table, *lm), 1, "not a left-to-right language model"),
         (("--model", encoder, "--data", table, "--output", full), 1, "nothing is overwritten: choose another --output"),
         (("--model", encoder, "--data", table, "--output", full / "precious" / "x"), 1, "cannot be written"),
@@ -560,7 +560,7 @@ def test_the_same_rows_in_files_of_every_kind_train_the_same_adapter(kind: str, 
         "jsonl": lambda path: rows.to_json(path, orient="records", lines=True),
         "parquet": rows.to_parquet,
     }
-    steps = ("--rank", 4, "--max-steps", 3)
+    steps = ("--r", 4, "--max-steps", 3)
     plain = write_lines(tmp_path / "plain.jsonl", [{"text": text, "label": label} for text, label in sentences()])
     other = tmp_path / f"rows.{kind}"
     write[kind](other)
@@ -593,7 +593,7 @@ def test_lists_and_numbers_from_parquet(
     pandas.DataFrame(rows).to_parquet(tmp_path / "rows.parquet")
     write_lines(tmp_path / "rows.jsonl", rows)
     model = decoder if task == "causal-lm" else encoder
-    given = ("--task", task, "--text-column", text, "--label-column", label, "--rank", 4, "--max-steps", 3)
+    given = ("--task", task, "--text-column", text, "--label-column", label, "--r", 4, "--max-steps", 3)
     given = (*given, "--chat-loss", "all")
     for kind in ("parquet", "jsonl"):
         data = tmp_path / f"rows.{kind}"
@@ -603,7 +603,7 @@ def test_lists_and_numbers_from_parquet(
 
 
 def test_rows_are_taken_as_they_are_written(tmp_path: Path) -> None:
-    from veratune.cli.train.data import read_rows
+    from veratune.cli.train.reading import read_rows
 
     table = tmp_path / "odd.csv"
     table.write_text('text,label,date\n007,01,2020-01-01\n"None",1,x\n12345678901234567890123,NA,\n', encoding="utf-8")

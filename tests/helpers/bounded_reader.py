@@ -21,8 +21,8 @@ from veratune.adapters.target import TargetError
 from veratune.bank.layout import BankError
 from veratune.bank.store import BankStore
 from veratune.checkpoint.formats import read_contents
-from veratune.cli.train.data import read_rows
 from veratune.cli.train.fields import SettingsError
+from veratune.cli.train.reading import read_rows
 from veratune.cli.train.settings import read_settings
 from veratune.utils.outside_files import OutsideFileError
 

@@ -7,10 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
-from veratune import __version__
 from veratune.adapters.names import without_wrappers
 from veratune.checkpoint.base_model import describe_base
 from veratune.checkpoint.files import CARD_NAME, write_text
@@ -130,9 +128,8 @@ def _load(base: str | None, described: Mapping[str, Any]) -> str:
 
 def _versions() -> dict[str, str]:
     """Return the versions of the packages that were used."""
-    found = {"veratune": __version__, "torch": torch.__version__}
-    transformers = sys.modules.get("transformers")  # not imported for its version
-    return found if transformers is None else found | {"transformers": str(transformers.__version__)}
+    names = ("veratune", "torch", "transformers")  # nothing is imported for its version
+    return {name: str(sys.modules[name].__version__) for name in names if name in sys.modules}
 
 
 def _signed(text: str) -> str:

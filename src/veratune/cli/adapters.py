@@ -1,8 +1,8 @@
 """`veratune merge`, `export`, `convert` and `diff`: commands that convert or compare adapters."""
 
-from enum import StrEnum
+from collections.abc import Collection
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 import typer
@@ -11,49 +11,16 @@ from veratune.checkpoint.files import CheckpointError
 from veratune.checkpoint.formats import FORMATS, format_of
 from veratune.checkpoint.native import NativeFormat, read_native
 from veratune.cli.directories import check_new, writing_new
-from veratune.cli.models import adapter_in, base_of, load_model
-from veratune.cli.output import print_json, print_table, print_text
+from veratune.cli.models import adapter_in, base_of, load_adapted, pad_with, tokenizer_of
+from veratune.cli.options import Engine
+from veratune.cli.output import bytes_text, print_json, print_table, print_text
 from veratune.cli.train.settings import dtype_of
 from veratune.export.vllm import max_lora_rank
-from veratune.model import VeraModel
-
-MERGE_EXAMPLES = """Examples:
-
-veratune merge run/adapter merged
-
-veratune merge run/adapter merged --base MODEL
-"""
-EXPORT_EXAMPLES = """Examples:
-
-veratune export run/adapter for-peft --format peft
-
-veratune export run/adapter for-engines --format lora --dtype bfloat16
-"""
-CONVERT_EXAMPLES = """Example:
-
-veratune convert peft-adapter adapter --base MODEL
-"""
-DIFF_EXAMPLES = """Example:
-
-veratune diff run/adapter other/adapter --json
-"""
+from veratune.utils.text import counted
 
 # Lists with more names than this are abbreviated.
 _LISTED = 4
 _LORA, _GGUF = "lora", "gguf"
-
-AdapterArgument = Annotated[Path, typer.Argument(help="Directory of an adapter, or of a training run.")]
-OutputArgument = Annotated[Path, typer.Argument(help="Directory to write; it must be new or empty.")]
-BaseOption = Annotated[
-    str | None,
-    typer.Option(help="The base model: a directory or a hub name. The default is the one that the adapter names."),
-]
-
-
-class Engine(StrEnum):
-    """Engines whose support for a LoRA can be checked."""
-
-    VLLM = "vllm"
 
 
 def _export_formats() -> list[str]:
@@ -62,94 +29,74 @@ def _export_formats() -> list[str]:
     return [*written, _LORA, _GGUF]
 
 
-def _known_format(name: str) -> str:
-    names = _export_formats()
-    if name not in names:
-        raise typer.BadParameter(f"{name!r} is not one of {', '.join(map(repr, names))}.")
-    return name
-
-
-def merge(
-    adapter: AdapterArgument,
-    output: OutputArgument,
-    base: BaseOption = None,
-    safe: Annotated[bool, typer.Option(help="Check that all merged weights are finite.")] = True,
-) -> None:
+def merge(adapter: Path, output: Path, model: str | None, *, safe: bool) -> None:
     """Merge an adapter into its base model and save a plain model."""
     check_new(output)
     adapter = adapter_in(adapter)
-    path_or_repo = base_of(adapter, base)
-    model: Any = _adapted(path_or_repo, adapter).merge_and_unload(safe_merge=safe)
+    path_or_repo = base_of(adapter, model)
+    merged: Any = load_adapted(path_or_repo, adapter).merge_and_unload(safe_merge=safe)
+    tokenizer = _tokenizer(path_or_repo, adapter)
+    if tokenizer is not None:
+        pad_with(merged, tokenizer)
     with writing_new(output):
-        model.save_pretrained(output)
-        _copy_tokenizer(path_or_repo, output)
+        merged.save_pretrained(output)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(output)
     print_text(f"{output}: {path_or_repo} with {adapter} merged in")
 
 
 def export(
-    adapter: AdapterArgument,
-    output: OutputArgument,
-    to: Annotated[
-        str,
-        typer.Option(
-            "--format",
-            callback=_known_format,
-            metavar=f"[{'|'.join(_export_formats())}]",
-            help="peft: PEFT's VeRA. lora: a LoRA. gguf: a LoRA for llama.cpp.",
-        ),
-    ],
-    base: BaseOption = None,
-    dtype: Annotated[str, typer.Option(help="dtype of the matrices of a LoRA.")] = "float32",
-    rank: Annotated[
-        int | None, typer.Option(help="lora: a rank other than the adapter's, if it can represent the deltas exactly.")
-    ] = None,
-    engine: Annotated[Engine | None, typer.Option(help="lora: check that this engine can load it.")] = None,
+    adapter: Path,
+    output: Path,
+    to: str,
+    model: str | None,
+    *,
+    dtype: str,
+    rank: int | None,
+    engine: Engine | None,
 ) -> None:
     """Write an adapter in another format, with the same outputs."""
+    names = _export_formats()
+    if to not in names:
+        raise typer.BadParameter(f"{to!r} is not one of {', '.join(map(repr, names))}.", param_hint="'--format'")
     if to != _LORA and (rank is not None or engine is not None):
-        raise typer.BadParameter(f"--rank and --engine are for --format lora, not {to}")
+        raise typer.BadParameter(f"--r and --engine are for --format lora, not {to}")
     numbers = dtype_of(dtype)
     check_new(output)
     adapter = adapter_in(adapter)
-    model = _adapted(base_of(adapter, base), adapter)
+    adapted = load_adapted(base_of(adapter, model), adapter)
     with writing_new(output):
         if to == _LORA:
-            model.export_lora(output, dtype=numbers, rank=rank, engine="vllm" if engine is Engine.VLLM else None)
+            adapted.export_lora(output, dtype=numbers, rank=rank, engine="vllm" if engine is Engine.VLLM else None)
         elif to == _GGUF:
-            model.export_gguf(output, dtype=numbers)
+            adapted.export_gguf(output, dtype=numbers)
         else:
-            model.export(to, output)
-    print_text(f"{output}: {adapter} as {to}")
+            adapted.export(to, output)
+    layers = adapted.vera_layers().values()
+    own = _bytes_in(adapter, [format.weights_name for format in FORMATS.values()])
+    largest = max(entry.r for layer in layers for entry in layer.entries.values())
+    print_text(
+        f"{output}: {adapter} as {to}, rank {rank or largest}, {counted(len(layers), 'layer')},"
+        f" {bytes_text(_bytes_in(output))}; the adapter has {bytes_text(own)}"
+    )
     if engine is Engine.VLLM:
-        largest = max(entry.r for layer in model.vera_layers().values() for entry in layer.entries.values())
         print_text(f"to serve it, start vLLM with --enable-lora --max-lora-rank {max_lora_rank(rank or largest)}")
 
 
-def convert(
-    adapter: Annotated[
-        Path,
-        typer.Argument(help="Directory of a VeRA adapter that PEFT wrote, also with veratune's layers."),
-    ],
-    output: OutputArgument,
-    base: BaseOption = None,
-) -> None:
+def convert(adapter: Path, output: Path, model: str | None) -> None:
     """Convert a VeRA adapter that PEFT wrote to veratune's format."""
     check_new(output)
     adapter = adapter_in(adapter)
     if isinstance(format_of(adapter), NativeFormat):
         raise CheckpointError(f"{adapter} is already in veratune's format")
-    model = _adapted(base_of(adapter, base), adapter)
+    adapted = load_adapted(base_of(adapter, model), adapter)
     with writing_new(output):
-        model.save_pretrained(output)
+        adapted.save_pretrained(output)
     print_text(f"{output}: {adapter} in veratune's format")
 
 
-def diff(
-    first: AdapterArgument,
-    second: AdapterArgument,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-) -> None:
-    """Compare the settings, layers and vectors of two adapters. The exit code is 1 if they differ."""
+def diff(first: Path, second: Path, *, as_json: bool) -> bool:
+    """Compare the settings, layers and vectors of two adapters, and return whether they differ."""
     a, b = read_native(adapter_in(first)), read_native(adapter_in(second))
     settings_a, settings_b = a.config.to_dict(), b.config.to_dict()
     settings = {
@@ -188,13 +135,7 @@ def diff(
         )
     else:
         _print_differences(settings, only, moved if comparable else None, saved, different=different)
-    if different:
-        raise typer.Exit(1)
-
-
-def _adapted(path_or_repo: str, adapter: Path) -> VeraModel:
-    base = load_model(path_or_repo, weights=True, adapter=adapter, remedy="give the base model with --base")
-    return VeraModel.from_pretrained(base, adapter)
+    return different
 
 
 def _print_differences(
@@ -259,12 +200,16 @@ def _same(x: torch.Tensor | None, y: torch.Tensor | None) -> bool:
     return x is not None and y is not None and torch.equal(x, y)
 
 
-def _copy_tokenizer(path_or_repo: str, output: Path) -> None:
-    """Save the base model's tokenizer with a merged model, if it has one."""
-    from transformers import AutoTokenizer
-
+def _tokenizer(path_or_repo: str, adapter: Path) -> Any:
+    """Return the tokenizer to save with a merged model: the adapter's or the base model's; many models have none."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path_or_repo)
-    except (OSError, ValueError, KeyError, TypeError):
-        return  # many models have none
-    tokenizer.save_pretrained(output)
+        return tokenizer_of(adapter, path_or_repo)
+    except (OSError, ValueError):
+        return None
+
+
+def _bytes_in(directory: Path, names: Collection[str] = ()) -> int:
+    """Return the size of a directory's files, or of those with these names."""
+    return sum(
+        file.stat().st_size for file in directory.iterdir() if file.is_file() and (not names or file.name in names)
+    )

@@ -2,10 +2,10 @@
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-import typer
+from torch import nn
 
 from veratune.bank import AdapterBank, BankError
 from veratune.bank.bank_config import config_for_adapters
@@ -13,45 +13,21 @@ from veratune.bank.connection import publish_bank
 from veratune.bank.schema import check_spelling, dtype_name
 from veratune.bank.store import BankStore
 from veratune.bank.verify import examine
-from veratune.cli.models import adapter_in, load_model
+from veratune.cli.models import adapter_in, base_of, load_model
 from veratune.cli.output import bytes_text, print_json, print_table, print_text
 from veratune.config import VeraConfig
 from veratune.utils.atomic import is_there, temporary_beside
-
-app = typer.Typer(
-    help="Files of many adapters of one base model, to serve all of them at once.",
-    no_args_is_help=True,
-    add_completion=False,
-)
-
-FileArgument = Annotated[Path, typer.Argument(help="The bank's file.")]
-ModelArgument = Annotated[str, typer.Argument(help="The base model: a directory or a hub name.")]
-AdaptersArgument = Annotated[
-    list[str],
-    typer.Argument(
-        help="Directories of adapters or of training runs, or NAME=DIRECTORY. The default name is the directory's last"
-        " component."
-    ),
-]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+from veratune.utils.text import counted
 
 
-@app.command("build")
 def build(
-    model: ModelArgument,
-    file: Annotated[Path, typer.Argument(help="The file to create; it must not exist.")],
-    adapters: AdaptersArgument,
-    rank: Annotated[
-        int | None,
-        typer.Option("--r", min=1, help="Largest rank to hold. The default is the largest of the adapters'."),
-    ] = None,
-    target_modules: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Layers to hold: all-linear, or comma-separated names. The default is all that any adapter adapts."
-        ),
-    ] = None,
-    dtype: Annotated[str, typer.Option(help="Dtype of stored vectors: float32, bfloat16 or float16.")] = "float32",
+    file: Path,
+    adapters: list[str],
+    model: str | None,
+    *,
+    rank: int | None,
+    target_modules: list[str] | None,
+    dtype: str,
 ) -> None:
     """Create a bank's file with adapters. If one of them does not fit, no file is created."""
     numbers = getattr(torch, dtype, None)
@@ -62,7 +38,7 @@ def build(
         check_spelling(name)
     if is_there(file):
         raise BankError(f"{file} already exists")
-    base = load_model(model, weights=True, adapter=next(iter(directories.values())))
+    base = _base(directories, model)
     config = config_for_adapters(base, directories)
     if rank is not None:
         config = config.replace(r=rank)
@@ -79,18 +55,12 @@ def build(
         temporary.unlink(missing_ok=True)
     layout = bank.layout
     print_text(
-        f"{file}: {len(directories)} adapters, {len(layout.layers)} layers, rank {layout.rank}, {dtype},"
-        f" {bytes_text(file.stat().st_size)}"
+        f"{file}: {counted(len(directories), 'adapter')}, {counted(len(layout.layers), 'layer')},"
+        f" rank {layout.rank}, {dtype}, {bytes_text(file.stat().st_size)}"
     )
 
 
-@app.command("add")
-def add(
-    file: FileArgument,
-    model: ModelArgument,
-    adapters: AdaptersArgument,
-    replace: Annotated[bool, typer.Option("--replace", help="Replace the adapters of existing names.")] = False,
-) -> None:
+def add(file: Path, adapters: list[str], model: str | None, *, replace: bool) -> None:
     """Add adapters to a bank's file. If one of them does not fit, none is added."""
     directories = _directories(adapters)
     known = BankStore(file)
@@ -102,7 +72,7 @@ def add(
                 f"there is no adapter {name!r} in {file} to replace" if replace else f"{name!r} is already in {file}"
             )
             raise BankError(wrong)
-    bank = AdapterBank.open(load_model(model, weights=True, adapter=next(iter(directories.values()))), file)
+    bank = AdapterBank.open(_base(directories, model), file)
     for directory in directories.values():
         bank.check(directory)
     for name, directory in directories.items():
@@ -111,8 +81,7 @@ def add(
     print_text(f"{file}: {', '.join(directories)} {'replaced' if replace else 'added'}")
 
 
-@app.command("remove")
-def remove(file: FileArgument, names: Annotated[list[str], typer.Argument(help="Names of adapters.")]) -> None:
+def remove(file: Path, names: list[str]) -> None:
     """Remove names. Running requests are unaffected, and the space is reused."""
     bank = BankStore(file)
     for name in names:
@@ -124,8 +93,7 @@ def remove(file: FileArgument, names: Annotated[list[str], typer.Argument(help="
     print_text(f"{file}: {', '.join(dict.fromkeys(names))} removed")
 
 
-@app.command("list")
-def show(file: FileArgument, as_json: JsonOption = False) -> None:
+def show(file: Path, *, as_json: bool) -> None:
     """List the adapters of a bank's file. This needs no model."""
     bank = BankStore(file)
     rows = [(name, digest, bank.adapters[digest]) for name, digest in bank.names.items()]
@@ -157,8 +125,9 @@ def show(file: FileArgument, as_json: JsonOption = False) -> None:
         print_json(summary | {"adapters": listed})
         return
     print_text(
-        f"{file}: {len(rows)} adapters, {len(summary['layers'])} layers, rank {summary['rank']}, {summary['dtype']},"
-        f" {bytes_text(summary['bytes'])}, {bytes_text(header.adapter_bytes)} for each different adapter"
+        f"{file}: {counted(len(rows), 'adapter')}, {counted(len(summary['layers']), 'layer')},"
+        f" rank {summary['rank']}, {summary['dtype']}, {bytes_text(summary['bytes'])},"
+        f" {bytes_text(header.adapter_bytes)} for each different adapter"
     )
     if summary["modules_to_save"]:
         print_text(f"trained in full: {', '.join(summary['modules_to_save'])}, {summary['saved_dtype']}")
@@ -166,9 +135,8 @@ def show(file: FileArgument, as_json: JsonOption = False) -> None:
     print_table(("name", "digest", "rank", "projections", "fingerprint"), table)
 
 
-@app.command("verify")
-def verify(file: FileArgument, as_json: JsonOption = False) -> None:
-    """Read and check all of a bank's file. The exit code is 1 if it is damaged. This needs no model."""
+def verify(file: Path, *, as_json: bool) -> bool:
+    """Read and check all of a bank's file, and return whether it is damaged. This needs no model."""
     bank = BankStore(file)
     found = examine(bank)
     bank.close()
@@ -178,15 +146,14 @@ def verify(file: FileArgument, as_json: JsonOption = False) -> None:
         for problem in found.problems:
             print_text(problem)
         print_text(
-            f"{file}: {found.names} names of {found.adapters} adapters, problems: {len(found.problems)};"
-            f" {bytes_text(found.free_bytes)} of {bytes_text(found.total_bytes)} are free"
+            f"{file}: {counted(found.names, 'name')} of {counted(found.adapters, 'adapter')},"
+            f" problems: {len(found.problems)}; {bytes_text(found.free_bytes)} of {bytes_text(found.total_bytes)} are"
+            " free"
         )
-    if found.problems:
-        raise typer.Exit(1)
+    return bool(found.problems)
 
 
-@app.command("compact")
-def compact(file: FileArgument) -> None:
+def compact(file: Path) -> None:
     """Return the space of removed adapters to the disk, while other processes wait. This needs no model."""
     bank = BankStore(file)
     before, _ = bank.sizes()
@@ -194,6 +161,23 @@ def compact(file: FileArgument) -> None:
     after, _ = bank.sizes()
     bank.close()
     print_text(f"{file}: {bytes_text(before)} before, {bytes_text(after)} now")
+
+
+def _base(directories: dict[str, Path], model: str | None) -> nn.Module:
+    """Return the base model: the given one, or the one that all adapters name."""
+    named = {base_of(directory, model): name for name, directory in directories.items()}
+    if len(named) > 1:
+        (base, name), (other, second) = list(named.items())[:2]
+        raise BankError(
+            f"adapter {name!r} was trained on {base}, and {second!r} on {other}: give the bank's base model with"
+            " --model"
+        )
+    return load_model(
+        next(iter(named)),
+        weights=True,
+        adapter=next(iter(directories.values())),
+        remedy="give the base model with --model",
+    )
 
 
 def _directories(given: list[str]) -> dict[str, Path]:

@@ -6,13 +6,12 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-import typer
 from torch import nn
 
-from veratune.cli.models import load_model
+from veratune.cli.models import device_of, load_model
 from veratune.cli.output import bytes_text, cpu_name, print_json, print_table, print_text, warning_line
 from veratune.cli.steps import (
     FROZEN,
@@ -26,42 +25,28 @@ from veratune.cli.steps import (
     make_variant,
     random_inputs,
 )
-from veratune.cli.train.fields import SettingsError
 from veratune.cli.train.settings import dtype_of
+from veratune.utils.text import counted
 from veratune.utils.timing import interleaved, median_ratio, peak_device_bytes
-
-EXAMPLES = """Examples:
-
-veratune bench MODEL
-
-veratune bench MODEL --r 256 --r 1024 --batch 8 --length 512 --json
-"""
 
 _OTHERS_BUSY = 0.5
 
 
 def bench(
-    model: Annotated[str, typer.Argument(help="A transformers model: a directory or a hub name.")],
-    r: Annotated[
-        list[int] | None, typer.Option("--r", "--rank", "-r", help="Rank; may be given more than once. [default: 256]")
-    ] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Rows in a step.")] = 8,
-    length: Annotated[int, typer.Option(min=1, help="Tokens in a row.")] = 128,
-    rounds: Annotated[int, typer.Option(min=1, help="How often each step is timed.")] = 5,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; the GPU if there is one by default.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="dtype of the base model; that of its file by default.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    model: str,
+    ranks: list[int],
+    batch: int,
+    length: int,
+    rounds: int,
+    *,
+    device: str | None,
+    dtype: str | None,
+    as_json: bool,
 ) -> None:
-    """Time training steps of a model on this machine: veratune's, PEFT's, full fine-tuning, and the frozen model.
-
-    All linear layers are adapted. The steps take turns, and each is compared with the frozen model's in the same round.
-    """
+    """Time training steps of a model on this machine: veratune's, PEFT's, full fine-tuning, and the frozen model."""
     # Otherwise the memory profiler prints messages when it starts and stops.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
-    ranks = r or [256]
-    if min(ranks) < 1:
-        raise SettingsError(f"--r {min(ranks)} is not allowed: it must be at least 1")
-    torch_device = _device(device)
+    torch_device = device_of(device)
     base: Any = load_model(model, weights=True)
     if dtype is not None:
         base = base.to(dtype_of(dtype))
@@ -87,7 +72,8 @@ def bench(
         return
     print_text(
         f"{model}: {header['parameters']:,} parameters, {header['dtype']}, batch {batch} x {length} on"
-        f" {header['device']}, {header['threads']} threads, torch {header['torch']}; medians of {rounds} rounds"
+        f" {header['device']}, {counted(torch.get_num_threads(), 'thread')}, torch {header['torch']}; medians of"
+        f" {counted(rounds, 'round')}"
     )
     for case in cases:
         _print_case(case)
@@ -173,20 +159,6 @@ def _told(rank: int, rounds: int) -> Iterator[Any]:
     finally:
         if sys.stderr.isatty():
             print("\r\x1b[K", end="", file=sys.stderr, flush=True)
-
-
-def _device(name: str | None) -> torch.device:
-    try:
-        torch_device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError:
-        raise SettingsError(f"--device {name} is not a device that torch knows: try cpu or cuda") from None
-    if torch_device.type == "cuda" and not torch.cuda.is_available():
-        raise SettingsError(f"--device {name}: there is no GPU that torch can use here")
-    try:
-        torch.zeros(1, device=torch_device).cpu()
-    except (RuntimeError, NotImplementedError, AssertionError) as error:
-        raise SettingsError(f"--device {name} cannot compute here: {str(error).splitlines()[0]}") from None
-    return torch_device
 
 
 def _without_dropout(model: nn.Module) -> None:

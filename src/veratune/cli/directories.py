@@ -42,6 +42,17 @@ def check_new(directory: Path, otherwise: str = "choose another one") -> None:
             path.rmdir()
 
 
+def check_new_file(path: Path) -> None:
+    """Raise CheckpointError if a file exists or cannot be created."""
+    if os.path.lexists(path):
+        raise CheckpointError(f"{path} exists; nothing is overwritten: choose another file")
+    try:
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be written ({error.strerror}): choose another file") from None
+
+
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
     """Add the path to errors of a full disk that are raised in this context.

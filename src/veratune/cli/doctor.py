@@ -2,14 +2,13 @@
 
 import platform
 from importlib.metadata import PackageNotFoundError, version
-from typing import Annotated
 
 import torch
-import typer
 
 from veratune import __version__
 from veratune.cli.output import bytes_text, cpu_name, print_json, print_table, print_text
 from veratune.ops.calibration import calibration_path
+from veratune.utils.text import counted
 
 # Packages installed with veratune, and those that a feature needs in addition.
 _CORE = ("torch", "numpy", "safetensors", "huggingface_hub")
@@ -33,7 +32,7 @@ _FEATURES = {
 }
 
 
-def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+def doctor(*, as_json: bool) -> None:
     """Show versions and devices, and the packages that features are missing."""
     packages = {name: _version(name) for name in (*_CORE, *_FEATURES)}
     devices = _devices()
@@ -56,7 +55,7 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] 
         )
         return
     rows = [("veratune", __version__, ""), ("python", platform.python_version(), "")]
-    rows += [(name, found or "missing", _FEATURES.get(name, ("", ""))[0]) for name, found in packages.items()]
+    rows += [(name, found, _FEATURES.get(name, ("", ""))[0]) for name, found in packages.items() if found is not None]
     print_table(("package", "version", "for"), rows)
     print_table(("device", "name"), list(devices.items()))
     for lack in missing:
@@ -71,7 +70,7 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] 
 
 
 def _devices() -> dict[str, str]:
-    found = {"cpu": f"{cpu_name()}, {torch.get_num_threads()} threads"}
+    found = {"cpu": f"{cpu_name()}, {counted(torch.get_num_threads(), 'thread')}"}
     for index in range(torch.cuda.device_count()):
         memory = torch.cuda.get_device_properties(index).total_memory
         found[f"cuda:{index}"] = f"{torch.cuda.get_device_name(index)}, {bytes_text(memory)}"

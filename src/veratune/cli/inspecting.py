@@ -4,10 +4,9 @@ import os
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-import typer
 
 from veratune.adapters.coverage import WeightInfo, supported
 from veratune.checkpoint.base import AdapterContents
@@ -15,40 +14,29 @@ from veratune.checkpoint.files import CheckpointError
 from veratune.checkpoint.formats import FORMATS, read_contents
 from veratune.checkpoint.lora import LoraFormat
 from veratune.cli.directories import writing
-from veratune.cli.models import ADAPTER_NAME, adapter_in, is_adapter, load_model
+from veratune.cli.models import adapter_at, load_model
 from veratune.cli.output import bytes_text, print_json, print_table, print_text
 from veratune.config import VeraConfig
 from veratune.model import get_peft_model
 
-EXAMPLES = """Examples:
-
-veratune inspect MODEL --rank 1024 --tokens 8192
-
-veratune inspect run/adapter --plot vectors.png
-
-veratune inspect run/adapter --json
-"""
-
 
 def inspect(
-    path_or_repo: Annotated[
-        str, typer.Argument(help="A model or an adapter: a directory, an adapter's file, or a model's hub name.")
-    ],
-    rank: Annotated[int, typer.Option("--rank", "-r", help="Rank for the numbers of a model.")] = 256,
-    tokens: Annotated[int, typer.Option(help="Tokens in a batch, for the routes.")] = 4096,
-    every: Annotated[bool, typer.Option("--all", help="Show every weight or layer instead of groups.")] = False,
-    plot: Annotated[Path | None, typer.Option(help="Write a plot of an adapter's vectors to this file.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    path_or_repo: str,
+    rank: int = 256,
+    tokens: int = 4096,
+    *,
+    every: bool = False,
+    plot: Path | None = None,
+    as_json: bool = False,
 ) -> None:
     """Show a model's layers grouped by shape, or an adapter's configuration and vectors."""
     if plot is not None and os.path.lexists(plot):
         raise CheckpointError(f"{plot} already exists and will not be overwritten: choose another file for --plot")
     if Path(path_or_repo).is_file() and Path(path_or_repo).suffix in (".safetensors", ".json"):
         path_or_repo = str(Path(path_or_repo).parent)
-    if is_adapter(str(Path(path_or_repo) / ADAPTER_NAME)):
-        path_or_repo = str(adapter_in(Path(path_or_repo)))
-    if is_adapter(path_or_repo):
-        _inspect_adapter(Path(path_or_repo), every=every, plot=plot, as_json=as_json)
+    adapter = adapter_at(path_or_repo)
+    if adapter is not None:
+        _inspect_adapter(adapter, every=every, plot=plot, as_json=as_json)
     elif plot is not None:
         raise ValueError(f"--plot shows an adapter's vectors, but {path_or_repo} is not an adapter")
     else:

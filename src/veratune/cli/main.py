@@ -11,19 +11,16 @@ try:
 except ImportError as error:  # pragma: no cover - the extra is not installed
     raise SystemExit(f"veratune's command line needs more packages: pip install 'veratune[cli]' ({error})") from None
 
-import torch
-
 from veratune import __version__
-from veratune.cli import adapters, bank, bench, doctor, inspecting
-from veratune.cli.directories import why_not_written
+from veratune.cli import bank_commands, commands
+from veratune.cli.errors import SettingsError
 from veratune.cli.output import error_line, warning_line
 from veratune.cli.train import command as train
-from veratune.cli.train.fields import SettingsError
 from veratune.utils.startup import INTERRUPTED, handle_interrupts_as_usual
 
 app = typer.Typer(
     name="veratune",
-    help="Train, inspect, merge, export, convert, compare and time VeRA adapters.",
+    help="Train VeRA adapters, use them, and inspect, merge, export, convert, compare and time them.",
     add_completion=False,
     pretty_exceptions_enable=False,
 )
@@ -40,7 +37,6 @@ _PLAINLY = {
     "Input should be a valid integer, unable to parse string as an integer": "it must be a whole number",
     "Input should be a valid number, unable to parse string as a number": "it must be a number",
 }
-_OUT_OF_MEMORY = (MemoryError, torch.OutOfMemoryError)
 
 
 def _show_version(wanted: bool) -> None:
@@ -60,14 +56,19 @@ def options(
 
 
 app.command("train", epilog=train.EXAMPLES)(train.train)
-app.command("inspect", epilog=inspecting.EXAMPLES)(inspecting.inspect)
-app.command("merge", epilog=adapters.MERGE_EXAMPLES)(adapters.merge)
-app.command("export", epilog=adapters.EXPORT_EXAMPLES)(adapters.export)
-app.command("convert", epilog=adapters.CONVERT_EXAMPLES)(adapters.convert)
-app.command("diff", epilog=adapters.DIFF_EXAMPLES)(adapters.diff)
-app.command("bench", epilog=bench.EXAMPLES)(bench.bench)
-app.command("doctor")(doctor.doctor)
-app.add_typer(bank.app, name="bank")
+for command in (
+    commands.predict,
+    commands.chat,
+    commands.inspect,
+    commands.merge,
+    commands.export,
+    commands.convert,
+    commands.diff,
+    commands.bench,
+    commands.doctor,
+):
+    app.command(command.__name__, epilog=commands.epilog(command.__name__))(command)
+app.add_typer(bank_commands.app, name="bank")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -140,7 +141,11 @@ def _told(error: Exception) -> str:
         for theirs, plain in _PLAINLY.items():
             message = message.replace(theirs, plain)
         return f"{message}; see {command} --help"
-    if isinstance(error, _OUT_OF_MEMORY):
+    import torch
+
+    from veratune.cli.directories import why_not_written
+
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return f"out of memory: a smaller batch or shorter texts need less ({_first_line(error)})"
     if isinstance(error, RecursionError):
         return f"a file or a setting is nested too deeply to be read ({_first_line(error)})"

@@ -1,49 +1,78 @@
-"""Load base models for the command line from a directory or a hub name, with or without weights."""
+"""Load base models, adapted models and tokenizers for the command line, from a directory or a hub name."""
 
 import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
 from veratune.checkpoint.files import CONFIG_NAME, CheckpointError, read_json
-from veratune.checkpoint.formats import file_names, no_adapter, read_base, read_contents
+from veratune.checkpoint.formats import adapter_directory, has_adapter, no_adapter, read_base, read_contents
+from veratune.cli.errors import SettingsError
+from veratune.cli.output import warning_line
+from veratune.model import VeraModel
+from veratune.utils.text import some
 
-ADAPTER_NAME = "adapter"
-"""The folder with the adapter in a training run's output."""
+Loaded = TypeVar("Loaded")
+
+_GIVE_BASE = "give the base model with --model"
 
 
-def is_adapter(path: str) -> bool:
-    """Return whether a directory contains an adapter."""
-    return any((Path(path) / name).is_file() for name in file_names())
-
-
-def adapter_in(path_or_repo: Path) -> Path:
+def adapter_in(path: Path) -> Path:
     """Return the directory of an adapter: the given one, or the folder in which a training run saves its adapter.
 
     Raises:
         CheckpointError: neither holds one.
     """
-    for directory in (path_or_repo, path_or_repo / ADAPTER_NAME):
-        if is_adapter(str(directory)):
-            return directory
-    raise no_adapter(path_or_repo)
+    directory = adapter_directory(path)
+    if not has_adapter(directory):
+        raise no_adapter(path)
+    return directory
+
+
+def adapter_at(path_or_repo: str) -> Path | None:
+    """Return the directory of the adapter that a path means, or None if it means something else, such as a model."""
+    directory = adapter_directory(Path(path_or_repo).expanduser())
+    return directory if has_adapter(directory) else None
 
 
 def base_of(adapter: Path, given: str | None) -> str:
     """Return the base model's path or name: the user's, or the one in the adapter's configuration."""
     if given is not None:
         return given
-    path = adapter / CONFIG_NAME
-    config = read_json(path) if path.exists() else read_contents(adapter).config
-    named = config.get("base_model_name_or_path")
+    named = config_of(adapter).get("base_model_name_or_path")
     if not isinstance(named, str) or not named:
-        raise CheckpointError(f"{adapter} does not say what its base model is: name it with --base")
+        raise CheckpointError(f"{adapter} does not name its base model: {_GIVE_BASE}")
     return named
+
+
+def config_of(adapter: Path) -> dict[str, Any]:
+    """Return an adapter's configuration."""
+    path = adapter / CONFIG_NAME
+    return read_json(path) if path.exists() else read_contents(adapter).config
+
+
+def device_of(name: str | None) -> torch.device:
+    """Return the device that --device names; the GPU by default if there is one.
+
+    Raises:
+        SettingsError: torch does not know it, or cannot compute there.
+    """
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError:
+        raise SettingsError(f"--device {name} is not a device that torch knows: try cpu or cuda") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise SettingsError(f"--device {name}: there is no GPU that torch can use here")
+    try:
+        torch.zeros(1, device=device).cpu()
+    except (RuntimeError, NotImplementedError, AssertionError) as error:
+        raise SettingsError(f"--device {name} cannot compute here: {str(error).splitlines()[0]}") from None
+    return device
 
 
 def _is_here(path_or_repo: str) -> bool:
@@ -84,15 +113,19 @@ def quieten_transformers() -> None:
 
 
 def load_tokenizer(path_or_repo: str) -> Any:
-    """Return a model's tokenizer.
+    """Return a model's tokenizer, with a padding token if it has one for the end of a text.
 
     Raises:
         ValueError: the model has none.
     """
+    _check_place(path_or_repo)
+    return _read_tokenizer(path_or_repo)
+
+
+def _read_tokenizer(path_or_repo: str) -> Any:
     from transformers import AutoTokenizer
 
     quieten_transformers()
-    _check_place(path_or_repo)
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(path_or_repo)
     except _FROM_ANYWHERE as error:
@@ -105,7 +138,33 @@ def load_tokenizer(path_or_repo: str) -> Any:
             f"{path_or_repo} has no tokenizer that can be read: save one there, with AutoTokenizer.from_pretrained and"
             " save_pretrained"
         )
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def tokenizer_of(adapter: Path, base: str) -> Any:
+    """Return the tokenizer that was saved with an adapter, or else the base model's."""
+    return _read_tokenizer(str(adapter)) if (adapter / "tokenizer_config.json").is_file() else load_tokenizer(base)
+
+
+def usable_length(max_length: int, base: str, tokenizer: Any) -> int:
+    """Return the maximum length of a text in tokens, limited to the model's positions."""
+    positions = getattr(_read_config(base, _GIVE_BASE), "max_position_embeddings", None)
+    # Some models count positions from 2: the tokenizer knows the usable length.
+    known = [most for most in (positions, tokenizer.model_max_length) if isinstance(most, int) and most > 0]
+    most = min(known, default=max_length)
+    if most >= max_length:
+        return max_length
+    warning_line(f"texts are cut after {most} tokens: {base} has no more positions")
+    return most
+
+
+def pad_with(model: nn.Module, tokenizer: Any) -> None:
+    """Tell a model which token pads a batch, if its configuration does not."""
+    described: Any = model
+    if getattr(described.config, "pad_token_id", None) is None:
+        described.config.pad_token_id = tokenizer.pad_token_id
 
 
 _FROM_ANYWHERE = (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, StrictDataclassError)
@@ -132,7 +191,6 @@ def load_model(
     except ImportError as error:
         raise ImportError(f"reading a model needs transformers: pip install 'veratune[hf]' ({error})") from None
     quieten_transformers()
-    _check_place(path_or_repo, remedy)
     wanted = {} if adapter is None else read_base(adapter)
     settings: dict[str, Any] = {}
     if wanted.get("id2label"):
@@ -140,10 +198,7 @@ def load_model(
         settings = {"id2label": labels, "label2id": {name: number for number, name in labels.items()}}
     if wanted.get("problem_type"):
         settings["problem_type"] = wanted["problem_type"]
-    try:
-        config: Any = transformers.AutoConfig.from_pretrained(path_or_repo, **settings)
-    except _FROM_ANYWHERE as error:
-        raise ValueError(_unreadable(path_or_repo, error, remedy)) from None
+    config = _read_config(path_or_repo, remedy, **settings)
     names = [wanted["class"]] if wanted.get("class") else config.architectures or []
     model_class: Any = next((getattr(transformers, name) for name in names if hasattr(transformers, name)), None)
     if model_class is None:
@@ -151,19 +206,62 @@ def load_model(
             f"{path_or_repo}: there is no class {' or '.join(names) or 'named'} in transformers to create it with"
         )
     if weights:
-        return loaded(
-            path_or_repo, lambda: model_class.from_pretrained(path_or_repo, config=config, dtype="auto")
-        ).eval()
+        return loaded(path_or_repo, lambda: _with_weights(model_class, path_or_repo, config, adapter)).eval()
 
-    def empty() -> Any:
+    def empty() -> nn.Module:
         with torch.device("meta"):
-            return model_class(config)
+            made: nn.Module = model_class(config)
+        return made
 
     return loaded(path_or_repo, empty).eval()
 
 
-def loaded(path_or_repo: str, make: Callable[[], nn.Module]) -> nn.Module:
-    """Return the model that a transformers function loads.
+def _read_config(path_or_repo: str, remedy: str, **settings: Any) -> Any:
+    from transformers import AutoConfig
+
+    _check_place(path_or_repo, remedy)
+    try:
+        return AutoConfig.from_pretrained(path_or_repo, **settings)
+    except _FROM_ANYWHERE as error:
+        raise ValueError(_unreadable(path_or_repo, error, remedy)) from None
+
+
+def load_adapted(path_or_repo: str, adapter: Path) -> VeraModel:
+    """Return an adapter on its base model, in eval mode.
+
+    Args:
+        path_or_repo: the base model.
+        adapter: the adapter's directory.
+    """
+    base = load_model(path_or_repo, weights=True, adapter=adapter, remedy=_GIVE_BASE)
+    return VeraModel.from_pretrained(base, adapter)
+
+
+def _with_weights(model_class: Any, path_or_repo: str, config: Any, adapter: Path | None) -> nn.Module:
+    """Load a base model. Weights that its files lack, such as a new head, must be in the adapter."""
+    if adapter is None:
+        plain: nn.Module = model_class.from_pretrained(path_or_repo, config=config, dtype="auto")
+        return plain
+    made: nn.Module
+    made, new = load_with_new(model_class, path_or_repo, config=config, dtype="auto", ignore_mismatched_sizes=True)
+    trained = read_contents(adapter).others.keys()
+    missing = [name for name in new if name not in trained]
+    if missing:
+        warning_line(
+            f"neither {path_or_repo} nor {adapter} contains {some(missing)} of the right shape: random values are used,"
+            " so the outputs are not those of training"
+        )
+    return made
+
+
+def load_with_new(model_class: Any, path_or_repo: str, **settings: Any) -> tuple[Any, list[str]]:
+    """Return a transformers model, and the names of the weights that its files lack, or have in another shape."""
+    model, report = model_class.from_pretrained(path_or_repo, **settings, output_loading_info=True)
+    return model, sorted({*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])})
+
+
+def loaded(path_or_repo: str, make: Callable[[], Loaded]) -> Loaded:
+    """Return what a transformers function loads.
 
     Raises:
         ValueError: it could not be loaded.
@@ -189,7 +287,7 @@ def _check_place(path_or_repo: str, remedy: str = _CHECK_NAME) -> None:
         )
         raise FileNotFoundError(f"{path_or_repo} {what}: {remedy}")
     if local.is_dir() and not (local / "config.json").is_file():
-        adapter = next((x for x in (local, local / ADAPTER_NAME) if is_adapter(str(x))), None)
+        adapter = adapter_at(path_or_repo)
         if adapter is not None:
             raise FileNotFoundError(f"{adapter} is an adapter, not a model; {_its_base(adapter)}")
         raise FileNotFoundError(f"{path_or_repo} does not contain a model: it has no config.json")

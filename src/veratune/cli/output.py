@@ -1,16 +1,13 @@
 """Print tables, JSON, and errors in one line."""
 
 import json
+import os
 import platform
 import sys
 import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-from rich import box
-from rich.console import Console
-from rich.table import Table
 
 # Wide enough that lines are not wrapped if the output is a pipe or a file.
 _UNBOUNDED = 10_000
@@ -35,14 +32,22 @@ def _one_line(message: str) -> str:
     return line if len(line) <= _LONGEST_LINE else f"{line[:_LONGEST_LINE]}... ({len(line):,} characters)"
 
 
-def _console() -> Console:
-    console = Console(highlight=False, markup=False)
-    return console if console.is_terminal else Console(highlight=False, markup=False, width=_UNBOUNDED)
+def is_main_process() -> bool:
+    """Return whether this is the process that prints and writes, of those that torchrun has started."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]], title: str = "") -> None:
     """Print a table: framed on a terminal, plain columns elsewhere. Columns of numbers are aligned to the right."""
-    console = _console()
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    if not is_main_process():
+        return
+    console = Console(highlight=False, markup=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, markup=False, width=_UNBOUNDED)
     table = Table(
         box=box.SIMPLE_HEAD if console.is_terminal else None, title=printable(title) or None, title_justify="left"
     )
@@ -56,7 +61,8 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]], title: str
 
 def print_text(text: str) -> None:
     """Print text."""
-    print(printable(text))
+    if is_main_process():
+        print(printable(text))
 
 
 def print_json(value: Any) -> None:
@@ -66,12 +72,14 @@ def print_json(value: Any) -> None:
 
 def error_line(message: str) -> None:
     """Print an error's first line to standard error."""
-    print(f"veratune: {_one_line(message)}", file=sys.stderr)
+    process = "" if is_main_process() else f" (process {os.environ['RANK']})"
+    print(f"veratune{process}: {_one_line(message)}", file=sys.stderr)
 
 
 def warning_line(message: str) -> None:
     """Print a warning to standard error."""
-    print(f"veratune: warning: {_one_line(message)}", file=sys.stderr)
+    if is_main_process():
+        print(f"veratune: warning: {_one_line(message)}", file=sys.stderr)
 
 
 def _is_number(text: str) -> bool:

@@ -66,7 +66,9 @@ def check_text(where: str, value: object) -> None:
 
 
 def check_words(where: str, words: object, labels: object, label_column: str) -> None:
-    """Raise ValueError unless words and labels are lists of equal length, of texts and class names."""
+    """Raise ValueError unless words are a list of texts, and labels None or a list of as many class names."""
+    if labels is None:
+        labels = words
     if not isinstance(words, list) or not isinstance(labels, list) or len(words) != len(labels):
         raise ValueError(f"{where} must have a list of words and a list of as many labels")
     for number, word in enumerate(words, start=1):

@@ -30,7 +30,7 @@ def check_vllm(host: AdaptedModel, adapter_name: str, rank: int | None) -> None:
     needed = max(exact_rank(*layer.lora_factors(adapter_name), 1) for layer in layers.values())
     if needed <= _MAX_RANKS[-1]:
         size = max_lora_rank(needed)
-        hint = f"rank={size} (--rank {size}) holds this adapter exactly: export it with that rank"
+        hint = f"rank={size} (--r {size}) holds this adapter exactly: export it with that rank"
     else:
         hint = "no smaller rank holds this adapter exactly. Merge it (merge_and_unload) and serve the model"
     raise ValueError(f"vLLM supports ranks up to {_MAX_RANKS[-1]}, not {largest}; {hint}")

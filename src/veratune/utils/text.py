@@ -35,6 +35,11 @@ def some(names: Sequence[str], most: int = 5) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
+def counted(count: int, noun: str) -> str:
+    """Return a number with its noun: "1 step", "1,000 steps"."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
 def closest(name: str, known: Iterable[str], most: int = 3) -> list[str]:
     """Return the known names that resemble a mistyped name, the closest first."""
     return difflib.get_close_matches(name, list(known), n=most, cutoff=0.5)

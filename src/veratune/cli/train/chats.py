@@ -23,7 +23,7 @@ def chat_tokens(tokenizer: Any, messages: list[Message], *, every: bool) -> tupl
         ValueError: there is no template, it refuses the chat, or it writes the beginning of a chat differently once
             an answer follows.
     """
-    text = _render(tokenizer, messages)
+    text = chat_text(tokenizer, messages)
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=not every)
     ids = list(encoded["input_ids"])
     if every:
@@ -32,8 +32,8 @@ def chat_tokens(tokenizer: Any, messages: list[Message], *, every: bool) -> tupl
     for i, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        before = _render(tokenizer, messages[:i], add_generation_prompt=True)
-        through = _render(tokenizer, messages[: i + 1])
+        before = chat_text(tokenizer, messages[:i], add_generation_prompt=True)
+        through = chat_text(tokenizer, messages[: i + 1])
         if not through.startswith(before) or not text.startswith(through):
             raise ValueError(
                 "the model's chat template writes the beginning of a chat differently once an answer follows, so that"
@@ -53,7 +53,12 @@ def check_chats(tokenizer: Any, *, every: bool) -> None:
         raise ValueError("the model has no fast tokenizer to find the assistant's part with: use --chat-loss all")
 
 
-def _render(tokenizer: Any, messages: list[Message], *, add_generation_prompt: bool = False) -> str:
+def chat_text(tokenizer: Any, messages: list[Message], *, add_generation_prompt: bool = False) -> str:
+    """Return a chat as text, by the tokenizer's template.
+
+    Raises:
+        ValueError: the template refuses the chat.
+    """
     try:
         text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
     except Exception as error:  # a template may raise anything

@@ -6,9 +6,8 @@ from typing import Any
 
 import typer
 
-from veratune.cli.directories import writing
-from veratune.cli.train.fields import SettingsError, flag, options_of, parameter, parameters_of
-from veratune.cli.train.run import run
+from veratune.cli.errors import SettingsError
+from veratune.cli.train.fields import flag, options_of, parameter, parameters_of
 from veratune.cli.train.settings import PANELS, SETTINGS_NAME, TrainSettings, read_settings
 
 EXAMPLES = """Examples:
@@ -23,6 +22,8 @@ veratune train --model MODEL --data OWNER/NAME --split train --eval-split valida
 
 veratune train --config run/train.yaml --seed 1 --output run-1
 
+veratune train --model run --data more.csv --output run-2
+
 veratune train --resume run
 """
 
@@ -36,6 +37,9 @@ def train(*, config: Path | None = None, resume: Path | None = None, **given: An
     for name, option in options_of(TrainSettings).items():
         if given.get(name) is not None:
             options[name] = given[name] if option.parse is None else option.parse(given[name])
+    from veratune.cli.directories import writing
+    from veratune.cli.train.run import run
+
     settings = _settings(options, config, resume)
     with writing(Path(settings.output)):
         run(settings, resuming=resume is not None)
@@ -65,5 +69,7 @@ def _settings(options: dict[str, Any], config: Path | None, resume: Path | None)
             given = ", ".join(flag(name) for name in options or ["config"])
             raise SettingsError(f"--resume uses the settings in {resume / SETTINGS_NAME}: leave out {given}")
         return TrainSettings(**{**read_settings(resume / SETTINGS_NAME), "output": str(resume)})
+    from veratune.cli.train.start import with_adapters_settings
+
     values = ({} if config is None else read_settings(config)) | options
-    return TrainSettings(**{"model": "", "data": "", "output": "", **values})
+    return with_adapters_settings({"model": "", "data": "", "output": "", **values})

@@ -1,21 +1,16 @@
-"""Rows for `veratune train`: read from a file, checked, and converted to a model's inputs."""
+"""Rows of data: checked, split, and converted to a model's inputs."""
 
 import hashlib
-import json
-import warnings
-from collections import Counter
+import re
 from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 
-from veratune.checkpoint.header import memory_of_machine
+from veratune.cli.errors import SettingsError
 from veratune.cli.train.chats import IGNORED
-from veratune.cli.train.fields import SettingsError
-from veratune.cli.train.hub_rows import may_be_hub_name, read_hub_rows
-from veratune.cli.train.settings import TrainSettings
+from veratune.cli.train.reading import Row
+from veratune.cli.train.settings import CLASSIFICATION, TrainSettings
 from veratune.cli.values import (
     check_chat,
     check_not_measured,
@@ -25,151 +20,31 @@ from veratune.cli.values import (
     class_name,
     describe,
     is_empty,
-    plain,
 )
-from veratune.utils.outside_files import check_count, opened
+from veratune.utils.text import counted
 
-Row = dict[str, Any]
 _SHOWN = 40
 _MOST_COLUMNS = 20
-# pandas needs kilobytes per column, and aborts the process if there is no memory for them.
-_MOST_COLUMNS_READ = 10_000
-_LONGEST_HEADER = 1 << 20
-# Python's strings may take four times the memory of Arrow's.
-_COPIES_OF_ROWS = 4
-_ROWS_AT_ONCE = 1024
+# More classes than this, all of them numbers, are probably not classes.
+_MANY_NUMBERS = 10
+_NUMBER, _DECIMAL = re.compile(r"[+-]?\d{1,9}(\.\d{0,9})?"), re.compile(r"[+-]?\d{1,9}\.\d{0,9}")
 
 
-def read_rows(path: str, subset: str | None = None, split: str = "train") -> list[Row]:
-    """Read a CSV, TSV, JSON lines or Parquet file, or a part of a data set on the hub.
-
-    Args:
-        path: the file, or the data set's name.
-        subset: configuration of a data set on the hub.
-        split: part of a data set on the hub.
-
-    Raises:
-        SettingsError: no such file, or an unsupported kind of file.
-        ValueError: no such data set, a file that cannot be read, or no rows.
-    """
-    try:
-        import pandas as pd  # type: ignore[import-untyped]
-    except ImportError as error:
-        raise ImportError(f"reading data needs pandas: pip install 'veratune[cli]' ({error})") from None
-    file = Path(path).expanduser()
-    readers: dict[str, Callable[[BinaryIO], Any]] = {
-        ".csv": _read_table(","),
-        ".tsv": _read_table("\t"),
-        ".jsonl": _read_lines,
-        ".parquet": _read_parquet,
-    }
-    known = file.suffix.lower() in readers
-    if not known and may_be_hub_name(path) and not file.exists():
-        return _some(path, [plain(row) for row in read_hub_rows(path, subset, split)])
-    if not file.is_file():
-        raise SettingsError(f"{path} is not a file{' but a directory' if file.is_dir() else ''}")
-    if not known:
-        raise SettingsError(f"{path} is not of a supported kind: {', '.join(readers)}")
-    if file.stat().st_size == 0:
-        raise ValueError(f"{path} is empty")
-    try:
-        with opened(file) as (opened_file, size), warnings.catch_warnings():
-            if size > memory_of_machine():
-                raise ValueError(f"it has {size:,} bytes, more than this machine's memory")
-            warnings.simplefilter("error", pd.errors.ParserWarning)  # rows that are longer than the header
-            found = readers[file.suffix.lower()](opened_file)
-            records = found if isinstance(found, list) else found.to_dict("records")
-    except RecursionError:
-        raise ValueError(f"{path} cannot be read: it is nested too deeply") from None
-    except MemoryError:
-        raise ValueError(f"{path} cannot be read: its rows do not fit into memory") from None
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror or error}") from None
-    except (ValueError, pd.errors.ParserWarning) as error:
-        raise ValueError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
-    return _some(path, [plain(row) for row in records])
-
-
-def _read_table(separator: str) -> Callable[[BinaryIO], Any]:
-    """Return a reader of tables of text that converts nothing: "01" is not 1, and "None" may be a word."""
-    import pandas as pd
-
-    as_written: dict[str, Any] = {"sep": separator, "dtype": str, "keep_default_na": False, "index_col": False}
-
-    def read(file: BinaryIO) -> Any:
-        names = file.read(_LONGEST_HEADER).replace(b"\r", b"\n").partition(b"\n")[0]
-        if names.count(separator.encode()) >= _MOST_COLUMNS_READ:
-            raise ValueError(f"it has more than {_MOST_COLUMNS_READ:,} columns")
-        file.seek(0)
-        # pandas renames a second column of the same name.
-        header = pd.read_csv(file, **as_written, header=None, nrows=1).iloc[0].tolist()
-        twice = sorted(name for name, count in Counter(header).items() if name and count > 1)
-        if twice:
-            raise ValueError(f"two columns are called {twice[0]!r}")
-        file.seek(0)
-        return pd.read_csv(file, **as_written)
-
-    return read
-
-
-def _read_parquet(file: BinaryIO) -> list[Row]:
-    """Read a Parquet file, whose few bytes may decode to the same long text in millions of rows."""
-    from pyarrow.parquet import ParquetFile  # type: ignore[import-untyped]
-
-    rows: list[Row] = []
-    size, most = 0, memory_of_machine() // _COPIES_OF_ROWS
-    # In other threads, Arrow would abort the process if memory runs out.
-    for batch in ParquetFile(file).iter_batches(batch_size=_ROWS_AT_ONCE, use_threads=False):
-        size += batch.nbytes
-        if size > most:
-            raise ValueError(f"its rows take up more than {most:,} bytes, which is too much for this machine's memory")
-        rows += batch.to_pylist()
-    return rows
-
-
-def _some(path: str, rows: list[Row]) -> list[Row]:
-    if not rows:
-        raise ValueError(f"{path} has no rows")
-    return rows
-
-
-def _read_lines(file: BinaryIO) -> list[Row]:
-    rows = []
-    # Split at line feeds only: JSON strings may contain other line separators.
-    for number, line in enumerate(file.read().decode("utf-8-sig").split("\n"), start=1):
-        if line.strip():
-            try:
-                check_count(line)
-                row = json.loads(line, object_pairs_hook=_object)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"line {number} is not JSON: {error.msg}") from None
-            except ValueError as error:
-                raise ValueError(f"line {number} cannot be read: {error}") from None
-            except RecursionError:
-                raise ValueError(f"line {number} is nested too deeply") from None
-            if not isinstance(row, dict):
-                raise ValueError(f"line {number} is not a JSON object")
-            rows.append(row)
-    return rows
-
-
-def _object(pairs: list[tuple[str, Any]]) -> Row:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
-        raise ValueError(f"{twice!r} occurs twice in one object")
-    return found
-
-
-def check_columns(path: str, rows: list[Row], settings: TrainSettings) -> None:
+def check_columns(path: str, rows: list[Row], settings: TrainSettings, *, labelled: bool = True) -> None:
     """Raise SettingsError for a missing column, and ValueError for a row whose values cannot be used.
 
     Values must already have the types that the task needs: nothing is converted to text.
+
+    Args:
+        path: the rows' file, for messages.
+        rows: the rows.
+        settings: the settings.
+        labelled: whether every row must have a label; otherwise labels are not looked at.
     """
     texts = [settings.text_column]
     if settings.text_pair_column is not None:
         texts.append(settings.text_pair_column)
-    labels = [] if settings.task == "causal-lm" else [settings.label_column]
+    labels = [settings.label_column] if labelled and settings.task != "causal-lm" else []
     _check_names(path, rows, texts + labels, settings)
     for number, row in enumerate(rows, start=1):
         where = f"{path}: row {number}"
@@ -177,10 +52,10 @@ def check_columns(path: str, rows: list[Row], settings: TrainSettings) -> None:
             if is_empty(row.get(name)):
                 raise ValueError(f"{where} has nothing in the column {name!r}")
         if settings.task == "token-classification":
-            words, given = row[settings.text_column], row[settings.label_column]
-            check_words(where, words, given, settings.label_column)
+            words = row[settings.text_column]
+            check_words(where, words, row[settings.label_column] if labelled else None, settings.label_column)
             continue
-        if settings.task == "regression":
+        if settings.task == "regression" and labelled:
             check_number(f"{where} has no number in {settings.label_column!r}", row[settings.label_column])
         if settings.task == "causal-lm" and isinstance(row[settings.text_column], list):
             check_chat(where, row[settings.text_column], wants_answer=settings.chat_loss == "assistant")
@@ -189,7 +64,7 @@ def check_columns(path: str, rows: list[Row], settings: TrainSettings) -> None:
             if isinstance(row[name], list):
                 raise ValueError(f"{where} has a list in {name!r}, but {settings.task} needs text")
             check_text(f"{where}: {name!r}", row[name])
-    if settings.task in ("sequence-classification", "token-classification"):
+    if settings.task in CLASSIFICATION and labelled:
         _check_labels(path, rows, settings)
 
 
@@ -221,20 +96,38 @@ def split(rows: list[Row], settings: TrainSettings) -> tuple[list[Row], list[Row
     return [row for i, row in enumerate(rows) if i not in chosen], [row for i, row in enumerate(rows) if i in chosen]
 
 
-def label_names(train: list[Row], evaluation: list[Row], settings: TrainSettings) -> list[str]:
-    """Return the classes, sorted.
+def label_names(
+    train: list[Row], evaluation: list[Row], settings: TrainSettings, known: list[str] | None = None
+) -> list[str]:
+    """Return the classes, sorted, or those that are already known.
+
+    Args:
+        train, evaluation: the rows.
+        settings: the settings.
+        known: the classes of the adapter to start from.
 
     Raises:
-        ValueError: there is only one class, or evaluation rows have classes that training rows lack.
+        ValueError: there is only one class, evaluation rows have classes that training rows lack, or rows have classes
+            that are not known.
     """
-    there, other = (set(_names_of_classes(rows, settings)) for rows in (train, evaluation))
+    there = set(_names_of_classes(train, settings))
     if len(there) < 2:
         raise ValueError(f"all training rows have the same {settings.label_column}: {next(iter(there))!r}")
-    new = sorted(other - there)
+    if known:
+        check_known(train + evaluation, settings, known, f"{settings.model} was not trained with: it has {known}")
+        return known
+    check_known(evaluation, settings, sorted(there), "no training row has", "evaluation rows have")
+    return sorted(there)
+
+
+def check_known(
+    rows: list[Row], settings: TrainSettings, known: list[str], without: str, who: str = "rows have"
+) -> None:
+    """Raise ValueError for rows with classes that are not known."""
+    new = sorted(set(_names_of_classes(rows, settings)) - set(known))
     if new:
         shown = [label if len(label) <= _SHOWN else label[:_SHOWN] + "..." for label in new[:5]]
-        raise ValueError(f"evaluation rows have {len(new)} labels that no training row has: {shown}")
-    return sorted(there)
+        raise ValueError(f"{who} {counted(len(new), 'label')} that {without}: {shown}")
 
 
 def _names_of_classes(rows: list[Row], settings: TrainSettings) -> Iterator[str]:
@@ -262,6 +155,15 @@ def _check_labels(path: str, rows: list[Row], settings: TrainSettings) -> None:
             names.append(name)
             sources.append(where)
     check_not_measured(sources.__getitem__, names)
+
+
+def looks_measured(rows: list[Row], settings: TrainSettings) -> bool:
+    """Return whether the labels of a classification are probably measurements, whose order means something."""
+    labels = [row[settings.label_column] for row in rows]
+    if all(isinstance(label, float) or (isinstance(label, str) and _DECIMAL.fullmatch(label)) for label in labels):
+        return True
+    names = {str(label) for label in labels}
+    return len(names) > _MANY_NUMBERS and all(_NUMBER.fullmatch(name) for name in names)
 
 
 def digest(*parts: list[Row]) -> str:
@@ -294,7 +196,8 @@ class Examples(torch.utils.data.Dataset[Row]):
                 raise ValueError(f"{origin}, row {number}: {error}") from None
             if not example["input_ids"]:
                 raise ValueError(f"{origin}, row {number}: the tokenizer returns no tokens for its text")
-            if not _is_list(example["labels"]) or any(label != IGNORED for label in example["labels"]):
+            labels = example.get("labels")
+            if not isinstance(labels, list | tuple) or any(label != IGNORED for label in labels):
                 self.examples.append(example)
         self.left_out = len(rows) - len(self.examples)
 
@@ -306,7 +209,3 @@ class Examples(torch.utils.data.Dataset[Row]):
 
     def __getitem__(self, index: int) -> Row:
         return self.examples[index]
-
-
-def _is_list(value: object) -> bool:
-    return isinstance(value, list | tuple)

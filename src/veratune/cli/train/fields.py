@@ -1,5 +1,6 @@
 """Fields of a settings dataclass that are also command-line options; each declares its help, names and check."""
 
+import codecs
 import dataclasses
 import inspect
 import math
@@ -9,6 +10,7 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
+from veratune.cli.errors import SettingsError
 from veratune.utils.text import shown
 
 _LARGEST_INTEGER = (1 << 31) - 1
@@ -16,10 +18,6 @@ _KEY = "option"
 
 # Takes a field's name and value, and returns the value to use.
 Check = Callable[[str, Any], Any]
-
-
-class SettingsError(ValueError):
-    """An invalid setting: wrong usage, regardless of the files' contents."""
 
 
 @dataclass(frozen=True)
@@ -133,6 +131,18 @@ def text(wanted: str) -> Check:
         return value
 
     return check
+
+
+def encoding(name: str, value: Any) -> str:
+    """Check for the name of a text encoding."""
+    try:
+        found = codecs.lookup(value).name if isinstance(value, str) else None
+        " ".encode(found or "")
+    except (LookupError, ValueError):
+        found = None
+    if found is None:
+        raise bad(name, value, "the name of a text encoding, such as utf-8, gb18030 or cp1252")
+    return str(value)
 
 
 def required(check: Check) -> Check:

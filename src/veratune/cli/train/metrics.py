@@ -1,12 +1,12 @@
 """The metrics in a trainer's log, and the scores of a constant answer to compare them with."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from veratune.cli.train.chats import IGNORED
-from veratune.cli.train.data import Examples
+from veratune.cli.train.reading import Row
 from veratune.cli.train.settings import TrainSettings
 
 _PREFIX = "eval_"
@@ -41,8 +41,16 @@ class TrivialAnswer:
         return metrics[self.metric] < self.score if self.metric == "mse" else metrics[self.metric] > self.score
 
 
+def scores_text(metrics: Mapping[str, float], trivial: TrivialAnswer | None) -> str:
+    """Return metrics as text, with the score of a constant answer after that of the model."""
+    shown = [f"{name} {value:.4f}" for name, value in metrics.items()]
+    if trivial is not None and trivial.metric in metrics:
+        shown[list(metrics).index(trivial.metric)] += f" (always {trivial.answer}: {trivial.score:.4f})"
+    return ", ".join(shown)
+
+
 def trivial_answer(
-    settings: TrainSettings, examples: tuple[Examples, Examples], labels: list[str]
+    settings: TrainSettings, examples: tuple[Iterable[Row], Iterable[Row]], labels: list[str]
 ) -> TrivialAnswer | None:
     """Return the best constant answer, as a baseline for a model's score; None for language models.
 
@@ -51,9 +59,9 @@ def trivial_answer(
         examples: for training and for evaluation.
         labels: the classes.
     """
-    train, evaluation = (_all_labels(part) for part in examples)
     if settings.task == "causal-lm":
         return None
+    train, evaluation = (_all_labels(part) for part in examples)
     if settings.task == "regression":
         mean = sum(train) / len(train)
         return TrivialAnswer(f"{mean:.4g}", "mse", sum((x - mean) ** 2 for x in evaluation) / len(evaluation))
@@ -61,7 +69,7 @@ def trivial_answer(
     return TrivialAnswer(repr(labels[most]), "accuracy", sum(x == most for x in evaluation) / len(evaluation))
 
 
-def _all_labels(examples: Examples) -> list[Any]:
+def _all_labels(examples: Iterable[Row]) -> list[Any]:
     found: list[Any] = []
     for example in examples:
         label = example["labels"]

@@ -2,7 +2,8 @@
 
 import importlib.util
 import shutil
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,18 @@ from torch import nn
 
 from veratune.cli.output import bytes_text
 from veratune.cli.train.data import Examples
+from veratune.cli.train.reading import Row
 from veratune.cli.train.settings import TrainSettings
 from veratune.training import rate_advice
+from veratune.utils.text import counted
 
 # How far b must be able to move from zero: after successful training, its largest elements are near 1.
 _LITTLE_REACH = 0.25
 # Ranks below this are typical of LoRA, where they mean something else.
 _LOW_RANK = 64
 _HIGH_HEAD_RATE = 1e-1
+# Fewer unknown tokens than this share are names and rare words.
+_MUCH_UNKNOWN = 0.3
 # More classes than this, with a row or two of each, are probably not intended.
 _MANY_CLASSES = 50
 
@@ -33,6 +38,23 @@ def check_vocabulary(model: nn.Module, examples: Examples, data: str) -> None:
             f"{data}: the tokenizer returns token {highest}, but the model has only {rows} tokens: they do not belong"
             " together"
         )
+
+
+def unknown_tokens(tokenizer: Any, examples: Iterable[Row]) -> str | None:
+    """Return a warning if the tokenizer has no tokens for much of the texts, such as for those in another script."""
+    unknown = tokenizer.unk_token_id
+    others = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
+    if unknown is None or unknown in others:
+        return None
+    special = set(tokenizer.all_special_ids) - {unknown}
+    tokens = Counter(token for example in examples for token in example["input_ids"] if token not in special)
+    share = tokens[unknown] / max(1, tokens.total())
+    if share < _MUCH_UNKNOWN:
+        return None
+    return (
+        f"the tokenizer turns {100 * share:.0f} % of the texts' tokens into {tokenizer.unk_token}, from which nothing"
+        " can be learned: it was probably made for another language or script"
+    )
 
 
 def warnings_of(
@@ -55,34 +77,40 @@ def warnings_of(
         yield advice
     if labels and settings.head_learning_rate > _HIGH_HEAD_RATE:
         yield f"head_learning_rate={settings.head_learning_rate} is high for a new head: it may diverge"
-    if settings.rank < _LOW_RANK:
+    if settings.r < _LOW_RANK:
         yield (
-            f"rank={settings.rank} is low for VeRA, whose ranks are 256 and more: unlike LoRA's, a higher one trains"
+            f"r={settings.r} is low for VeRA, whose ranks are 256 and more: unlike LoRA's, a higher one trains"
             " only that many more numbers in each layer"
         )
     if settings.precision == "bfloat16" and not torch.cuda.is_available():
         yield "precision=bfloat16 is slower than float32 on many CPUs"
     left_out = train.left_out + evaluation.left_out
     if left_out:
-        yield (f"{left_out} rows are left out: nothing to be learned is within max_length={settings.max_length} tokens")
+        yield (
+            f"{counted(left_out, 'row')} left out: nothing to be learned is within"
+            f" max_length={settings.max_length} tokens"
+        )
     cut = sum(len(example["input_ids"]) >= settings.max_length for example in train)
     if cut:
-        yield f"{cut} of {len(train)} texts fill max_length={settings.max_length} tokens: the rest is not used"
+        yield (
+            f"{cut} of {counted(len(train), 'text')} fill max_length={settings.max_length} tokens: the rest is not used"
+        )
     if len(train) < settings.batch_size:
-        yield f"there are {len(train)} rows to train with, fewer than batch_size={settings.batch_size}"
+        yield f"there are only {counted(len(train), 'row')} to train with, fewer than batch_size={settings.batch_size}"
     # Adam moves a parameter by about the learning rate in a step, which is half of its maximum on average.
     reach = settings.learning_rate * steps / 2
     if reach < _LITTLE_REACH:
         yield (
-            f"{steps} steps are few: with learning_rate={settings.learning_rate} they move b, which starts at zero, by"
+            f"a run of {counted(steps, 'step')} is short: with learning_rate={settings.learning_rate} it moves b, which"
+            " starts at zero, by"
             f" about {reach:.2g} at most, and a trained b reaches 1. More epochs, more rows or a smaller batch_size"
             " make more steps"
         )
     evaluations = evaluations_of(settings, len(train), steps)
     if settings.early_stopping >= evaluations:
         yield (
-            f"early_stopping={settings.early_stopping} cannot happen with only {evaluations} evaluations in all:"
-            " a smaller eval_steps makes more"
+            f"early_stopping={settings.early_stopping} cannot happen with only {counted(evaluations, 'evaluation')}"
+            " in all: a smaller eval_steps makes more"
         )
     if len(labels) > _MANY_CLASSES and len(train) < 4 * len(labels):
         yield (

@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback
 
-from veratune.cli.output import error_line
-from veratune.cli.train.metrics import evaluated
+from veratune.cli.output import error_line, is_main_process
+from veratune.cli.train.metrics import TrivialAnswer, evaluated, scores_text
 
 _QUIET_SECONDS = 15.0
 
@@ -25,10 +25,12 @@ class Report(TrainerCallback):
 
     Args:
         metric: the name of the metric that the bar shows.
+        trivial: the best constant answer, to compare with.
     """
 
-    def __init__(self, metric: str) -> None:
-        self._console = Console(highlight=False, markup=False, soft_wrap=True)
+    def __init__(self, metric: str, trivial: TrivialAnswer | None = None) -> None:
+        self._console = Console(highlight=False, markup=False, soft_wrap=True, quiet=not is_main_process())
+        self._trivial = trivial
         self._bar: Progress | None = None
         self._bar_task: Any = None
         self._metric = metric
@@ -96,8 +98,8 @@ class Report(TrainerCallback):
         if state.global_step == self._told:
             return
         self._told = state.global_step
-        numbers = ", ".join(f"{name} {value:.4f}" for name, value in found.items())
-        self._console.print(f"step {state.global_step} of {state.max_steps}: evaluation: {numbers}")
+        scores = scores_text(found, self._trivial)
+        self._console.print(f"step {state.global_step} of {state.max_steps}: evaluation: {scores}")
 
     def _described(self, state: Any) -> str:
         tokens = self._tokens + int(state.num_input_tokens_seen or 0)
@@ -149,7 +151,8 @@ class StopOnSignal(TrainerCallback):
             if self.stopped:
                 raise KeyboardInterrupt
             self.stopped = True
-            error_line("stopping after this step, with a checkpoint; press again to stop at once, without one")
+            if is_main_process():
+                error_line("stopping after this step, with a checkpoint; press again to stop at once, without one")
 
         before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
         try:

@@ -10,19 +10,25 @@ import torch
 import typer
 
 from veratune.adapters.target import TargetError
+from veratune.checkpoint.card import add_training
 from veratune.checkpoint.files import read_json, write_json
+from veratune.checkpoint.formats import ADAPTER_FOLDER
 from veratune.cli.directories import check_new
-from veratune.cli.models import ADAPTER_NAME, load_tokenizer, loaded
-from veratune.cli.output import bytes_text, print_table, print_text, warning_line
+from veratune.cli.errors import SettingsError
+from veratune.cli.models import adapter_at, base_of, load_tokenizer, loaded, tokenizer_of, usable_length
+from veratune.cli.output import bytes_text, is_main_process, print_table, print_text, warning_line
+from veratune.cli.train.chat_rows import with_chats
 from veratune.cli.train.curves import draw_curves
-from veratune.cli.train.data import Examples, Row, check_columns, digest, label_names, read_rows, split
-from veratune.cli.train.fields import SettingsError
-from veratune.cli.train.metrics import evaluated, trivial_answer
-from veratune.cli.train.preflight import check_vocabulary, steps_of_run, warnings_of
-from veratune.cli.train.settings import SETTINGS_NAME, TrainSettings
+from veratune.cli.train.data import Examples, check_columns, digest, label_names, looks_measured, split
+from veratune.cli.train.metrics import TrivialAnswer, evaluated, scores_text, trivial_answer
+from veratune.cli.train.preflight import check_vocabulary, steps_of_run, unknown_tokens, warnings_of
+from veratune.cli.train.reading import Row, read_rows
+from veratune.cli.train.settings import CLASSIFICATION, SETTINGS_NAME, TrainSettings
+from veratune.cli.train.start import adapted_model, classes_of_adapter
 from veratune.cli.train.tasks import Task, make_task
-from veratune.model import VeraModel, get_peft_model
+from veratune.model import VeraModel
 from veratune.training import trained_parts
+from veratune.utils.text import counted
 
 RESULTS_NAME, CURVES_NAME, ROWS_NAME = "results.json", "curves.png", "rows.json"
 CHECKPOINTS_NAME = "checkpoints"
@@ -40,30 +46,29 @@ def run(settings: TrainSettings, *, resuming: bool) -> None:
     """
     output = Path(settings.output)
     if resuming and (output / RESULTS_NAME).exists():
-        print_text(f"{output} is finished: its adapter is {output / ADAPTER_NAME}")
+        print_text(f"{output} is finished: its adapter is {output / ADAPTER_FOLDER}")
         return
     checkpoint = last_checkpoint(output) if resuming else None
-    if not resuming:
+    if not resuming and is_main_process():
         otherwise = "choose another --output"
         if (output / SETTINGS_NAME).is_file():
             otherwise += f", or resume the run there: veratune train --resume {output}"
         check_new(output, otherwise)
+    start = adapter_at(settings.model)
+    base = settings.model if start is None else base_of(start, None)
     train_rows, eval_rows = _rows(settings)
     labels = []
-    if settings.task in ("sequence-classification", "token-classification"):
-        labels = label_names(train_rows, eval_rows, settings)
-    tokenizer = load_tokenizer(settings.model)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    settings = _within_positions(settings, tokenizer)
+    if settings.task in CLASSIFICATION:
+        labels = label_names(train_rows, eval_rows, settings, None if start is None else classes_of_adapter(start))
+    tokenizer = load_tokenizer(base) if start is None else tokenizer_of(start, base)
+    settings = dataclasses.replace(settings, max_length=usable_length(settings.max_length, base, tokenizer))
     identity = {"sha256": digest(train_rows, eval_rows), "labels": labels, "settings": dataclasses.asdict(settings)}
     if resuming:
         _check_same(output, identity)
-    task = make_task(settings, tokenizer, labels)
+    task = make_task(dataclasses.replace(settings, model=base), tokenizer, labels)
     _set_seed(settings.seed)
-    base = loaded(settings.model, task.model)
     try:
-        model = get_peft_model(base, settings.vera_config())
+        model = adapted_model(*loaded(base, task.model), start, settings.vera_config())
     except TargetError as error:
         raise SettingsError(str(error)) from None
     examples = (
@@ -76,27 +81,38 @@ def run(settings: TrainSettings, *, resuming: bool) -> None:
             f" max_length={settings.max_length} cuts off everything to be learned"
         )
     for part in examples:
-        check_vocabulary(model.base_model, part, settings.model)
+        check_vocabulary(model.base_model, part, base)
     steps = steps_of_run(settings, len(examples[0]))
     trainable, total = model.get_nb_trainable_parameters()
     for warning in warnings_of(settings, examples, labels, trainable, steps):
         warning_line(warning)
-    if not resuming:
+    unknown = unknown_tokens(tokenizer, examples[0])
+    if unknown is not None:
+        warning_line(unknown)
+    if settings.task == "sequence-classification" and looks_measured(train_rows, settings):
+        warning_line(
+            f"the {len(labels)} classes in {settings.label_column!r} are all numbers, and their order is ignored:"
+            " --task regression learns numbers"
+        )
+    if not resuming and is_main_process():
         settings.write(output)
         write_json(output / ROWS_NAME, identity)
     print_text(
-        f"{settings.model}: {total:,} parameters, {trainable:,} of them trained in {len(model.vera_layers())} layers;"
-        f" {len(examples[0]):,} rows to train with, {len(examples[1]):,} to evaluate with; {steps:,} steps"
+        f"{base if start is None else f'{start} on {base}'}: {total:,} parameters, {trainable:,} of them trained in"
+        f" {counted(len(model.vera_layers()), 'layer')}; {counted(len(examples[0]), 'row')} to train with,"
+        f" {len(examples[1]):,} to evaluate with; {counted(steps, 'step')}"
     )
-    trainer, seconds = _train(settings, task, model, examples, steps, checkpoint)
+    trivial = trivial_answer(settings, examples, labels)
+    trainer, seconds = _train(settings, task, model, examples, steps, checkpoint, trivial)
     history = list(trainer.state.log_history)
     metrics = evaluated(trainer.evaluate())  # of the best checkpoint, which is loaded at this point
     if settings.task == "causal-lm":
         metrics["perplexity"] = math.exp(min(metrics["loss"], 700.0))
-    trivial = trivial_answer(settings, examples, labels)
-    model.save_pretrained(output / ADAPTER_NAME)
-    tokenizer.save_pretrained(output / ADAPTER_NAME)
-    size = (output / ADAPTER_NAME / "adapter_model.safetensors").stat().st_size
+    model.save_pretrained(output / ADAPTER_FOLDER, is_main_process=is_main_process())
+    if not is_main_process():
+        return
+    tokenizer.save_pretrained(output / ADAPTER_FOLDER)
+    size = (output / ADAPTER_FOLDER / "adapter_model.safetensors").stat().st_size
     draw_curves(history, output / CURVES_NAME)
     best = trainer.state.best_global_step
     results = {
@@ -110,14 +126,66 @@ def run(settings: TrainSettings, *, resuming: bool) -> None:
         "adapter_bytes": size,
         "history": history,
     }
+    add_training(
+        output / ADAPTER_FOLDER, _facts(settings, metrics, trivial, examples, best or trainer.state.global_step)
+    )
     write_json(output / RESULTS_NAME, results)
-    print_table((f"step {best or trainer.state.global_step}", "value"), [(k, f"{v:.4f}") for k, v in metrics.items()])
-    if trivial is not None:
-        print_text(f"always answering {trivial.answer}: {trivial.metric} {trivial.score:.4f}")
-        if not trivial.is_beaten_by(metrics):
-            warning_line(f"the adapter does no better than always answering {trivial.answer}: it has learned nothing")
-    print_text(f"adapter ({bytes_text(size)}): {output / ADAPTER_NAME}")
-    print_text(f"to use it: veratune merge {output / ADAPTER_NAME} NEW_DIRECTORY, or VeraModel.from_pretrained")
+    _print_scores(f"step {best or trainer.state.global_step}", metrics, trivial)
+    print_text(f"adapter ({bytes_text(size)}): {output / ADAPTER_FOLDER}")
+    for line in _how_to_use(settings, output):
+        print_text(line)
+
+
+def _print_scores(title: str, metrics: dict[str, float], trivial: TrivialAnswer | None) -> None:
+    """Print the final metrics, with the score of a constant answer beside that of the model."""
+    if trivial is None:
+        print_table((title, "value"), [(name, f"{value:.4f}") for name, value in metrics.items()])
+        return
+    rows = [
+        (name, f"{value:.4f}", f"{trivial.score:.4f}" if name == trivial.metric else "")
+        for name, value in metrics.items()
+    ]
+    print_table((title, "value", f"always {trivial.answer}"), rows)
+    if not trivial.is_beaten_by(metrics):
+        warning_line(f"the adapter does no better than always answering {trivial.answer}: it has learned nothing")
+
+
+def _facts(
+    settings: TrainSettings,
+    metrics: dict[str, float],
+    trivial: TrivialAnswer | None,
+    examples: tuple[Examples, Examples],
+    step: int,
+) -> dict[str, str]:
+    """Return what the adapter's card says about its training."""
+    return {
+        "task": settings.task,
+        "rows": f"{len(examples[0]):,} to train with, {len(examples[1]):,} to evaluate with",
+        "step": f"{step:,}",
+        "learning rate": f"{settings.learning_rate:g} for the vectors, {settings.head_learning_rate:g} for a new head",
+        "batch size": f"{settings.batch_size * settings.gradient_accumulation:,}",
+        "evaluation": scores_text(metrics, trivial),
+    }
+
+
+def _how_to_use(settings: TrainSettings, output: Path) -> list[str]:
+    """Return the commands that use what was trained."""
+    use = (
+        f"veratune chat {output}"
+        if settings.task == "causal-lm"
+        else f"veratune predict {output} --data {_sample(settings)}"
+    )
+    return [
+        "to use it:",
+        f"  {use}",
+        f"  veratune merge {output} NEW_DIRECTORY",
+        f'  VeraModel.from_pretrained(base_model, "{output}")',
+    ]
+
+
+def _sample(settings: TrainSettings) -> str:
+    """Return what `--data` may be, as an example."""
+    return "rows.jsonl" if settings.task == "token-classification" else "rows.csv"
 
 
 def last_checkpoint(output: Path) -> Path:
@@ -139,30 +207,18 @@ def last_checkpoint(output: Path) -> Path:
 def _rows(settings: TrainSettings) -> tuple[list[Row], list[Row]]:
     if settings.subset is not None and Path(settings.data).exists():
         raise SettingsError("subset only applies to a data set on the hub: leave it out when data is a local file")
-    rows = read_rows(settings.data, settings.subset, settings.split)
+    rows = read_rows(settings.data, settings.subset, settings.split, settings.encoding)
+    rows = with_chats(settings.data, rows, settings)
     check_columns(settings.data, rows, settings)
     if settings.eval_data is None and settings.eval_split is None:
         return split(rows, settings)
     if settings.eval_split is not None and Path(settings.eval_data or settings.data).exists():
         raise SettingsError("eval_split names a part of a data set on the hub: give --eval-data for a file")
     path = settings.eval_data or settings.data
-    others = read_rows(path, settings.subset, settings.eval_split or settings.split)
+    others = read_rows(path, settings.subset, settings.eval_split or settings.split, settings.encoding)
+    others = with_chats(path, others, settings)
     check_columns(path, others, settings)
     return rows, others
-
-
-def _within_positions(settings: TrainSettings, tokenizer: Any) -> TrainSettings:
-    """Return the settings with max_length limited to the model's positions."""
-    from transformers import AutoConfig
-
-    positions = getattr(AutoConfig.from_pretrained(settings.model), "max_position_embeddings", None)
-    # Some models count positions from 2: the tokenizer knows the usable length.
-    known = [most for most in (positions, tokenizer.model_max_length) if isinstance(most, int) and most > 0]
-    most = min(known, default=settings.max_length)
-    if most >= settings.max_length:
-        return settings
-    warning_line(f"texts are cut after {most} tokens: {settings.model} has no more positions")
-    return dataclasses.replace(settings, max_length=most)
 
 
 def _check_same(output: Path, identity: dict[str, Any]) -> None:
@@ -196,6 +252,7 @@ def _train(
     examples: tuple[Examples, Examples],
     steps: int,
     checkpoint: Path | None,
+    trivial: TrivialAnswer | None,
 ) -> tuple[Any, float]:
     """Train, and return the trainer and the seconds it took.
 
@@ -205,7 +262,7 @@ def _train(
     from veratune.cli.train.progress import Report, StopOnSignal
 
     output = Path(settings.output)
-    report, signal_stop = Report(task.best), StopOnSignal()
+    report, signal_stop = Report(task.best, trivial), StopOnSignal()
     trainer = _trainer(settings, task, model, examples, steps, [report, signal_stop])
     start = time.monotonic()
     try:

@@ -4,14 +4,12 @@ import dataclasses
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from veratune.checkpoint.files import write_text
+from veratune.cli.errors import SettingsError
 from veratune.cli.train.fields import (
-    SettingsError,
     bad,
+    encoding,
     integer,
     number,
     one_of,
@@ -22,9 +20,13 @@ from veratune.cli.train.fields import (
     share,
     text,
 )
-from veratune.config import VeraConfig, foreign_field
 from veratune.utils.outside_files import OutsideFileError, read_text
 from veratune.utils.text import closest, shown
+
+if TYPE_CHECKING:
+    import torch
+
+    from veratune.config import VeraConfig
 
 # PEFT's names of the tasks.
 TASKS = {
@@ -33,12 +35,13 @@ TASKS = {
     "token-classification": "TOKEN_CLS",
     "causal-lm": "CAUSAL_LM",
 }
+CLASSIFICATION = ("sequence-classification", "token-classification")
 PRECISIONS = ("float32", "bfloat16")
 CHAT_LOSSES = ("assistant", "all")
 SETTINGS_NAME = "train.yaml"
 
 # Far beyond any use, and still within the range of an optimizer in float32.
-_LARGEST_RATE, _LARGEST_FLOAT = 1e30, float(torch.finfo(torch.float32).max)
+_LARGEST_RATE, _LARGEST_FLOAT = 1e30, (2 - 2.0**-23) * 2.0**127
 _MOST_EPOCHS = 1e6
 _LARGEST_FILE = 1 << 20
 
@@ -46,12 +49,14 @@ PANELS = _RUN, _ROWS, _ADAPTER, _TRAINING = "The run", "The rows", "The adapter"
 _A_NAME_OR_NOTHING = optional(text("a name, or nothing"))
 
 
-def dtype_of(name: str) -> torch.dtype:
+def dtype_of(name: str) -> "torch.dtype":
     """Return the dtype that --dtype names.
 
     Raises:
         SettingsError: torch has no floating-point dtype of this name.
     """
+    import torch
+
     found = getattr(torch, name, None)
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
         raise SettingsError(f"--dtype {name}: not a floating-point dtype of torch; try float32 or bfloat16")
@@ -74,9 +79,13 @@ class TrainSettings:
     options and to a YAML file alike.
     """
 
-    model: str = setting("Base model: a directory or a hub name.", _RUN, required(text("a path or a name")))
+    model: str = setting(
+        "Base model: a directory or a hub name; or an earlier run, to start from its adapter.",
+        _RUN,
+        required(text("a path or a name")),
+    )
     data: str = setting(
-        "Training rows: a CSV, TSV, JSONL or Parquet file, or a data set's hub name.",
+        "Training rows: a CSV, TSV, JSON, JSONL or Parquet file, or a data set's hub name.",
         _ROWS,
         required(text("a path or a name")),
     )
@@ -95,6 +104,9 @@ class TrainSettings:
     eval_fraction: float = setting(
         "Share of the training rows to evaluate with. [default: {default}]", _ROWS, share, default=0.1
     )
+    encoding: str | None = setting(
+        "Encoding of a text file, such as gb18030; by default utf-8.", _ROWS, optional(encoding), default=None
+    )
     # For token classification a list of words, for a chat a list of messages.
     text_column: str = setting(
         "Column of the text, of words, or of a chat. [default: {default}]", _ROWS, text("a name"), default="text"
@@ -105,7 +117,8 @@ class TrainSettings:
     chat_loss: str = setting(
         "What to learn from a chat: {choices}.", _ROWS, one_of(CHAT_LOSSES), default="assistant", choices=CHAT_LOSSES
     )
-    rank: int = setting("VeRA's rank. [default: {default}]", _ADAPTER, integer(1), default=256, short="-r")
+    # The settings of the adapter have the names and the defaults that they have in VeraConfig.
+    r: int = setting("VeRA's rank. [default: {default}]", _ADAPTER, integer(1), default=256, short="-r")
     target_modules: str | list[str] = setting(  # noqa: RUF009  # it makes a field
         "Layers: all-linear (the default), or comma-separated names.",
         _ADAPTER,
@@ -159,6 +172,8 @@ class TrainSettings:
         self._complete_vera()
 
     def _complete_vera(self) -> None:
+        from veratune.config import VeraConfig, foreign_field
+
         known = set(VeraConfig.names_with(train=True))
         if not isinstance(self.vera, dict):
             raise bad("vera", self.vera, "lines of 'name: value'")
@@ -173,17 +188,12 @@ class TrainSettings:
             raise SettingsError(str(error)) from None
         self.vera = {name: value for name, value in every.items() if name in known}
 
-    def vera_config(self) -> VeraConfig:
+    def vera_config(self) -> "VeraConfig":
         """Return the adapter's settings."""
-        return VeraConfig(
-            r=self.rank,
-            target_modules=self.target_modules,
-            d_initial=self.d_initial,
-            vera_dropout=self.vera_dropout,
-            projection_prng_key=self.projection_prng_key,
-            task_type=TASKS[self.task],
-            **self.vera,
-        )
+        from veratune.config import VeraConfig
+
+        named = {name: getattr(self, name) for name in ADAPTER_SETTINGS}
+        return VeraConfig(task_type=TASKS[self.task], **named, **self.vera)
 
     def to_yaml(self) -> str:
         """Return all settings as YAML, in order."""
@@ -194,7 +204,13 @@ class TrainSettings:
 
     def write(self, directory: Path) -> None:
         """Write all settings into a directory."""
+        from veratune.checkpoint.files import write_text
+
         write_text(directory / SETTINGS_NAME, self.to_yaml())
+
+
+# The options that are fields of VeraConfig; the others are in `vera`.
+ADAPTER_SETTINGS = ("r", "target_modules", "d_initial", "vera_dropout", "projection_prng_key")
 
 
 def read_settings(path: Path) -> dict[str, Any]:

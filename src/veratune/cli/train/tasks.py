@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 
+from veratune.cli.models import load_with_new, pad_with
 from veratune.cli.train.chats import IGNORED, chat_tokens, check_chats
-from veratune.cli.train.data import Row
+from veratune.cli.train.reading import Row
 from veratune.cli.train.settings import TrainSettings
 from veratune.cli.values import class_name
 
@@ -17,16 +18,17 @@ class Task:
     """One task with its settings.
 
     Attributes:
-        model: makes the model.
-        encode: converts a row to inputs.
+        model: makes the model; also returns the names of its weights that are new.
+        encode: converts a row to inputs, with its labels unless it is called with labelled=False. Inputs of words
+            without labels have "word_starts" instead, which `word_starts` returned.
         collator: combines inputs into a batch.
         metrics: computes named numbers from predictions; None if there is only the loss.
         best: the metric that determines the best evaluation.
         greater_is_better: whether higher values of it are better.
     """
 
-    model: Callable[[], Any]
-    encode: Callable[[Row], Row]
+    model: Callable[[], tuple[Any, list[str]]]
+    encode: Callable[..., Row]
     collator: Any
     metrics: Callable[[Any], dict[str, float]] | None
     best: str
@@ -48,28 +50,49 @@ def make_task(settings: TrainSettings, tokenizer: Any, labels: list[str]) -> Tas
     return _sequence(settings, tokenizer, labels)
 
 
+def task_of_class(name: str, problem_type: str | None, outputs: int) -> str | None:
+    """Return the task of a model's class, or None if it has none of the tasks.
+
+    Args:
+        name: the class's name.
+        problem_type: the `problem_type` of its configuration.
+        outputs: the number of its outputs; 0 if unknown.
+    """
+    if name.endswith("ForSequenceClassification"):
+        return "regression" if problem_type == "regression" or outputs == 1 else "sequence-classification"
+    if name.endswith("ForTokenClassification"):
+        return "token-classification"
+    return "causal-lm" if name.endswith(("ForCausalLM", "LMHeadModel")) else None
+
+
+def word_starts(encoded: Any) -> list[int | None]:
+    """Return for each token of a list of words the number of the word that it begins, or None."""
+    ids = encoded.word_ids()
+    return [word if word is not None and (i == 0 or ids[i - 1] != word) else None for i, word in enumerate(ids)]
+
+
 def _sequence(settings: TrainSettings, tokenizer: Any, labels: list[str]) -> Task:
     import transformers
 
     regression = settings.task == "regression"
     numbers = {name: number for number, name in enumerate(labels)}
 
-    def encode(row: Row) -> Row:
+    def encode(row: Row, *, labelled: bool = True) -> Row:
         pair = None if settings.text_pair_column is None else row[settings.text_pair_column]
         text = row[settings.text_column]
         encoded: Row = dict(tokenizer(text, pair, truncation=True, max_length=settings.max_length))
-        label = row[settings.label_column]
-        encoded["labels"] = float(label) if regression else numbers[class_name("the label", label)]
+        if labelled:
+            label = row[settings.label_column]
+            encoded["labels"] = float(label) if regression else numbers[class_name("the label", label)]
         return encoded
 
-    def model() -> Any:
+    def model() -> tuple[Any, list[str]]:
         kind = {"problem_type": "regression", "num_labels": 1} if regression else _names(labels)
-        made: Any = transformers.AutoModelForSequenceClassification.from_pretrained(
-            settings.model, ignore_mismatched_sizes=True, **kind
+        made, new = load_with_new(
+            transformers.AutoModelForSequenceClassification, settings.model, ignore_mismatched_sizes=True, **kind
         )
-        if made.config.pad_token_id is None:
-            made.config.pad_token_id = tokenizer.pad_token_id
-        return made
+        pad_with(made, tokenizer)
+        return made, new
 
     def metrics(output: Any) -> dict[str, float]:
         logits = output.predictions[0] if isinstance(output.predictions, tuple) else output.predictions
@@ -97,16 +120,15 @@ def _token_classification(settings: TrainSettings, tokenizer: Any, labels: list[
     if not tokenizer.is_fast:
         raise ValueError(f"token classification needs a fast tokenizer, and {settings.model} has none")
 
-    def encode(row: Row) -> Row:
+    def encode(row: Row, *, labelled: bool = True) -> Row:
         words = row[settings.text_column]
         encoded = tokenizer(words, is_split_into_words=True, truncation=True, max_length=settings.max_length)
-        given, word_ids = row[settings.label_column], encoded.word_ids()
+        starts = word_starts(encoded)
+        if not labelled:
+            return {**dict(encoded), "word_starts": starts}
+        given = row[settings.label_column]
         # The first token of a word carries its label.
-        first = [word is not None and (i == 0 or word_ids[i - 1] != word) for i, word in enumerate(word_ids)]
-        targets = [
-            numbers[class_name("a label", given[word])] if is_first else IGNORED
-            for word, is_first in zip(word_ids, first, strict=True)
-        ]
+        targets = [IGNORED if word is None else numbers[class_name("a label", given[word])] for word in starts]
         return {**dict(encoded), "labels": targets}
 
     def metrics(output: Any) -> dict[str, float]:
@@ -114,8 +136,8 @@ def _token_classification(settings: TrainSettings, tokenizer: Any, labels: list[
         return _classes(np.argmax(output.predictions, -1)[known], output.label_ids[known], len(labels))
 
     return Task(
-        lambda: transformers.AutoModelForTokenClassification.from_pretrained(
-            settings.model, ignore_mismatched_sizes=True, **_names(labels)
+        lambda: load_with_new(
+            transformers.AutoModelForTokenClassification, settings.model, ignore_mismatched_sizes=True, **_names(labels)
         ),
         encode,
         transformers.DataCollatorForTokenClassification(tokenizer),
@@ -137,7 +159,7 @@ def _causal_lm(settings: TrainSettings, tokenizer: Any) -> Task:
 
     every = settings.chat_loss == "all"
 
-    def encode(row: Row) -> Row:
+    def encode(row: Row, *, labelled: bool = True) -> Row:
         text = row[settings.text_column]
         if isinstance(text, list):
             check_chats(tokenizer, every=every)
@@ -151,7 +173,7 @@ def _causal_lm(settings: TrainSettings, tokenizer: Any) -> Task:
         return {"input_ids": ids[:most], "attention_mask": [1] * len(ids[:most]), "labels": labels[:most]}
 
     return Task(
-        lambda: transformers.AutoModelForCausalLM.from_pretrained(settings.model),
+        lambda: load_with_new(transformers.AutoModelForCausalLM, settings.model),
         encode,
         # Labels are padded separately: if the end-of-text token is also the padding token, it must still be learned.
         transformers.DataCollatorForTokenClassification(tokenizer, label_pad_token_id=IGNORED),
