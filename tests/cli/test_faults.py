@@ -303,7 +303,7 @@ def test_a_picture_takes_no_files_place(tmp_path: Path, capsys: pytest.CaptureFi
     (tmp_path / "link.png").symlink_to(tmp_path / "nowhere")
     for place in (picture, tmp_path / "link.png"):
         assert main(["inspect", str(tmp_path / "adapter"), "--plot", str(place)]) == 1
-        assert "exists; nothing is overwritten" in told(capsys)
+        assert "already exists and will not be overwritten" in told(capsys)
     assert picture.read_bytes() == b"mine" and not (tmp_path / "nowhere").exists()
     picture.unlink()
     assert main(["inspect", str(tmp_path / "adapter"), "--plot", str(picture)]) == 0
