@@ -15,6 +15,7 @@ from command_line import run
 from training_runs import sentences, train, with_tokenizer, write_lines
 from veratune import AdapterBank, VeraConfig, VeraModel
 from veratune.cli.output import error_line, print_table, print_text, warning_line
+from veratune.cli.train.preflight import steps_of_run
 from veratune.cli.train.settings import ADAPTER_SETTINGS, TrainSettings
 
 
@@ -174,6 +175,10 @@ def test_one_of_several_processes_prints(capsys: pytest.CaptureFixture[str], mon
     assert say() == alone and "text" in alone[0] and "careful" in alone[1]
     monkeypatch.setenv("RANK", "1")
     assert say() == ("", "veratune (process 1): wrong\n")
+    settings = TrainSettings("m", "d", "o", batch_size=4, epochs=2)
+    assert steps_of_run(settings, 36) == 18
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert steps_of_run(settings, 36) == 10
 
 
 @pytest.mark.parametrize("command", ["", "train", "predict", "chat", "merge", "bank build"])

@@ -37,6 +37,11 @@ def is_main_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def process_count() -> int:
+    """Return the number of processes that torchrun has started, or 1."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]], title: str = "") -> None:
     """Print a table: framed on a terminal, plain columns elsewhere. Columns of numbers are aligned to the right."""
     from rich import box

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from veratune.cli.output import bytes_text
+from veratune.cli.output import bytes_text, process_count
 from veratune.cli.train.data import Examples
 from veratune.cli.train.reading import Row
 from veratune.cli.train.settings import TrainSettings
@@ -134,7 +134,8 @@ def evaluations_of(settings: TrainSettings, rows: int, steps: int) -> int:
 def steps_of_epoch(settings: TrainSettings, rows: int) -> int:
     """Return the number of optimizer steps in an epoch."""
     batches = -(-rows // settings.batch_size)
-    return -(-batches // settings.gradient_accumulation)
+    of_process = -(-batches // process_count())
+    return -(-of_process // settings.gradient_accumulation)
 
 
 def steps_of_run(settings: TrainSettings, rows: int) -> int:

@@ -16,7 +16,7 @@ from veratune.checkpoint.formats import ADAPTER_FOLDER
 from veratune.cli.directories import check_new
 from veratune.cli.errors import SettingsError
 from veratune.cli.models import adapter_at, base_of, load_tokenizer, loaded, tokenizer_of, usable_length
-from veratune.cli.output import bytes_text, is_main_process, print_table, print_text, warning_line
+from veratune.cli.output import bytes_text, is_main_process, print_table, print_text, process_count, warning_line
 from veratune.cli.train.chat_rows import with_chats
 from veratune.cli.train.curves import draw_curves
 from veratune.cli.train.data import Examples, check_columns, digest, label_names, looks_measured, split
@@ -163,7 +163,7 @@ def _facts(
         "rows": f"{len(examples[0]):,} to train with, {len(examples[1]):,} to evaluate with",
         "step": f"{step:,}",
         "learning rate": f"{settings.learning_rate:g} for the vectors, {settings.head_learning_rate:g} for a new head",
-        "batch size": f"{settings.batch_size * settings.gradient_accumulation:,}",
+        "batch size": f"{settings.batch_size * settings.gradient_accumulation * process_count():,}",
         "evaluation": scores_text(metrics, trivial),
     }
 
