@@ -28,9 +28,9 @@ projections are redrawn from a key when it is loaded.{classes}
 ## How to load it
 
 ```python
-{load}from veratune import VeraModel
+{imported}from veratune import VeraModel
 
-model = VeraModel.from_pretrained(base_model, "path/to/this/adapter")
+{loaded}model = VeraModel.from_pretrained(base_model, "path/to/this/adapter")
 ```
 
 PEFT alone raises `KeyError: 'VERATUNE'`. With veratune's plug-in it loads the same files:
@@ -72,6 +72,7 @@ def write_card(directory: Path, config: VeraConfig, model: nn.Module, layers: in
     if path.exists() and _untouched(path) is None:
         return
     described = describe_base(model)
+    known = type(without_wrappers(model)).__module__.startswith("transformers.")
     base = hub_name(config.base_model_name_or_path)  # a local path must not become public
     front: dict[str, object] = {"library_name": "veratune", "tags": ["vera", "veratune", "adapter"]}
     if base:
@@ -85,7 +86,8 @@ def write_card(directory: Path, config: VeraConfig, model: nn.Module, layers: in
         numbers=numbers,
         others=f", and has {others:,} more in modules_to_save and biases" if others else "",
         classes=_classes(described.get("id2label") or {}),
-        load=_load(base, described) if type(without_wrappers(model)).__module__.startswith("transformers.") else "",
+        imported=f"from transformers import {described['class']}\n" if known else "",
+        loaded=_load(base, described) if known else "",
         settings="\n".join(f"| `{name}` | `{value}` |" for name, value in (settings | _versions()).items()),
     )
     write_text(path, _signed(text))
@@ -115,15 +117,13 @@ def _classes(labels: Mapping[str, str]) -> str:
 
 
 def _load(base: str | None, described: Mapping[str, Any]) -> str:
-    """Return the lines that load one of transformers' models."""
+    """Return the line that loads one of transformers' models."""
     labels, problem = described.get("id2label") or {}, described.get("problem_type")
     settings = f", num_labels={len(labels)}" if "Classification" in described["class"] and labels else ""
     if settings and problem == "regression":
         settings += f', problem_type="{problem}"'
-    return (
-        f"from transformers import {described['class']}\n"
-        f"base_model = {described['class']}.from_pretrained({json.dumps(base or 'path/to/the/base/model')}{settings})\n"
-    )
+    place = json.dumps(base or "path/to/the/base/model")
+    return f"base_model = {described['class']}.from_pretrained({place}{settings})\n"
 
 
 def _versions() -> dict[str, str]:
