@@ -731,7 +731,7 @@ DAMAGES = {
     "r-of-another-type": (lambda t, c: c.update(r="8"), "r='8'"),
     "b-too-long": (lambda t, c: t.update({f"{LAYER}.vera_lambda_b": torch.ones(17)}), r"\(17,\)"),
     "b-two-dimensional": (lambda t, c: t.update({f"{LAYER}.vera_lambda_b": torch.ones(16, 1)}), r"\(16, 1\)"),
-    "d-too-short": (lambda t, c: t.update({f"{LAYER}.vera_lambda_d": torch.ones(7)}), "7 numbers"),
+    "d-too-short": (lambda t, c: t.update({f"{LAYER}.vera_lambda_d": torch.ones(7)}), "7 elements"),
     "d-two-dimensional": (lambda t, c: t.update({f"{LAYER}.vera_lambda_d": torch.ones(8, 1)}), r"\(8, 1\)"),
     "A-too-narrow": (lambda t, c: t.update({"base_model.vera_A": torch.ones(8, 23)}), r"\(8, 23\)"),
     "A-of-another-rank": (lambda t, c: t.update({"base_model.vera_A": torch.ones(7, 24)}), r"\(7, 24\)"),
