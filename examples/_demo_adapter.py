@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from _demo_data import Encoded, load_base_model
 from _demo_training import predict
@@ -39,12 +40,14 @@ class AdapterReport:
         return self.largest_difference == 0 and self.same_predictions == self.test_rows
 
 
-def check_adapter(model: VeraModel, base_directory: Path, test: Encoded, directory: Path) -> AdapterReport:
+def check_adapter(
+    model: VeraModel, trained_logits: Tensor, base_directory: Path, test: Encoded, directory: Path
+) -> AdapterReport:
     """Save the trained adapter, load it into a fresh base model, compare the two, and measure the files."""
     model.save_pretrained(directory)
     # Another random head than any that was trained: the predictions can only be the same if the file's one is used.
     reloaded = VeraModel.from_pretrained(load_base_model(base_directory, seed=12345), directory)
-    trained_logits, reloaded_logits = predict(model, test), predict(reloaded, test)
+    reloaded_logits = predict(reloaded, test)
     with tempfile.TemporaryDirectory() as scratch:
         headless, peft = Path(scratch, "headless"), Path(scratch, "peft")
         _without_head(model, base_directory).save_pretrained(headless)

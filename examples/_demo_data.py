@@ -19,6 +19,7 @@ MODEL_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db
 
 MAX_TOKENS = 64
 SPLIT_SEED = 0
+CLASSES = ("negative", "positive")
 TEST_ROWS = 1500
 VALIDATION_ROWS = 1500  # the learning rates were chosen on these, which are in neither train nor test
 
@@ -39,6 +40,11 @@ class Encoded:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @property
+    def majority(self) -> float:
+        """The part of the rows that are in the most frequent class."""
+        return max(self.labels.count(label) for label in set(self.labels)) / len(self)
 
     def batch(self, rows: Sequence[int]) -> Batch:
         """Return these rows padded to the longest of them, with "labels"."""
@@ -75,10 +81,13 @@ def model_directory() -> Path:
     return directory
 
 
-def load_base_model(directory: Path, seed: int) -> PreTrainedModel:
-    """Return MiniLM with a new classification head, whose weights the seed decides."""
+def load_base_model(directory: Path, seed: int, classes: Sequence[str] = ()) -> PreTrainedModel:
+    """Return MiniLM with a new head for two classes, whose weights the seed decides."""
     torch.manual_seed(seed)
-    model: PreTrainedModel = AutoModelForSequenceClassification.from_pretrained(directory, num_labels=2)
+    names = {"id2label": dict(enumerate(classes)), "label2id": {name: index for index, name in enumerate(classes)}}
+    model: PreTrainedModel = AutoModelForSequenceClassification.from_pretrained(
+        directory, **(names if classes else {"num_labels": 2})
+    )
     return model
 
 
@@ -88,20 +97,36 @@ def read_reviews() -> pd.DataFrame:
     return pd.read_csv(path)
 
 
-def load_split(directory: Path, train_rows: int) -> Split:
-    """Return the data, always in the same order: test rows first, validation rows last, train rows between them."""
-    reviews = read_reviews()
-    sentences = reviews[reviews["source"] == "rotten_tomatoes"].drop_duplicates("text")
-    sentences = sentences.sample(frac=1.0, random_state=SPLIT_SEED)
+def load_split(directory: Path, train_rows: int, test_rows: int = TEST_ROWS) -> Split:
+    """Return the data, always in the same order: test rows first, validation rows last, train rows between them.
+
+    Fewer test rows than there are leave the other two parts as they are.
+    """
+    sentences = shuffled_sentences()
     most = len(sentences) - TEST_ROWS - VALIDATION_ROWS
     if not 1 <= train_rows <= most:
         raise DemoError(f"--rows {train_rows} is not possible: there are 1 to {most} rows to train on")
     tokenizer = AutoTokenizer.from_pretrained(directory)
     return Split(
         train=_encode(tokenizer, sentences[TEST_ROWS : TEST_ROWS + train_rows]),
-        test=_encode(tokenizer, sentences[:TEST_ROWS]),
+        test=_encode(tokenizer, sentences[:test_rows]),
         validation=_encode(tokenizer, sentences[-VALIDATION_ROWS:]),
     )
+
+
+def shuffled_sentences() -> pd.DataFrame:
+    """Return the sentences of Rotten Tomatoes, without duplicates, always in the same order."""
+    reviews = read_reviews()
+    sentences = reviews[reviews["source"] == "rotten_tomatoes"].drop_duplicates("text")
+    return sentences.sample(frac=1.0, random_state=SPLIT_SEED)
+
+
+def write_rows(path: Path, rows: int) -> None:
+    """Write the first test rows as a CSV file with the columns text and label, the names of the classes."""
+    sentences = shuffled_sentences()[:rows]
+    named = pd.DataFrame({"text": sentences["text"], "label": [CLASSES[label] for label in sentences["label"]]})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    named.to_csv(path, index=False)
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, sentences: pd.DataFrame) -> Encoded:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import peft
 from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
@@ -92,8 +93,6 @@ class Lora:
     dropout: float = 0.0
 
     def prepare(self, base: PreTrainedModel) -> nn.Module:
-        import peft
-
         config = peft.LoraConfig(
             r=self.r,
             lora_alpha=self.alpha,

@@ -1,21 +1,14 @@
-"""What the demo reports: the results of its runs as a table, as JSON and as a picture."""
+"""What the demo reports: the results of its runs as a table and as JSON."""
 
 import json
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
-import pandas as pd
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-
 from _demo_adapter import AdapterReport
 from _demo_training import History
-
-SMOOTHING_STEPS = 20
 
 
 @dataclass(frozen=True)
@@ -129,6 +122,16 @@ def adapter_text(report: AdapterReport) -> str:
     )
 
 
+def commands_text(output: Path, veratune: str) -> str:
+    """Return the commands that use the adapter in an output directory."""
+    return (
+        "\nTo use the adapter:\n"
+        f"  {veratune} predict {output} --data {output / 'rows.csv'}\n"
+        f"  {veratune} inspect {output}\n"
+        f"  {veratune} export {output} {output / 'lora'} --format lora"
+    )
+
+
 def write_results(path: Path, runs: Sequence[Run], facts: dict[str, Any]) -> None:
     """Write every number as JSON, one run on each line."""
     entries = {key: json.dumps(value, default=str) for key, value in facts.items()}
@@ -148,39 +151,3 @@ def _rounded(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_rounded(inner) for inner in value]
     return round(value, 4) if isinstance(value, float) else value
-
-
-def draw_curves(path: Path, runs: Sequence[Run], styles: Mapping[str, Style]) -> None:
-    """Draw training loss and test accuracy over the steps, one line for each method, with the range of its seeds."""
-    with mpl.rc_context({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False}):
-        figure = Figure(figsize=(11, 4.8), layout="constrained")
-        loss_axes, accuracy_axes = figure.subplots(1, 2)
-        loss_axes.set_title(f"Training loss, mean of the last {SMOOTHING_STEPS} steps")
-        accuracy_axes.set_title("Test accuracy in percent")
-        for method, same in by_method(runs).items():
-            _draw_line(loss_axes, [_smoothed_losses(run.history) for run in same], method, styles[method])
-            _draw_line(accuracy_axes, [_accuracies(run.history) for run in same], method, styles[method], marker="o")
-        for axes in (loss_axes, accuracy_axes):
-            axes.grid(alpha=0.25)
-            axes.set_xlim(left=0)
-            axes.set_xlabel("step")
-        figure.legend(*loss_axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
-        figure.savefig(path, dpi=150)
-
-
-def _smoothed_losses(history: History) -> pd.Series:
-    losses = pd.Series(history.losses, index=range(1, len(history.losses) + 1))
-    return losses.rolling(min(SMOOTHING_STEPS, len(losses))).mean().dropna()
-
-
-def _accuracies(history: History) -> pd.Series:
-    steps, values = zip(*history.accuracies, strict=True)
-    return pd.Series(values, index=steps)
-
-
-def _draw_line(axes: Axes, curves: Sequence[pd.Series], label: str, style: Style, marker: str = "") -> None:
-    """Draw the mean of the curves of several seeds, and a band from the lowest to the highest of them."""
-    seeds = pd.concat(curves, axis="columns")
-    mean, low, high = seeds.mean(axis="columns"), seeds.min(axis="columns"), seeds.max(axis="columns")
-    axes.plot(mean.index, mean, style.line, color=style.color, marker=marker, markersize=4, label=label)
-    axes.fill_between(mean.index, low, high, color=style.color, alpha=0.12, linewidth=0)

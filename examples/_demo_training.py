@@ -13,7 +13,6 @@ from _demo_data import Encoded
 BATCH_SIZE = 32
 BATCHES_PER_POOL = 16
 WARMUP = 0.06
-EVALUATIONS_PER_EPOCH = 2
 TEST_BATCH_SIZE = 100
 
 ParameterGroups = list[dict[str, Any]]
@@ -43,15 +42,19 @@ def train(
     groups: ParameterGroups,
     data: Encoded,
     test: Encoded,
+    *,
     epochs: int,
+    evaluations: int,
     seed: int,
     after_step: Callable[[History], None],
-) -> History:
-    """Train a model with AdamW, a warm-up and a linear decay; the seed decides the batches and the dropout."""
+) -> tuple[History, Tensor]:
+    """Train a model with AdamW, a warm-up and a linear decay; the seed decides the batches and the dropout.
+
+    The evaluations are evenly spaced, the last one comes after the last step, and its logits are returned.
+    """
     order = _batch_order(data, epochs, seed)
     optimizer = torch.optim.AdamW(groups)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, _warmup_then_linear(len(order)))
-    evaluations = epochs * EVALUATIONS_PER_EPOCH
     evaluated = {round(count * len(order) / evaluations) for count in range(1, evaluations + 1)}
     history = History()
     torch.manual_seed(seed)
@@ -66,9 +69,10 @@ def train(
         history.losses.append(loss.item())
         history.seconds += time.perf_counter() - started
         if step in evaluated:
-            history.accuracies.append((step, accuracy(predict(model, test), test)))
+            logits = predict(model, test)
+            history.accuracies.append((step, accuracy(logits, test)))
         after_step(history)
-    return history
+    return history, logits
 
 
 def predict(model: nn.Module, data: Encoded) -> Tensor:

@@ -1,14 +1,16 @@
-"""Fine-tune MiniLM on 2,000 sentences of movie reviews with VeRA, and compare it with other ways of fine-tuning.
+"""Fine-tune MiniLM on sentences of movie reviews with VeRA, and compare it with other ways of fine-tuning.
 
-    python examples/demo.py           a frozen encoder, VeRA on all linear layers, full fine-tuning
-    python examples/demo.py --full    also VeRA on query and value, PEFT's LoRA on both, and three seeds
+    python examples/demo.py           VeRA and PEFT's LoRA, both on all linear layers; some minutes
+    python examples/demo.py --full    six methods, more rows and three seeds
 
-The results are printed as a table; runs/demo/ has the adapter, the picture of the curves, and every number as JSON.
+The results are printed as a table, and every number is written as JSON to runs/demo/, next to the adapter of VeRA and
+labeled rows to try it on. --full also draws the curves.
 """
 
 import argparse
 import os
 import platform
+import shutil
 import sys
 import tempfile
 import time
@@ -21,13 +23,22 @@ from typing import Any
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 try:
     import torch
-    from torch import nn
+    from torch import Tensor, nn
     from tqdm import tqdm
 
     from _demo_adapter import AdapterReport, check_adapter, weights_size
-    from _demo_data import DemoError, Split, load_base_model, load_split, model_directory, quieten_transformers
+    from _demo_data import (
+        CLASSES,
+        DemoError,
+        Split,
+        load_base_model,
+        load_split,
+        model_directory,
+        quieten_transformers,
+        write_rows,
+    )
     from _demo_methods import FrozenEncoder, FullFineTuning, Lora, Method, Vera
-    from _demo_report import Run, Style, adapter_text, comparison, draw_curves, summarize, table, write_results
+    from _demo_report import Run, Style, adapter_text, commands_text, comparison, summarize, table, write_results
     from _demo_training import BATCH_SIZE, History, steps_per_epoch, train
 except ModuleNotFoundError as missing:
     sys.exit(f"demo: the package {missing.name!r} is missing: pip install -e '.[demo]', or let `make demo` install all")
@@ -41,8 +52,28 @@ LORA = Lora("LoRA r=8, all linear layers", "all-linear", lr=1e-3, head_lr=4e-3)
 LORA_QV = Lora("LoRA r=8, query and value", ["query", "value"], lr=2e-3, head_lr=1e-3)
 FULL = FullFineTuning("full fine-tuning", lr=5e-5, head_lr=1e-3)
 
-PLAIN_METHODS: list[Method] = [FROZEN, VERA, FULL]
-ALL_METHODS: list[Method] = [FROZEN, VERA, VERA_QV, LORA, LORA_QV, FULL]
+
+@dataclass(frozen=True)
+class Comparison:
+    """What is compared, and on how much data.
+
+    Attributes:
+        methods: the methods, in the order in which they are trained.
+        rows: how many rows to train on.
+        test_rows: how many rows to test on.
+        seeds: how often each method is trained.
+        evaluations: how often each run is evaluated in an epoch; 0: only after the last step.
+    """
+
+    methods: tuple[Method, ...]
+    rows: int
+    test_rows: int
+    seeds: int
+    evaluations: int
+
+
+QUICK = Comparison((VERA, LORA), rows=1500, test_rows=1000, seeds=1, evaluations=0)
+COMPLETE = Comparison((FROZEN, VERA, VERA_QV, LORA, LORA_QV, FULL), rows=2000, test_rows=1500, seeds=3, evaluations=2)
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart: VeRA is blue, LoRA orange, a part of it dashed.
 STYLES = {
@@ -62,26 +93,34 @@ class Workbench:
     base_directory: Path
     split: Split
     epochs: int
+    evaluations: int
 
     @property
     def steps(self) -> int:
         """The number of steps of one run."""
         return self.epochs * steps_per_epoch(len(self.split.train))
 
-    def run(self, method: Method, seed: int, bar: tqdm) -> tuple[Run, nn.Module]:
-        """Train one method with one seed; return what there is to report, and the trained model."""
+    def run(self, method: Method, seed: int, bar: tqdm) -> tuple[Run, nn.Module, Tensor]:
+        """Train one method with one seed; return what there is to report, the trained model, and its test logits."""
 
         def advance(history: History) -> None:
             bar.set_postfix_str(f"loss {history.losses[-1]:.2f}", refresh=False)
             bar.update()
 
         bar.set_description(f"{method.name}, seed {seed}")
-        model = method.prepare(load_base_model(self.base_directory, seed))
+        model = method.prepare(load_base_model(self.base_directory, seed, CLASSES))
         trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-        history = train(
-            model, method.groups(model), self.split.train, self.split.test, self.epochs, seed, after_step=advance
+        history, logits = train(
+            model,
+            method.groups(model),
+            self.split.train,
+            self.split.test,
+            epochs=self.epochs,
+            evaluations=max(1, self.epochs * self.evaluations),
+            seed=seed,
+            after_step=advance,
         )
-        return Run(method.name, seed, trainable, saved_size(method, model), history), model
+        return Run(method.name, seed, trainable, saved_size(method, model), history), model, logits
 
 
 def main() -> None:
@@ -95,22 +134,32 @@ def main() -> None:
     minutes = (time.perf_counter() - started) / 60
     print_results(runs, adapter, compare=options.full)
     write_results(options.output / "results.json", runs, facts(options, adapter, minutes))
-    draw_curves(options.output / "curves.png", runs, STYLES)
-    print(f"The curves and all numbers are in {options.output}. This took {minutes:.1f} minutes.")
+    if options.full:
+        from _demo_curves import draw_curves
+
+        draw_curves(options.output / "curves.png", runs, STYLES)
+    print(f"All numbers are in {options.output / 'results.json'}. This took {minutes:.1f} minutes.")
     if not adapter.reproduces:
         sys.exit("demo: the reloaded adapter does not compute what the trained one does")
+    print(commands_text(options.output, command_line()))
 
 
 def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--full", action="store_true", help="all methods and three seeds; needs peft")
+    parser.add_argument("--full", action="store_true", help="all methods, more rows and three seeds; needs matplotlib")
     parser.add_argument("--epochs", type=positive, default=3, help="passes over the train rows (default: 3)")
-    parser.add_argument("--rows", type=positive, default=2000, help="how many rows to train on (default: 2000)")
+    parser.add_argument("--rows", type=positive, help="how many rows to train on (default: 1500, with --full 2000)")
     parser.add_argument("--seeds", type=positive, help="how many seeds (default: 1, with --full 3)")
     parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="where to write (default: runs/demo)")
     options = parser.parse_args()
-    options.seeds = options.seeds or (3 if options.full else 1)
+    compared = comparison_of(options)
+    options.rows = options.rows or compared.rows
+    options.seeds = options.seeds or compared.seeds
     return options
+
+
+def comparison_of(options: argparse.Namespace) -> Comparison:
+    return COMPLETE if options.full else QUICK
 
 
 def positive(text: str) -> int:
@@ -122,27 +171,31 @@ def positive(text: str) -> int:
 
 
 def run_all(options: argparse.Namespace) -> tuple[list[Run], AdapterReport]:
-    """Train every method with every seed, and check the adapter of the first run of VeRA."""
-    if options.full and find_spec("peft") is None:
-        raise DemoError("--full needs the package 'peft' for LoRA: pip install peft, or let `make demo-full` do it")
+    """Train every method with every seed, and check the adapter of the first run of VeRA as soon as it is trained."""
+    if options.full and find_spec("matplotlib") is None:
+        raise DemoError("--full needs the package 'matplotlib': pip install matplotlib, or let `make demo-full` do it")
     quieten_transformers()
     base_directory = model_directory()
-    bench = Workbench(base_directory, load_split(base_directory, options.rows), options.epochs)
-    methods = ALL_METHODS if options.full else PLAIN_METHODS
+    compared = comparison_of(options)
+    split = load_split(base_directory, options.rows, compared.test_rows)
+    bench = Workbench(base_directory, split, options.epochs, compared.evaluations)
     print(
-        f"MiniLM on sentences of Rotten Tomatoes: {options.rows:,} to train on, {len(bench.split.test):,} to test on;"
+        f"MiniLM on sentences of Rotten Tomatoes: {options.rows:,} to train on, {len(split.test):,} to test on"
+        f" ({100 * split.test.majority:.1f} % of them in the larger of two classes);"
         f" {bench.steps} steps of {BATCH_SIZE} for each method"
     )
     runs: list[Run] = []
     adapters: list[AdapterReport] = []
-    with tqdm(total=options.seeds * len(methods) * bench.steps, unit="step", dynamic_ncols=True) as bar:
+    with tqdm(total=options.seeds * len(compared.methods) * bench.steps, unit="step", dynamic_ncols=True) as bar:
         for seed in range(options.seeds):
-            for method in methods:
-                run, model = bench.run(method, seed, bar)
+            for method in compared.methods:
+                run, model, logits = bench.run(method, seed, bar)
                 runs.append(run)
                 bar.write(f"  {method.name}, seed {seed}: {run.accuracy:.1f} % in {run.history.seconds:.0f} s")
                 if method is VERA and not adapters:
-                    adapters.append(check_adapter(model, base_directory, bench.split.test, options.output / "adapter"))
+                    directory = options.output / "adapter"
+                    adapters.append(check_adapter(model, logits, base_directory, split.test, directory))
+    write_rows(options.output / "rows.csv", compared.test_rows)
     return runs, adapters[0]
 
 
@@ -151,6 +204,14 @@ def saved_size(method: Method, model: nn.Module) -> int:
     with tempfile.TemporaryDirectory() as scratch:
         method.save(model, Path(scratch))
         return weights_size(Path(scratch))
+
+
+def command_line() -> str:
+    """Return how to call veratune's command line in this environment."""
+    path = shutil.which("veratune", path=str(Path(sys.executable).parent))
+    if path is None:
+        return f"{sys.executable} -m veratune"
+    return os.path.relpath(path) if Path(path).is_relative_to(Path.cwd()) else path
 
 
 def print_results(runs: list[Run], adapter: AdapterReport, compare: bool) -> None:
@@ -173,7 +234,7 @@ def facts(options: argparse.Namespace, adapter: AdapterReport, minutes: float) -
         },
         "options": vars(options),
         "minutes": round(minutes, 1),
-        "methods": [asdict(method) for method in (ALL_METHODS if options.full else PLAIN_METHODS)],
+        "methods": [asdict(method) for method in comparison_of(options).methods],
         "adapter": asdict(adapter),
     }
 
