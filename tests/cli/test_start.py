@@ -1,6 +1,7 @@
 """`veratune train --model RUN`, and the output of a training run where an adapter is expected."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,9 +15,11 @@ from safetensors.torch import load_file
 from command_line import run
 from training_runs import sentences, train, with_tokenizer, write_lines
 from veratune import AdapterBank, VeraConfig, VeraModel
+from veratune.cli.models import adapter_at
 from veratune.cli.output import error_line, print_table, print_text, warning_line
 from veratune.cli.train.preflight import steps_of_run
 from veratune.cli.train.settings import ADAPTER_SETTINGS, TrainSettings
+from veratune.cli.train.start import start_of
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +80,16 @@ def test_settings_and_rows_that_are_not_the_adapters(
         shown = capsys.readouterr()
         assert message in shown.err.splitlines()[-1] and not (tmp_path / "out").exists(), shown.err
     assert train("--model", first, "--data", rows, "--output", tmp_path / "out", "--r", 5, "--max-steps", 1) == 0
+
+
+def test_a_models_directory_with_an_adapter_in_it_is_a_model(first: Path, encoder: Path, tmp_path: Path) -> None:
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").write_bytes((encoder / "config.json").read_bytes())
+    shutil.copytree(first / "adapter", tmp_path / "base" / "adapter")
+    assert start_of(str(tmp_path / "base")) is None and adapter_at(str(tmp_path / "base")) is None
+    (tmp_path / "base" / "config.json").rename(tmp_path / "config.json")
+    assert start_of(str(tmp_path / "base")) == adapter_at(str(tmp_path / "base")) == tmp_path / "base" / "adapter"
+    assert start_of("owner/name") is None and start_of("bert") is None
 
 
 def test_random_weights_that_no_file_would_have(

@@ -32,10 +32,11 @@ def has_adapter(directory: Path) -> bool:
 def adapter_directory(directory: Path) -> Path:
     """Return the directory with the adapter's files: for the output of a training run, its folder with the adapter.
 
-    A directory without either is returned as it is; readers then say what is missing.
+    A model's directory, and one without an adapter, is returned as it is; readers then say what is missing.
     """
     inside = directory / ADAPTER_FOLDER
-    return inside if not has_adapter(directory) and has_adapter(inside) else directory
+    is_run = not has_adapter(directory) and not (directory / "config.json").is_file() and has_adapter(inside)
+    return inside if is_run else directory
 
 
 def format_of(directory: Path) -> Format:

@@ -15,7 +15,7 @@ from veratune.checkpoint.files import read_json, write_json
 from veratune.checkpoint.formats import ADAPTER_FOLDER
 from veratune.cli.directories import check_new
 from veratune.cli.errors import SettingsError
-from veratune.cli.models import adapter_at, base_of, load_tokenizer, loaded, tokenizer_of, usable_length
+from veratune.cli.models import base_of, load_tokenizer, loaded, tokenizer_of, usable_length
 from veratune.cli.output import bytes_text, is_main_process, print_table, print_text, process_count, warning_line
 from veratune.cli.train.chat_rows import with_chats
 from veratune.cli.train.curves import draw_curves
@@ -24,7 +24,7 @@ from veratune.cli.train.metrics import TrivialAnswer, evaluated, scores_text, tr
 from veratune.cli.train.preflight import check_vocabulary, steps_of_run, unknown_tokens, warnings_of
 from veratune.cli.train.reading import Row, read_rows
 from veratune.cli.train.settings import CLASSIFICATION, SETTINGS_NAME, TrainSettings
-from veratune.cli.train.start import adapted_model, classes_of_adapter
+from veratune.cli.train.start import adapted_model, classes_of_adapter, start_of
 from veratune.cli.train.tasks import Task, make_task
 from veratune.model import VeraModel
 from veratune.training import trained_parts
@@ -54,7 +54,7 @@ def run(settings: TrainSettings, *, resuming: bool) -> None:
         if (output / SETTINGS_NAME).is_file():
             otherwise += f", or resume the run there: veratune train --resume {output}"
         check_new(output, otherwise)
-    start = adapter_at(settings.model)
+    start = start_of(settings.model)
     base = settings.model if start is None else base_of(start, None)
     train_rows, eval_rows = _rows(settings)
     labels = []

@@ -17,6 +17,12 @@ from veratune.model import VeraModel, get_peft_model
 from veratune.utils.text import some
 
 
+def start_of(model: str) -> Path | None:
+    """Return the directory of the adapter to start from, or None if a run's `model` is a base model."""
+    is_model = (Path(model).expanduser() / "config.json").is_file()
+    return None if is_model else adapter_at(model)
+
+
 def with_adapters_settings(values: dict[str, Any]) -> TrainSettings:
     """Return the settings of a run; if its model is an adapter, with that adapter's.
 
@@ -27,7 +33,7 @@ def with_adapters_settings(values: dict[str, Any]) -> TrainSettings:
         SettingsError: a setting is not allowed, or is not the adapter's.
     """
     settings = TrainSettings(**values)
-    adapter = adapter_at(settings.model)
+    adapter = start_of(settings.model)
     if adapter is None:
         return settings
     if not isinstance(format_of(adapter), NativeFormat):
