@@ -14,7 +14,7 @@ export TOKENIZERS_PARALLELISM := false
 ENGINES := .venv-engines
 LLAMA_CPP := llama_cpp_python-0.3.36
 
-.PHONY: test lint fuzz demo demo-full examples customers docs bench gpu engines peft-versions peft-suite clean
+.PHONY: test lint fuzz demo demo-full examples customers docs bench gpu engines peft-versions peft-suite oldest dist clean
 
 # In two processes of one thread each, as the machines that check the project have two cores.
 test: lint
@@ -101,6 +101,53 @@ peft-suite: $(VENV)/dev.done
 	tar --extract --gzip --directory $(PEFT_SUITE) --file $(PEFT_SUITE)/peft-0.21.2.tar.gz
 	PYTHONPATH=$(CURDIR)/$(PEFT_SUITE)/packages $(BIN)/python benchmarks/peft_suite/run.py $(PEFT_SUITE)/peft-0.21.2
 
+# The oldest versions that pyproject.toml names, in two environments: the package with [hf], and all other extras.
+# The oldest torch, 2.11, is the one of the GPU results (`make gpu`): an index may have no build of it for CPUs alone. Where
+# yours has, OLDEST_TORCH=2.11.0 tests it here too.
+OLDEST := .venv-oldest
+OLDEST_TORCH := 2.13.0
+OLDEST_TESTS := $(addprefix tests/,test_model.py checkpoint/test_native.py integrations/test_transformers.py projections)
+OLDEST_EXTRAS_TESTS := $(addprefix tests/,cli/test_cli.py integrations/peft/test_plugin.py integrations/test_trl.py \
+	integrations/test_sentence_transformers.py)
+
+oldest: $(OLDEST)/hf.done $(OLDEST)/extras.done
+	OMP_NUM_THREADS=1 $(OLDEST)/hf/bin/python -m pytest -W default $(OLDEST_TESTS)
+	OMP_NUM_THREADS=1 $(OLDEST)/extras/bin/python -m pytest -W default $(OLDEST_EXTRAS_TESTS)
+
+$(OLDEST)/hf.done: pyproject.toml .ci/oldest.txt
+	$(PYTHON) -m venv $(OLDEST)/hf
+	$(OLDEST)/hf/bin/python -m pip install --quiet --no-compile --constraint .ci/oldest.txt torch==$(OLDEST_TORCH) \
+		--editable '.[hf,gguf]' pytest hypothesis
+	touch $@
+
+$(OLDEST)/extras.done: pyproject.toml .ci/oldest-extras.txt
+	$(PYTHON) -m venv $(OLDEST)/extras
+	$(OLDEST)/extras/bin/python -m pip install --quiet --no-compile --constraint .ci/oldest-extras.txt \
+		torch==$(OLDEST_TORCH) --editable '.[cli,demo,peft,sentence-transformers,trl]' pytest hypothesis
+	touch $@
+
+# What would be published, checked as a user meets it: in a clean environment, away from the sources.
+DIST := .venv-dist
+CLEAN := $(CURDIR)/$(DIST)/clean/bin
+
+dist: $(DIST)/dist.done
+	rm -rf dist $(DIST)/clean
+	$(DIST)/bin/python -m build --outdir dist
+	$(DIST)/bin/python -m twine check --strict dist/*
+	$(PYTHON) -m venv $(DIST)/clean
+	$(CLEAN)/python -m pip install --quiet --constraint constraints.txt dist/*.whl
+	cd dist && $(CLEAN)/python -P ../.ci/smoke.py
+	$(CLEAN)/python -m pip install --quiet --constraint constraints.txt "$$(echo dist/*.whl)[cli]"
+	cd dist && $(CLEAN)/python -P ../.ci/smoke.py --cli
+	$(CLEAN)/python -m pip check
+	cd dist && $(CLEAN)/veratune doctor
+
+$(DIST)/dist.done: pyproject.toml
+	$(PYTHON) -m venv $(DIST)
+	$(DIST)/bin/python -m pip install --quiet --upgrade pip
+	$(DIST)/bin/python -m pip install --quiet --group dist
+	touch $@
+
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
@@ -124,4 +171,4 @@ $(VENV)/smollm2.done: $(VENV)/dev.done
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(ENGINES) runs
+	rm -rf $(VENV) $(ENGINES) $(OLDEST) $(DIST) dist runs
