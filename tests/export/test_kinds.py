@@ -99,7 +99,7 @@ class Twice(nn.Module):
 @pytest.mark.parametrize("export", ["export_lora", "export_peft"])
 def test_a_layer_in_several_places_is_refused(export: str, tmp_path: Path) -> None:
     model = adapted(seeded(Twice), target_modules="all-linear", modules_to_save=[])
-    with pytest.raises(ValueError, match=r"adapter on first: it is one module in several places \(first, second\)"):
+    with pytest.raises(ValueError, match=r"first: the model uses this module under several names \(first, second\)"):
         getattr(model, export)(tmp_path / "file")
     assert not (tmp_path / "file").exists()
     alone = adapted(seeded(Twice), target_modules=["other"], modules_to_save=[])

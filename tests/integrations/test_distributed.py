@@ -14,7 +14,8 @@ import torch
 
 from distributed_worker import ROWS, batches, model_for, train
 from tiny_models import tiny_model
-from trainer_worker import losses, trainer_for
+from trainer_worker import trainer_for
+from trainers import losses
 from veratune import VeraModel
 
 WORKER = Path(__file__).parents[1].joinpath("helpers", "distributed_worker.py")
