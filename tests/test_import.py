@@ -12,6 +12,7 @@ def test_importing_veratune_imports_nothing_heavy():
     assert "torch" not in imported_by("import veratune")  # which the command line does for its help
     modules = imported_by("import veratune; veratune.VeraModel, veratune.AdapterBank, veratune.parameter_groups")
     assert "veratune.model" in modules
+    assert "veratune.bank" in imported_by("import veratune; veratune.bank.AdapterBank")
     assert not modules & {"transformers", "peft", "accelerate", "pandas", "matplotlib", "torch._dynamo"}
 
 

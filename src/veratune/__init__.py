@@ -59,7 +59,15 @@ __all__ = [
 ]
 
 
+# `veratune.bank` works without importing it first, as in torch.
+_PACKAGES = frozenset(
+    ("adapters", "bank", "checkpoint", "config", "export", "layers", "model", "ops", "projections", "training")
+)
+
+
 def __getattr__(name: str) -> Any:
+    if name in _PACKAGES:
+        return importlib.import_module(f"veratune.{name}")
     if name not in _MODULES:
         raise AttributeError(f"module 'veratune' has no attribute {name!r}")
     value = getattr(importlib.import_module(f"veratune.{_MODULES[name]}"), name)
