@@ -17,7 +17,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["
 
 def test_the_oldest_versions_that_are_named_are_those_that_are_tested() -> None:
     pinned: dict[str, set[str]] = {}
-    for path in (ROOT / ".ci").glob("oldest*.txt"):
+    for path in (ROOT / ".ci" / "oldest.txt", ROOT / "constraints.txt"):
         for line in path.read_text(encoding="utf-8").splitlines():
             if line and not line.startswith("#"):
                 name, version = line.split("==")
