@@ -385,10 +385,7 @@ class AdapterBank:
             self._resident.move(self._installation.current_device())
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
-        raise BankError(
-            "a bank cannot be copied or pickled: create another bank instead (if this one has a file, open it with"
-            " AdapterBank.open)"
-        )
+        raise BankError("a bank cannot be copied or pickled: create another, or open its file again")
 
     def unload(self) -> nn.Module:
         """Remove the bank's layers, close its file, and return the base model.

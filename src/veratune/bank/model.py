@@ -119,10 +119,7 @@ class BankModel(ModelWrapper):
         raise BankError("a bank's model cannot be saved: call unload() and save the base model that it returns")
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
-        raise BankError(
-            "a bank's model cannot be copied or pickled: create another bank instead (if this one has a file, open it"
-            " with AdapterBank.open)"
-        )
+        raise BankError("a bank's model cannot be copied or pickled: create another, or open its file again")
 
     def __getattr__(self, name: str) -> Any:
         if name in _BATCHING:
