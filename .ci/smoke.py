@@ -120,9 +120,10 @@ def check_command_line() -> None:
     rows = [f"{word} {word},{'yes' if index < 3 else 'no'}" for index, word in enumerate(WORDS)] * 8
     Path("rows.csv").write_text("text,label\n" + "\n".join(rows) + "\n")
     veratune_("train", "--model", "bert", "--data", "rows.csv", "--output", "run")
-    assert "query" in veratune_("inspect", "run/adapter")
-    veratune_("merge", "run/adapter", "merged")
-    veratune_("export", "run/adapter", "lora", "--format", "lora")
+    assert "good good,yes," in veratune_("predict", "run", "--data", "rows.csv")
+    assert "query" in veratune_("inspect", "run")
+    veratune_("merge", "run", "merged")
+    veratune_("export", "run", "lora", "--format", "lora")
     assert Path("merged/model.safetensors").is_file() and Path("lora/adapter_config.json").is_file()
     assert veratune.__version__ in veratune_("--version")
 
