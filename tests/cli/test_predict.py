@@ -222,6 +222,11 @@ def test_what_cannot_be_predicted(
     decoder = with_tokenizer("llama", tmp_path / "decoder")
     language = transformers.AutoModelForCausalLM.from_pretrained(decoder)
     get_peft_model(language, VeraConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path / "language")
+    unfinished, gap, unquoted = tmp_path / "unfinished", tmp_path / "gap.csv", tmp_path / "unquoted.csv"
+    unfinished.mkdir()
+    (unfinished / "train.yaml").write_text("model: m")
+    gap.write_text("text\ngood\n\nbad\n\n")
+    unquoted.write_text("text\na film, great\nbad\n")
     for arguments, code, message in (
         ((output, "--data", data, "--output", there), 1, "nothing is overwritten"),
         ((output, "--data", data, "--output", tmp_path / "out.xlsx"), 2, "unsupported file type"),
@@ -234,7 +239,27 @@ def test_what_cannot_be_predicted(
         ((tmp_path / "masked", "--data", data), 1, "is for a BertForMaskedLM"),
         ((tmp_path / "language", "--data", data), 1, "veratune chat"),
         ((encoder, "--data", data), 1, "has no adapter"),
+        ((tmp_path / "nowhere", "--data", data), 1, "there is no such directory"),
+        ((unfinished, "--data", data), 1, f"has not finished: veratune train --resume {unfinished}"),
+        ((output, "--data", gap), 1, "row 2 has nothing in the column 'text'"),
+        ((output, "--data", unquoted), 1, "must be in double quotes"),
     ):
         found, out, err = run(capsys, "predict", *arguments)
         assert (found, out) == (code, "") and message in err.splitlines()[-1], (arguments, err)
     assert there.read_text() == "kept" and not os.path.lexists(tmp_path / "out.xlsx")
+
+
+def test_a_relative_base_is_the_same_model_from_another_directory(
+    runs: dict[str, tuple[Path, Path]], encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    _, data = runs["sequence-classification"]
+    (tmp_path / "here").mkdir()
+    (tmp_path / "there" / "base").mkdir(parents=True)  # which is another thing of the same name
+    shutil.copytree(encoder, tmp_path / "here" / "base")
+    monkeypatch.chdir(tmp_path / "here")
+    arguments = ("--max-length", "8", "--epochs", "1", "--batch-size", "8", "--r", "2")
+    assert run(capsys, "train", "--model", "base", "--data", data, "--output", tmp_path / "run", *arguments)[0] == 0
+    found = run(capsys, "predict", tmp_path / "run", "--data", data)
+    monkeypatch.chdir(tmp_path / "there")
+    assert run(capsys, "predict", tmp_path / "run", "--data", data) == found
+    assert found[0] == 0

@@ -111,7 +111,10 @@ def _opened(directory: Path) -> Iterator[tuple[Format, AdapterFiles]]:
 
 def no_adapter(directory: Path) -> CheckpointError:
     """Return the error for a directory without an adapter, with a hint if it contains a full model or subfolders."""
-    return CheckpointError(f"{directory} has no adapter: {WEIGHTS_NAME} does not exist there{_hint(directory)}")
+    missing = f"{WEIGHTS_NAME} does not exist there{_hint(directory)}"
+    if not directory.is_dir():
+        missing = "it is a file, not a directory" if directory.exists() else "there is no such directory"
+    return CheckpointError(f"{directory} has no adapter: {missing}")
 
 
 def _hint(directory: Path) -> str:

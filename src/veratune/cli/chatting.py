@@ -19,6 +19,10 @@ _NEW = "/new"
 _ADAPTER, _BASE = "adapter", "base"
 
 
+class FullError(ValueError):
+    """A chat has more tokens than the model has positions."""
+
+
 @dataclass(frozen=True)
 class Generation:
     """How to generate an answer.
@@ -84,7 +88,12 @@ def chat(
         for name, talk in talks.items():
             if compare_base:
                 print(f"{name}: ", end="", flush=True)
-            talk.answer(line)
+            try:
+                talk.answer(line)
+            except FullError as error:
+                if not sys.stdin.isatty():
+                    raise
+                warning_line(str(error))
         if compare_base:
             print_text("")
 
@@ -102,6 +111,11 @@ def _lines() -> Iterator[str]:
             if asks:
                 print_text("")
             return
+        if not line.isascii():
+            try:
+                line.encode()
+            except UnicodeEncodeError:  # bytes that Python could not decode
+                raise ValueError("standard input is not UTF-8: convert it first") from None
         if line.strip():
             yield line.strip()
 
@@ -144,7 +158,7 @@ class _Talk:
         most = getattr(config, "max_position_embeddings", None)
         left = settings.max_new_tokens if most is None else min(settings.max_new_tokens, most - length)
         if left < 1:
-            raise ValueError(
+            raise FullError(
                 f"the chat has {length} tokens, and the model only {most} positions: start another with {_NEW}"
             )
         sampling: dict[str, Any] = {"do_sample": False}

@@ -73,6 +73,9 @@ app.add_typer(bank_commands.app, name="bank")
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command line and return its exit code: 0, 1 for an error, 2 for wrong usage, 130 for Ctrl-C."""
+    if sys.stdout is None:
+        error_line("standard output is closed")
+        return 1
     given = list(sys.argv[1:] if arguments is None else arguments)
     traceback = "--traceback" in given  # anywhere, as users append it to the end
     given = [argument for argument in given if argument != "--traceback"]

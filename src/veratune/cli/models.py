@@ -13,13 +13,14 @@ from torch import nn
 from veratune.checkpoint.files import CONFIG_NAME, CheckpointError, read_json
 from veratune.checkpoint.formats import adapter_directory, has_adapter, no_adapter, read_base, read_contents
 from veratune.cli.errors import SettingsError
+from veratune.cli.options import SETTINGS_NAME
 from veratune.cli.output import warning_line
 from veratune.model import VeraModel
 from veratune.utils.text import some
 
 Loaded = TypeVar("Loaded")
 
-_GIVE_BASE = "give the base model with --model"
+GIVE_BASE = "give the base model with --model"
 
 
 def adapter_in(path: Path) -> Path:
@@ -29,9 +30,11 @@ def adapter_in(path: Path) -> Path:
         CheckpointError: neither holds one.
     """
     directory = adapter_directory(path)
-    if not has_adapter(directory):
-        raise no_adapter(path)
-    return directory
+    if has_adapter(directory):
+        return directory
+    if (path / SETTINGS_NAME).is_file():
+        raise CheckpointError(f"{path} is a training run that has not finished: veratune train --resume {path}")
+    raise no_adapter(path)
 
 
 def adapter_at(path_or_repo: str) -> Path | None:
@@ -40,13 +43,19 @@ def adapter_at(path_or_repo: str) -> Path | None:
     return directory if has_adapter(directory) else None
 
 
+def in_full(path_or_repo: str) -> str:
+    """Return the absolute path of a local directory, which means the same model everywhere, or a name on the hub."""
+    local = Path(path_or_repo).expanduser()
+    return str(local.absolute()) if local.is_dir() else path_or_repo
+
+
 def base_of(adapter: Path, given: str | None) -> str:
     """Return the base model's path or name: the user's, or the one in the adapter's configuration."""
     if given is not None:
         return given
     named = config_of(adapter).get("base_model_name_or_path")
     if not isinstance(named, str) or not named:
-        raise CheckpointError(f"{adapter} does not name its base model: {_GIVE_BASE}")
+        raise CheckpointError(f"{adapter} does not name its base model: {GIVE_BASE}")
     return named
 
 
@@ -148,9 +157,9 @@ def tokenizer_of(adapter: Path, base: str) -> Any:
     return _read_tokenizer(str(adapter)) if (adapter / "tokenizer_config.json").is_file() else load_tokenizer(base)
 
 
-def usable_length(max_length: int, base: str, tokenizer: Any) -> int:
+def usable_length(max_length: int, base: str, tokenizer: Any, *, remedy: str = GIVE_BASE) -> int:
     """Return the maximum length of a text in tokens, limited to the model's positions."""
-    positions = getattr(_read_config(base, _GIVE_BASE), "max_position_embeddings", None)
+    positions = getattr(_read_config(base, remedy), "max_position_embeddings", None)
     # Some models count positions from 2: the tokenizer knows the usable length.
     known = [most for most in (positions, tokenizer.model_max_length) if isinstance(most, int) and most > 0]
     most = min(known, default=max_length)
@@ -233,7 +242,7 @@ def load_adapted(path_or_repo: str, adapter: Path) -> VeraModel:
         path_or_repo: the base model.
         adapter: the adapter's directory.
     """
-    base = load_model(path_or_repo, weights=True, adapter=adapter, remedy=_GIVE_BASE)
+    base = load_model(path_or_repo, weights=True, adapter=adapter, remedy=GIVE_BASE)
     return VeraModel.from_pretrained(base, adapter)
 
 

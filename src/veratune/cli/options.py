@@ -6,6 +6,9 @@ from typing import Annotated
 
 import typer
 
+# A training run's settings, in its output directory.
+SETTINGS_NAME = "train.yaml"
+
 AdapterArgument = Annotated[Path, typer.Argument(help="A training run's output directory, or an adapter's directory.")]
 OutputArgument = Annotated[Path, typer.Argument(help="Directory to write; it must be new or empty.")]
 BankArgument = Annotated[Path, typer.Argument(help="The bank's file.")]

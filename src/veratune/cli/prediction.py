@@ -19,12 +19,13 @@ from veratune.checkpoint.formats import ADAPTER_FOLDER, read_base
 from veratune.cli.directories import check_new_file
 from veratune.cli.errors import SettingsError
 from veratune.cli.models import adapter_in, base_of, device_of, load_adapted, pad_with, tokenizer_of, usable_length
+from veratune.cli.options import SETTINGS_NAME
 from veratune.cli.output import print_text, printable, warning_line
 from veratune.cli.train.data import Examples, check_columns, check_known
 from veratune.cli.train.metrics import scores_text, trivial_answer
 from veratune.cli.train.preflight import check_vocabulary, unknown_tokens
 from veratune.cli.train.reading import STDIN, Row, read_lines_of_stdin, read_rows
-from veratune.cli.train.settings import CLASSIFICATION, SETTINGS_NAME, TrainSettings, read_settings
+from veratune.cli.train.settings import CLASSIFICATION, TrainSettings, read_settings
 from veratune.cli.train.start import classes_of_adapter, task_of_adapter
 from veratune.cli.train.tasks import Task, make_task
 from veratune.cli.values import is_empty

@@ -7,8 +7,9 @@ from typing import Any
 import typer
 
 from veratune.cli.errors import SettingsError
+from veratune.cli.options import SETTINGS_NAME
 from veratune.cli.train.fields import flag, options_of, parameter, parameters_of
-from veratune.cli.train.settings import PANELS, SETTINGS_NAME, TrainSettings, read_settings
+from veratune.cli.train.settings import PANELS, TrainSettings, read_settings
 
 EXAMPLES = """Examples:
 

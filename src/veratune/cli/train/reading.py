@@ -83,7 +83,12 @@ def read_rows(path: str, subset: str | None = None, split: str = "train", encodi
         raise ValueError(f"{path} cannot be read: its rows do not fit into memory") from None
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror or error}") from None
-    except (ValueError, pd.errors.ParserWarning) as error:
+    except (pd.errors.ParserError, pd.errors.ParserWarning) as error:
+        raise ValueError(
+            f"{path} cannot be read: {' '.join(str(error).split())}. Texts that contain the separator or a line break"
+            " must be in double quotes"
+        ) from None
+    except ValueError as error:
         raise ValueError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
     return _some(path, [plain(row) for row in records])
 
@@ -172,7 +177,12 @@ def _read_table(text: TextIO, separator: str | None = None) -> Any:
     if twice:
         raise ValueError(f"two columns are called {twice[0]!r}")
     text.seek(0)
-    return pd.read_csv(text, **as_written)
+    if len(header) > 1:
+        return pd.read_csv(text, **as_written)
+    # In one column, an empty line is an empty value, except at the end of the file.
+    rows = pd.read_csv(text, **as_written, skip_blank_lines=False).fillna("")
+    filled = rows.index[rows[rows.columns[0]] != ""]
+    return rows.iloc[: filled[-1] + 1 if len(filled) else 0]
 
 
 def _separator(header: str) -> str:

@@ -15,7 +15,8 @@ from veratune.checkpoint.files import read_json, write_json
 from veratune.checkpoint.formats import ADAPTER_FOLDER
 from veratune.cli.directories import check_new
 from veratune.cli.errors import SettingsError
-from veratune.cli.models import base_of, load_tokenizer, loaded, tokenizer_of, usable_length
+from veratune.cli.models import GIVE_BASE, base_of, in_full, load_tokenizer, loaded, tokenizer_of, usable_length
+from veratune.cli.options import SETTINGS_NAME
 from veratune.cli.output import bytes_text, is_main_process, print_table, print_text, process_count, warning_line
 from veratune.cli.train.chat_rows import with_chats
 from veratune.cli.train.curves import draw_curves
@@ -23,7 +24,7 @@ from veratune.cli.train.data import Examples, check_columns, digest, label_names
 from veratune.cli.train.metrics import TrivialAnswer, evaluated, scores_text, trivial_answer
 from veratune.cli.train.preflight import check_vocabulary, steps_of_run, unknown_tokens, warnings_of
 from veratune.cli.train.reading import Row, read_rows
-from veratune.cli.train.settings import CLASSIFICATION, SETTINGS_NAME, TrainSettings
+from veratune.cli.train.settings import CLASSIFICATION, TrainSettings
 from veratune.cli.train.start import adapted_model, classes_of_adapter, start_of
 from veratune.cli.train.tasks import Task, make_task
 from veratune.model import VeraModel
@@ -44,6 +45,7 @@ def run(settings: TrainSettings, *, resuming: bool) -> None:
 
     Everything that can be wrong with the settings, the rows and the model is found before the training begins.
     """
+    settings = dataclasses.replace(settings, model=in_full(settings.model))
     output = Path(settings.output)
     if resuming and (output / RESULTS_NAME).exists():
         print_text(f"{output} is finished: its adapter is {output / ADAPTER_FOLDER}")
@@ -61,7 +63,9 @@ def run(settings: TrainSettings, *, resuming: bool) -> None:
     if settings.task in CLASSIFICATION:
         labels = label_names(train_rows, eval_rows, settings, None if start is None else classes_of_adapter(start))
     tokenizer = load_tokenizer(base) if start is None else tokenizer_of(start, base)
-    settings = dataclasses.replace(settings, max_length=usable_length(settings.max_length, base, tokenizer))
+    remedy = GIVE_BASE if start is None else f"put back the base model of {start}, or train from another base model"
+    length = usable_length(settings.max_length, base, tokenizer, remedy=remedy)
+    settings = dataclasses.replace(settings, max_length=length)
     identity = {"sha256": digest(train_rows, eval_rows), "labels": labels, "settings": dataclasses.asdict(settings)}
     if resuming:
         _check_same(output, identity)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from veratune.cli.errors import SettingsError
+from veratune.cli.options import SETTINGS_NAME
 from veratune.cli.train.fields import (
     bad,
     encoding,
@@ -38,7 +39,6 @@ TASKS = {
 CLASSIFICATION = ("sequence-classification", "token-classification")
 PRECISIONS = ("float32", "bfloat16")
 CHAT_LOSSES = ("assistant", "all")
-SETTINGS_NAME = "train.yaml"
 
 # Far beyond any use, and still within the range of an optimizer in float32.
 _LARGEST_RATE, _LARGEST_FLOAT = 1e30, (2 - 2.0**-23) * 2.0**127
