@@ -15,7 +15,7 @@ from veratune.integrations.sentence_transformers import VeraSentenceTransformerT
 
 TOPICS = ("trivia", "coding", "ai", "literature", "psychology", "emotion")
 HELD_OUT = 200
-PAIRS = 960
+PAIRS = 480
 
 Question = tuple[str, str, str]
 
