@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from _demo_adapter import AdapterReport
+from _demo_data import MAX_TOKENS
 from _demo_training import History
 
 
@@ -126,7 +127,7 @@ def commands_text(output: Path, veratune: str) -> str:
     """Return the commands that use the adapter in an output directory."""
     return (
         "\nTo use the adapter:\n"
-        f"  {veratune} predict {output} --data {output / 'rows.csv'}\n"
+        f"  {veratune} predict {output} --data {output / 'rows.csv'} --max-length {MAX_TOKENS}\n"
         f"  {veratune} inspect {output}\n"
         f"  {veratune} export {output} {output / 'lora'} --format lora"
     )
