@@ -1,6 +1,6 @@
 """The base model of an adapter: its description in files, and warnings if a model is probably a different one."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -94,9 +94,9 @@ def name_classes(model: nn.Module, ready: ReadyAdapter) -> None:
     here, there = getattr(config, "id2label", None), ready.loaded.labels
     if not isinstance(here, dict) or not ready.loaded.saved or here.keys() != there.keys() or here == there:
         return
-    if not _are_named(there):
+    if not are_named(there):
         return
-    if _are_named(here):
+    if are_named(here):
         notify(
             f"{ready.loaded.origin} was trained with the classes {_some(there)}, but this model's are"
             f" {_some(here)}: set model.config.id2label if that is wrong"
@@ -106,7 +106,8 @@ def name_classes(model: nn.Module, ready: ReadyAdapter) -> None:
     config.label2id = {name: number for number, name in there.items()}
 
 
-def _are_named(labels: dict[int, str]) -> bool:
+def are_named(labels: Mapping[Any, str]) -> bool:
+    """Return whether any class, by its index, has another name than transformers' placeholder ("LABEL_0")."""
     return any(name != f"LABEL_{number}" for number, name in labels.items())
 
 

@@ -10,11 +10,12 @@ from typing import Any
 from torch import nn
 
 from veratune.adapters.names import without_wrappers
-from veratune.checkpoint.base_model import describe_base
+from veratune.checkpoint.base_model import are_named, describe_base
 from veratune.checkpoint.files import CARD_NAME, write_text
 from veratune.checkpoint.hub import hub_name
 from veratune.config import VeraConfig
 from veratune.utils.outside_files import OutsideFileError, read_text
+from veratune.utils.text import some
 
 _TEXT = """---
 {front_matter}---
@@ -109,11 +110,10 @@ def add_training(directory: Path, facts: Mapping[str, str]) -> None:
 
 def _classes(labels: Mapping[str, str]) -> str:
     """Return a sentence with the names of the classes, if they have any."""
-    if all(name == f"LABEL_{number}" for number, name in labels.items()):
+    if not are_named(labels):
         return ""
     named = [f"{number} `{json.dumps(labels[number], ensure_ascii=False)}`" for number in sorted(labels, key=int)]
-    more = f" and {len(named) - _MOST_CLASSES} more" if len(named) > _MOST_CLASSES else ""
-    return f"\n\nIts classes: {', '.join(named[:_MOST_CLASSES])}{more}."
+    return f"\n\nIts classes: {some(named, _MOST_CLASSES)}."
 
 
 def _load(base: str | None, described: Mapping[str, Any]) -> str:

@@ -13,7 +13,7 @@ from veratune.bank.connection import publish_bank
 from veratune.bank.schema import check_spelling, dtype_name
 from veratune.bank.store import BankStore
 from veratune.bank.verify import examine
-from veratune.cli.models import adapter_in, base_of, load_model
+from veratune.cli.models import GIVE_BASE, adapter_in, base_of, load_model
 from veratune.cli.output import bytes_text, print_json, print_table, print_text
 from veratune.config import VeraConfig
 from veratune.utils.atomic import is_there, temporary_beside
@@ -176,7 +176,7 @@ def _base(directories: dict[str, Path], model: str | None) -> nn.Module:
         next(iter(named)),
         weights=True,
         adapter=next(iter(directories.values())),
-        remedy="give the base model with --model",
+        remedy=GIVE_BASE,
     )
 
 

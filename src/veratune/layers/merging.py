@@ -159,7 +159,8 @@ class MergeableLayer(AdapterHolder):
         changed = self.merged_weight_changed()
         result = super()._apply(fn, recurse)
         if changed:
-            self._merged_values = self._merged_bits().dtype, self._merged_bits().shape, None
+            bits = self._merged_bits()
+            self._merged_values = bits.dtype, bits.shape, None
         elif self._merged_values is not None:
             self._note_merged()
         return result

@@ -141,7 +141,7 @@ def run(settings: TrainSettings, *, resuming: bool) -> None:
 
 
 def _print_scores(title: str, metrics: dict[str, float], trivial: TrivialAnswer | None) -> None:
-    """Print the final metrics, with the score of a constant answer beside that of the model."""
+    """Print the final metrics next to the score of a constant answer."""
     if trivial is None:
         print_table((title, "value"), [(name, f"{value:.4f}") for name, value in metrics.items()])
         return

@@ -56,7 +56,7 @@ def with_adapters_settings(values: dict[str, Any]) -> TrainSettings:
 
 
 def task_of_adapter(adapter: Path) -> str | None:
-    """Return the task that an adapter's base class is for, or None if there is none."""
+    """Return the task of an adapter's base class, or None if it has no task that training supports."""
     base = read_base(adapter)
     return task_of_class(str(base.get("class") or ""), base.get("problem_type"), len(base.get("id2label") or {}))
 

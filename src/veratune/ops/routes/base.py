@@ -89,7 +89,7 @@ class Route(Protocol):
         reads_weight: whether it computes with W0 itself, rather than adding to the base layer's output.
         gradients_from: the tensor saved for the gradients of b and d: x, or x A^T.
         training_only: whether the route pays off only if the vectors' gradients are required.
-        keeps: a name, for tables, of the intermediate result that `forward` can save; None if there is none.
+        keeps: a name, for tables, of the intermediate result that `forward` can save; or None.
         keeps_xa: whether that result is x A^T, so that the gradients need neither the input nor another product, and
             are never exact (`ops.exact`).
     """
